@@ -1,0 +1,3353 @@
+"""flowcoro 0.1.0: a coroutine runtime in one file: tasks, cancellation, channels, locks, timers, threads.
+
+Structured concurrency for Python with nothing but the standard library: the safety of trio, Go's channels,
+`select` and deadlock report, and a scheduler that switches tasks faster than the event loops written in C.
+
+To vendor, copy: flowcoro.py
+To test code that uses it, copy flowcoro_testing.py too; for `python -m flowcoro demo`, flowcoro_cli.py.
+
+Example:
+
+    import flowcoro
+
+    async def worker(name, jobs, results):
+        async for job in jobs:
+            await flowcoro.sleep(0.01)
+            await results.send(f"{name} did {job}")
+
+    async def main():
+        jobs, results = flowcoro.Channel(), flowcoro.Channel(10)
+        async with flowcoro.TaskGroup() as group:
+            for name in "ab":
+                group.spawn(worker(name, jobs, results))
+            for job in range(4):
+                await jobs.send(job)
+            jobs.close()
+        print(len(results), "results")
+
+    flowcoro.run(main())
+
+Contents: constants and errors · reports · traps · cancel scopes · tasks · parking · readiness · sleeping ·
+the worker · the kernel · run, spawn, TaskGroup · stopping · locks · channels, select, Broadcast · Promise and
+combinations · threads · pools · diagnostics · command line.
+
+How it works:
+
+A *task* is a coroutine and its state. A *worker* is one thread that steps ready tasks, oldest first, from a
+deque. A task asks the kernel for something by yielding up through all its awaits; there are two things to ask:
+
+    yield None            run me again after the others (a checkpoint)
+    yield park_function   I cannot go on: once I am suspended, call park_function(task)
+
+The park function stores the task where whoever will wake it looks, and leaves an *abort function* that takes it
+out again. Because it runs after the task has left the stack, nobody can ever resume a running task. To *reschedule*
+a task puts it back into the deque with a value or an error. Everything else - sleeping, locks, channels, sockets,
+threads - is a place to store parked tasks, and most of them are one ParkingLot.
+
+The loop of a worker: step at most 61 tasks (or about a millisecond's worth), look at the timers, poll the file
+descriptors, take what other threads left in the inbox; with nothing ready, sleep in the selector until a deadline.
+
+*Cancellation* is a tree of scopes. A scope that is cancelled raises Cancelled at every checkpoint inside it until
+the code has left it. An operation that need not wait only looks at `task.budget`: one integer that says both "you
+have had your turn" and "you have been cancelled" (then it is 0), so that neither costs a trip through the loop.
+
+Invariants, each asserted or tested where it could break:
+
+    I1  a task is in exactly one place: running, in one ready deque, parked, or done
+    I2  each park is answered by exactly one reschedule; who takes a task out of its place reschedules it
+    I3  a value delivered to a task is never lost: a cancel that comes later waits for the next checkpoint
+    I4  task._resume is task._send exactly when nothing but a value waits for the task
+    I5  a worker says that it sleeps before it looks for work a last time; a waker adds work, then looks who sleeps
+    I6  task._timer is the deadline of the one heap entry that counts for the task (inf: none); others are stale
+
+Sources: curio (traps), trio (cancel scopes, parking lots), Go's runtime/proc.go (polling, the deadlock report,
+select), tokio (the budget), Nathaniel J. Smith, "Notes on structured concurrency"; PEP 492, 525, 567, 654.
+
+What it does not do: sockets, TLS and HTTP (siblings do), several workers (not yet: run() takes workers=1),
+signals other than SIGINT, SIGTERM and SIGQUIT, process pools.
+
+SPDX-License-Identifier: MIT
+"""
+
+import contextvars
+import errno
+import functools
+import heapq
+import itertools
+import math
+import os
+import select as _select
+import selectors
+import sys
+import threading
+import time
+import types
+import weakref
+from bisect import bisect_right
+from collections import OrderedDict, deque
+from collections.abc import Coroutine
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "run", "spawn", "TaskGroup", "Task", "coroutine",
+    "sleep", "sleep_until", "checkpoint", "now",
+    "timeout", "move_on_after", "CancelScope", "request_stop", "stop_requested",
+    "when_all", "when_any", "as_completed", "Promise",
+    "Lock", "RWLock", "Event", "Condition", "Semaphore", "Barrier",
+    "Channel", "select", "select_nowait", "Broadcast", "Subscription",
+    "to_thread", "call_from_thread", "run_from_thread", "current_kernel",
+    "ObjectPool", "BufferPool",
+    "dump_tasks", "statistics", "runtime_info", "add_hooks", "remove_hooks",
+    "park", "reschedule", "current_task", "ParkingLot", "Pollable",
+    "wait_readable", "wait_writable", "notify_closing",
+    "FlowCoroError", "Cancelled", "TaskCancelled", "WouldBlock", "ClosedError", "EndOfChannel", "BusyError",
+    "Lagged", "PoolError", "Deadlock",
+]
+
+# ---- constants ------------------------------------------------------------------------------------------------
+
+# Steps between two looks at timers and file descriptors. Go checks its global queue every 61 steps: a prime, so
+# that it does not beat in time with the program. A poll costs about a microsecond, a step a quarter of one.
+STEPS_PER_POLL = 61
+
+# Seconds after which a worker looks even if fewer steps were made: what a timer may be late because of others.
+SECONDS_PER_POLL = 0.001
+
+# Operations that a task may complete without waiting before one of them gives the others a turn (tokio: 128).
+BUDGET = 128
+
+# Threads that to_thread uses at once; trio's default too. They mostly wait for disks and name servers, so the
+# number of cores does not matter.
+THREADS = 40
+
+# Seconds that a thread without work is kept. Starting one costs about 50 microseconds.
+THREAD_IDLE_SECONDS = 10.0
+
+# Deliveries of Cancelled to one task in one cancellation before it is reported as swallowing them. Cleanup code that
+# awaits in a loop can see some; nobody means to see a thousand.
+SWALLOWED_LIMIT = 1000
+
+# Seconds that a worker sleeps at most: epoll counts milliseconds in a C int.
+LONGEST_POLL = 3600.0
+
+_INF = math.inf
+
+# The budget of a new task and of one that was rescheduled: something waits to be sent in. The loop sets BUDGET at each
+# checkpoint, and every operation counts down from here, so the one store tells both (a second one cost 5 ns a step).
+WOKEN = BUDGET + 1
+
+# The states of a task. READY: in the ready deque, or being stepped (then it is its worker's task).
+READY, PARKED, DONE = range(3)
+_STATES = ("ready", "parked", "done")
+
+# Directions of a file descriptor, as bits.
+READ, WRITE, HANGUP = 1, 2, 4
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------
+#
+#   BaseException
+#     Cancelled            raised at checkpoints in a cancelled scope; let it pass
+#   FlowCoroError
+#     TaskCancelled        you asked for the result of a task that was cancelled
+#     WouldBlock           a …_nowait could not do it without waiting
+#     ClosedError          you closed it (a channel, a Pollable)
+#       EndOfChannel       … and everything that was sent has been received
+#     BusyError            two tasks wait for the same direction of one file descriptor
+#     Lagged               a subscriber was too slow and missed items
+#     PoolError            an object was given back twice, or used after it was given back
+#     Deadlock             also a RuntimeError: no task can ever run again
+
+class Cancelled(BaseException):
+    """Raised at every checkpoint inside a cancelled scope. A BaseException, so that `except Exception` lets it pass.
+
+    Clean up and let it go on: the scope that was cancelled catches it. Swallowing it does not help, the next
+    checkpoint raises it again.
+    """
+
+
+class FlowCoroError(Exception):
+    """The base of all errors of this module but Cancelled."""
+
+
+class TaskCancelled(FlowCoroError):
+    """The task whose result was asked for had been cancelled. (Cancelled would look as if you were.)"""
+
+
+class WouldBlock(FlowCoroError):
+    """The operation would have had to wait. Nothing was done."""
+
+
+class ClosedError(FlowCoroError):
+    """The object had been closed, or was closed while the task waited. The operation was not done."""
+
+
+class EndOfChannel(ClosedError):
+    """The channel is closed and empty. `channel` says which, for those who select."""
+
+    def __init__(self, message, channel=None):
+        super().__init__(message)
+        self.channel = channel
+
+
+class BusyError(FlowCoroError):
+    """Another task already waits for this direction of this file descriptor."""
+
+
+class Lagged(FlowCoroError):
+    """A slow subscriber missed `missed` items; its next receive gives the oldest one that is still kept."""
+
+    def __init__(self, missed):
+        super().__init__(f"this subscription was too slow and missed {missed} items; receive() goes on with the oldest "
+                         "one kept. Subscribe with slow=\"block\" to miss none, or give Broadcast a larger capacity")
+        self.missed = missed
+
+
+class PoolError(FlowCoroError):
+    """An object was returned twice, was never borrowed, or was used after its return."""
+
+
+class Deadlock(FlowCoroError, RuntimeError):
+    """No task can ever run again. The message holds the tree of tasks, where each waits and for whom."""
+
+
+# ---- reports --------------------------------------------------------------------------------------------------
+# An error with nobody to raise it to goes to sys.unraisablehook, which is the interpreter's own place for them:
+# by default it prints the traceback, pytest turns it into a warning, and an application can replace it.
+
+def _report(error, what, source=None):
+    try:
+        sys.unraisablehook(sys.UnraisableHookArgs((type(error), error, error.__traceback__, f"flowcoro: {what}", source)))
+    except Exception:       # the user's hook is broken, or stderr is: nothing is left to tell it to
+        pass
+
+
+class _Failure:
+    """An error that waits to be asked for. If it dies before anybody has, it is reported."""
+
+    __slots__ = ("error", "traceback", "what", "seen", "__weakref__")
+
+    def __init__(self, error, what, seen=False):
+        self.error = error
+        self.traceback = error.__traceback__
+        self.what = what
+        self.seen = seen
+
+    def take(self):
+        """The error, with the traceback it came with: raising it again and again would make that longer each time."""
+        self.seen = True
+        return self.error.with_traceback(self.traceback)
+
+    def report(self):
+        if not self.seen:
+            self.seen = True
+            _report(self.error, self.what)
+
+    __del__ = report
+
+
+_HERE = _report.__code__.co_filename
+
+
+def _trim(error):
+    """Leave the kernel's own frames out of the head of the traceback, so that it begins with the user's lines."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == _HERE:
+        trace = trace.tb_next
+    if trace is not None:
+        error.__traceback__ = trace
+
+
+def _await_chain(task):
+    """Where a task that does not run stands: one line for each await, outermost first."""
+    lines, awaited = [], task.coro
+    while awaited is not None:
+        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None) or getattr(awaited, "ag_frame", None)
+        if frame is not None and (frame.f_code.co_filename != _HERE or not lines):
+            lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}")
+        awaited = (getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
+                   or getattr(awaited, "ag_await", None))
+    return lines
+
+
+class _Outside:
+    """Stands for the worker in threads that have none, so that no operation has to look before it leaps."""
+
+    now = staticmethod(time.monotonic)
+
+    def __getattr__(self, name):
+        raise RuntimeError("no FlowCoro kernel runs in this thread: start one with flowcoro.run(main()), and from "
+                           "another thread use call_from_thread() or run_from_thread(). Inside run() this means that "
+                           "a second copy of flowcoro.py was imported, another framework's loop runs the coroutine, "
+                           "or the process was forked")
+
+
+_OUTSIDE = _Outside()
+
+
+class _Local(threading.local):
+    worker = _OUTSIDE       # the worker whose thread this is
+    caller = None           # in a thread of to_thread: the worker that called
+
+
+_local = _Local()
+
+
+# ---- traps ----------------------------------------------------------------------------------------------------
+# These, sleep(), Task.__await__ and ParkingLot.park are the only places that yield to the kernel.
+
+@types.coroutine
+def checkpoint():
+    """Let the others run, and be cancelled here if that was asked. The cheapest thing there is to await."""
+    yield
+
+
+@types.coroutine
+def park(park_function):
+    """Suspend the current task and call `park_function(task)`; return the value given to reschedule(), or raise its error.
+
+    The park function must set `task.park_reason` (a string) and `task.abort_function`, and only then store the task
+    where its waker finds it. `abort_function(task)` must not fail: it takes the task out again and returns True, or
+    returns False when it is too late, and then somebody must already be about to reschedule the task. An error of the
+    park function is raised in the task. If the current scope is cancelled, nothing is called and Cancelled is raised.
+    """
+    return (yield park_function)
+
+
+async def _turn():
+    """What every operation begins with where a few nanoseconds do not matter; elsewhere it stands written out.
+
+    A point of cancellation always, a point of scheduling when the budget is used up. Returns the current task.
+    """
+    task = _local.worker.task
+    if task.budget > 0:
+        task.budget -= 1
+    else:
+        await checkpoint()
+    return task
+
+
+def _never(task):
+    """The abort function of a park that cannot be undone."""
+    return False
+
+
+def coroutine(function):
+    """Turn a generator function into a coroutine function: `yield from` awaits.
+
+    >>> @flowcoro.coroutine
+    ... def twice(channel):
+    ...     first = yield from channel.receive()
+    ...     return first, (yield from channel.receive())
+    """
+    if not callable(function):
+        raise TypeError(f"@coroutine decorates a generator function, got {function!r}")
+    return types.coroutine(function)
+
+
+# ---- cancel scopes --------------------------------------------------------------------------------------------
+# The tree of scopes is not stored: it is read off. A task has a stack of scopes (task._scope is the innermost, each
+# knows its outer one); below the stack lies the task itself, which can be cancelled too; below that the scope of its
+# task group, in the parent's stack; and so on down to the kernel's root. Entering a scope is therefore two stores.
+# To cancel walks from the scope up: through the task's inner scopes, and into the tasks of every group opened there.
+#
+# A task inside a cancelled scope is marked by two fields, so that checkpoints need not look for it: budget is 0
+# (sends operations that need not wait to a real checkpoint), and _resume is a method that throws (I4).
+#
+# Rejected: a set of children in every scope (trio): two set operations per `with timeout()`. Exceptions pushed once
+# (asyncio): edge-triggered cancellation is lost for good when some library swallows it.
+
+class CancelScope:
+    """A region of code that can be cancelled as a whole: `with CancelScope(deadline=…, shield=…) as scope:`.
+
+    deadline: absolute time in seconds of now(), can be moved at any time. shield: keep cancellation from outside away
+    (for cleanup that has to await); scope.cancel() and its own deadline still work. A scope serves one `with`.
+    After it, `cancelled_caught` says whether the block was left early because of this scope.
+    """
+
+    __slots__ = ("_deadline", "_seconds", "_shield", "_task", "_outer", "_group", "_cancelled", "_expired", "_raises",
+                 "_entered", "cancelled_caught")
+
+    def __init__(self, *, deadline=_INF, shield=False):
+        if deadline != deadline:
+            raise ValueError("the deadline of a CancelScope is nan; give seconds as of now(), or math.inf for none")
+        self._deadline = deadline
+        self._seconds = None        # timeout in seconds: the deadline is counted from the entry
+        self._shield = shield
+        self._task = None           # while entered: whose stack it is on
+        self._outer = None
+        self._group = None          # the TaskGroup that this is the scope of
+        self._cancelled = False
+        self._expired = False       # cancelled by its deadline
+        self._raises = False        # timeout(): leave with TimeoutError
+        self._entered = False
+        self.cancelled_caught = False
+
+    def __enter__(self):
+        worker = _local.worker
+        task = worker.task
+        if self._entered:
+            raise RuntimeError("a CancelScope serves one `with`; make a new one")
+        self._entered = True
+        self._task = task
+        self._outer = task._scope
+        task._scope = self
+        if self._seconds is not None:
+            self._deadline = worker.now() + self._seconds
+        if self._deadline < task._timer or self._seconds == 0:
+            self._watch(worker)
+        if self._cancelled or self._shield:
+            _refresh(task)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        task = self._task
+        if task._scope is not self:
+            self._leave_out_of_order()
+        task._scope = self._outer
+        self._task = None
+        if not self._cancelled and not self._shield:
+            return False
+        _refresh(task)
+        if not self._cancelled or error is None or task._resume is not task._send:
+            return False            # the last: the outer scope is cancelled as well, and the outermost one wins
+        if isinstance(error, BaseExceptionGroup):
+            cancelled, rest = error.split(Cancelled)
+            if cancelled is None:
+                return False
+            self.cancelled_caught = True
+            if rest is not None:
+                raise rest
+        elif not isinstance(error, Cancelled):
+            return False
+        self.cancelled_caught = True
+        if self._raises and self._expired:
+            raise TimeoutError("the deadline passed before the block was done" if self._seconds is None else
+                               f"timeout({self._seconds:g}): the block was not done in time") from error
+        return True
+
+    def _leave_out_of_order(self):
+        """Two tasks, or an async generator that was suspended inside a scope, have interleaved their scopes."""
+        scope = self._task._scope
+        while scope is not None and scope is not self:
+            scope = scope._outer
+        if scope is self:
+            self._task._scope = self._outer
+        raise RuntimeError("a cancel scope was left while another one, entered later, was still open: scopes of one task "
+                           "nest. Most often an async generator yielded inside `with timeout()` or a TaskGroup; open "
+                           "the scope around the loop that consumes it instead")
+
+    def _watch(self, worker):
+        """See to it that the worker looks at this task at the deadline (now, if that has passed)."""
+        if self._deadline <= worker.now():
+            if not self._cancelled:
+                self._expired = True
+                self.cancel()
+        else:
+            worker.set_timer(self._task, self._deadline)
+
+    def cancel(self):
+        """Cancel everything inside, now and later: Cancelled is raised at each checkpoint. Twice is once. Never blocks."""
+        if not self._cancelled:
+            self._cancelled = True
+            if self._task is not None:
+                _interrupt_inside(self._task, self)
+
+    @property
+    def cancel_called(self):
+        """Whether the scope is cancelled, by cancel() or by its deadline."""
+        return self._cancelled
+
+    @property
+    def deadline(self):
+        """Absolute time in seconds of now(); math.inf: none. Can be moved while the block runs."""
+        return self._deadline
+
+    @deadline.setter
+    def deadline(self, deadline):
+        if deadline != deadline:
+            raise ValueError("the deadline of a CancelScope is nan; give seconds as of now(), or math.inf for none")
+        self._deadline = deadline
+        self._seconds = None if self._task is None else self._seconds
+        if self._task is not None and deadline < self._task._timer:
+            self._watch(self._task._worker)
+
+    @property
+    def shield(self):
+        """Whether cancellation from outside is kept away. Can be changed while the block runs."""
+        return self._shield
+
+    @shield.setter
+    def shield(self, shield):
+        self._shield = bool(shield)
+        if self._task is not None:
+            if not shield and not self._cancelled and _is_cancelled(self._task, self._outer):
+                _interrupt_inside(self._task, self)
+            elif self._task is self._task._worker.task:
+                _refresh(self._task)
+
+    def __repr__(self):
+        return (f"<CancelScope{' cancelled' if self._cancelled else ''}{' shielded' if self._shield else ''}"
+                f"{'' if self._deadline == _INF else f' deadline={self._deadline:.3f}'}>")
+
+
+def _checked_seconds(seconds, caller):
+    if not seconds >= 0:            # says no to nan as well
+        raise ValueError(f"{caller}({seconds!r}): seconds must be 0 or more; math.inf waits for ever")
+    return seconds
+
+
+def move_on_after(seconds):
+    """`with move_on_after(seconds) as scope:` leaves the block when the time is up; scope.cancelled_caught says so."""
+    scope = CancelScope()
+    scope._seconds = _checked_seconds(seconds, "move_on_after")
+    return scope
+
+
+def timeout(seconds):
+    """`with timeout(seconds):` raises TimeoutError when the block is not done in time.
+
+    Of nested ones the outermost that has expired wins. The time is looked at while tasks wait: code that never awaits
+    is not interrupted.
+    """
+    scope = CancelScope()
+    scope._seconds = _checked_seconds(seconds, "timeout")
+    scope._raises = True
+    return scope
+
+
+def _is_cancelled(task, scope):
+    """Whether `scope` of `task` (None: the task below its scopes) lies in a cancelled region. O(depth)."""
+    while True:
+        while scope is not None:
+            if scope._cancelled:
+                return True
+            if scope._shield:
+                return False
+            scope = scope._outer
+        if task._cancel_called:
+            return True
+        group = task._group
+        task, scope = group._owner, group.scope
+        if task is None:
+            return group._doomed
+
+
+def _refresh(task):
+    """The running task has entered or left a scope that matters: set its two marks anew."""
+    if _is_cancelled(task, task._scope):
+        task.budget = task._swallowed = 0
+        task._resume = task._deliver
+    else:
+        task._resume = task._send
+
+
+def _interrupt_inside(task, scope):
+    """`scope` of `task` (None: all of the task) has been cancelled: tell every task inside that no shield protects."""
+    pending = deque([(task, scope)])
+    while pending:
+        task, stop = pending.popleft()
+        exposed, groups = True, []
+        inner = task._scope
+        while inner is not None:
+            if inner._group is not None:
+                groups.append(inner._group)
+            if inner is stop:
+                break
+            if inner._shield:
+                exposed = False
+                groups.clear()
+            inner = inner._outer
+        if exposed:
+            task._interrupt()
+        for group in groups:
+            group._doomed = True
+            pending.extend((child, None) for child in group._tasks)
+
+
+# ---- tasks ----------------------------------------------------------------------------------------------------
+
+class Task:
+    """A coroutine that runs beside others. Made by spawn() and TaskGroup.spawn(), awaited for its result.
+
+    `await task` returns the result or raises the task's error, as often as you like, in as many tasks as you like.
+    It raises TaskCancelled if the task was cancelled. A cancelled `await` leaves the task running.
+    """
+
+    __slots__ = ("coro", "context", "_name", "_send", "_resume", "_value", "_item", "_error", "_state", "budget",
+                 "park_reason", "abort_function", "_scope", "_group", "_worker", "_timer", "_wake_at",
+                 "_joiners", "_cancel_called", "_swallowed", "__weakref__")
+
+    def __init__(self, coro, group, worker, name):
+        self.coro = coro
+        self.context = contextvars.copy_context()
+        self._name = name
+        self._send = coro.send      # kept bound: to make it anew costs 40 ns per step
+        self._resume = self._send
+        self._value = None          # to be sent in at the next step; at the end: the result
+        self._item = None           # of the send in which it is parked
+        self._error = None          # to be raised at the next step; at the end: a _Failure, Cancelled, or None
+        self._state = READY
+        self.budget = WOKEN         # see "How it works"; 0 makes the next operation a point of scheduling
+        self.park_reason = None
+        self.abort_function = None
+        self._scope = None          # the innermost cancel scope
+        self._group = group
+        self._worker = worker
+        self._timer = _INF          # I6
+        self._wake_at = _INF        # while parked in sleep(): until when
+        self._joiners = None        # ParkingLot of those who await it, once there are any
+        self._cancel_called = False
+        self._swallowed = 0         # deliveries of Cancelled in this cancellation
+
+    # -- the ways to make a step. Each is the value of _resume at some time and is called in the task's context.
+
+    def _raise_error(self, value):
+        self._resume = self._send
+        error, self._error = self._error, None
+        return self.coro.throw(error)
+
+    def _step_then_cancel(self, value):
+        """What was delivered before the cancel goes first (I3); a new task runs to its first checkpoint: it may own things."""
+        self._resume = self._deliver
+        self.budget = self._swallowed = 0
+        error, self._error = self._error, None
+        return self._send(value) if error is None else self.coro.throw(error)
+
+    def _deliver(self, value):
+        self.budget = 0
+        self._item = None
+        self._swallowed += 1
+        if self._swallowed == SWALLOWED_LIMIT:
+            _report(RuntimeError(f"{self!r} has caught Cancelled {SWALLOWED_LIMIT} times and goes on. A cancelled scope raises "
+                                 "it at every checkpoint: let it pass, or break out of the loop. It awaits at\n"
+                                 + "\n".join(_await_chain(self))), "cancellation is swallowed", self)
+        if self._worker.kernel.interrupts > 1:
+            return self.coro.throw(KeyboardInterrupt())
+        return self.coro.throw(Cancelled())
+
+    # -- cancellation
+
+    def _interrupt(self):
+        """The task is inside a cancelled scope: make it notice as soon as I3 allows."""
+        self._swallowed = 0
+        if self._state == PARKED:
+            if self._resume is not self._send:
+                return                          # parked for good, and told before
+            if self.abort_function(self):
+                self._resume = self._deliver
+                reschedule(self)
+            else:
+                self._resume = self._step_then_cancel
+        elif self.budget == WOKEN and self is not self._worker.task:
+            self._resume = self._step_then_cancel
+        elif self._resume != self._step_then_cancel:
+            self._resume = self._deliver
+        self.budget = 0
+
+    def cancel(self):
+        """Cancel the whole task: Cancelled is raised at each of its checkpoints. Harmless when done. Never blocks."""
+        if self._state != DONE and not self._cancel_called:
+            self._cancel_called = True
+            _interrupt_inside(self, None)
+
+    # -- the outcome
+
+    def __await__(self):
+        task = _local.worker.task
+        if task is self:
+            raise RuntimeError(f"{self!r} awaits itself and would wait for ever")
+        if task.budget > 0:
+            task.budget -= 1
+        else:
+            yield
+        if self._state != DONE:
+            if self._joiners is None:
+                self._joiners = ParkingLot("wait for a task", self)
+            yield self._joiners._park
+        return self.result()
+
+    def done(self):
+        """Whether it has ended, in whatever way."""
+        return self._state == DONE
+
+    def cancelled(self):
+        """Whether it has ended by being cancelled."""
+        return self._state == DONE and isinstance(self._error, Cancelled)
+
+    def result(self):
+        """What the coroutine returned; raises what it raised, TaskCancelled, or RuntimeError while it is not done."""
+        error = self.exception()
+        if error is not None:
+            raise error
+        return self._value
+
+    def exception(self):
+        """What the coroutine raised, a TaskCancelled, or None; RuntimeError while it is not done."""
+        if self._state != DONE:
+            raise RuntimeError(f"{self!r} is not done; await it")
+        if self._error is None:
+            return None
+        if isinstance(self._error, Cancelled):
+            return TaskCancelled(f"task {self.name!r} was cancelled")
+        return self._error.take()
+
+    @property
+    def name(self):
+        """The name given to spawn(), else the name of the coroutine's function. Can be set."""
+        return self._name or getattr(self.coro, "__qualname__", type(self.coro).__name__)
+
+    @name.setter
+    def name(self, name):
+        self._name = name
+
+    @property
+    def state(self):
+        """"new", "ready", "running", "parked" or "done"."""
+        if self is self._worker.task:
+            return "running"
+        return _STATES[self._state]
+
+    def __repr__(self):
+        if self._state == DONE:
+            error = self._error
+            how = ("" if error is None else ": cancelled" if isinstance(error, Cancelled) else f": failed with {error.error!r}")
+        else:
+            how = f": {self.park_reason}" if self._state == PARKED else ""
+        return f"<Task {self.name} {self.state}{how}>"
+
+
+def current_task():
+    """The task that calls; RuntimeError outside a kernel."""
+    return _local.worker.task
+
+
+def reschedule(task, value=None, error=None):
+    """Make a parked task runnable: its park returns `value` or raises `error`. From any thread. Exactly once per park.
+
+    RuntimeError if the task is not parked: whoever wakes a task must first take it out of the place where it was
+    parked, and the one who finds it there is the one to wake it.
+    """
+    if task._state != PARKED:
+        raise RuntimeError(f"{task!r} is not parked: each park is answered by exactly one reschedule")
+    task._state = READY
+    task._value = value
+    task.budget = WOKEN
+    if error is not None:
+        task._error = error
+        if task._resume is task._send:
+            task._resume = task._raise_error
+    worker = task._worker
+    if worker.hooks is not None:
+        worker.kernel.fire("task_rescheduled", task)
+    worker.ready.append(task)
+    if worker.sleeping:         # I5; true only when another thread calls
+        worker.wake()
+
+
+# ---- parking --------------------------------------------------------------------------------------------------
+
+class ParkingLot:
+    """A FIFO of parked tasks: the one waiting place that locks, events, channels and groups are made of.
+
+    reason: what a dump says of those who wait here. holder: the task (or tasks) that could wake them, when known: a
+    dump and the deadlock report follow it. A cancelled task leaves its place in O(1) and nothing else happens.
+
+    Besides tasks the lot may hold stand-ins with a method commit(value), which wake the task they stand for; that is
+    how one task waits in several places (select, as_completed).
+    """
+
+    # An OrderedDict, as in trio: a deque needs O(n) to take one out of the middle, a plain dict O(n) to pop its first
+    # once many have been popped before.
+    __slots__ = ("reason", "holder", "_tasks")
+
+    def __init__(self, reason="parked", holder=None):
+        self.reason = reason
+        self.holder = holder
+        self._tasks = OrderedDict()
+
+    @types.coroutine
+    def park(self):
+        """Wait here until unpark(); return its value or raise its error."""
+        return (yield self._park)
+
+    def _park(self, task):
+        task.park_reason = self.reason
+        task.abort_function = self._abort
+        self._tasks[task] = None
+
+    def _abort(self, task):
+        return self._tasks.pop(task, self) is None      # False: another thread was quicker and wakes it (I2)
+
+    def unpark(self, count=1, value=None, error=None):
+        """Wake the `count` (math.inf: all) that have waited longest. Returns how many there were."""
+        woken = 0
+        while woken < count and self._tasks:
+            try:
+                parked, _ = self._tasks.popitem(last=False)
+            except KeyError:            # another thread was quicker
+                break
+            if parked.__class__ is Task:
+                reschedule(parked, value, error)
+            else:
+                parked.commit(value, error)
+            woken += 1
+        return woken
+
+    def unpark_all(self, value=None, error=None):
+        """Wake all that wait now. Returns how many."""
+        return self.unpark(_INF, value, error)
+
+    def __len__(self):
+        return len(self._tasks)
+
+    def statistics(self):
+        """{"tasks_waiting": int}"""
+        return {"tasks_waiting": len(self._tasks)}
+
+
+# ---- readiness ------------------------------------------------------------------------------------------------
+# A file descriptor is registered once, for both directions, edge-triggered, and stays so until it is closed: no
+# epoll_ctl per operation (0.4 us each). In exchange somebody has to remember what the last edge said: the Pollable.
+
+if hasattr(selectors, "EpollSelector"):
+    class _EdgePoller(selectors.EpollSelector):
+        """epoll, edge-triggered, one registration for both directions."""
+
+        # What the base class puts into the kernel's event mask for each direction.
+        _EVENT_READ = _select.EPOLLIN | _select.EPOLLRDHUP | _select.EPOLLET
+        _EVENT_WRITE = _select.EPOLLOUT | _select.EPOLLET
+        _READS = _select.EPOLLIN | _select.EPOLLRDHUP | _select.EPOLLHUP | _select.EPOLLERR
+        _WRITES = _select.EPOLLOUT | _select.EPOLLHUP | _select.EPOLLERR
+        _HANGUPS = _select.EPOLLRDHUP | _select.EPOLLHUP | _select.EPOLLERR
+
+        def add(self, pollable):
+            self.register(pollable.fd, selectors.EVENT_READ | selectors.EVENT_WRITE, pollable)
+
+        def remove(self, pollable):
+            self.unregister(pollable.fd)        # does not mind that the descriptor has been closed
+
+        def arm(self, pollable):
+            """A task is about to wait: nothing to do, the registration stands."""
+
+        def rearm(self, pollable):
+            """Report again what is the case now. FileNotFoundError when the number has become another file."""
+            self._selector.modify(pollable.fd, self._EVENT_READ | self._EVENT_WRITE)
+
+        def wait(self, timeout):
+            """[(pollable, bits)] for what became ready within `timeout` seconds (None: no limit)."""
+            # Rounded up to the milliseconds that epoll counts in: to wake before the deadline would be to spin until it.
+            timeout = -1 if timeout is None else math.ceil(timeout * 1e3) * 1e-3
+            keys, found = self._fd_to_key, []
+            for fd, event in self._selector.poll(timeout, max(len(keys), 1)):
+                key = keys.get(fd)
+                if key is not None:
+                    found.append((key.data, READ * bool(event & self._READS) | WRITE * bool(event & self._WRITES)
+                                  | HANGUP * bool(event & self._HANGUPS)))
+            return found
+
+
+class _LevelPoller:
+    """Any other selector: level-triggered, so a descriptor is registered only while a task waits for it."""
+
+    def __init__(self, selector):
+        self._selector = selector
+
+    def add(self, pollable):
+        os.fstat(pollable.fd)                   # poll() would take a closed one and report it later
+
+    def remove(self, pollable):
+        if pollable.fd in self._selector.get_map():
+            self._selector.unregister(pollable.fd)
+
+    def arm(self, pollable):
+        events = pollable.wants()
+        if not events:
+            self.remove(pollable)
+        elif pollable.fd in self._selector.get_map():
+            self._selector.modify(pollable.fd, events, pollable)
+        else:
+            self._selector.register(pollable.fd, events, pollable)
+
+    def rearm(self, pollable):
+        os.fstat(pollable.fd)
+
+    def wait(self, timeout):
+        return [(key.data, READ * bool(events & selectors.EVENT_READ) | WRITE * bool(events & selectors.EVENT_WRITE))
+                for key, events in self._selector.select(timeout)]
+
+    def close(self):
+        self._selector.close()
+
+
+def _new_poller():
+    if selectors.DefaultSelector is getattr(selectors, "EpollSelector", None):
+        return _EdgePoller()
+    return _LevelPoller(selectors.DefaultSelector())
+
+
+def _fileno(fd):
+    number = fd if isinstance(fd, int) else fd.fileno() if hasattr(fd, "fileno") else None
+    if number is None or number < 0:
+        raise ValueError(f"{fd!r} is not an open file descriptor: give a number from 0 up or an object whose fileno() is one")
+    return number
+
+
+class Pollable:
+    """A file descriptor (or an object with fileno()) that tasks can wait for; what sockets are made of.
+
+    `readable` and `writable` say what the last edge said, and start out True: try the operation first; when it says
+    EAGAIN, set the flag to False and await wait_readable() or wait_writable(), which return at once while the flag is
+    True. `hangup`: the peer has closed or reset, so that a short read does not mean that the buffer is empty.
+    One task may wait per direction (else BusyError). close() it before the descriptor is closed.
+    Raises OSError when the descriptor is closed or of a kind that is always ready, such as a regular file.
+    """
+
+    __slots__ = ("fd", "readable", "writable", "hangup", "_reader", "_writer", "_worker", "_closed")
+
+    def __init__(self, fd):
+        self.fd = _fileno(fd)
+        self.readable = self.writable = True
+        self.hangup = self._closed = False
+        self._reader = self._writer = None      # the task that waits
+        self._worker = worker = _local.worker
+        self._register(worker.poller)
+        worker.descriptors += 1
+
+    def _register(self, poller):
+        try:
+            poller.add(self)
+        except PermissionError as error:
+            raise PermissionError(error.errno, f"file descriptor {self.fd} is always ready (a regular file?) and cannot be "
+                                  "waited for; use to_thread() to read it") from error
+        except OSError as error:
+            raise OSError(error.errno, f"file descriptor {self.fd} cannot be waited for: {error.strerror}") from error
+        except KeyError as error:
+            raise BusyError(f"file descriptor {self.fd} has a Pollable already; close() that first") from error
+
+    async def wait_readable(self):
+        """Return when there is something to read, or the end. BusyError, ClosedError. Cancelled: nothing consumed."""
+        await _turn()
+        if not self.readable or self._closed:
+            await park(self._park_reader)
+
+    async def wait_writable(self):
+        """Return when there is room to write, or the connection is broken. BusyError, ClosedError."""
+        await _turn()
+        if not self.writable or self._closed:
+            await park(self._park_writer)
+
+    def _park_reader(self, task):
+        self._check(self._reader, "read")
+        task.park_reason = f"wait until fd {self.fd} is readable"
+        task.abort_function = self._abort
+        self._reader = task
+        self._armed(task)
+
+    def _park_writer(self, task):
+        self._check(self._writer, "written")
+        task.park_reason = f"wait until fd {self.fd} is writable"
+        task.abort_function = self._abort
+        self._writer = task
+        self._armed(task)
+
+    def _check(self, waiting, verb):
+        if self._closed:
+            raise ClosedError(f"file descriptor {self.fd} has been closed here")
+        if waiting is not None:
+            raise BusyError(f"file descriptor {self.fd} is being {verb} by {waiting!r} already; one task at a time")
+
+    def _armed(self, task):
+        self._worker.io_parked += 1
+        try:
+            self._worker.poller.arm(self)
+        except BaseException:
+            self._abort(task)
+            raise
+
+    def _abort(self, task):
+        if self._reader is task:
+            self._reader = None
+        elif self._writer is task:
+            self._writer = None
+        self._worker.io_parked -= 1
+        self._worker.poller.arm(self)
+        return True
+
+    def wants(self):
+        """The events that parked tasks wait for, in the selectors module's bits."""
+        return (selectors.EVENT_READ if self._reader is not None else 0) | (
+            selectors.EVENT_WRITE if self._writer is not None else 0)
+
+    def ready(self, bits):
+        """The poller's word that something has changed."""
+        if bits & HANGUP:
+            self.hangup = True
+        if bits & READ:
+            self.readable = True
+        if bits & WRITE:
+            self.writable = True
+        self._wake(bits)
+
+    def _wake(self, bits, error=None):
+        if bits & READ and self._reader is not None:
+            task, self._reader = self._reader, None
+            self._worker.io_parked -= 1
+            reschedule(task, error=error)
+        if bits & WRITE and self._writer is not None:
+            task, self._writer = self._writer, None
+            self._worker.io_parked -= 1
+            reschedule(task, error=error)
+        self._worker.poller.arm(self)
+
+    def close(self):
+        """Stop watching (the descriptor itself stays open); those who wait get ClosedError. Twice is once."""
+        if not self._closed:
+            self._wake(READ | WRITE, ClosedError(f"file descriptor {self.fd} was closed here while this task waited for it"))
+            self._closed = True
+            self._worker.descriptors -= 1
+            self._worker.poller.remove(self)
+
+    def __repr__(self):
+        return f"<Pollable fd={self.fd}{' closed' if self._closed else ''}>"
+
+
+class _PlainFd(Pollable):
+    """What wait_readable(fd) keeps for a number about which nobody promised anything.
+
+    The number may have been closed and be another file by now. So each wait arms the registration anew, which reports
+    at once what is ready now, and fails if the file is another one; and each event is checked against the descriptor
+    before it wakes anybody, for epoll goes on reporting a closed file that has a duplicate, under its old number.
+    """
+
+    __slots__ = ()
+
+    def _check(self, waiting, verb):
+        poller = self._worker.poller
+        try:
+            poller.rearm(self)
+        except FileNotFoundError:               # another file: whoever waits, waits for one that is gone
+            self._wake(READ | WRITE, ClosedError(
+                f"file descriptor {self.fd} was closed while this task waited for it, and is another file now; call "
+                "notify_closing(fd) before closing"))
+            poller.remove(self)
+            self._register(poller)
+        else:
+            super()._check(waiting, verb)
+
+    def ready(self, bits):
+        really = 0
+        probe = _select.poll()
+        probe.register(self.fd, (_select.POLLIN if self._reader is not None else 0)
+                       | (_select.POLLOUT if self._writer is not None else 0))
+        for _, event in probe.poll(0):
+            if event & _select.POLLNVAL:
+                self._wake(READ | WRITE, OSError(errno.EBADF, f"file descriptor {self.fd} was closed while waited for"))
+                return
+            if event & ~_select.POLLOUT:
+                really |= READ
+            if event & ~_select.POLLIN:
+                really |= WRITE
+        self._wake(really)
+
+
+async def _wait_for_fd(fd, bit):
+    task = await _turn()
+    worker = task._worker
+    number = _fileno(fd)
+    plain = worker.plain.get(number)
+    if plain is None:
+        plain = worker.plain[number] = _PlainFd(number)
+    try:
+        await park(plain._park_reader if bit == READ else plain._park_writer)
+    except OSError:             # closed, or of a kind that cannot be waited for
+        notify_closing(number)
+        raise
+
+
+async def wait_readable(fd):
+    """Return when the descriptor (a number, or an object with fileno()) has something to read or has come to its end.
+
+    For non-blocking descriptors that nobody made a Pollable of. BusyError when another task waits for the same;
+    OSError when it is closed; ClosedError when notify_closing(fd) is called meanwhile. Cancelled: nothing consumed.
+    """
+    await _wait_for_fd(fd, READ)
+
+
+async def wait_writable(fd):
+    """Return when the descriptor has room to write or is broken. Errors as wait_readable."""
+    await _wait_for_fd(fd, WRITE)
+
+
+def notify_closing(fd):
+    """Say, before closing it, that the descriptor is about to be closed: those who wait for it get ClosedError."""
+    worker = _local.worker
+    plain = worker.plain.pop(_fileno(fd), None)
+    if plain is not None:
+        plain.close()
+
+
+class _WakeUp:
+    """The descriptor by which other threads and signals end a worker's sleep. Stands in for a Pollable."""
+
+    def __init__(self):
+        if hasattr(os, "pipe2"):
+            self.fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._close = (functools.partial(os.close, self.fd), functools.partial(os.close, self.write_fd))
+        else:                                   # Windows selects sockets only
+            import socket
+            near, far = socket.socketpair()
+            near.setblocking(False)
+            far.setblocking(False)
+            self.fd, self.write_fd = near.fileno(), far.fileno()
+            self._close = (near.close, far.close)
+        self._lock = threading.Lock()           # between call() in other threads and close(): the number may be reused
+
+    def call(self):
+        with self._lock:
+            if self.write_fd >= 0:
+                try:
+                    os.write(self.write_fd, b"\0")
+                except BlockingIOError:         # full: it is awake
+                    pass
+
+    def wants(self):
+        return selectors.EVENT_READ
+
+    def ready(self, bits):
+        try:
+            while len(os.read(self.fd, 4096)) == 4096:
+                pass
+        except BlockingIOError:
+            pass
+
+    def close(self):
+        with self._lock:
+            self.write_fd = -1
+            for close in self._close:
+                close()
+
+
+# ---- sleeping -------------------------------------------------------------------------------------------------
+
+def now():
+    """Seconds of the run's clock: monotonic, its zero means nothing. Outside of run(), time.monotonic()."""
+    return _local.worker.now()
+
+
+@types.coroutine
+def sleep(seconds):
+    """Let `seconds` pass; 0 is a checkpoint, math.inf waits to be cancelled. ValueError if negative or nan."""
+    if not seconds > 0:
+        _checked_seconds(seconds, "sleep")
+        yield
+        return
+    worker = _local.worker
+    worker.task._wake_at = worker.now() + seconds
+    yield _park_sleep
+
+
+@types.coroutine
+def sleep_until(deadline):
+    """Wait until now() is `deadline` or later; a deadline that has passed is a checkpoint. ValueError if nan."""
+    worker = _local.worker
+    if deadline != deadline:
+        raise ValueError("sleep_until(nan): give seconds as of now(), or math.inf")
+    worker.task._wake_at = deadline
+    yield _park_sleep if deadline > worker.now() else None
+
+
+def _park_sleep(task):
+    task.park_reason = "sleep"
+    task.abort_function = _abort_sleep
+    if task._wake_at < task._timer:
+        task._worker.set_timer(task, task._wake_at)
+    elif task._wake_at == _INF:
+        task._worker.sleepers += 1
+
+
+def _abort_sleep(task):
+    if task._wake_at == _INF:
+        task._worker.sleepers -= 1
+    return True                     # its entry in the heap goes stale
+
+
+# ---- the worker -----------------------------------------------------------------------------------------------
+
+class _Forked(Exception):
+    """In the child of a fork: leave the copy of the parent's loop without touching what it shares with the parent."""
+
+
+class _Worker:
+    """One thread that steps tasks: its ready deque, its heap of deadlines, its selector, its inbox."""
+
+    def __init__(self, kernel, clock, seed):
+        self.kernel = kernel
+        self.clock = clock
+        self.now = time.monotonic if clock is None else clock.now
+        self.ready = deque() if seed is None else _ShuffledDeque(seed)
+        self.inbox = deque()        # calls that other threads want made in this one
+        self.heap = []              # (deadline, serial, task); see I6
+        self.serial = itertools.count().__next__
+        self.task = None            # the one being stepped
+        self.sleeping = False       # I5
+        self.hooks = None           # kernel.hooks while there are any
+        self.plain = {}             # number -> _PlainFd
+        self.descriptors = 0        # Pollables
+        self.io_parked = 0          # tasks parked on them
+        self.thread_calls = 0       # to_thread calls under way
+        self.steps = self.polls = self.spawned = self.finished = 0
+        self.sleepers = 0           # tasks in sleep(inf), which have no entry in the heap
+        self.stopped = False        # leave the loop
+        self.luck = 1
+        self.poller = _new_poller()
+        try:
+            self.waker = _WakeUp()
+        except BaseException:
+            self.poller.close()
+            raise
+        self.poller.add(self.waker)
+        self.poller.arm(self.waker)
+
+    def close(self):
+        self.poller.close()
+        self.waker.close()
+
+    def wake(self):
+        self.waker.call()
+
+    def post(self, call):
+        """Have `call()` made by this worker's thread. From any thread, also from a signal handler."""
+        self.inbox.append(call)
+        if self.sleeping:
+            self.wake()
+
+    def pick(self, count):
+        """A number below `count`, by luck but reproducible: where select begins to look."""
+        self.luck = (self.luck * 1103515245 + 12345) & 0x7FFFFFFF      # C's rand(); the high bits are the better ones
+        return (self.luck >> 8) % count
+
+    # -- the loop
+
+    def work(self):
+        """Step tasks until the kernel has none left."""
+        ready, heap, inbox = self.ready, self.heap, self.inbox
+        # Bound methods and ints in locals: together 60 ns of the 250 of a step (CPython 3.11).
+        popleft, append, monotonic = ready.popleft, ready.append, time.monotonic
+        turn, batch, before = BUDGET, range(STEPS_PER_POLL), monotonic()
+        while not self.stopped:
+            for step in batch:
+                if not ready:
+                    break
+                self.task = task = popleft()
+                try:
+                    trap = task.context.run(task._resume, task._value)
+                except StopIteration as stop:
+                    self._finish(task, stop.value, None)
+                except BaseException as error:
+                    self._failed(task, error)
+                else:
+                    if trap is None:
+                        task.budget = turn
+                        append(task)
+                    else:
+                        self._park(task, trap)
+            else:
+                step = len(batch)
+            self.task = None        # nobody is being stepped: a cancel now must not take the last one for running
+            self.steps += step
+            while inbox:
+                inbox.popleft()()
+            if heap and heap[0][0] <= self.now():
+                self._expire(self.now())
+            if not ready:
+                self._idle()
+                before = monotonic()
+            else:
+                # Long steps: fewer of them before the next look, so that it is late by one of them at most.
+                moment, size = monotonic(), len(batch)
+                if moment - before > SECONDS_PER_POLL:
+                    batch = range(max(1, size // 2))
+                elif size < STEPS_PER_POLL:
+                    batch = range(min(STEPS_PER_POLL, size * 2))
+                before = moment
+                if self.descriptors:
+                    self._poll(0)
+
+    def _park(self, task, trap):
+        if task._resume is not task._send:      # cancelled: it does not park, it is told at its next step (I4)
+            self.ready.append(task)
+            return
+        task._state = PARKED
+        task._value = task.abort_function = None
+        try:
+            trap(task)
+            if task.abort_function is None and task._state == PARKED:
+                raise RuntimeError(f"the park function {trap!r} set no abort_function: nobody could cancel the task")
+        except BaseException as error:
+            if not callable(trap) or isinstance(trap, type):
+                error = _unknown_trap(trap)
+            task._state = PARKED                # whatever the park function did, this is its answer
+            reschedule(task, error=error)
+        else:
+            if self.hooks is not None:
+                self.kernel.fire("task_parked", task, task.park_reason)
+
+    def _failed(self, task, error):
+        if error.__class__ is _Forked:
+            raise error
+        _trim(error)
+        self._finish(task, None, error)
+
+    def _finish(self, task, value, error):
+        """The coroutine has returned `value` or raised `error`."""
+        self.finished += 1
+        task._state = DONE
+        task._value = value
+        task._resume = task._send = None
+        task._timer = _INF                      # whatever the heap holds of it is stale
+        group = task._group
+        tasks, joiners = group._tasks, task._joiners
+        del tasks[task]
+        if error is not None:
+            if isinstance(error, Cancelled):
+                task._error = error.with_traceback(None)    # frames would live as long as the task
+            else:
+                task._error = _Failure(error, f"task {task.name!r} failed and nobody awaited it", seen=group._owner is not None)
+                if group._owner is None:
+                    self.kernel.failures.add(task._error)
+        if joiners is not None:
+            task._joiners = None
+            joiners.unpark_all()
+        if self.hooks is not None:
+            self.kernel.fire("task_done", task)
+        if not tasks or error is not None or group._owner is None:
+            group._child_done(task, error)
+
+    # -- time
+
+    def set_timer(self, task, deadline):
+        """Look at `task` at `deadline`, which is earlier than its entry that counts so far."""
+        task._timer = deadline
+        heap = self.heap
+        heapq.heappush(heap, (deadline, self.serial(), task))
+        # A task has one entry that counts. More than two per task alive: drop the stale ones, at O(1) a push.
+        if len(heap) > 64 and len(heap) > 2 * (self.spawned - self.finished):
+            heap[:] = {entry[2]: entry for entry in heap if entry[0] == entry[2]._timer}.values()
+            heapq.heapify(heap)
+
+    def _expire(self, now):
+        heap = self.heap
+        due = []
+        while heap and heap[0][0] <= now:
+            if len(due) == 64:
+                # Many at once. A sorted list is a heap, and one filled by equal timeouts is sorted already: sorting
+                # that is O(n), where popping is O(n log n) with a cache miss per level (1.4 against 3.1 us of a
+                # million sleepers' wake-up).
+                heap.sort()
+                end = bisect_right(heap, (now, _INF))
+                due += heap[:end]
+                del heap[:end]
+                break
+            due.append(heapq.heappop(heap))
+        for deadline, _, task in due:
+            if deadline == task._timer:         # else stale
+                self._ring(task, now)
+
+    def _ring(self, task, now):
+        """The entry of `task` that counted has come up: wake it, expire its scopes, set the next entry."""
+        task._timer = _INF
+        if task._state == PARKED and task.abort_function is _abort_sleep and task._wake_at <= now:
+            reschedule(task)
+            if task._scope is None:
+                return
+        scope = task._scope
+        while scope is not None:
+            if scope._deadline <= now and not scope._cancelled:
+                scope._expired = True
+                scope.cancel()
+            scope = scope._outer
+        nearest = self._nearest(task)
+        if nearest < _INF and nearest < task._timer:
+            self.set_timer(task, nearest)
+
+    def _nearest(self, task):
+        """When the task has to be looked at next: its sleep's end, its scopes' deadlines, or inf."""
+        nearest = _INF
+        if task._state == PARKED and task.abort_function is _abort_sleep:
+            nearest = task._wake_at
+        scope = task._scope
+        while scope is not None:
+            if scope._deadline < nearest and not scope._cancelled:
+                nearest = scope._deadline
+            scope = scope._outer
+        return nearest
+
+    def _next_deadline(self):
+        """The earliest deadline that still means something; what stands before it in the heap is thrown away."""
+        heap = self.heap
+        while heap:
+            deadline, _, task = heap[0]
+            nearest = _INF
+            if deadline == task._timer:
+                nearest = self._nearest(task)
+                if nearest <= deadline:
+                    return deadline
+                task._timer = _INF
+            heapq.heappop(heap)
+            if nearest < _INF:
+                self.set_timer(task, nearest)
+        return None
+
+    # -- I/O and idleness
+
+    def _poll(self, timeout):
+        """Wait for descriptors, other threads and signals, at most `timeout` seconds (None: no limit)."""
+        self.polls += 1
+        self.sleeping = True                    # I5: first say it, then look once more
+        try:
+            if self.ready or self.inbox:
+                timeout = 0
+            elif timeout is None or timeout > LONGEST_POLL:
+                timeout = LONGEST_POLL
+            events = self.poller.wait(timeout)
+        finally:
+            self.sleeping = False
+        for pollable, bits in events:
+            pollable.ready(bits)
+        if self.hooks is not None:
+            self.kernel.fire("after_poll", len(events))
+        return events
+
+    def _idle(self):
+        """Nothing is ready: wait for a deadline, a descriptor, another thread or a signal."""
+        if self.stopped:
+            return
+        deadline = self._next_deadline()
+        timeout = None if deadline is None else max(0.0, deadline - self.now())
+        if self.hooks is not None:
+            self.kernel.fire("before_poll", timeout)
+            if self.ready:
+                return
+        if timeout is None and not self.sleepers and not self.io_parked and not self.thread_calls:
+            # Only another thread or a signal could go on from here; if there is neither, nobody ever will.
+            if self.kernel.is_deadlocked():
+                self.kernel.break_deadlock()
+            else:
+                self._poll(1.0)                 # the last thread may end without a word: look again
+        elif timeout and self.clock is not None and not self.thread_calls:
+            if not self._poll(0) and not self.ready and not self.inbox:     # what has really happened comes first
+                self._poll(max(0.0, self.clock.idle(timeout)))
+        else:
+            self._poll(timeout)
+
+
+class _ShuffledDeque(deque):
+    """A ready queue in random but reproducible order, for run(seed=…). O(n) a step: for tests."""
+
+    def __init__(self, seed):
+        super().__init__()
+        import random
+        self._random = random.Random(seed)
+
+    def popleft(self):
+        self.rotate(-self._random.randrange(len(self)))
+        return super().popleft()
+
+
+def _unknown_trap(trap):
+    home = type(trap).__module__.split(".")[0].lstrip("_")
+    known = {"asyncio": "asyncio", "uvloop": "asyncio", "concurrent": "asyncio", "trio": "trio", "curio": "curio",
+             "gevent": "gevent", "outcome": "trio"}
+    if home in known:
+        guess = f"that belongs to {known[home]}: its functions need its own loop; run them there, or in to_thread()"
+    elif isinstance(trap, type):
+        guess = "that is a class; another framework's function was awaited here (trio's, perhaps)"
+    else:
+        guess = ("FlowCoro understands None and park functions: another framework's function was awaited here, or a "
+                 "generator yields values where it should `yield from` an operation")
+    return TypeError(f"a task yielded {trap!r} to the kernel: {guess}")
+
+
+# ---- the kernel -----------------------------------------------------------------------------------------------
+
+_HOOKS = ("task_spawned", "task_parked", "task_rescheduled", "task_stolen", "task_done", "before_poll", "after_poll")
+
+
+class _Root:
+    """The group of main and of all that spawn() starts. A failure here cancels nobody; it is reported if not awaited."""
+
+    __slots__ = ("_kernel", "_tasks", "_doomed")
+    _owner = scope = None
+
+    def __init__(self, kernel):
+        self._kernel = kernel
+        self._tasks = {}            # a dict: ordered, so that runs are reproducible
+        self._doomed = False
+
+    def _child_done(self, task, error):
+        kernel = self._kernel
+        if task is kernel.main:
+            kernel.cancel_all()
+        elif isinstance(error, (KeyboardInterrupt, SystemExit)):
+            kernel.fatal = kernel.fatal or task._error.take()
+            kernel.cancel_all()
+        if not self._tasks:
+            kernel.wind_up()
+
+
+class _Kernel:
+    """One run(): its worker, the root of its tasks, its signals, and how it ends."""
+
+    def __init__(self, clock, seed, grace):
+        self.clock, self.seed, self.grace = clock, seed, grace
+        self.root = _Root(self)
+        self.main = None
+        self.hooks = None                       # {name: [callable]} while there are any
+        self.failures = weakref.WeakSet()       # of the root's tasks
+        self.asyncgens = weakref.WeakSet()
+        self.fatal = None                       # raised by run() whatever main returns
+        self.interrupts = 0                     # Ctrl-C so far
+        self.signal = None                      # the one that asked to stop
+        self.handlers = []                      # (signal number, handler to restore)
+        self.stop_asked = False
+        self.stop_lot = ParkingLot("wait for a request to stop")
+        self.deadlocks = 0
+        self.ended = False
+        self.limiter = Semaphore(THREADS)
+        self.worker = _Worker(self, clock, seed)
+
+    # -- beginning and end
+
+    def run(self, coro):
+        """Run `coro` as main until no task is left. Returns (value, error)."""
+        worker = self.worker
+        asyncgen_hooks = sys.get_asyncgen_hooks()
+        _local.worker = worker
+        _kernels.add(self)
+        try:
+            sys.set_asyncgen_hooks(firstiter=self.asyncgens.add, finalizer=self._finalize_asyncgen)
+            self._install_signals()
+            self.main = _spawn(coro, self.root, None)
+            worker.work()
+        except _Forked:
+            return None, RuntimeError("this process was forked inside flowcoro.run(), and the child came back into the kernel. "
+                                      "A child may run a kernel of its own, exec or os._exit(); to start processes use "
+                                      "subprocess, or fork before run()")
+        finally:
+            self._restore_signals()
+            sys.set_asyncgen_hooks(*asyncgen_hooks)
+            _local.worker = _OUTSIDE
+            _kernels.discard(self)
+            self.ended = True
+            worker.close()
+            for call in worker.inbox:
+                if isinstance(call, _CallFromThread):
+                    call.fail(RuntimeError("the kernel has ended"))
+        return self._outcome()
+
+    def _outcome(self):
+        main = self.main
+        for failure in list(self.failures):
+            if failure is not main._error:
+                failure.report()
+        error = None if main._error is None else main.exception()
+        if self.fatal is not None:
+            if error is not None and not isinstance(error, TaskCancelled) and error is not self.fatal:
+                self.fatal.__cause__ = error
+            return None, self.fatal
+        if self.interrupts:
+            interrupt = KeyboardInterrupt()
+            if error is not None and not isinstance(error, (TaskCancelled, KeyboardInterrupt)):
+                interrupt.__cause__ = error
+            return None, interrupt
+        if isinstance(error, TaskCancelled) and main.cancelled() and self.signal is not None:
+            return None, SystemExit(128 + self.signal)
+        return main._value, error
+
+    def wind_up(self):
+        """The last task has ended: close the async generators that are left, in a cancelled region, then stop."""
+        left = list(self.asyncgens)
+        self.asyncgens.clear()
+        for asyncgen in left:
+            _spawn(_close_asyncgen(asyncgen), self.root, None)
+        if not left:
+            self.worker.stopped = True
+
+    def _finalize_asyncgen(self, asyncgen):
+        """The garbage collector, in whatever thread, has found a suspended async generator."""
+        self.worker.post(lambda: _spawn(_close_asyncgen(asyncgen), self.root, None))
+
+    def all_tasks(self):
+        """Every task, parents before children."""
+        pending = deque(self.root._tasks)
+        while pending:
+            task = pending.popleft()
+            yield task
+            for group in _groups(task):
+                pending.extend(group._tasks)
+
+    def cancel_all(self):
+        self.root._doomed = True
+        for task in list(self.root._tasks):
+            _interrupt_inside(task, None)
+
+    def drop_shields(self):
+        """Those who were asked and do not come: cancel them inside their shields as well."""
+        for task in list(self.all_tasks()):
+            scope = task._scope
+            while scope is not None:
+                if scope._shield and scope._group is None:
+                    scope._shield = False
+                scope = scope._outer
+        for task in list(self.root._tasks):
+            if self.root._doomed or task._cancel_called:
+                _interrupt_inside(task, None)
+
+    # -- signals: a handler may interrupt any bytecode of the kernel, so it only posts a call to the loop
+
+    def _install_signals(self):
+        if threading.current_thread() is not threading.main_thread():
+            return
+        import signal
+        for name, default, handler in (("SIGINT", signal.default_int_handler, self._on_interrupt),
+                                       ("SIGTERM", signal.SIG_DFL, self._on_terminate),
+                                       ("SIGQUIT", signal.SIG_DFL, self._on_quit)):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == default:
+                signal.signal(number, handler)
+                self.handlers.append((number, default))
+        # The C-level handler writes there at once. Without it a signal that comes between the last bytecode and
+        # epoll_wait would be noticed when something else ends the wait.
+        other = signal.set_wakeup_fd(self.worker.waker.write_fd, warn_on_full_buffer=False)
+        if other != -1:
+            signal.set_wakeup_fd(other)
+        else:
+            self.handlers.append((None, -1))
+
+    def _restore_signals(self):
+        if self.handlers:
+            import signal
+            for number, default in self.handlers:
+                if number is None:
+                    signal.set_wakeup_fd(default)
+                else:
+                    signal.signal(number, default)
+
+    def _on_interrupt(self, number, frame):
+        self.interrupts += 1
+        self.worker.post(self._interrupted)
+        if self.interrupts > 1 and self._in_users_code(frame):
+            raise KeyboardInterrupt
+
+    def _in_users_code(self, frame):
+        """Whether an error raised in `frame` goes through the user's code first, not through the kernel's bookkeeping."""
+        if self.worker.task is None or frame.f_code.co_filename == _HERE:
+            return False
+        while frame is not None and frame.f_code.co_filename != _HERE:
+            frame = frame.f_back
+        return frame is not None and bool(frame.f_code in _STEPPERS or frame.f_code.co_flags & 0x80)    # CO_COROUTINE
+
+    def _interrupted(self):
+        if self.interrupts > 1:
+            self.drop_shields()
+        if self.main.done():
+            self.cancel_all()
+        else:
+            self.main.cancel()
+
+    def _on_terminate(self, number, frame):
+        self.worker.post(functools.partial(self._terminated, number))
+
+    def _terminated(self, number):
+        if self.signal is not None or not len(self.stop_lot):
+            self.signal = number
+            self.main.cancel()
+        self.signal = number
+        self.request_stop()
+
+    def _on_quit(self, number, frame):
+        os.write(2, (self.dump() + "\n").encode(errors="replace"))
+
+    def request_stop(self):
+        if not self.stop_asked:
+            self.stop_asked = True
+            self.stop_lot.unpark_all()
+            if self.grace < _INF and not self.root._doomed:
+                _spawn(self._end_of_grace(), self.root, "end of grace")
+
+    async def _end_of_grace(self):
+        await sleep(self.grace)
+        self.main.cancel()
+
+    # -- deadlock
+    #
+    # Go can say "all goroutines are asleep" because its runtime knows everything that could wake one. So does this one,
+    # but for code that enters from outside: other threads (Python's or not), signal handlers, and finalisers. A false
+    # alarm would be worse than silence, so each doubt means no.
+
+    def is_deadlocked(self):
+        """Nothing is ready and no deadline, descriptor or thread call is pending: can anybody else wake a task?"""
+        import gc
+        import signal
+        if len(self.stop_lot) and any(number == getattr(signal, "SIGTERM", None) for number, _ in self.handlers):
+            return False
+        try:
+            threads = len(os.listdir("/proc/self/task"))        # also those that never ran Python yet
+        except OSError:
+            threads = len(sys._current_frames())
+        if threads > 1 + _ThreadPool.alive or threading.current_thread() is not threading.main_thread():
+            return False
+        ours = {number for number, _ in self.handlers}
+        for number in signal.valid_signals():
+            handler = signal.getsignal(number)
+            if callable(handler) and number not in ours and handler is not signal.default_int_handler:
+                return False
+        gc.collect()                # a finaliser may hold the key
+        return not (self.worker.ready or self.worker.inbox or self.worker.heap)
+
+    def break_deadlock(self):
+        """Cancel everybody; if that ends in a deadlock as well, inside the shields too; at last close the coroutines."""
+        self.deadlocks += 1
+        if self.deadlocks == 1:
+            self.fatal = self.fatal or Deadlock(
+                "no task can ever run again: there is no timer, file descriptor, thread or signal handler left that could "
+                "wake one.\n" + self.dump())
+            self.cancel_all()
+        elif self.deadlocks == 2:
+            self.drop_shields()
+        else:
+            for task in list(self.all_tasks()):
+                _report(RuntimeError("it could not be cancelled:\n" + "\n".join(_await_chain(task))), "a task was closed by force", task)
+                try:
+                    task.abort_function(task)
+                    task.coro.close()
+                except BaseException as error:
+                    _report(error, "closing a task by force", task)
+                self.worker._finish(task, None, Cancelled())
+
+    # -- hooks and dumps
+
+    def fire(self, name, *args):
+        for call in self.hooks.get(name, ()):
+            try:
+                call(*args)
+            except Exception as error:
+                _report(error, f"a {name} hook failed", call)
+
+    def dump(self):
+        lines = []
+        pending = [(task, "") for task in reversed(list(self.root._tasks))]
+        while pending:
+            task, indent = pending.pop()
+            lines.append(f"{indent}{task.name}: {task.state}{_why(task)}")
+            if task is not self.worker.task:
+                lines += [f"{indent}    at {line}" for line in _await_chain(task)]
+            for group in reversed(_groups(task)):
+                pending += [(child, indent + "  | ") for child in reversed(list(group._tasks))]
+        return "\n".join(lines + _cycle(self.all_tasks()))
+
+
+_kernels = weakref.WeakSet()        # those that run, in this process
+_STEPPERS = {_Worker.work.__code__, Task._raise_error.__code__,
+             Task._step_then_cancel.__code__, Task._deliver.__code__}
+
+
+async def _close_asyncgen(asyncgen):
+    await asyncgen.aclose()
+
+
+def _groups(task):
+    """The groups that a task has open, outermost first."""
+    groups, scope = [], task._scope
+    while scope is not None:
+        if scope._group is not None:
+            groups.append(scope._group)
+        scope = scope._outer
+    return groups[::-1]
+
+
+def _holders(task):
+    """The tasks that could wake a parked one, if its parking place knows them."""
+    holder = getattr(getattr(task.abort_function, "__self__", None), "holder", None) if task._state == PARKED else None
+    return [holder] if isinstance(holder, Task) else list(holder or ())
+
+
+def _why(task):
+    if task._state != PARKED:
+        return ""
+    holders = _holders(task)
+    more = f" and {len(holders) - 3} more" if len(holders) > 3 else ""
+    return f": {task.park_reason}" + (f" (for {', '.join(holder.name for holder in holders[:3])}{more})" if holders else "")
+
+
+def _cycle(tasks):
+    """If tasks wait for each other in a circle, one line that says so."""
+    for start in tasks:
+        path, task = [], start
+        while task not in path:
+            path.append(task)
+            holders = _holders(task)
+            if len(holders) != 1:
+                break
+            task = holders[0]
+        else:
+            if task is start:
+                return ["in a circle: " + ", ".join(f"{a.name} waits for {b.name}" for a, b in zip(path, path[1:] + path[:1]))]
+    return []
+
+
+# In the child of a fork only the forking thread goes on, and the kernel's descriptors are shared with the parent.
+class _Poison:
+    """Lies first in the child's copy of the ready deque: the loop, when it comes back to it, breaks."""
+
+    _value = _resume = None
+    context = property(lambda self: self)
+
+    def run(self, resume, value):
+        raise _Forked
+
+
+def _after_fork_in_child():
+    _local.worker = _OUTSIDE
+    _ThreadPool.idle.clear()
+    _ThreadPool.alive = 0
+    for kernel in list(_kernels):
+        kernel.worker.waker._lock = threading.Lock()
+        kernel.worker.ready.clear()
+        kernel.worker.ready.append(_Poison())
+        kernel.worker.inbox.clear()
+        kernel.worker.hooks = kernel.hooks = None
+    _kernels.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+# ---- run, spawn, TaskGroup ------------------------------------------------------------------------------------
+
+def _checked_coro(coro, caller):
+    """`coro`, or a TypeError that says what to write instead."""
+    if isinstance(coro, (types.CoroutineType, Coroutine)):
+        return coro
+    if isinstance(coro, types.GeneratorType):
+        if coro.gi_code.co_flags & 0x100:       # CO_ITERABLE_COROUTINE
+            return coro
+        hint = "a plain generator: decorate its function with @flowcoro.coroutine"
+    elif isinstance(coro, types.AsyncGeneratorType):
+        hint = "an async generator: iterate over it with `async for` in a coroutine"
+    elif hasattr(coro, "__await__"):
+        hint = f"something to await: wrap it, `async def wrapper(): return await …`, and pass wrapper()"
+    elif callable(coro):
+        name = getattr(coro, "__qualname__", repr(coro))
+        hint = f"a function: call it, {caller}({name}(…))"
+    else:
+        hint = f"a {type(coro).__name__}"
+    raise TypeError(f"{caller}() takes a coroutine object, and {coro!r} is {hint}")
+
+
+def run(coro, *, workers=None, clock=None, seed=None, grace=10.0):
+    """Run the coroutine `coro` and all that it spawns; return its result or raise its error.
+
+    workers: None or 1 (more are not there yet). clock: an object with now() and idle(timeout), see flowcoro_testing.
+    seed: any int or str makes the order of ready tasks random but reproducible. grace: seconds that main has to end
+    after request_stop() or SIGTERM before it is cancelled.
+
+    What still runs when main has ended is cancelled and joined. In the main thread, where nobody else has installed
+    handlers: Ctrl-C cancels main and raises KeyboardInterrupt once all cleanup is done (a second one goes through
+    shields and interrupts code that does not await); SIGTERM asks to stop if somebody awaits stop_requested(), else
+    cancels, and a cancelled main ends in SystemExit(143); SIGQUIT (Ctrl-\\) prints dump_tasks().
+
+    Raises Deadlock when no task can ever run again; RuntimeError inside a running kernel; TypeError and ValueError.
+    """
+    _checked_coro(coro, "run")
+    try:
+        if _local.worker is not _OUTSIDE:
+            raise RuntimeError("run() inside a running kernel: await the coroutine, or spawn() it")
+        if workers is not None and workers != 1:
+            raise ValueError(f"workers={workers!r}: this version runs one worker; give None or 1")
+        if not grace >= 0:
+            raise ValueError(f"grace={grace!r}: seconds must be 0 or more; math.inf never cancels")
+        kernel = _Kernel(clock, seed, grace)
+    except BaseException:
+        coro.close()                # else it would complain that nobody awaited it
+        raise
+    value, error = kernel.run(coro)
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error               # a frame that holds its own error is garbage only a collector finds
+    return value
+
+
+# Put in place of a spawned coroutine's __name__ (of which nothing else makes use: tracebacks and repr show others), to
+# find that one is spawned twice. A first step that checks instead costs 0.4 us of 2.7, mostly for one more frame in
+# the traceback of the StopIteration that ends a short task.
+_SPAWNED = "<spawned>"
+
+
+def _spawn(coro, group, name):
+    worker = _local.worker
+    if coro.__name__ is _SPAWNED or getattr(coro, "cr_suspended", False):
+        raise RuntimeError(f"{coro!r} has been started already: a coroutine object can be spawned or awaited once; call its "
+                           "function again for another one")
+    coro.__name__ = _SPAWNED
+    task = Task(coro, group, worker, name)
+    group._tasks[task] = None
+    if group._doomed:
+        task.budget = 0
+        task._resume = task._step_then_cancel
+    worker.spawned += 1
+    worker.ready.append(task)
+    if worker.hooks is not None:
+        worker.kernel.fire("task_spawned", task)
+    return task
+
+
+def spawn(coro, *, name=None):
+    """Start a task that lives until it ends or main does (then it is cancelled and joined). Prefer a TaskGroup.
+
+    An error that nobody awaits goes to sys.unraisablehook, at the latest when the run ends; SystemExit and
+    KeyboardInterrupt end the run.
+    """
+    if coro.__class__ is not types.CoroutineType:
+        _checked_coro(coro, "spawn")
+    try:
+        root = _local.worker.kernel.root
+    except RuntimeError:
+        coro.close()
+        raise
+    return _spawn(coro, root, name)
+
+
+class TaskGroup:
+    """Tasks with one lifetime: `async with TaskGroup() as group: group.spawn(coro)`. The block ends when all have.
+
+    If a task or the body fails, the rest is cancelled and joined, and all errors leave as one ExceptionGroup (but
+    KeyboardInterrupt and SystemExit leave as themselves, with the others as their cause). `scope` is the CancelScope
+    around the group: it has a deadline, and can be shielded.
+    """
+
+    __slots__ = ("scope", "_tasks", "_owner", "_doomed", "_errors", "_lot", "_open")
+
+    def __init__(self):
+        self.scope = CancelScope()
+        self._tasks = {}
+        self._owner = None
+        self._doomed = False        # its scope lies in a cancelled region
+        self._errors = []
+        self._lot = None
+        self._open = False
+
+    async def __aenter__(self):
+        self.scope.__enter__()
+        self._owner = task = self.scope._task
+        self._doomed = task._resume is not task._send
+        self.scope._group = self
+        self._open = True
+        return self
+
+    def spawn(self, coro, *, name=None):
+        """Start a task in the group, from any of the kernel's tasks. RuntimeError once the group has ended."""
+        if coro.__class__ is not types.CoroutineType:
+            _checked_coro(coro, "TaskGroup.spawn")
+        if not self._open:
+            coro.close()
+            raise RuntimeError("this TaskGroup is not open: spawn inside its `async with`, or from a task in it")
+        return _spawn(coro, self, name)
+
+    def cancel(self):
+        """Cancel all tasks of the group and its body. The block then ends without an error. Never blocks."""
+        self.scope.cancel()
+
+    async def __aexit__(self, kind, error, trace):
+        if error is not None:
+            if not isinstance(error, Cancelled):
+                self._errors.append(error)
+            self.scope.cancel()
+        if self._tasks:
+            self._lot = ParkingLot("wait for the tasks of a group", self._tasks)
+            # Shielded: the children are told by their own scopes, and this wait ends when they have.
+            with CancelScope(shield=True):
+                await self._lot.park()
+        self._open = False
+        task, self._lot = self._owner, None
+        caught = self.scope.__exit__(kind, error if isinstance(error, Cancelled) else None, trace)
+        errors, self._errors = list({id(error): error for error in self._errors}.values()), None
+        try:
+            if errors:
+                self._raise(errors)
+            if task._resume is not task._send and not isinstance(error, Cancelled):
+                raise Cancelled         # from outside: the children may have left their work undone
+            return caught
+        finally:
+            del errors, error, task     # no circles through the traceback
+
+    @staticmethod
+    def _raise(errors):
+        for error in errors:
+            if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+                rest = [other for other in errors if other is not error]
+                raise error from (BaseExceptionGroup("errors in the same TaskGroup", rest) if rest else error.__cause__)
+        raise BaseExceptionGroup("errors in a TaskGroup", errors) from None
+
+    def _child_done(self, task, error):
+        if error is not None and not isinstance(error, Cancelled):
+            self._errors.append(error)
+            self.scope.cancel()
+        if not self._tasks and self._lot is not None:
+            self._lot.unpark_all()
+
+    def __repr__(self):
+        return f"<TaskGroup of {len(self._tasks)} tasks{'' if self._open else ', not open'}>"
+
+
+# ---- stopping -------------------------------------------------------------------------------------------------
+
+def request_stop():
+    """Ask the program to end: stop_requested() returns everywhere; after run()'s `grace` main is cancelled."""
+    _local.worker.kernel.request_stop()
+
+
+async def stop_requested():
+    """Wait until request_stop() was called or SIGTERM came. At once if that has happened."""
+    task = await _turn()
+    kernel = task._worker.kernel
+    if not kernel.stop_asked:
+        await kernel.stop_lot.park()
+
+
+# ---- locks ----------------------------------------------------------------------------------------------------
+# All are FIFO-fair: what is released is handed to the task that has waited longest, so that nobody who comes later
+# can take it first; a task that was handed something and is cancelled afterwards still gets it (I3).
+
+class _AsyncWith:
+    """`async with lock:` for all that has acquire() and release()."""
+
+    __slots__ = ()
+
+    async def __aenter__(self):
+        await self.acquire()
+        return self
+
+    async def __aexit__(self, kind, error, trace):
+        self.release()
+
+
+class Lock(_AsyncWith):
+    """Mutual exclusion between tasks: `async with lock:`. Not reentrant; only the holder may release it."""
+
+    __slots__ = ("_lot",)
+
+    def __init__(self):
+        self._lot = ParkingLot("acquire a Lock")        # its holder is the lock's
+
+    async def acquire(self):
+        """Wait for the lock. Cancelled: not acquired. RuntimeError if this task holds it already."""
+        task = _local.worker.task
+        if task.budget > 0:             # the lines of _turn(), here to save 70 ns of 300
+            task.budget -= 1
+        else:
+            await checkpoint()
+        lot = self._lot
+        if lot.holder is None:
+            lot.holder = task
+        elif lot.holder is task:
+            raise RuntimeError(f"{task!r} holds this Lock already, and a Lock is not reentrant")
+        else:
+            await lot.park()
+
+    def acquire_nowait(self):
+        """Acquire at once or raise WouldBlock."""
+        task = _local.worker.task
+        if self._lot.holder is task:
+            raise RuntimeError(f"{task!r} holds this Lock already, and a Lock is not reentrant")
+        if self._lot.holder is not None:
+            raise WouldBlock(f"the Lock is held by {self._lot.holder!r}")
+        self._lot.holder = task
+
+    def release(self):
+        """Hand the lock to who has waited longest. RuntimeError if another task holds it, or nobody."""
+        lot = self._lot
+        if lot.holder is not _local.worker.task:
+            raise RuntimeError(f"{_local.worker.task!r} cannot release a Lock held by {lot.holder!r}")
+        if lot._tasks:
+            lot.holder, _ = lot._tasks.popitem(last=False)
+            reschedule(lot.holder)
+        else:
+            lot.holder = None
+
+    def locked(self):
+        """Whether a task holds it."""
+        return self._lot.holder is not None
+
+    @property
+    def owner(self):
+        """The task that holds it, or None."""
+        return self._lot.holder
+
+    def statistics(self):
+        """{"owner": Task or None, "tasks_waiting": int}"""
+        return {"owner": self._lot.holder, **self._lot.statistics()}
+
+
+class Semaphore(_AsyncWith):
+    """A number of permits: acquire() takes one, release() gives one back, to who has waited longest.
+
+    Any task may release. With max_value, to release more than that many is a ValueError.
+    """
+
+    __slots__ = ("_value", "_max_value", "_lot")
+
+    def __init__(self, value, *, max_value=None):
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"Semaphore({value!r}): the number of permits must be an int from 0 up")
+        if max_value is not None and max_value < value:
+            raise ValueError(f"Semaphore({value}, max_value={max_value!r}): max_value must not be below the value")
+        self._value = value
+        self._max_value = max_value
+        self._lot = ParkingLot("acquire a Semaphore")
+
+    async def acquire(self):
+        """Wait for a permit and take it. Cancelled: none taken."""
+        await _turn()
+        if self._value > 0:
+            self._value -= 1
+        else:
+            await self._lot.park()
+
+    def acquire_nowait(self):
+        """Take a permit at once or raise WouldBlock."""
+        if self._value <= 0:
+            raise WouldBlock("no permit of the Semaphore is free")
+        self._value -= 1
+
+    def release(self):
+        """Give a permit back. Never blocks."""
+        if self._max_value is not None and self._value >= self._max_value:
+            raise ValueError(f"the Semaphore has all its {self._max_value} permits: released more often than acquired")
+        if not self._lot.unpark():
+            self._value += 1
+
+    @property
+    def value(self):
+        """How many permits are free."""
+        return self._value
+
+    def statistics(self):
+        """{"value": int, "max_value": int or None, "tasks_waiting": int}"""
+        return {"value": self._value, "max_value": self._max_value, **self._lot.statistics()}
+
+
+class Event:
+    """A flag that tasks wait for. set() wakes all; it stays set until clear()."""
+
+    __slots__ = ("_set", "_lot")
+
+    def __init__(self):
+        self._set = False
+        self._lot = ParkingLot("wait for an Event")
+
+    def is_set(self):
+        """Whether it is set."""
+        return self._set
+
+    def set(self):
+        """Set it and wake all that wait. Never blocks."""
+        self._set = True
+        self._lot.unpark_all()
+
+    def clear(self):
+        """Unset it; who was woken stays woken."""
+        self._set = False
+
+    async def wait(self):
+        """Wait until it is set; at once if it is."""
+        await _turn()
+        if not self._set:
+            await self._lot.park()
+
+    def statistics(self):
+        """{"set": bool, "tasks_waiting": int}"""
+        return {"set": self._set, **self._lot.statistics()}
+
+
+class Condition(_AsyncWith):
+    """Wait, holding a lock, until another task says that something has changed: `async with condition:`."""
+
+    __slots__ = ("_lock", "_lot")
+
+    def __init__(self, lock=None):
+        if lock is not None and not isinstance(lock, Lock):
+            raise TypeError(f"Condition({lock!r}): the lock must be a flowcoro.Lock")
+        self._lock = lock or Lock()
+        self._lot = ParkingLot("wait for a Condition")
+
+    async def acquire(self):
+        """Acquire the lock. Cancelled: not acquired."""
+        await self._lock.acquire()
+
+    def release(self):
+        """Release the lock."""
+        self._lock.release()
+
+    async def wait(self):
+        """Release the lock, wait for notify(), acquire the lock again. RuntimeError without the lock.
+
+        Cancelled before a notify: raised with the lock held. After it: returns, and the next checkpoint raises, so
+        that no notify is lost.
+        """
+        task = await _turn()
+        if self._lock.owner is not task:
+            raise RuntimeError("Condition.wait() without holding its lock: use `async with condition:`")
+        self._lock.release()
+        try:
+            await self._lot.park()
+        except BaseException:
+            with CancelScope(shield=True):
+                await self._lock.acquire()
+            raise
+
+    async def wait_for(self, predicate):
+        """Wait until predicate() is true; return what it returned. It is called with the lock held."""
+        while not (result := predicate()):
+            await self.wait()
+        return result
+
+    def notify(self, count=1):
+        """Let the `count` tasks that have waited longest go on, one after the other as the lock becomes free."""
+        lock_lot = self._lock._lot
+        if lock_lot.holder is not _local.worker.task:
+            raise RuntimeError("Condition.notify() without holding its lock: use `async with condition:`")
+        while count > 0 and self._lot._tasks:
+            task, _ = self._lot._tasks.popitem(last=False)
+            task.park_reason = "acquire the Lock of a Condition again"
+            task.abort_function = _never        # it has been notified: that must not be lost
+            lock_lot._tasks[task] = None
+            count -= 1
+
+    def notify_all(self):
+        """Let all that wait go on."""
+        self.notify(_INF)
+
+    def statistics(self):
+        """{"tasks_waiting": int, "lock": statistics of the lock}"""
+        return {**self._lot.statistics(), "lock": self._lock.statistics()}
+
+
+class Barrier:
+    """`await barrier.wait()` returns when `parties` tasks have come; then it is ready for the next round."""
+
+    __slots__ = ("parties", "_lot")
+
+    def __init__(self, parties):
+        if not isinstance(parties, int) or parties < 1:
+            raise ValueError(f"Barrier({parties!r}): the number of parties must be an int from 1 up")
+        self.parties = parties
+        self._lot = ParkingLot("wait at a Barrier")
+
+    async def wait(self):
+        """Wait for the others; return the order of arrival, 0 to parties - 1. Cancelled: counted out again."""
+        await _turn()
+        arrived = len(self._lot)
+        if arrived + 1 < self.parties:
+            return await self._lot.park()
+        for index in range(arrived):
+            self._lot.unpark(1, index)
+        return arrived
+
+    def statistics(self):
+        """{"parties": int, "tasks_waiting": int}"""
+        return {"parties": self.parties, **self._lot.statistics()}
+
+
+class RWLock:
+    """Many readers or one writer: `async with rwlock.read:` and `async with rwlock.write:`.
+
+    First come, first served: a reader that comes after a waiting writer waits behind it, so neither can starve.
+    Not reentrant. read and write each have acquire(), acquire_nowait() and release().
+    """
+
+    __slots__ = ("_holders", "_writing", "_lot")
+
+    def __init__(self):
+        self._holders = {}              # task -> None
+        self._writing = False
+        self._lot = ParkingLot("acquire a RWLock", self._holders)
+
+    @property
+    def read(self):
+        """The lock as readers see it."""
+        return _Side(self, False)
+
+    @property
+    def write(self):
+        """The lock as a writer sees it."""
+        return _Side(self, True)
+
+    def _admits(self, writing):
+        return not self._holders or not (writing or self._writing)
+
+    def _admit(self):
+        """Let in those who wait first, as long as they fit together."""
+        tasks = self._lot._tasks
+        while tasks:
+            task, writing = next(iter(tasks.items()))
+            if not self._admits(writing):
+                break
+            del tasks[task]
+            self._writing = writing
+            self._holders[task] = None
+            reschedule(task)
+
+    def _abort(self, task):
+        undone = task in self._lot._tasks
+        if undone:
+            del self._lot._tasks[task]
+            self._admit()               # a writer that gives up lets the readers behind it in
+        return undone
+
+    def statistics(self):
+        """{"readers": int, "writer": Task or None, "tasks_waiting": int}"""
+        return {"readers": 0 if self._writing else len(self._holders),
+                "writer": next(iter(self._holders), None) if self._writing else None, **self._lot.statistics()}
+
+
+class _Side(_AsyncWith):
+    """RWLock.read or RWLock.write."""
+
+    __slots__ = ("_rwlock", "_writing")
+
+    def __init__(self, rwlock, writing):
+        self._rwlock, self._writing = rwlock, writing
+
+    async def acquire(self):
+        """Wait for the lock. Cancelled: not acquired. RuntimeError if this task holds it already."""
+        await _turn()
+        try:
+            self.acquire_nowait()
+        except WouldBlock:
+            await park(self._park)
+
+    def _park(self, task):
+        lock = self._rwlock
+        task.park_reason = "acquire a RWLock to write" if self._writing else "acquire a RWLock to read"
+        task.abort_function = lock._abort
+        lock._lot._tasks[task] = self._writing
+
+    def acquire_nowait(self):
+        """Acquire at once or raise WouldBlock."""
+        lock, task = self._rwlock, _local.worker.task
+        if task in lock._holders:
+            raise RuntimeError(f"{task!r} holds this RWLock already, and it is not reentrant")
+        if lock._lot._tasks or not lock._admits(self._writing):
+            raise WouldBlock("the RWLock is held, or others wait for it")
+        lock._writing = self._writing
+        lock._holders[task] = None
+
+    def release(self):
+        """Release what this task holds. RuntimeError if it does not hold this side."""
+        lock, task = self._rwlock, _local.worker.task
+        if task not in lock._holders or lock._writing != self._writing:
+            raise RuntimeError(f"{task!r} does not hold this side of the RWLock")
+        del lock._holders[task]
+        if not lock._holders:
+            lock._writing = False
+        lock._admit()
+
+
+# ---- channels, select, Broadcast ------------------------------------------------------------------------------
+
+class Channel:
+    """Go's channel: items go from senders to receivers in order, each to exactly one.
+
+    capacity: how many items it holds before send() waits; 0 hands each item from task to task; math.inf never waits.
+    close() says that nothing more will come: receivers get what is left, then EndOfChannel, which ends `async for`.
+    """
+
+    # A parked sender keeps its item in task._item; a parked receiver gets its item in task._value. Either lot is empty, or the
+    # other is and the buffer is full (senders wait) or empty (receivers wait).
+    __slots__ = ("capacity", "_items", "_senders", "_receivers", "_closed")
+
+    def __init__(self, capacity=0):
+        if not (capacity == _INF or isinstance(capacity, int)) or capacity < 0:
+            raise ValueError(f"Channel({capacity!r}): the capacity must be an int from 0 up, or math.inf")
+        self.capacity = capacity
+        self._items = deque()
+        self._senders = ParkingLot("send to a Channel")
+        self._receivers = ParkingLot("receive from a Channel")
+        self._closed = False
+
+    async def send(self, item):
+        """Hand over `item`, waiting for room. ClosedError if it is closed, now or meanwhile. Cancelled or failed: not sent."""
+        task = _local.worker.task
+        if task.budget > 0:             # the lines of _turn(), here and in receive() to save 70 ns of 350
+            task.budget -= 1
+        else:
+            await checkpoint()
+        if self._closed:
+            raise ClosedError("send on a closed Channel")
+        if self._receivers._tasks:
+            self._give(item)
+        elif len(self._items) < self.capacity:
+            self._items.append(item)
+        else:
+            task._item = item
+            await self._senders.park()
+
+    async def receive(self):
+        """The next item, waiting for one. EndOfChannel when it is closed and empty. Cancelled: the item stays in the channel."""
+        task = _local.worker.task
+        if task.budget > 0:
+            task.budget -= 1
+        else:
+            await checkpoint()
+        if self._items or self._senders._tasks:
+            return self._take()
+        if self._closed:
+            raise self._end()
+        return await self._receivers.park()
+
+    def send_nowait(self, item):
+        """Send at once or raise WouldBlock; ClosedError if it is closed."""
+        if self._closed:
+            raise ClosedError("send on a closed Channel")
+        if self._receivers._tasks:
+            self._give(item)
+        elif len(self._items) < self.capacity:
+            self._items.append(item)
+        else:
+            raise WouldBlock(f"nobody receives and the Channel of capacity {self.capacity} is full")
+
+    def receive_nowait(self):
+        """The next item at once, or WouldBlock; EndOfChannel when it is closed and empty."""
+        if self._items or self._senders._tasks:
+            return self._take()
+        if self._closed:
+            raise self._end()
+        raise WouldBlock("the Channel is empty and nobody sends")
+
+    def _give(self, item):
+        """To the receiver that has waited longest."""
+        receiver, _ = self._receivers._tasks.popitem(last=False)
+        if receiver.__class__ is Task:
+            reschedule(receiver, item)
+        else:
+            receiver.commit(item)
+
+    def _take(self):
+        """The oldest item; the sender that has waited longest comes up behind."""
+        items, senders = self._items, self._senders._tasks
+        if senders:
+            sender, _ = senders.popitem(last=False)
+            if sender.__class__ is Task:
+                items.append(sender._item)
+                sender._item = None
+                reschedule(sender)
+            else:
+                items.append(sender.item)
+                sender.commit(None)
+        return items.popleft()
+
+    def _end(self):
+        return EndOfChannel("the Channel is closed and all its items have been received", self)
+
+    def close(self):
+        """Nothing more will be sent. Parked senders get ClosedError, parked receivers EndOfChannel. Twice is once."""
+        if not self._closed:
+            self._closed = True
+            while self._receivers._tasks:       # each its own error: a traceback belongs to one task
+                self._receivers.unpark(error=self._end())
+            while self._senders._tasks:
+                self._senders.unpark(error=ClosedError("the Channel was closed while this task waited to send"))
+
+    @property
+    def closed(self):
+        """Whether close() was called."""
+        return self._closed
+
+    def __len__(self):
+        return len(self._items)
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        try:
+            return await self.receive()
+        except EndOfChannel:
+            raise StopAsyncIteration from None
+
+    def statistics(self):
+        """{"capacity", "items", "senders_waiting", "receivers_waiting": numbers, "closed": bool}"""
+        return {"capacity": self.capacity, "items": len(self._items), "senders_waiting": len(self._senders),
+                "receivers_waiting": len(self._receivers), "closed": self._closed}
+
+    def __repr__(self):
+        return f"<Channel {len(self._items)}/{self.capacity}{' closed' if self._closed else ''}>"
+
+
+class _Case:
+    """One case of a select that waits; stands for its task in one lot of one channel."""
+
+    __slots__ = ("task", "index", "item", "lot", "siblings")
+
+    def __init__(self, index, item, lot, siblings):
+        self.task, self.index, self.item, self.lot, self.siblings = None, index, item, lot, siblings
+
+    def withdraw(self):
+        for case in self.siblings:
+            case.lot._tasks.pop(case, None)
+
+    def commit(self, value, error=None):
+        """This case it is: exactly one, for the others leave their lots before anybody else can find them."""
+        self.withdraw()
+        reschedule(self.task, (self.index, value), error)
+
+
+def _cases(cases):
+    """[(channel, sends, item)]"""
+    if not cases:
+        raise ValueError("select() without cases would wait for ever: give a Channel to receive, (channel, item) to send")
+    parsed = []
+    for case in cases:
+        if isinstance(case, Channel):
+            parsed.append((case, False, None))
+        elif isinstance(case, tuple) and len(case) == 2 and isinstance(case[0], Channel):
+            parsed.append((case[0], True, case[1]))
+        else:
+            raise TypeError(f"{case!r} is no case of a select: give a Channel to receive from it, or (channel, item) to send")
+    return parsed
+
+
+def _select_now(parsed):
+    """(index, value) of a case that can go on at once, or None. Begins at a random one, so that all have their turn."""
+    start = _local.worker.pick(len(parsed))
+    for number in range(len(parsed)):
+        index = (start + number) % len(parsed)
+        channel, sends, item = parsed[index]
+        try:
+            return index, channel.send_nowait(item) if sends else channel.receive_nowait()
+        except WouldBlock:
+            pass
+    return None
+
+
+async def select(*cases):
+    """Go's select: wait until one of several sends and receives can be done, do exactly that one.
+
+    A case is a Channel (receive from it) or a tuple (channel, item) (send to it). Returns (index of the case, the item
+    received or None). Among several that are ready the choice is random, reproducible in one run. A closed channel is
+    ready: EndOfChannel (whose `channel` says which) or ClosedError is raised. Cancelled: none was done.
+    """
+    parsed = _cases(cases)
+    await _turn()
+    done = _select_now(parsed)
+    if done is not None:
+        return done
+    waiting = []
+    for index, (channel, sends, item) in enumerate(parsed):
+        waiting.append(_Case(index, item, channel._senders if sends else channel._receivers, waiting))
+
+    def abort(task):
+        waiting[0].withdraw()
+        return True
+
+    def park_in_all(task):
+        task.park_reason = f"select of {len(waiting)} channel operations"
+        task.abort_function = abort
+        for case in waiting:
+            case.task = task
+            case.lot._tasks[case] = None
+
+    try:
+        return await park(park_in_all)
+    finally:
+        waiting.clear()                 # cases and their list form a circle
+
+
+def select_nowait(*cases):
+    """As select(), but WouldBlock when no case can be done at once (Go's default)."""
+    done = _select_now(_cases(cases))
+    if done is None:
+        raise WouldBlock("none of the cases can be done without waiting")
+    return done
+
+
+class Broadcast:
+    """Every subscriber gets every item that is sent after it has subscribed.
+
+    The last `capacity` items are kept, once for all. A subscriber that is more than that behind, by its own choice,
+    blocks the senders (slow="block"), silently misses the oldest ("drop"), or is told how many it missed ("lag").
+    """
+
+    __slots__ = ("capacity", "_ring", "_sent", "_subscriptions", "_senders", "_closed")
+
+    def __init__(self, capacity):
+        if not isinstance(capacity, int) or capacity < 1:
+            raise ValueError(f"Broadcast({capacity!r}): the capacity must be an int from 1 up")
+        self.capacity = capacity
+        self._ring = [None] * capacity  # item number n lies at n % capacity
+        self._sent = 0                  # the number of the next item
+        self._subscriptions = {}        # a dict: ordered
+        self._senders = ParkingLot("send to a Broadcast")
+        self._closed = False
+
+    def subscribe(self, slow="block"):
+        """A Subscription to all that is sent from now on. Close it, or use it with `with`."""
+        if slow not in ("block", "drop", "lag"):
+            raise ValueError(f"subscribe(slow={slow!r}): give \"block\", \"drop\" or \"lag\"")
+        if self._closed:
+            raise ClosedError("subscribe to a closed Broadcast")
+        subscription = Subscription(self, slow)
+        self._subscriptions[subscription] = None
+        return subscription
+
+    def _has_room(self):
+        return all(self._sent - subscription._next < self.capacity
+                   for subscription in self._subscriptions if subscription.slow == "block")
+
+    def _publish(self, item):
+        self._ring[self._sent % self.capacity] = item
+        self._sent += 1
+        for subscription in list(self._subscriptions):
+            if subscription._lot._tasks:        # it has read all else, so this is its next
+                subscription._next = self._sent
+                subscription._lot.unpark(1, item)
+
+    async def send(self, item):
+        """Send to all subscribers, waiting for those that block. ClosedError. Cancelled or failed: nobody got it."""
+        task = await _turn()
+        if self._closed:
+            raise ClosedError("send on a closed Broadcast")
+        if not self._senders._tasks and self._has_room():
+            self._publish(item)
+        else:
+            task._item = item
+            await self._senders.park()
+
+    def send_nowait(self, item):
+        """Send at once or raise WouldBlock; ClosedError if it is closed."""
+        if self._closed:
+            raise ClosedError("send on a closed Broadcast")
+        if self._senders._tasks or not self._has_room():
+            raise WouldBlock("a subscriber that blocks is behind by the whole capacity")
+        self._publish(item)
+
+    def _let_senders_in(self):
+        while self._senders._tasks and self._has_room():
+            task, _ = self._senders._tasks.popitem(last=False)
+            item, task._item = task._item, None
+            reschedule(task)
+            self._publish(item)
+
+    def close(self):
+        """Nothing more will be sent: subscribers get what is left, then EndOfChannel; parked senders ClosedError."""
+        if not self._closed:
+            self._closed = True
+            while self._senders._tasks:
+                self._senders.unpark(error=ClosedError("the Broadcast was closed while this task waited to send"))
+            for subscription in list(self._subscriptions):
+                while subscription._lot._tasks:
+                    subscription._lot.unpark(error=subscription._end())
+
+    def statistics(self):
+        """{"capacity", "sent", "subscribers", "senders_waiting": int, "closed": bool}"""
+        return {"capacity": self.capacity, "sent": self._sent, "subscribers": len(self._subscriptions),
+                "senders_waiting": len(self._senders), "closed": self._closed}
+
+
+class Subscription:
+    """One subscriber of a Broadcast: `async for`, receive(), and close() or `with`. Made by Broadcast.subscribe()."""
+
+    __slots__ = ("slow", "missed", "_broadcast", "_next", "_lot", "_closed")
+
+    def __init__(self, broadcast, slow):
+        self.slow = slow
+        self.missed = 0                 # items, in all
+        self._broadcast = broadcast
+        self._next = broadcast._sent    # the number of the item to receive next
+        self._lot = ParkingLot("receive from a Broadcast")
+        self._closed = False
+
+    def _end(self):
+        return EndOfChannel("the Broadcast is closed and all its items have been received", self)
+
+    def receive_nowait(self):
+        """The next item at once, or WouldBlock; else as receive()."""
+        broadcast = self._broadcast
+        if self._closed:
+            raise ClosedError("receive on a closed Subscription")
+        missed = broadcast._sent - broadcast.capacity - self._next
+        if missed > 0:
+            self._next += missed
+            self.missed += missed
+            if self.slow == "lag":
+                raise Lagged(missed)
+        if self._next < broadcast._sent:
+            item = broadcast._ring[self._next % broadcast.capacity]
+            self._next += 1
+            broadcast._let_senders_in()
+            return item
+        if broadcast._closed:
+            raise self._end()
+        raise WouldBlock("nothing new was sent")
+
+    async def receive(self):
+        """The next item, waiting for one. EndOfChannel after the last, Lagged (slow="lag"), ClosedError. Cancelled: not received."""
+        await _turn()
+        try:
+            return self.receive_nowait()
+        except WouldBlock:
+            return await self._lot.park()
+
+    def close(self):
+        """Unsubscribe: nobody waits for it any more; tasks that receive here get ClosedError."""
+        if not self._closed:
+            self._closed = True
+            self._broadcast._subscriptions.pop(self, None)
+            while self._lot._tasks:
+                self._lot.unpark(error=ClosedError("the Subscription was closed while this task waited"))
+            self._broadcast._let_senders_in()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.close()
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        try:
+            return await self.receive()
+        except EndOfChannel:
+            raise StopAsyncIteration from None
+
+    def statistics(self):
+        """{"behind", "missed", "tasks_waiting": int, "slow": str, "closed": bool}"""
+        return {"behind": self._broadcast._sent - self._next, "missed": self.missed, "slow": self.slow,
+                "closed": self._closed, **self._lot.statistics()}
+
+
+# ---- Promise and combinations ---------------------------------------------------------------------------------
+
+class Promise:
+    """A value that will be there later: set once, from any thread, awaited as often as you like by any task.
+
+    `await promise` returns the value or raises the error. An error that nobody ever asks for is reported.
+    """
+
+    __slots__ = ("_unset", "_value", "_error", "_done", "_lot")
+
+    def __init__(self):
+        self._unset = [None]            # popped by who sets it: list.pop is atomic, so only one can
+        self._value = self._error = None
+        self._done = False
+        self._lot = ParkingLot("wait for a Promise")
+
+    def set_result(self, value):
+        """Keep the promise. RuntimeError if it is kept or broken already."""
+        self._claim()
+        self._value = value
+        self._done = True               # I5: first this, then look who waits
+        self._lot.unpark_all()
+
+    def set_exception(self, error):
+        """Break it: `await` raises `error`. RuntimeError if it is kept or broken already."""
+        if not isinstance(error, BaseException):
+            raise TypeError(f"set_exception({error!r}): give an exception object")
+        self._claim()
+        self._error = _Failure(error, "a Promise was broken and nobody awaited it")
+        self._done = True
+        self._lot.unpark_all()
+
+    def _claim(self):
+        try:
+            self._unset.pop()
+        except IndexError:
+            raise RuntimeError("this Promise is set already; it can be set once") from None
+
+    def done(self):
+        """Whether it is set."""
+        return self._done
+
+    def _park(self, task):
+        self._lot._park(task)
+        if self._done and self._lot._abort(task):       # set by another thread in between
+            reschedule(task)
+
+    def __await__(self):
+        yield from _turn().__await__()
+        if not self._done:
+            yield from park(self._park)
+        if self._error is not None:
+            raise self._error.take()
+        return self._value
+
+    def statistics(self):
+        """{"done": bool, "tasks_waiting": int}"""
+        return {"done": self._done, **self._lot.statistics()}
+
+
+def _checked_coros(coros, caller):
+    try:
+        for coro in coros:
+            _checked_coro(coro, caller)
+    except TypeError:
+        for coro in coros:
+            if isinstance(coro, Coroutine):
+                coro.close()            # else each would complain that nobody awaited it
+        raise
+
+
+async def when_all(*coros):
+    """Run the coroutines side by side; return their results in order. Errors leave as from a TaskGroup."""
+    _checked_coros(coros, "when_all")
+    async with TaskGroup() as group:
+        tasks = [group.spawn(coro) for coro in coros]
+    return [task.result() for task in tasks]
+
+
+async def when_any(*coros):
+    """Run the coroutines side by side; return (index, result) of the first to end. The others are cancelled and joined.
+
+    If the first to end fails, its error leaves as from a TaskGroup. Results of others that end meanwhile are dropped.
+    """
+    _checked_coros(coros, "when_any")
+    if not coros:
+        raise ValueError("when_any() of nothing would wait for ever")
+    first = []
+
+    async def watch(index, coro):
+        result = await coro
+        first.append((index, result))
+        group.cancel()
+
+    async with TaskGroup() as group:
+        for index, coro in enumerate(coros):
+            group.spawn(watch(index, coro), name=getattr(coro, "__qualname__", None))
+    return first[0]
+
+
+class as_completed:
+    """`async for task in as_completed(*coros):` gives the tasks as they end; ask each for its result().
+
+    Leaving the loop early cancels the rest (they are joined when main ends); being cancelled in it cancels and joins.
+    """
+
+    __slots__ = ("_left", "_finished", "_lot", "_coros")
+
+    def __init__(self, *coros):
+        _checked_coros(coros, "as_completed")
+        self._left = {}                 # task -> None
+        self._finished = deque()
+        self._lot = ParkingLot("wait for the next task to end", self._left)
+        for coro in coros:
+            task = spawn(coro)
+            self._left[task] = None
+            task._joiners = ParkingLot("wait for a task", task)
+            task._joiners._tasks[_Watch(self, task)] = None
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        try:
+            await _turn()
+            if not self._finished:
+                if not self._left:
+                    raise StopAsyncIteration
+                await self._lot.park()
+        except BaseException:
+            self._cancel()
+            with CancelScope(shield=True):
+                while self._left:
+                    await self._lot.park()
+            raise
+        return self._finished.popleft()
+
+    def _cancel(self):
+        for task in list(self._left):
+            task.cancel()
+
+    __del__ = _cancel
+
+
+class _Watch:
+    """Stands in the lot of those who await a task, for an as_completed."""
+
+    __slots__ = ("_completed", "_task")
+
+    def __init__(self, completed, task):
+        self._completed, self._task = weakref.ref(completed), task
+
+    def commit(self, value, error=None):
+        completed = self._completed()
+        if completed is not None:
+            del completed._left[self._task]
+            completed._finished.append(self._task)
+            completed._lot.unpark()
+
+
+# ---- threads --------------------------------------------------------------------------------------------------
+
+class _ThreadPool:
+    """The threads of to_thread, for all kernels of the process: reused, last used first, ended when idle too long."""
+
+    idle = []           # slots; append and pop are atomic
+    alive = 0
+    serial = itertools.count(1)
+
+    def __init__(self):
+        """One slot: a thread and what it is to do next."""
+        self.call = None
+        self.lock = threading.Lock()
+        self.lock.acquire()
+
+    @classmethod
+    def start(cls, call):
+        try:
+            slot = cls.idle.pop()
+        except IndexError:
+            slot = cls()
+            slot.call = call
+            cls.alive += 1
+            try:
+                # Daemons: a thread that hangs in somebody's code must not keep the interpreter from ending.
+                threading.Thread(target=slot.main, name=f"flowcoro thread {next(cls.serial)}", daemon=True).start()
+            except BaseException:
+                cls.alive -= 1
+                raise
+        else:
+            slot.call = call
+            slot.lock.release()
+
+    def main(self):
+        while True:
+            call, self.call = self.call, None
+            call.work()
+            self.idle.append(self)      # before the result is out: who calls next finds it
+            call.done()
+            del call
+            if not self.lock.acquire(timeout=THREAD_IDLE_SECONDS):
+                try:
+                    self.idle.remove(self)
+                except ValueError:      # taken this very moment
+                    self.lock.acquire()
+                else:
+                    _ThreadPool.alive -= 1
+                    return
+
+
+class _ThreadCall:
+    """One call of to_thread: made in the kernel's thread, worked in another, finished in the kernel's."""
+
+    __slots__ = ("function", "context", "limiter", "abandon", "task", "worker", "value", "error")
+
+    def __init__(self, function, limiter, abandon):
+        self.function, self.limiter, self.abandon = function, limiter, abandon
+        self.context = contextvars.copy_context()
+        self.task = self.worker = self.value = self.error = None
+
+    def park(self, task):
+        task.park_reason = "wait for a thread"
+        task.abort_function = self.abort
+        self.task, self.worker = task, task._worker
+        self.worker.thread_calls += 1
+        try:
+            _ThreadPool.start(self)
+        except BaseException:
+            self.worker.thread_calls -= 1
+            self.limiter.release()
+            raise
+
+    def abort(self, task):
+        if self.abandon:
+            self.task = None
+        return self.abandon
+
+    def work(self):
+        _local.caller = self.worker
+        try:
+            self.value = self.context.run(self.function)
+        except BaseException as error:
+            self.error = error
+        self.function = self.context = None
+
+    def done(self):
+        self.worker.post(self.finish)
+
+    def finish(self):
+        self.worker.thread_calls -= 1
+        self.limiter.release()
+        if self.task is not None:
+            error = self.error
+            if isinstance(error, StopIteration):        # it would look like the end of the coroutine
+                error = RuntimeError("the function called by to_thread raised StopIteration")
+                error.__cause__ = self.error
+            self.error = None
+            reschedule(self.task, self.value, error)
+
+
+async def to_thread(function, /, *args, abandon_on_cancel=False, limiter=None):
+    """Call function(*args) in a thread and wait for it; return its result or raise its error. Context variables follow.
+
+    At most 40 at once, or as many as `limiter` (a Semaphore) allows; the others wait. A thread cannot be interrupted:
+    when cancelled, this waits for the function all the same and returns its result (the next checkpoint raises), or
+    with abandon_on_cancel=True raises at once and drops the result. (functools.partial gives keyword arguments.)
+    """
+    if not callable(function):
+        raise TypeError(f"to_thread() takes a function and its arguments, got {function!r}")
+    if limiter is None:
+        limiter = _local.worker.kernel.limiter
+    await limiter.acquire()
+    call = _ThreadCall(functools.partial(function, *args), limiter, abandon_on_cancel)
+    return await _finished(call, limiter)
+
+
+async def _finished(call, limiter):
+    started = False
+
+    def start(task):
+        nonlocal started
+        started = True
+        call.park(task)
+
+    try:
+        return await park(start)
+    except Cancelled:
+        if not started:
+            limiter.release()
+        raise
+
+
+class _CallFromThread:
+    """A call that another thread waits for; stands in the worker's inbox."""
+
+    def __init__(self, function):
+        self.function = function
+        self.value = self.error = None
+        self.lock = threading.Lock()
+        self.lock.acquire()
+
+    def __call__(self):
+        try:
+            self.set(self.function(), None)
+        except BaseException as error:
+            self.set(None, error)
+
+    def set(self, value, error):
+        self.value, self.error = value, error
+        self.lock.release()
+
+    def fail(self, error):
+        self.set(None, error)
+
+
+def current_kernel():
+    """A handle of the kernel that runs here, for call_from_thread() and run_from_thread() in other threads."""
+    return _local.worker.kernel
+
+
+def _call_from_thread(make, kernel, timeout, caller):
+    if _local.worker is not _OUTSIDE:
+        raise RuntimeError(f"{caller}() in the kernel's own thread would wait for itself; call or await directly")
+    if kernel is None:
+        if _local.caller is not None:
+            kernel = _local.caller.kernel
+        else:
+            running = list(_kernels)
+            if len(running) != 1:
+                raise RuntimeError(f"{caller}() from a thread that no kernel started, with {len(running)} kernels running: "
+                                   "pass kernel=, a handle made by current_kernel()")
+            kernel = running[0]
+    call = make(kernel)
+    if kernel.ended:
+        raise RuntimeError("the kernel has ended")
+    kernel.worker.post(call)
+    if kernel.ended:                    # it may have looked through its inbox before
+        try:
+            kernel.worker.inbox.remove(call)
+            raise RuntimeError("the kernel has ended")
+        except ValueError:
+            pass
+    if not call.lock.acquire(timeout=-1 if timeout is None else timeout):
+        raise TimeoutError(f"{caller}(): the kernel did not answer within {timeout:g} s; the call may still be made")
+    if call.error is not None:
+        try:
+            raise call.error
+        finally:
+            del call
+    return call.value
+
+
+def call_from_thread(function, /, *args, kernel=None, timeout=None):
+    """From another thread: have function(*args) called by the kernel's thread; wait, return its result, raise its error.
+
+    The function must not block. In threads of to_thread the kernel is known; elsewhere it is the only one that runs or
+    `kernel`. RuntimeError when it has ended, or in the kernel's own thread. timeout: seconds to wait (TimeoutError).
+    """
+    return _call_from_thread(lambda kernel: _CallFromThread(functools.partial(function, *args)), kernel, timeout,
+                             "call_from_thread")
+
+
+def run_from_thread(coro, *, kernel=None, timeout=None):
+    """From another thread: run the coroutine as a task of the kernel; wait, return its result, raise its error.
+
+    Otherwise as call_from_thread(). TaskCancelled when the task was cancelled, as it is when the run ends meanwhile.
+    """
+    _checked_coro(coro, "run_from_thread")
+
+    def make(kernel):
+        async def relay():
+            try:
+                call.set(await coro, None)
+            except Cancelled:
+                call.set(None, TaskCancelled(f"{getattr(coro, '__qualname__', coro)!s} was cancelled"))
+                raise
+            except BaseException as error:
+                call.set(None, error)
+
+        def start():
+            _spawn(relay(), kernel.root, getattr(coro, "__qualname__", None))
+
+        call = _CallFromThread(start)
+        call.__class__ = _RunFromThread
+        return call
+
+    try:
+        return _call_from_thread(make, kernel, timeout, "run_from_thread")
+    except RuntimeError:
+        coro.close() if not getattr(coro, "cr_running", False) and not getattr(coro, "cr_suspended", False) else None
+        raise
+
+
+class _RunFromThread(_CallFromThread):
+    """The same, but the answer comes later, from the task that it starts."""
+
+    def __call__(self):
+        self.function()
+
+
+# ---- pools ----------------------------------------------------------------------------------------------------
+
+class ObjectPool:
+    """Keeps up to `capacity` used objects for reuse. When it is empty, acquire() makes a fresh one: it never fails, never waits.
+
+    factory() makes an object, reset(object) cleans one as it is returned (an object whose reset fails is dropped and
+    the error raised). debug=True finds double returns, returns of strangers, and use after return: acquire() then gives
+    proxies that refuse to work once returned.
+    """
+
+    def __init__(self, factory, capacity, *, reset=None, debug=False):
+        if not callable(factory):
+            raise TypeError(f"ObjectPool({factory!r}): give a function that makes an object")
+        if not isinstance(capacity, int) or capacity < 0:
+            raise ValueError(f"capacity={capacity!r}: give how many objects are kept at most, an int from 0 up")
+        self.capacity = capacity
+        self._factory, self._reset, self._debug = factory, reset, debug
+        self._free = []
+        self._made = self._reused = self._returned = self._dropped = 0
+
+    def acquire(self):
+        """An object, used before or fresh. Give it back with release(), or use `with pool.borrow() as object:`."""
+        try:
+            thing = self._free.pop()
+            self._reused += 1
+        except IndexError:
+            thing = self._factory()
+            self._made += 1
+        return self._guard(thing) if self._debug else thing
+
+    def release(self, thing):
+        """Take it back, or drop it if `capacity` are kept. With debug=True PoolError if it is not borrowed from here."""
+        if self._debug:
+            thing = self._unguard(thing)
+        self._returned += 1
+        if self._reset is not None:
+            self._reset(thing)
+        if len(self._free) < self.capacity:
+            self._free.append(thing)
+        else:
+            self._dropped += 1
+
+    def borrow(self):
+        """`with` or `async with pool.borrow() as object:` gives it back at the end of the block, however that ends."""
+        return _Borrowed(self)
+
+    def _guard(self, thing):
+        return _guarded(thing, self)
+
+    def _unguard(self, thing):
+        guard = getattr(type(thing), "_guard_of", None)
+        if guard is None or object.__getattribute__(thing, "_pool") is not self:
+            raise PoolError(f"{thing!r} was not borrowed from this pool")
+        real = object.__getattribute__(thing, "_thing")
+        if real is _GONE:
+            raise PoolError("this object was returned already")
+        object.__setattr__(thing, "_thing", _GONE)
+        return real
+
+    def statistics(self):
+        """{"capacity", "free", "in_use", "made", "reused", "dropped": int}"""
+        return {"capacity": self.capacity, "free": len(self._free), "in_use": self._made + self._reused - self._returned,
+                "made": self._made, "reused": self._reused, "dropped": self._dropped}
+
+
+class BufferPool(ObjectPool):
+    """An ObjectPool of bytearrays of `size` bytes. They come back with what was in them; with debug=True as memoryviews.
+
+    With debug=True what is acquired is a memoryview: after its return each use is a ValueError of Python itself.
+    """
+
+    def __init__(self, size, capacity, *, debug=False):
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"BufferPool({size!r}): the size must be an int from 1 up, in bytes")
+        super().__init__(lambda: bytearray(size), capacity, debug=debug)
+        self.size = size
+        self._lent = {}                 # id of the view -> (view, buffer)
+
+    def release(self, thing):
+        """Take a buffer back. ValueError if it was resized: its borrower has made it useless for others."""
+        if not self._debug and len(thing) != self.size:
+            raise ValueError(f"a buffer of {len(thing)} bytes is returned to a pool of buffers of {self.size}: do not resize them")
+        super().release(thing)
+
+    def _guard(self, thing):
+        view = memoryview(thing)
+        self._lent[id(view)] = view, thing
+        return view
+
+    def _unguard(self, thing):
+        view, buffer = self._lent.pop(id(thing), (None, None))
+        if view is not thing:
+            raise PoolError("this buffer was returned already, or was not borrowed from this pool")
+        view.release()
+        return buffer
+
+
+class _Borrowed:
+    __slots__ = ("_pool", "_thing")
+
+    def __init__(self, pool):
+        self._pool = pool
+
+    def __enter__(self):
+        self._thing = self._pool.acquire()
+        return self._thing
+
+    def __exit__(self, kind, error, trace):
+        thing, self._thing = self._thing, None
+        self._pool.release(thing)
+
+    async def __aenter__(self):
+        return self.__enter__()
+
+    async def __aexit__(self, kind, error, trace):
+        self.__exit__(kind, error, trace)
+
+
+_GONE = object()
+
+
+def _guarded(thing, pool):
+    """A proxy of `thing` that works until it is returned. Special methods are looked up on the type, hence a class each."""
+    def real(guard):
+        found = object.__getattribute__(guard, "_thing")
+        if found is _GONE:
+            raise PoolError("an object was used after it was returned to its ObjectPool")
+        return found
+
+    def forward(name):
+        return lambda guard, *args, **kwargs: getattr(real(guard), name)(*args, **kwargs)
+
+    kept = {"__class__", "__new__", "__init__", "__init_subclass__", "__subclasshook__", "__del__", "__getattribute__", "__dict__",
+            "__getattr__", "__setattr__", "__delattr__", "__slots__", "__weakref__", "__doc__", "__module__", "__class_getitem__"}
+    methods = {name: forward(name) for name in dir(type(thing))
+               if name.startswith("__") and name not in kept and callable(getattr(type(thing), name, None))}
+    if methods.get("__hash__") is not None and getattr(type(thing), "__hash__", None) is None:
+        methods["__hash__"] = None
+    methods |= {"_guard_of": type(thing), "__getattr__": lambda guard, name: getattr(real(guard), name),
+                "__setattr__": lambda guard, name, value: setattr(real(guard), name, value),
+                "__delattr__": lambda guard, name: delattr(real(guard), name)}
+    guard = object.__new__(type(f"Guarded{type(thing).__name__}", (), methods))
+    object.__setattr__(guard, "_thing", thing)
+    object.__setattr__(guard, "_pool", pool)
+    return guard
+
+
+# ---- diagnostics ----------------------------------------------------------------------------------------------
+
+def dump_tasks():
+    """The tree of tasks as text: each with its state, what it waits for and for whom, and the awaits down to there."""
+    return _local.worker.kernel.dump()
+
+
+def statistics():
+    """Numbers of the kernel that runs here, as a dict.
+
+    tasks: alive, ready, spawned, finished · steps: made so far (up to date between batches) · polls · timers: entries
+    in the heap, stale ones included · descriptors · io_waiting, thread_calls: tasks parked on them · threads: of
+    to_thread, in the whole process.
+    """
+    worker = _local.worker
+    return {"tasks": {"alive": worker.spawned - worker.finished, "ready": len(worker.ready), "spawned": worker.spawned,
+                      "finished": worker.finished},
+            "steps": worker.steps, "polls": worker.polls, "timers": len(worker.heap), "descriptors": worker.descriptors,
+            "io_waiting": worker.io_parked, "thread_calls": worker.thread_calls, "threads": _ThreadPool.alive}
+
+
+def runtime_info():
+    """What runs here, as a dict: versions, the interpreter and whether it has a GIL, the selector, the clock."""
+    worker = _local.worker
+    inside = worker is not _OUTSIDE
+    gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+    return {"flowcoro": __version__, "python": sys.version.split()[0], "implementation": sys.implementation.name,
+            "gil": gil, "platform": sys.platform, "workers": 1 if inside else 0,
+            "selector": (type(worker.poller).__name__.strip("_") if inside else None),
+            "clock": type(worker.clock).__name__ if inside and worker.clock is not None else "time.monotonic",
+            "seed": worker.kernel.seed if inside else None}
+
+
+def add_hooks(hooks):
+    """Call the methods of `hooks` as things happen in this kernel; it may have any of these:
+
+    task_spawned(task), task_parked(task, reason), task_rescheduled(task), task_stolen(task, victim), task_done(task),
+    before_poll(timeout) (nothing is ready and the kernel will wait so many seconds, None: without limit; what it
+    reschedules is run first), after_poll(events) (their number). They must not block; their errors are reported.
+    """
+    kernel = _local.worker.kernel
+    found = [(name, getattr(hooks, name)) for name in _HOOKS if hasattr(hooks, name)]
+    if not found:
+        raise TypeError(f"add_hooks({hooks!r}): it has none of the methods {', '.join(_HOOKS)}")
+    kernel.hooks = kernel.hooks or {}
+    for name, call in found:
+        kernel.hooks[name] = [*kernel.hooks.get(name, ()), call]
+    kernel.worker.hooks = kernel.hooks
+
+
+def remove_hooks(hooks):
+    """The opposite of add_hooks(). Harmless when they were not added."""
+    kernel = _local.worker.kernel
+    left = {name: [call for call in calls if getattr(call, "__self__", None) is not hooks]
+            for name, calls in (kernel.hooks or {}).items()}
+    kernel.hooks = kernel.worker.hooks = {name: calls for name, calls in left.items() if calls} or None
+
+
+# ---- command line ---------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    import importlib
+    _prefix = f"{__package__}." if __package__ else ""
+    try:
+        _cli = importlib.import_module(f"{_prefix}flowcoro_cli")
+    except ModuleNotFoundError as _error:
+        if _error.name != f"{_prefix}flowcoro_cli":
+            raise
+        sys.exit("python -m flowcoro needs flowcoro_cli.py beside flowcoro.py: copy that file too")
+    sys.exit(_cli.main())

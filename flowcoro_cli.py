@@ -1,0 +1,909 @@
+"""flowcoro_cli 0.1.0: the command line of FlowCoro, what `python -m flowcoro` runs.
+
+    python -m flowcoro demo [NAME …] [--list]     what coroutines are good for, measured on this machine
+    python -m flowcoro vendor DEST [module …]     copy FlowCoro's files, and what they need, into a project
+    python -m flowcoro vendor --check DEST        does the copy there differ from this version?
+    python -m flowcoro bench …                    the benchmarks that come with a clone of the repository
+
+To vendor, copy: flowcoro.py, flowcoro_cli.py
+
+Example:
+
+    import pathlib, tempfile
+    import flowcoro_cli
+
+    with tempfile.TemporaryDirectory() as folder:
+        copies = pathlib.Path(folder, "vendored")
+        assert flowcoro_cli.main(["vendor", str(copies), "--package"]) == 0
+        assert (copies / "flowcoro.py").exists() and (copies / "__init__.py").exists()
+        assert flowcoro_cli.main(["vendor", "--check", str(copies)]) == 0
+
+Contents: tables of commands and scenes · errors · finding siblings · Screen · the five scenes of the demo ·
+demo · vendor · bench · main.
+
+How it works:
+    A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
+    module is imported when its row is asked for, no earlier, so that a missing file costs its own rows only;
+    the message then says which file to copy. No module of a lower layer imports this one: a command is handed
+    its arguments (a list of strings) and returns the exit status, a scene is handed a Screen and draws on it.
+    Exit status: 0 done · 1 a scene failed, or a vendored copy differs · 2 the command line cannot be obeyed ·
+    130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
+    `vendor` decides everything before it writes anything, writes to a temporary folder in the destination and
+    renames from there: at any moment a copy is the old file or the new one. A package needs relative imports;
+    every FlowCoro file imports a sibling as `import flowcoro_x` at column 0, so one regular expression makes
+    all of them relative, and one brings them back.
+
+Errors: CliError, and below it
+    UsageError     the command line asks for what cannot be done; exit status 2
+    SceneFailed    a scene of the demo did not get the result it checks for; exit status 1
+
+Sources: https://no-color.org for NO_COLOR · the note on SIGPIPE in the documentation of Python's `signal`.
+
+What it does not do: download or install anything, or merge a locally changed copy with a newer version.
+
+SPDX-License-Identifier: MIT
+"""
+
+import argparse
+import ast
+import collections
+import contextlib
+import difflib
+import importlib
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import runpy
+import socket
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+
+try:
+    import resource
+except ImportError:                 # Windows; `vendor` works there all the same
+    resource = None
+
+import flowcoro
+
+__version__ = "0.1.0"
+
+__all__ = ["COMMANDS", "SCENES", "CliError", "SceneFailed", "Screen", "UsageError", "main"]
+
+
+# ---- Constants and tables ----------------------------------------------------------------------------------
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+COMMANDS = {            # subcommand: (module, function(arguments) -> exit status, one line of help)
+    "demo": ("flowcoro_cli", "_demo_command", "what coroutines are good for, measured on this machine"),
+    "vendor": ("flowcoro_cli", "_vendor_command", "copy FlowCoro's files, and what they need, to a project"),
+    "bench": ("flowcoro_cli", "_bench_command", "the benchmarks that come with a clone of the repository"),
+}
+
+SCENES = {              # scene, in the order of the demo: (module, function(screen), one line of help)
+    "threads": ("flowcoro_cli", "_scene_threads", "100,000 coroutines against threads, in time and memory"),
+    "pipeline": ("flowcoro_cli", "_scene_pipeline", "channels: counting the words of the standard library"),
+    "echo": ("flowcoro_cli", "_scene_echo", "a TCP echo server with 1,000 live clients, in one thread"),
+    "timeouts": ("flowcoro_cli", "_scene_timeouts", "who is cancelled when, drawn as a time-line"),
+    "deadlock": ("flowcoro_cli", "_scene_deadlock", "two tasks lock each other out: caught, and explained"),
+}
+
+READ_NEXT = {           # named at the end of the demo if they are there; a vendored copy has few of them
+    "README.md": "from nothing to a running program",
+    "docs": "the guides; every example in them runs in the tests",
+    "examples": "small programs, one idea each",
+    "flowcoro.py": "the kernel; its header says how it works",
+    "benchmarks": "run them with `python -m flowcoro bench`",
+}
+
+COROUTINES = 100_000    # the number the demo promises
+THREADS = 2_000         # few systems allow 100,000; nearly all allow 2,000, and that is enough to divide by
+ROUNDS = 2              # each measurement runs twice and the better one counts: noise only makes it worse
+PROMISE = 5             # times cheaper than a thread
+CHILD_TIMEOUT = 60      # seconds; a measurement takes about one, so this one hangs
+
+READERS = 4             # files read at the same time; a disk seldom gains from more
+CLIENTS = 1_000
+MESSAGES = 10           # per client: 10,000 round trips, about a second
+SPARE_FILES = 64        # descriptors the process needs besides the sockets of the clients
+BACKLOG = 1_024         # connections waiting to be accepted; one too many is dropped and comes a second late
+
+
+# ---- Errors ------------------------------------------------------------------------------------------------
+
+class CliError(Exception):
+    """The base of this module's errors."""
+
+
+class UsageError(CliError):
+    """The command line cannot be obeyed; the message says why and what to do. Exit status 2."""
+
+
+class SceneFailed(CliError):
+    """A scene did not get the result it checks for. Exit status 1."""
+
+
+# ---- Finding siblings --------------------------------------------------------------------------------------
+
+def _load(module):
+    """Import the sibling `module`, also from inside a package; UsageError if its file is not there."""
+    name = f"{__package__}.{module}" if __package__ else module
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise               # the sibling is there and misses something else: that is its own error
+        raise UsageError(f"this needs {module}.py: copy it to {HERE}, next to flowcoro.py") from None
+
+
+def _look_up(kind, name, known):
+    """Check that `name` is one of the names `known`; UsageError with the nearest of them, and with all."""
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UsageError(f"there is no {kind} {name!r}; {hint}known: {', '.join(known)}")
+
+
+# ---- The screen --------------------------------------------------------------------------------------------
+
+class Screen:
+    """What a scene draws on: plain, flushed lines in a pipe; on a terminal also a progress bar and colour.
+
+    TERM=dumb gets neither bar nor colour, NO_COLOR no colour.
+    """
+
+    BAR = 32            # characters: with its frame less than half of an 80-column line
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.colour = self.terminal and not os.environ.get("NO_COLOR")
+        self.filled = None          # how much of the bar is drawn; None: it is not on the screen
+
+    def say(self, text="", style=None):
+        """Print `text`, each of its lines indented, and flush; `style` is None, "bold", "green" or "red"."""
+        self.clear()
+        code = {"bold": 1, "green": 32, "red": 31}.get(style) if self.colour else None
+        for line in text.splitlines() or [""]:
+            line = f"  {line}".rstrip()
+            print(f"\x1b[{code}m{line}\x1b[0m" if code else line, file=self.stream, flush=True)
+
+    def progress(self, done, total):
+        """Draw the bar at `done` of `total`; next to no work if it looks as it did, or without a terminal."""
+        filled = self.BAR * done // total
+        if self.terminal and filled != self.filled:
+            self.filled = filled
+            bar = "#" * filled + "." * (self.BAR - filled)
+            self.stream.write(f"\r  [{bar}] {100 * done // total:3d}%")
+            self.stream.flush()
+
+    def clear(self):
+        """Take the bar away, if there is one."""
+        if self.filled is not None:
+            self.filled = None
+            self.stream.write("\r" + " " * (self.BAR + 9) + "\r")
+            self.stream.flush()
+
+    def check(self, condition, message):
+        """The scene's own test: unless `condition` holds, the scene ends with SceneFailed(message)."""
+        if not condition:
+            raise SceneFailed(message)
+
+
+# ---- Scene: threads ----------------------------------------------------------------------------------------
+# Both sides do the same, each in a process of its own: start N units that wait at one gate, see that all of
+# them wait, read how much memory that took, open the gate, join them. Reading the memory is not in the time.
+
+def _resident_bytes():
+    """The memory of this process that is really there, in bytes; 0 where the system does not say.
+
+    Not /proc/self/statm: that may lag by up to 64 pages per thread, and threads are the subject here.
+    """
+    with contextlib.suppress(OSError):
+        text = pathlib.Path("/proc/self/smaps_rollup").read_text()
+        return 1024 * int(re.search(r"^Rss:\s+(\d+) kB", text, re.MULTILINE)[1])
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _measure_coroutines(count):
+    """Start, park and join `count` tasks: {"count": that finished, "seconds", "bytes": in all}."""
+    arrived, left = bytearray(count), bytearray(count)      # made beforehand: they do not count as memory
+
+    async def unit(number, gate):
+        arrived[number] = 1
+        await gate.wait()
+        left[number] = 1
+
+    async def main():
+        gate = flowcoro.Event()
+        before, start = _resident_bytes(), time.perf_counter()
+        async with flowcoro.TaskGroup() as group:
+            for number in range(count):
+                group.spawn(unit(number, gate))
+            while not all(arrived):
+                await flowcoro.checkpoint()
+            parked, held, opened = time.perf_counter(), _resident_bytes() - before, time.perf_counter()
+            gate.set()
+        return time.perf_counter() - opened + parked - start, held
+
+    seconds, held = flowcoro.run(main())
+    return {"count": sum(left), "seconds": seconds, "bytes": held}
+
+
+def _measure_threads(count):
+    """The same for `count` threads, or for as many as the system allows."""
+    arrived, left = bytearray(count), bytearray(count)
+    gate, threads = threading.Event(), []
+
+    def unit(number):
+        arrived[number] = 1
+        gate.wait()
+        left[number] = 1
+
+    before, start = _resident_bytes(), time.perf_counter()
+    with contextlib.suppress(RuntimeError):                 # "can't start new thread": those that run will do
+        for number in range(count):
+            thread = threading.Thread(target=unit, args=(number,))
+            thread.start()
+            threads.append(thread)
+    while sum(arrived) < len(threads):
+        time.sleep(0.001)
+    parked, held, opened = time.perf_counter(), _resident_bytes() - before, time.perf_counter()
+    gate.set()
+    for thread in threads:
+        thread.join()
+    return {"count": sum(left), "seconds": time.perf_counter() - opened + parked - start, "bytes": held}
+
+
+def _in_child(function, count):
+    """What this module's `function(count)` returns in a fresh interpreter; SceneFailed if it fails there."""
+    program = f"import json, {__name__} as cli; print(json.dumps(cli.{function}({count})))"
+    root = pathlib.Path(__file__).resolve().parents[__name__.count(".")]
+    search_path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    try:
+        child = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": search_path},
+                               capture_output=True, text=True, timeout=CHILD_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise SceneFailed(f"{function}({count}) was not ready after {CHILD_TIMEOUT} seconds") from None
+    if child.returncode != 0:
+        last_words = child.stderr.strip().rpartition("\n")[2]
+        raise SceneFailed(f"{function}({count}) ended with {child.returncode}: {last_words}")
+    return json.loads(child.stdout)
+
+
+def _scene_threads(screen):
+    """100,000 waiting coroutines against waiting threads: what one of each costs, in time and in memory."""
+    screen.say("Look at the last line: how much cheaper it is to keep a coroutine waiting than a thread.")
+    plan = [("coroutines", COROUTINES), ("threads", THREADS)] * ROUNDS
+    runs = collections.defaultdict(list)
+    for step, (kind, count) in enumerate(plan):
+        screen.progress(step, len(plan))
+        runs[kind].append(_in_child(f"_measure_{kind}", count))
+
+    costs = []                                          # (seconds, bytes) per unit, the better of the runs
+    for kind, wanted in plan[:2]:
+        count = min(run["count"] for run in runs[kind])
+        enough = count == wanted or (kind == "threads" and count)
+        screen.check(enough, f"{count:,} of {wanted:,} {kind} came back")
+        seconds, size = (min(run[unit] / run["count"] for run in runs[kind]) for unit in ("seconds", "bytes"))
+        costs.append((seconds, size))
+        screen.say(f"{count:7,} {kind:10} {1e6 * seconds:6.1f} µs and {size:6,.0f} bytes each")
+
+    (task_seconds, task_size), (thread_seconds, thread_size) = costs
+    screen.say(f"(Started, parked, joined; the better of {ROUNDS} runs. By this measure 100,000 threads take "
+               f"{1e5 * thread_seconds:.0f} s and {thread_size / 1e4:.1f} GB.)")
+    faster, smaller = thread_seconds / task_seconds, thread_size / task_size if task_size else math.inf
+    memory = f"{smaller:.1f} times less memory" if task_size else "memory unknown"
+    figures = f"{faster:.1f} times less time, {memory}"
+    if min(faster, smaller) >= PROMISE:
+        screen.say(f"A coroutine is cheaper: {figures}.", "green")
+    else:
+        screen.say(f"A coroutine was NOT {PROMISE} times cheaper: {figures}.", "red")
+
+
+# ---- Scene: pipeline ---------------------------------------------------------------------------------------
+
+async def _send_names(paths, names):
+    """First stage: hand out the paths, each as soon as somebody takes it."""
+    for path in paths:
+        await names.send(path)
+    names.close()
+
+
+async def _read_files(names, texts):
+    """Second stage, several of it at once: a file is read in a thread, because reading it blocks."""
+    async for path in names:
+        await texts.send(await flowcoro.to_thread(path.read_bytes))
+
+
+async def _count_words(texts, counts, progress):
+    """Last stage: the only one that touches `counts`, so nothing needs a lock."""
+    files = 0
+    async for text in texts:
+        counts.update(text.split())
+        files += 1
+        progress(files)
+
+
+async def _word_counts(paths, progress):
+    """How often each word occurs in the files at `paths`: three stages, joined by channels."""
+    names, texts = flowcoro.Channel(), flowcoro.Channel(READERS)    # bounded: a full one slows its senders
+    counts = collections.Counter()
+    async with flowcoro.TaskGroup() as pipeline:
+        pipeline.spawn(_send_names(paths, names))
+        pipeline.spawn(_count_words(texts, counts, progress))
+        async with flowcoro.TaskGroup() as readers:
+            for _ in range(READERS):
+                readers.spawn(_read_files(names, texts))
+        texts.close()                                               # all readers have finished: no more texts
+    return counts
+
+
+def _scene_pipeline(screen):
+    """Word counts over the standard library's sources, through channels, checked against a plain loop."""
+    screen.say("Look at the totals: four readers and a counter at once agree with a plain loop to the word.")
+    paths = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    screen.check(paths, "this Python's standard library has no source files to read")
+
+    start = time.perf_counter()
+    counts = flowcoro.run(_word_counts(paths, lambda files: screen.progress(files, len(paths))))
+    seconds = time.perf_counter() - start
+
+    start, size, expected = time.perf_counter(), 0, collections.Counter()
+    for path in paths:
+        text = path.read_bytes()
+        size += len(text)
+        expected.update(text.split())
+    loop_seconds = time.perf_counter() - start
+
+    screen.check(counts == expected, "the pipeline and the plain loop counted different words")
+    frequent = ", ".join(f"{word.decode()} {count:,}" for word, count in counts.most_common(4))
+    screen.say(f"{len(paths)} files, {size / 1e6:.1f} MB, {counts.total():,} words, most often {frequent}")
+    screen.say(f"pipeline: {seconds:.2f} s, {size / 1e6 / seconds:.0f} MB/s; a plain loop: "
+               f"{loop_seconds:.2f} s (a pipeline overlaps waiting, of which there is little here)")
+    screen.say("The totals are the same.", "green")
+
+
+# ---- Scene: echo -------------------------------------------------------------------------------------------
+# The socket module and three functions of the kernel, nothing else: what a network layer is built on.
+
+async def _when_ready(wait, sock, operation, *arguments):
+    """Try `operation` on a non-blocking socket until it goes through; `wait` for the socket in between."""
+    while True:
+        try:
+            return operation(*arguments)
+        except BlockingIOError:
+            await wait(sock.fileno())
+
+
+async def _send(sock, data):
+    """Send every byte of `data`."""
+    while data:
+        sent = await _when_ready(flowcoro.wait_writable, sock, sock.send, data)
+        data = data[sent:]
+
+
+async def _receive(sock):
+    """What has arrived, at least one byte; b"" when the other side has closed."""
+    return await _when_ready(flowcoro.wait_readable, sock, sock.recv, 4096)
+
+
+@contextlib.contextmanager
+def _closing(sock):
+    """Close the socket at the end; the kernel is told first, so that who waits for it gets ClosedError."""
+    try:
+        yield sock
+    finally:
+        flowcoro.notify_closing(sock.fileno())
+        sock.close()
+
+
+async def _echo(connection):
+    """Serve one client: everything comes back, until it closes."""
+    with _closing(connection):
+        while data := await _receive(connection):
+            await _send(connection, data)
+
+
+async def _serve(listener):
+    """Accept clients until cancelled; a task of its own serves each."""
+    async with flowcoro.TaskGroup() as group:
+        while True:
+            connection, _ = await _when_ready(flowcoro.wait_readable, listener, listener.accept)
+            connection.setblocking(False)
+            group.spawn(_echo(connection))
+
+
+async def _call(address, number, everybody, reply_arrived):
+    """One client: connect, wait until `everybody` has, then send MESSAGES and report each reply."""
+    with _closing(socket.socket()) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(address)
+        except BlockingIOError:                 # under way: it is done when the socket is writable
+            await flowcoro.wait_writable(sock.fileno())
+            sock.getpeername()                  # raises OSError if the connection was refused
+        await everybody.wait()
+        for message in range(MESSAGES):
+            sent, start, reply = b"client %d, message %d\n" % (number, message), time.perf_counter(), b""
+            await _send(sock, sent)
+            while len(reply) < len(sent) and (data := await _receive(sock)):
+                reply += data
+            reply_arrived(time.perf_counter() - start, reply == sent)
+
+
+async def _echo_session(clients, progress):
+    """A server and `clients` clients on loopback: (latencies in seconds, wrong replies, seconds in all)."""
+    latencies, wrong = [], 0
+
+    def reply_arrived(latency, is_right):
+        nonlocal wrong
+        latencies.append(latency)
+        wrong += not is_right
+        progress(len(latencies))
+
+    with _closing(socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)) as listener:
+        listener.setblocking(False)
+        everybody = flowcoro.Barrier(clients + 1)
+        async with flowcoro.TaskGroup() as servers:
+            servers.spawn(_serve(listener), name="server")
+            async with flowcoro.TaskGroup() as group:
+                for number in range(clients):
+                    group.spawn(_call(listener.getsockname(), number, everybody, reply_arrived))
+                await everybody.wait()          # now all are connected, and stay so until they are done
+                start = time.perf_counter()
+            seconds = time.perf_counter() - start
+            servers.cancel()
+    return latencies, wrong, seconds
+
+
+def _affordable_clients(wanted):
+    """How many clients the limit on open files allows, raised if need be: each client takes two sockets."""
+    if resource is None:
+        return min(wanted, 200)                 # Windows: its select() takes 512 sockets at most
+    needed = 2 * wanted + SPARE_FILES
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    if soft < min(needed, hard):
+        soft = min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+    return wanted if soft >= needed else max(1, (soft - SPARE_FILES) // 2)
+
+
+def _scene_echo(screen):
+    """1,000 clients, all connected at once, talk to an echo server: one thread serves and calls."""
+    screen.say("Look at the number of clients: all connected at the same time, and one thread is both sides.")
+    clients = _affordable_clients(CLIENTS)
+    total = clients * MESSAGES
+    if clients < CLIENTS:
+        screen.say(f"(The limit on open files allows {clients:,} clients, not {CLIENTS:,}.)")
+    session = _echo_session(clients, lambda replies: screen.progress(replies, total))
+    try:
+        latencies, wrong, seconds = flowcoro.run(session)
+    except OSError as error:
+        raise SceneFailed(f"no TCP on 127.0.0.1 here: {error}") from error
+    screen.check(len(latencies) == total, f"{len(latencies):,} replies arrived, not {total:,}")
+    screen.check(wrong == 0, f"{wrong:,} of {total:,} replies differed from what was sent")
+    percentile = statistics.quantiles(latencies, n=100)
+    screen.say(f"{clients:,} clients, {total:,} messages there and back in {seconds:.2f} s: "
+               f"{total / seconds:,.0f} per second")
+    screen.say(f"latency: p50 {1e3 * percentile[49]:.1f} ms, p99 {1e3 * percentile[98]:.1f} ms "
+               f"(a message queues with those of {clients - 1:,} others)")
+    screen.say("Every reply was the message that had been sent.", "green")
+
+
+# ---- Scene: timeouts ---------------------------------------------------------------------------------------
+
+class _FiveEnds:
+    """Five tasks and the five ways in which they end; and the time-line of that."""
+
+    WIDTH = 40          # characters for the whole time
+
+    def __init__(self):
+        self.start = flowcoro.now()
+        self.marks = collections.defaultdict(list)      # {task: [(seconds since the start, character), …]}
+        self.ends = {}                                  # {task: how it ended}, in the order in which they did
+
+    def mark(self, character, end=None):
+        """From now on the running task's row consists of `character`; `end` says how the task has ended."""
+        name = flowcoro.current_task().name
+        self.marks[name].append((flowcoro.now() - self.start, character))
+        if end:
+            self.ends[name] = end
+
+    async def quick(self):
+        self.mark("=")
+        await flowcoro.sleep(0.1)
+        self.mark("|", "finished by itself")
+
+    async def impatient(self):
+        self.mark("=")
+        try:
+            with flowcoro.timeout(0.2):
+                await flowcoro.sleep(math.inf)
+        except TimeoutError:
+            self.mark("x", "TimeoutError, its own timeout")
+
+    async def nested(self):
+        self.mark("=")
+        with flowcoro.move_on_after(0.3) as outer:
+            with flowcoro.move_on_after(0.6):
+                await flowcoro.sleep(math.inf)
+        self.mark("x", f"the {'outer' if outer.cancelled_caught else 'inner'} of two timeouts")
+
+    async def cancelled(self):
+        self.mark("=")
+        try:
+            await flowcoro.sleep(math.inf)
+        finally:
+            self.mark("x", "cancelled with its group")
+
+    async def careful(self):
+        self.mark("=")
+        try:
+            await flowcoro.sleep(math.inf)
+        finally:
+            self.mark("~")
+            with flowcoro.CancelScope(shield=True):     # a cleanup that waits: cancellation stays outside
+                await flowcoro.sleep(0.1)
+            self.mark("|", "cancelled too; its shielded cleanup (~) went on to its end")
+
+    async def run(self):
+        """All five in one group, which is cancelled when the first three have ended; returns self."""
+        async with flowcoro.TaskGroup() as group:
+            first = [group.spawn(self.quick(), name="quick"),
+                     group.spawn(self.impatient(), name="impatient"),
+                     group.spawn(self.nested(), name="nested")]
+            group.spawn(self.cancelled(), name="cancelled")
+            group.spawn(self.careful(), name="careful")
+            for task in first:
+                await task
+            group.cancel()
+        return self
+
+    def draw(self):
+        """One line of text per task."""
+        scale = self.WIDTH / max(marks[-1][0] for marks in self.marks.values())
+        for name, marks in self.marks.items():
+            row = ""
+            for (_, character), (until, _) in zip(marks, marks[1:]):
+                row = row.ljust(round(scale * until), character)
+            end, last = marks[-1]
+            yield f"{name:10}{row + last:{self.WIDTH + 2}}{end:.2f} s  {self.ends[name]}"
+
+
+async def _five_ends():
+    return await _FiveEnds().run()
+
+
+def _scene_timeouts(screen):
+    """Timeouts, a cancelled group and a shielded cleanup, drawn as they happened."""
+    screen.say("Look at where the rows end: x is where a task was cancelled; the group waits for the last.")
+    screen.progress(0, 1)
+    ends = flowcoro.run(_five_ends())
+    for row in ends.draw():
+        screen.say(row)
+    for name, earliest in ("quick", 0.1), ("impatient", 0.2), ("nested", 0.3), ("careful", 0.4):
+        seconds = ends.marks[name][-1][0]
+        screen.check(seconds > earliest - 0.01, f"{name} ended after {seconds:.3f} s, not after {earliest} s")
+    order = ", ".join(ends.ends)
+    screen.check(order == "quick, impatient, nested, cancelled, careful", f"they ended in the order {order}")
+    screen.check("outer" in ends.ends["nested"], "the inner timeout won although the outer expired first")
+    screen.say("All ended as they should, and in this order.", "green")
+
+
+# ---- Scene: deadlock ---------------------------------------------------------------------------------------
+
+async def _transfer(first, second):
+    """Needs both locks, and takes them one after the other."""
+    async with first:
+        await flowcoro.checkpoint()             # the other task gets its turn, and its first lock
+        async with second:
+            pass
+
+
+async def _two_transfers(same_order):
+    """Broken unless `same_order`: each of the two tasks then holds the lock that the other waits for."""
+    ours, theirs = flowcoro.Lock(), flowcoro.Lock()
+    async with flowcoro.TaskGroup() as group:
+        group.spawn(_transfer(ours, theirs), name="there")
+        group.spawn(_transfer(ours, theirs) if same_order else _transfer(theirs, ours), name="back")
+
+
+def _scene_deadlock(screen):
+    """Two locks, taken in opposite order: run() raises Deadlock, which says who waits for what."""
+    screen.say("Look at the report: instead of a program that hangs, every task says what it waits for.")
+    screen.progress(0, 1)
+    try:
+        flowcoro.run(_two_transfers(same_order=False))
+        raise SceneFailed("two locks taken in opposite order did not end in a Deadlock")
+    except flowcoro.Deadlock as error:
+        report = str(error)
+    screen.say("\n".join(f"| {line}" for line in report.splitlines()))
+    screen.check("there" in report and "back" in report, "the report does not name both tasks")
+    screen.say("How to read it: `there` and `back` each wait for a lock, and the other one holds it.")
+    flowcoro.run(_two_transfers(same_order=True))
+    screen.say("The cure, both taking the locks in the same order, has just run to its end.", "green")
+
+
+# ---- demo --------------------------------------------------------------------------------------------------
+
+def _run_scene(screen, name, place):
+    """Run one scene under its title: True if it held what it promises, False if it failed (and said so)."""
+    module, function, line = SCENES[name]
+    screen.say(f"\n{place} {name}: {line}", "bold")
+    try:
+        getattr(_load(module), function)(screen)
+    except SceneFailed as error:
+        screen.say(f"FAILED: {error}", "red")
+        return False
+    except UsageError as error:                 # a sibling that was not vendored: other scenes do without it
+        screen.say(f"Left out: {error}")
+    finally:
+        screen.clear()
+    return True
+
+
+def _demo_command(arguments):
+    """`demo [NAME …] [--list]`: all scenes, or those named; one that fails does not keep the next from it."""
+    parser = _parser("demo", "Shows what coroutines are good for, with figures measured here and now.")
+    parser.add_argument("scenes", nargs="*", metavar="NAME", help="scenes to run (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the scenes")
+    options = parser.parse_args(arguments)
+    if options.list:
+        for name, (_, _, line) in SCENES.items():
+            print(f"  {name:10} {line}")
+        return 0
+    for name in options.scenes:
+        _load(SCENES[_look_up("scene", name, SCENES)][0])       # a wrong name is told before the first scene
+    names, screen, start = options.scenes or list(SCENES), Screen(sys.stdout), time.perf_counter()
+    screen.say(f"FlowCoro {flowcoro.__version__}, {platform.python_implementation()} "
+               f"{platform.python_version()}, {platform.system()}, {os.cpu_count()} cores")
+    failed = [name for number, name in enumerate(names, 1)
+              if not _run_scene(screen, name, f"{number}/{len(names)}")]
+    screen.say(f"\nIn all {time.perf_counter() - start:.1f} s.")
+    if failed:
+        screen.say(f"Failed: {', '.join(failed)}.", "red")
+    screen.say("Where to read next:")
+    for name, about in READ_NEXT.items():
+        path = HERE / name
+        if path.exists():
+            screen.say(f"  {name + '/' * path.is_dir():12} {about}")
+    return 1 if failed else 0
+
+
+# ---- vendor ------------------------------------------------------------------------------------------------
+
+MODULE = r"flowcoro(?:_\w+)?"
+FLAT_IMPORT = re.compile(rf"^import ({MODULE})\b", re.MULTILINE)
+PACKAGE_IMPORT = re.compile(rf"^from \. import ({MODULE})\b", re.MULTILINE)
+VERSION = re.compile(r"^__version__ = \"(.+)\"", re.MULTILINE)
+
+
+def _as_package(text):
+    """The source `text` as a module of a package."""
+    return FLAT_IMPORT.sub(r"from . import \1", text)
+
+
+def _read(path):
+    """The text of a file. Its line ends become "\\n": a copy checked out on Windows is not a changed copy."""
+    return path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
+
+
+def _version_of(text):
+    """The version a source file says it is, or "unknown"."""
+    return found[1] if (found := VERSION.search(text)) else "unknown"
+
+
+def _known_modules():
+    """{name: path} of the FlowCoro modules that lie beside this one."""
+    return {path.stem: path for path in sorted(HERE.glob("flowcoro*.py")) if re.fullmatch(MODULE, path.stem)}
+
+
+def _full_name(module):
+    """`net`, `flowcoro_net` and `flowcoro_net.py` all mean flowcoro_net; UsageError if there is none."""
+    name, known = module.removesuffix(".py"), _known_modules()
+    for candidate in name, f"flowcoro_{name}":
+        if candidate in known:
+            return candidate
+    return _look_up("module", name, [other.removeprefix("flowcoro_") for other in known])
+
+
+def _imported_siblings(text):
+    """The FlowCoro modules that the source `text` imports at column 0, the only place where it may."""
+    return [alias.name for statement in ast.parse(text).body if isinstance(statement, ast.Import)
+            for alias in statement.names if re.fullmatch(MODULE, alias.name)]
+
+
+def _sources(names):
+    """{file name: text, with flat imports} of modules and all they need; UsageError if one is missing."""
+    known, sources, wanted = _known_modules(), {}, [(name, "vendor") for name in names]
+    while wanted:
+        name, importer = wanted.pop()
+        if name not in known:
+            raise UsageError(f"{importer} needs {name}.py, which is missing: copy it to {HERE}")
+        if f"{name}.py" not in sources:
+            text = sources[f"{name}.py"] = PACKAGE_IMPORT.sub(r"import \1", _read(known[name]))
+            wanted += [(sibling, f"{name}.py") for sibling in _imported_siblings(text)]
+    return dict(sorted(sources.items()))
+
+
+def _difference(there, here):
+    """How the text `there` differs from the text `here`, in words."""
+    lines = list(difflib.unified_diff(here.splitlines(), there.splitlines(), n=0, lineterm=""))[2:]
+    added, removed = (sum(line.startswith(sign) for line in lines) for sign in "+-")
+    return f"+{added} -{removed} lines (version {_version_of(there)} there, {_version_of(here)} here)"
+
+
+def _check_copies(destination, names, package):
+    """Say of each copy whether it is the same as here: 0 if all are, 1 if one differs or is not there."""
+    found = [name for name in _known_modules() if (destination / f"{name}.py").exists()]
+    all_same = True
+    for name, text in _sources(names or found or ["flowcoro"]).items():
+        path, here = destination / name, _as_package(text) if package else text
+        there = _read(path) if path.is_file() else None
+        all_same &= there == here
+        if there == here:
+            print(f"same:      {path} (version {_version_of(here)})")
+        else:
+            print(f"not there: {path}" if there is None else f"differs:   {path}: {_difference(there, here)}")
+    return 0 if all_same else 1
+
+
+def _refuse_to_lose(destination, sources):
+    """UsageError if a file at `destination` is neither form of this version: copying would lose it."""
+    changed = []
+    for name, text in sources.items():
+        path = destination / name
+        if path.exists() and (there := _read(path)) not in (text, _as_package(text)):
+            changed.append(f"\n  {path}: {_difference(there, text)}")
+    if changed:
+        raise UsageError("nothing was copied: these files have been changed, or are of another version; "
+                         f"--force overwrites them{''.join(changed)}")
+
+
+def _write(destination, files):
+    """Write {name: text} to `destination`, made if need be; all is written before the first rename."""
+    destination.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".flowcoro-", dir=destination) as staging:
+        for name, text in files.items():
+            pathlib.Path(staging, name).write_bytes(text.encode("utf-8"))
+        for name in files:
+            os.replace(pathlib.Path(staging, name), destination / name)
+
+
+def _package_name(folder):
+    """The dotted name of the package in `folder`, as its top-level package's parent directory sees it."""
+    name, folder = folder.name, folder.parent
+    while (folder / "__init__.py").exists():
+        name, folder = f"{folder.name}.{name}", folder.parent
+    return name
+
+
+def _vendor(destination, names, package, force):
+    """Copy the modules `names` and what they need, all or none, and say so; UsageError if it cannot be."""
+    sources = _sources(names)
+    files = {name: _as_package(text) if package else text for name, text in sources.items()}
+    was_package = (destination / "__init__.py").exists()
+    if package and not was_package:
+        files["__init__.py"] = ""
+    try:
+        if not force:
+            _refuse_to_lose(destination, sources)
+        new = {name: text for name, text in files.items()
+               if not (destination / name).exists() or _read(destination / name) != text}
+        _write(destination, new)
+    except OSError as error:
+        raise UsageError(f"cannot write to {destination}: {error}") from error
+    if was_package:
+        print(f"{destination} is a package (it has an __init__.py), so its copies use `from . import`")
+    for name, text in files.items():
+        version = f" (version {_version_of(text)})" if text else ""
+        print(f"{'copied' if name in new else 'same'}: {destination / name}{version}")
+    where = f"from {_package_name(destination.resolve())}" if package else f"with {destination} on sys.path:"
+    print(f"use: {where} import {names[0]}")
+
+
+def _vendor_command(arguments):
+    """`vendor DEST [module …] [--package] [--force]` or `vendor --check DEST [module …]`."""
+    parser = _parser("vendor", "Copies FlowCoro's files, and what they need, into a project.")
+    parser.epilog = f"modules: {', '.join(_known_modules())}; the flowcoro_ may be left out"
+    parser.add_argument("destination", metavar="DEST", type=pathlib.Path, help="a folder, made if need be")
+    parser.add_argument("modules", metavar="module", nargs="*", help="modules to copy (default: flowcoro)")
+    parser.add_argument("--package", action="store_true",
+                        help="relative imports, for a package; DEST is one if it has an __init__.py")
+    parser.add_argument("--check", action="store_true", help="copy nothing, say what differs from here")
+    parser.add_argument("--force", action="store_true", help="overwrite files that differ from this version")
+    options = parser.parse_args(arguments)
+    destination, names = options.destination, [_full_name(module) for module in options.modules]
+    if destination.exists() and not destination.is_dir():
+        raise UsageError(f"{destination} is a file; name a folder")
+    if destination.resolve() == HERE:
+        raise UsageError(f"{destination} is where these files come from")
+    package = options.package or (destination / "__init__.py").exists()
+    if options.check:
+        return _check_copies(destination, names, package)
+    _vendor(destination, names or ["flowcoro"], package, options.force)
+    return 0
+
+
+# ---- bench -------------------------------------------------------------------------------------------------
+
+def _bench_command(arguments):
+    """`bench …`: run benchmarks/kernel.py with these arguments, as if it had been started itself."""
+    script = HERE / "benchmarks" / "kernel.py"
+    if not script.exists():
+        raise UsageError(f"the benchmarks come with a clone of the repository; there is no {script}")
+    sys.argv[:] = [str(script), *arguments]
+    sys.path[:0] = [str(script.parent), str(HERE)]
+    runpy.run_path(str(script), run_name="__main__")        # ends in SystemExit with its status, or returns
+    return 0
+
+
+# ---- The command line --------------------------------------------------------------------------------------
+
+def _parser(command, description):
+    """An argparse parser that calls itself `python -m flowcoro <command>`, whatever file was started."""
+    return argparse.ArgumentParser(prog=f"python -m flowcoro {command}", description=description)
+
+
+def _help_text():
+    """What `--help` prints."""
+    lines = ["usage: python -m flowcoro COMMAND …", "", "commands:"]
+    lines += [f"  {name:8} {line}" for name, (_, _, line) in COMMANDS.items()]
+    lines += ["", "`python -m flowcoro COMMAND --help` explains a command, `--version` tells the version."]
+    return "\n".join(lines)
+
+
+def _dispatch(arguments):
+    """Do what the command line asks for and return the exit status."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help_text())
+        return 0
+    if arguments[0] == "--version":
+        print(f"flowcoro {flowcoro.__version__}")
+        return 0
+    module, function, _ = COMMANDS[_look_up("command", arguments[0], COMMANDS)]
+    return getattr(_load(module), function)(arguments[1:])
+
+
+def main(argv=None):
+    """Obey the command line `argv` (default: sys.argv[1:]), return the exit status; complaints go to stderr.
+
+    What a user can do wrong, Ctrl-C (130) and a reader that closed the pipe (141) end without a traceback.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")        # a terminal without `µ` shows `?`, not a traceback
+    try:
+        status = _dispatch(sys.argv[1:] if argv is None else list(argv))
+        sys.stdout.flush()
+        return status
+    except UsageError as error:
+        print(f"flowcoro: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nflowcoro: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes at its end and would complain again: what is in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except SystemExit as error:                             # argparse, the end of a benchmark, SIGTERM
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+
+
+if __name__ == "__main__":
+    # As in flowcoro.py: the module of that name does the work, so that no second copy of its errors exists.
+    sys.exit(_load("flowcoro_cli").main())
