@@ -18,8 +18,8 @@ Example:
         assert (copies / "flowcoro.py").exists() and (copies / "__init__.py").exists()
         assert flowcoro_cli.main(["vendor", "--check", str(copies)]) == 0
 
-Contents: tables of commands and scenes · errors · finding siblings · Screen · the five scenes of the demo ·
-demo · vendor · bench · main.
+Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the five scenes ·
+demo · vendor · bench · the command line.
 
 How it works:
     A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
@@ -105,16 +105,23 @@ READ_NEXT = {           # named at the end of the demo if they are there; a vend
 }
 
 COROUTINES = 100_000    # the number the demo promises
-THREADS = 2_000         # few systems allow 100,000; nearly all allow 2,000, and that is enough to divide by
+THREADS = 1_000         # few systems allow 100,000; nearly all allow 1,000, and that is enough to divide by
 ROUNDS = 2              # each measurement runs twice and the better one counts: noise only makes it worse
+SLOW = 5                # seconds for the first round of them; on a machine that needs more it is the only one
 PROMISE = 5             # times cheaper than a thread
 CHILD_TIMEOUT = 60      # seconds; a measurement takes about one, so this one hangs
 
+WORD = re.compile(rb"[a-z]+", re.IGNORECASE)
 READERS = 4             # files read at the same time; a disk seldom gains from more
 CLIENTS = 1_000
 MESSAGES = 10           # per client: 10,000 round trips, about a second
 SPARE_FILES = 64        # descriptors the process needs besides the sockets of the clients
 BACKLOG = 1_024         # connections waiting to be accepted; one too many is dropped and comes a second late
+
+MODULE = r"flowcoro(?:_\w+)?"
+FLAT_IMPORT = re.compile(rf"^import ({MODULE})\b", re.MULTILINE)
+PACKAGE_IMPORT = re.compile(rf"^from \. import ({MODULE})\b", re.MULTILINE)
+VERSION = re.compile(r"^__version__ = \"(.+)\"", re.MULTILINE)
 
 
 # ---- Errors ------------------------------------------------------------------------------------------------
@@ -131,7 +138,7 @@ class SceneFailed(CliError):
     """A scene did not get the result it checks for. Exit status 1."""
 
 
-# ---- Finding siblings --------------------------------------------------------------------------------------
+# ---- Helpers of all commands -------------------------------------------------------------------------------
 
 def _load(module):
     """Import the sibling `module`, also from inside a package; UsageError if its file is not there."""
@@ -151,6 +158,11 @@ def _look_up(kind, name, known):
     near = difflib.get_close_matches(name, known)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise UsageError(f"there is no {kind} {name!r}; {hint}known: {', '.join(known)}")
+
+
+def _parser(command, description):
+    """An argparse parser that calls itself `python -m flowcoro <command>`, whatever file was started."""
+    return argparse.ArgumentParser(prog=f"python -m flowcoro {command}", description=description)
 
 
 # ---- The screen --------------------------------------------------------------------------------------------
@@ -274,7 +286,8 @@ def _in_child(function, count):
     search_path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     try:
         child = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": search_path},
-                               capture_output=True, text=True, timeout=CHILD_TIMEOUT)
+                               capture_output=True, text=True, errors="replace",
+                               timeout=CHILD_TIMEOUT)
     except subprocess.TimeoutExpired:
         raise SceneFailed(f"{function}({count}) was not ready after {CHILD_TIMEOUT} seconds") from None
     if child.returncode != 0:
@@ -287,8 +300,10 @@ def _scene_threads(screen):
     """100,000 waiting coroutines against waiting threads: what one of each costs, in time and in memory."""
     screen.say("Look at the last line: how much cheaper it is to keep a coroutine waiting than a thread.")
     plan = [("coroutines", COROUTINES), ("threads", THREADS)] * ROUNDS
-    runs = collections.defaultdict(list)
+    runs, start = collections.defaultdict(list), time.perf_counter()
     for step, (kind, count) in enumerate(plan):
+        if step == 2 and time.perf_counter() - start > SLOW:
+            break
         screen.progress(step, len(plan))
         runs[kind].append(_in_child(f"_measure_{kind}", count))
 
@@ -299,11 +314,11 @@ def _scene_threads(screen):
         screen.check(enough, f"{count:,} of {wanted:,} {kind} came back")
         seconds, size = (min(run[unit] / run["count"] for run in runs[kind]) for unit in ("seconds", "bytes"))
         costs.append((seconds, size))
-        screen.say(f"{count:7,} {kind:10} {1e6 * seconds:6.1f} µs and {size:6,.0f} bytes each")
+        screen.say(f"{count:7,} {kind:10} {1e6 * seconds:7.1f} µs and {size:7,.0f} bytes each")
 
     (task_seconds, task_size), (thread_seconds, thread_size) = costs
-    screen.say(f"(Started, parked, joined; the better of {ROUNDS} runs. By this measure 100,000 threads take "
-               f"{1e5 * thread_seconds:.0f} s and {thread_size / 1e4:.1f} GB.)")
+    screen.say(f"(Started, parked, joined, best of {len(runs['threads'])}. By this measure 100,000 threads "
+               f"would take {1e5 * thread_seconds:.0f} s and {thread_size / 1e4:.1f} GB.)")
     faster, smaller = thread_seconds / task_seconds, thread_size / task_size if task_size else math.inf
     memory = f"{smaller:.1f} times less memory" if task_size else "memory unknown"
     figures = f"{faster:.1f} times less time, {memory}"
@@ -332,7 +347,7 @@ async def _count_words(texts, counts, progress):
     """Last stage: the only one that touches `counts`, so nothing needs a lock."""
     files = 0
     async for text in texts:
-        counts.update(text.split())
+        counts.update(WORD.findall(text))
         files += 1
         progress(files)
 
@@ -365,7 +380,7 @@ def _scene_pipeline(screen):
     for path in paths:
         text = path.read_bytes()
         size += len(text)
-        expected.update(text.split())
+        expected.update(WORD.findall(text))
     loop_seconds = time.perf_counter() - start
 
     screen.check(counts == expected, "the pipeline and the plain loop counted different words")
@@ -445,14 +460,12 @@ async def _call(address, number, everybody, reply_arrived):
 
 
 async def _echo_session(clients, progress):
-    """A server and `clients` clients on loopback: (latencies in seconds, wrong replies, seconds in all)."""
-    latencies, wrong = [], 0
+    """A server and `clients` clients on loopback: ([(latency, right?) of each reply], seconds in all)."""
+    replies = []
 
     def reply_arrived(latency, is_right):
-        nonlocal wrong
-        latencies.append(latency)
-        wrong += not is_right
-        progress(len(latencies))
+        replies.append((latency, is_right))
+        progress(len(replies))
 
     with _closing(socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)) as listener:
         listener.setblocking(False)
@@ -466,7 +479,7 @@ async def _echo_session(clients, progress):
                 start = time.perf_counter()
             seconds = time.perf_counter() - start
             servers.cancel()
-    return latencies, wrong, seconds
+    return replies, seconds
 
 
 def _affordable_clients(wanted):
@@ -489,14 +502,13 @@ def _scene_echo(screen):
     total = clients * MESSAGES
     if clients < CLIENTS:
         screen.say(f"(The limit on open files allows {clients:,} clients, not {CLIENTS:,}.)")
-    session = _echo_session(clients, lambda replies: screen.progress(replies, total))
     try:
-        latencies, wrong, seconds = flowcoro.run(session)
+        replies, seconds = flowcoro.run(_echo_session(clients, lambda count: screen.progress(count, total)))
     except OSError as error:
         raise SceneFailed(f"no TCP on 127.0.0.1 here: {error}") from error
-    screen.check(len(latencies) == total, f"{len(latencies):,} replies arrived, not {total:,}")
-    screen.check(wrong == 0, f"{wrong:,} of {total:,} replies differed from what was sent")
-    percentile = statistics.quantiles(latencies, n=100)
+    right = sum(is_right for _, is_right in replies)
+    screen.check(right == total, f"{right:,} of {total:,} messages came back as they were sent")
+    percentile = statistics.quantiles([latency for latency, _ in replies], n=100)
     screen.say(f"{clients:,} clients, {total:,} messages there and back in {seconds:.2f} s: "
                f"{total / seconds:,.0f} per second")
     screen.say(f"latency: p50 {1e3 * percentile[49]:.1f} ms, p99 {1e3 * percentile[98]:.1f} ms "
@@ -509,9 +521,10 @@ def _scene_echo(screen):
 class _FiveEnds:
     """Five tasks and the five ways in which they end; and the time-line of that."""
 
-    WIDTH = 40          # characters for the whole time
+    WIDTH = 30          # characters for the whole time: with name and note it fits 80 columns
 
-    def __init__(self):
+    def __init__(self, progress):
+        self.progress = progress
         self.start = flowcoro.now()
         self.marks = collections.defaultdict(list)      # {task: [(seconds since the start, character), …]}
         self.ends = {}                                  # {task: how it ended}, in the order in which they did
@@ -522,6 +535,7 @@ class _FiveEnds:
         self.marks[name].append((flowcoro.now() - self.start, character))
         if end:
             self.ends[name] = end
+            self.progress(len(self.ends), 5)
 
     async def quick(self):
         self.mark("=")
@@ -534,7 +548,7 @@ class _FiveEnds:
             with flowcoro.timeout(0.2):
                 await flowcoro.sleep(math.inf)
         except TimeoutError:
-            self.mark("x", "TimeoutError, its own timeout")
+            self.mark("x", "TimeoutError: its timeout")
 
     async def nested(self):
         self.mark("=")
@@ -558,7 +572,7 @@ class _FiveEnds:
             self.mark("~")
             with flowcoro.CancelScope(shield=True):     # a cleanup that waits: cancellation stays outside
                 await flowcoro.sleep(0.1)
-            self.mark("|", "cancelled too; its shielded cleanup (~) went on to its end")
+            self.mark("|", "after a shielded cleanup")
 
     async def run(self):
         """All five in one group, which is cancelled when the first three have ended; returns self."""
@@ -584,15 +598,15 @@ class _FiveEnds:
             yield f"{name:10}{row + last:{self.WIDTH + 2}}{end:.2f} s  {self.ends[name]}"
 
 
-async def _five_ends():
-    return await _FiveEnds().run()
+async def _five_ends(progress):
+    return await _FiveEnds(progress).run()
 
 
 def _scene_timeouts(screen):
     """Timeouts, a cancelled group and a shielded cleanup, drawn as they happened."""
-    screen.say("Look at where the rows end: x is where a task was cancelled; the group waits for the last.")
-    screen.progress(0, 1)
-    ends = flowcoro.run(_five_ends())
+    screen.say("Look at where the rows end: x is a cancellation, ~ a cleanup for which the group waits.")
+    screen.progress(0, 5)
+    ends = flowcoro.run(_five_ends(screen.progress))
     for row in ends.draw():
         screen.say(row)
     for name, earliest in ("quick", 0.1), ("impatient", 0.2), ("nested", 0.3), ("careful", 0.4):
@@ -641,7 +655,7 @@ def _scene_deadlock(screen):
 # ---- demo --------------------------------------------------------------------------------------------------
 
 def _run_scene(screen, name, place):
-    """Run one scene under its title: True if it held what it promises, False if it failed (and said so)."""
+    """Run one scene under its title: False if it failed, which it has said by then."""
     module, function, line = SCENES[name]
     screen.say(f"\n{place} {name}: {line}", "bold")
     try:
@@ -686,10 +700,9 @@ def _demo_command(arguments):
 
 # ---- vendor ------------------------------------------------------------------------------------------------
 
-MODULE = r"flowcoro(?:_\w+)?"
-FLAT_IMPORT = re.compile(rf"^import ({MODULE})\b", re.MULTILINE)
-PACKAGE_IMPORT = re.compile(rf"^from \. import ({MODULE})\b", re.MULTILINE)
-VERSION = re.compile(r"^__version__ = \"(.+)\"", re.MULTILINE)
+def _as_flat(text):
+    """The source `text` as a file beside its siblings."""
+    return PACKAGE_IMPORT.sub(r"import \1", text)
 
 
 def _as_package(text):
@@ -727,15 +740,16 @@ def _imported_siblings(text):
             for alias in statement.names if re.fullmatch(MODULE, alias.name)]
 
 
-def _sources(names):
-    """{file name: text, with flat imports} of modules and all they need; UsageError if one is missing."""
+def _sources(names, package):
+    """{file name: text as it is to be copied} of modules and all they need; UsageError if one is missing."""
     known, sources, wanted = _known_modules(), {}, [(name, "vendor") for name in names]
     while wanted:
         name, importer = wanted.pop()
         if name not in known:
             raise UsageError(f"{importer} needs {name}.py, which is missing: copy it to {HERE}")
         if f"{name}.py" not in sources:
-            text = sources[f"{name}.py"] = PACKAGE_IMPORT.sub(r"import \1", _read(known[name]))
+            text = _as_flat(_read(known[name]))
+            sources[f"{name}.py"] = _as_package(text) if package else text
             wanted += [(sibling, f"{name}.py") for sibling in _imported_siblings(text)]
     return dict(sorted(sources.items()))
 
@@ -751,8 +765,8 @@ def _check_copies(destination, names, package):
     """Say of each copy whether it is the same as here: 0 if all are, 1 if one differs or is not there."""
     found = [name for name in _known_modules() if (destination / f"{name}.py").exists()]
     all_same = True
-    for name, text in _sources(names or found or ["flowcoro"]).items():
-        path, here = destination / name, _as_package(text) if package else text
+    for name, here in _sources(names or found or ["flowcoro"], package).items():
+        path = destination / name
         there = _read(path) if path.is_file() else None
         all_same &= there == here
         if there == here:
@@ -762,12 +776,12 @@ def _check_copies(destination, names, package):
     return 0 if all_same else 1
 
 
-def _refuse_to_lose(destination, sources):
+def _refuse_to_lose(destination, files):
     """UsageError if a file at `destination` is neither form of this version: copying would lose it."""
     changed = []
-    for name, text in sources.items():
+    for name, text in files.items():
         path = destination / name
-        if path.exists() and (there := _read(path)) not in (text, _as_package(text)):
+        if path.exists() and _as_flat(there := _read(path)) != _as_flat(text):
             changed.append(f"\n  {path}: {_difference(there, text)}")
     if changed:
         raise UsageError("nothing was copied: these files have been changed, or are of another version; "
@@ -793,20 +807,16 @@ def _package_name(folder):
 
 
 def _vendor(destination, names, package, force):
-    """Copy the modules `names` and what they need, all or none, and say so; UsageError if it cannot be."""
-    sources = _sources(names)
-    files = {name: _as_package(text) if package else text for name, text in sources.items()}
+    """Copy the modules `names` and what they need, all or none, and say so."""
+    files = _sources(names, package)
     was_package = (destination / "__init__.py").exists()
+    if not force:
+        _refuse_to_lose(destination, files)
     if package and not was_package:
         files["__init__.py"] = ""
-    try:
-        if not force:
-            _refuse_to_lose(destination, sources)
-        new = {name: text for name, text in files.items()
-               if not (destination / name).exists() or _read(destination / name) != text}
-        _write(destination, new)
-    except OSError as error:
-        raise UsageError(f"cannot write to {destination}: {error}") from error
+    new = {name: text for name, text in files.items()
+           if not (destination / name).exists() or _read(destination / name) != text}
+    _write(destination, new)
     if was_package:
         print(f"{destination} is a package (it has an __init__.py), so its copies use `from . import`")
     for name, text in files.items():
@@ -828,14 +838,19 @@ def _vendor_command(arguments):
     parser.add_argument("--force", action="store_true", help="overwrite files that differ from this version")
     options = parser.parse_args(arguments)
     destination, names = options.destination, [_full_name(module) for module in options.modules]
-    if destination.exists() and not destination.is_dir():
-        raise UsageError(f"{destination} is a file; name a folder")
-    if destination.resolve() == HERE:
-        raise UsageError(f"{destination} is where these files come from")
-    package = options.package or (destination / "__init__.py").exists()
-    if options.check:
-        return _check_copies(destination, names, package)
-    _vendor(destination, names or ["flowcoro"], package, options.force)
+    try:
+        if destination.exists() and not destination.is_dir():
+            raise UsageError(f"{destination} is a file; name a folder")
+        if destination.resolve() == HERE:
+            raise UsageError(f"{destination} is where these files come from")
+        package = options.package or (destination / "__init__.py").exists()
+        if options.check:
+            return _check_copies(destination, names, package)
+        _vendor(destination, names or ["flowcoro"], package, options.force)
+    except BrokenPipeError:             # our own output; main() knows what to do
+        raise
+    except OSError as error:
+        raise UsageError(f"cannot use {destination}: {error}") from error
     return 0
 
 
@@ -853,11 +868,6 @@ def _bench_command(arguments):
 
 
 # ---- The command line --------------------------------------------------------------------------------------
-
-def _parser(command, description):
-    """An argparse parser that calls itself `python -m flowcoro <command>`, whatever file was started."""
-    return argparse.ArgumentParser(prog=f"python -m flowcoro {command}", description=description)
-
 
 def _help_text():
     """What `--help` prints."""
@@ -887,7 +897,12 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal without `µ` shows `?`, not a traceback
     try:
-        status = _dispatch(sys.argv[1:] if argv is None else list(argv))
+        try:
+            status = _dispatch(sys.argv[1:] if argv is None else list(argv))
+        except SystemExit as error:                         # argparse, the end of a benchmark, SIGTERM
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
         sys.stdout.flush()
         return status
     except UsageError as error:
@@ -900,8 +915,6 @@ def main(argv=None):
         # The interpreter flushes at its end and would complain again: what is in the buffer goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except SystemExit as error:                             # argparse, the end of a benchmark, SIGTERM
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
 
 
 if __name__ == "__main__":

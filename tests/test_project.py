@@ -1,7 +1,7 @@
 """The rules of the project, read from its own files.
 
-Who may import whom, what the header of a module promises, which files to copy, how long a function may be: each
-is asserted from the syntax tree. What documents and examples show is run, each in an interpreter of its own.
+Who may import whom, what the header of a module promises, which files to copy, how long a function may be:
+all of it asserted from the syntax tree. What documents and examples show is run, each in its own interpreter.
 
 A rule about code is a function `..._violations(module)` that returns one sentence per violation. That the
 rules find anything is tested too, on snippets that break them.
@@ -51,7 +51,7 @@ LAYERS = {
     "flowcoro_gateway": 6,
 }
 
-# Every place that yields to the kernel. A handful, never more than 8: each is one more that a reader must know.
+# Every place that yields to the kernel. A handful, never more than 8: each is one more for a reader to know.
 TRAPS = {"checkpoint", "park", "sleep", "sleep_until", "ParkingLot.park", "Task.__await__"}
 
 MAX_FUNCTION_LINES = 80       # about 50 is the aim, docstring included; beyond 80 a concept is missing
@@ -455,7 +455,8 @@ def test_one_substitution_per_file_turns_the_tree_into_a_package(tmp_path):
 
 @pytest.mark.skipif("flowcoro_cli" not in MODULES, reason="`vendor` is a command of flowcoro_cli.py")
 def test_the_vendor_command_makes_a_package_that_imports(tmp_path):
-    assert_ran(run_python("-m", "flowcoro", "vendor", tmp_path / "vendored", *MODULES, "--package", cwd=tmp_path))
+    package = tmp_path / "vendored"
+    assert_ran(run_python("-m", "flowcoro", "vendor", package, *MODULES, "--package", cwd=tmp_path))
     assert_package_imports(tmp_path)
     assert_ran(run_python("-m", "vendored.flowcoro", "--version", cwd=tmp_path, sees_root=False))
 
@@ -565,7 +566,10 @@ PYTHON_FENCES = [block for block in FENCES if block.language == "python"]
 SHELL_FENCES = [block for block in FENCES if block.language in ("console", "sh", "bash", "shell")]
 
 # What documents may call besides Python; whether it is installed is the reader's affair.
-SHELL_WORDS = set("bash cat cd cp curl git grep head kill ls mkdir pip sed strace tail taskset time timeout".split())
+SHELL_WORDS = {
+    "bash", "cat", "cd", "cp", "curl", "git", "grep", "head", "kill", "ls", "mkdir", "pip", "sed", "strace",
+    "tail", "taskset", "time", "timeout",
+}
 
 
 def commands(block):
@@ -747,7 +751,8 @@ def test_a_snippet_that_keeps_the_rules_passes(source):
 
 def test_a_private_attribute_of_the_kernel_is_found_in_other_modules():
     private = min(private_names_bound_in(MODULES["flowcoro"]))
-    assert len(private_use_violations(Module.from_source("flowcoro_net", f"def wake(task):\n    task.{private}()"))) == 1
+    snippet = Module.from_source("flowcoro_net", f"def wake(task):\n    task.{private}()")
+    assert len(private_use_violations(snippet)) == 1
 
 
 def test_the_header_is_read_as_a_person_would():

@@ -1,4 +1,4 @@
-"""asyncio's cases (and uvloop's: see cases_uvloop.py). Run by ../kernel.py; see there what each case counts."""
+"""asyncio's cases, and uvloop's (cases_uvloop.py). Run by ../kernel.py; see there what each case counts."""
 
 import asyncio
 import platform

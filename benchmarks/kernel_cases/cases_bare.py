@@ -1,10 +1,11 @@
-"""No runtime at all: coroutines sent round a deque, which is the least that any scheduler in Python has to do.
+"""No runtime at all: coroutines sent round a deque, about the least that a scheduler in Python has to do.
 
 Without timers, errors, cancellation or I/O there is only one case: `switch`. Run by ../kernel.py; see there.
 """
 
 import collections
 import platform
+import sys
 import types
 
 import harness
@@ -30,4 +31,6 @@ def switch():
 
 
 if __name__ == "__main__":
-    harness.main(dict(switch=switch), harness.timed_plain, None, platform.python_version())
+    threads = "" if getattr(sys, "_is_gil_enabled", lambda: True)() else " without GIL"
+    harness.main(dict(switch=switch), harness.timed_plain, None,
+                 f"{platform.python_implementation()} {platform.python_version()}{threads}")

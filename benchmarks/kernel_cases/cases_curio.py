@@ -1,7 +1,7 @@
 """curio's cases. Run by ../kernel.py; see there what each case counts.
 
-Run it with `python -O`: curio asserts at every wake-up that the task is not ready yet, by searching the whole ready
-queue, and with 100,000 tasks that assertion is all one would measure.
+Run it with `python -O`: at every wake-up curio asserts that the task is not ready yet, by searching the whole
+ready queue, and with 100,000 tasks that assertion would be all that is measured.
 """
 
 import curio

@@ -1,5 +1,5 @@
-"""What every `cases_*.py` beside this file shares: how much work a case does, the clocks, and the line of JSON
-that one measurement prints.
+"""What every `cases_*.py` beside this file shares: how much work a case does, the clock, and the line of
+JSON that one measurement prints.
 
 A `cases_*.py` holds one contender's cases, written as its own manual would write them, and runs one of them:
 
@@ -21,40 +21,39 @@ import time
 
 # The same work for every contender. The sizes are such that the fastest needs some hundredths of a second for
 # one pass, and the slowest a few seconds.
-TASKS, CHECKPOINTS = 1_000, 200             # switch: that many tasks, each giving way that many times
-GROUPS, GROUP_SIZE = 20, 1_000              # spawn: that many groups, one after another, of that many tasks each
+TASKS, CHECKPOINTS = 500, 500               # switch: so many tasks, each of which gives way so many times
+GROUPS, GROUP_SIZE = 20, 1_000              # spawn: groups one after another, tasks in each
 SLEEPERS = 100_000                          # sleepers
 ROUND_TRIPS = 10_000                        # pingpong: there and back is two items handed over
 ITEMS, CAPACITY = 20_000, 100               # buffered
 HANDOVERS = 10_000                          # lock: by each of two tasks
-TIMEOUTS = 200                              # timeout: in each of 100 tasks, so that polling does not drown them
-TIMEOUT_TASKS = 100
-CALLS = 2_000                               # thread
-PARKED = 25_000                             # memory
+TIMEOUT_TASKS, TIMEOUTS = 100, 200          # timeout: several tasks, or one would measure polling for I/O
+CALLS = 1_000                               # thread
+PARKED = 20_000                             # memory
+IMPORTS = 3                                 # import: fresh interpreters per measurement
 ALIVE = {"alive_10k": 10_000, "alive_100k": 100_000, "alive_1m": 1_000_000}
-IMPORTS = 4                                 # import: fresh interpreters per measurement
 
 OPERATIONS = {
     "switch": TASKS * CHECKPOINTS, "spawn": GROUPS * GROUP_SIZE, "sleepers": SLEEPERS,
-    "pingpong": 2 * ROUND_TRIPS, "buffered": ITEMS, "lock": 2 * HANDOVERS, "timeout": TIMEOUT_TASKS * TIMEOUTS,
-    "thread": CALLS,
+    "pingpong": 2 * ROUND_TRIPS, "buffered": ITEMS, "lock": 2 * HANDOVERS,
+    "timeout": TIMEOUT_TASKS * TIMEOUTS, "thread": CALLS,
 }
 
-# A case is run again and again until this much time has gone by, and the median run counts: the fast contenders
-# get several runs, the slow ones a single run that is long enough by itself. Seconds.
+# Seconds. A case is run again and again until so much time has gone by, and the median run counts: the fast
+# contenders get several runs, the slow ones a single run that is long enough by itself.
 ENOUGH = 0.25
 
-# Bytes that one living task may need: with less free memory than that many tasks need, a crowd is refused.
+# Bytes that a task of a crowd may need (asyncio's: 1,800). With less than that free, no crowd is started.
 ALIVE_BYTES = {"trio": 5_000, "curio": 4_000, "gevent": 12_000}
 ALIVE_BYTES_OTHERWISE = 2_500
 
-# How much longer the first steps of a crowd's tasks may take than spawning them did (see Crowd).
+# How many times as long the first steps of a crowd's tasks may take as spawning them took (see Crowd).
 PATIENCE = {"trio": 8, "gevent": 16}
 PATIENCE_OTHERWISE = 2
 
 
 def short(number):
-    """Seconds that sleeper `number` sleeps: 1 to 50 ms, neighbours differ, every contender gets the same naps."""
+    """Seconds that sleeper `number` sleeps: 1 to 50 ms, the same for all contenders."""
     return (number * 7 % 50 + 1) / 1000
 
 
@@ -73,10 +72,10 @@ def resident():
 class Crowd:
     """`size` tasks that are all alive at once, and the proof of it.
 
-    Each task sleeps `nap()` seconds and then says `woke()`. Nobody may wake before the last one has fallen asleep,
-    and how long that takes depends on the machine; so the nap of all ends at one moment, which the first task to
-    fall asleep chooses from the time that spawning them all took. Waiting for that moment costs no processor
-    time, and processor time is what the case counts.
+    Each task sleeps `nap()` seconds and then says `woke()`. Nobody may wake before the last one has fallen
+    asleep, and how long that takes depends on the machine; so all naps end at one moment, which the first
+    task to fall asleep chooses from the time that spawning them all took. Waiting for that moment costs no
+    processor time, and processor time is what the case counts.
     """
 
     def __init__(self, size, patience=PATIENCE_OTHERWISE):
@@ -120,16 +119,17 @@ def report(value):
 
 
 def report_memory(grown):
-    """Print the bytes for each of the PARKED tasks, and leave at once: taking them down is not in the case."""
+    """Print the bytes for each of the PARKED tasks and leave at once: taking them down is not in the case."""
     report(grown / PARKED)
     os._exit(0)
 
 
 def import_seconds(module, path=None):
-    """Median seconds of `import module` in fresh interpreters; the first one, which may compile, is not counted."""
+    """Median seconds of `import module` in fresh interpreters, after one that may have had to compile it."""
     program = (f"import sys, time; sys.path[:0] = {[path] if path else []}; start = time.perf_counter(); "
                f"import {module}; print(time.perf_counter() - start)")
-    seconds = [float(subprocess.check_output([sys.executable, "-P", "-c", program])) for _ in range(IMPORTS + 1)]
+    command = [sys.executable, "-P", "-c", program]  # -P: the current folder may hold anything
+    seconds = [float(subprocess.check_output(command)) for _ in range(1 + IMPORTS)]
     return statistics.median(seconds[1:])
 
 
@@ -147,7 +147,8 @@ def require_memory(size):
 def main(cases, run, module, version, path=None):
     """Run the case named on the command line and print one line of JSON.
 
-    `run(case, clock, *args)` starts the contender's runtime, calls `timed` in it, and returns its result.
+    `run(case, clock, *args)` starts the contender's runtime, awaits timed() in it, and returns what that
+    returns. `module` is what the `import` case imports, from the folder `path` if it is given.
     """
     name = sys.argv[1]
     if name == "version":
