@@ -223,8 +223,8 @@ def _report(error, what, source=None):
             import traceback
             sys.stderr.write("".join([f"{what}\n", *traceback.format_exception(error)]))
         else:
-            sys.unraisablehook(types.SimpleNamespace(exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__,
-                                                     err_msg=what, object=source))
+            sys.unraisablehook(types.SimpleNamespace(
+                exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__, err_msg=what, object=source))
     except Exception:       # the user's hook is broken, or stderr is: nobody is left to tell
         pass
 
@@ -270,7 +270,8 @@ def _await_chain(task):
     import gc
     lines, awaited = [], task.coro
     while awaited is not None:
-        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None) or getattr(awaited, "ag_frame", None)
+        frame = (getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
+                 or getattr(awaited, "ag_frame", None))
         if frame is not None and (frame.f_code.co_filename != _HERE or not lines):
             lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}")
         inner = (getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
@@ -316,7 +317,7 @@ def checkpoint():
 
 @types.coroutine
 def park(park_function):
-    """Suspend the current task and call `park_function(task)`; return the value given to reschedule(), or raise its error.
+    """Suspend the current task and call `park_function(task)`; return what reschedule() is given, or raise its error.
 
     The park function must set `task.park_reason` (a string) and `task.abort_function`, and only then store the task
     where its waker finds it. `abort_function(task)` must not fail: it takes the task out again and returns True, or
@@ -455,7 +456,7 @@ class CancelScope:
             worker.set_timer(self._task, self._deadline)
 
     def cancel(self):
-        """Cancel everything inside, now and later: Cancelled is raised at each checkpoint. Twice is once. Never blocks."""
+        """Cancel everything inside, now and later: each checkpoint raises Cancelled. Twice is once. Never blocks."""
         if not self._cancelled:
             self._cancelled = True
             if self._task is not None:
@@ -636,7 +637,7 @@ class Task:
         return self.coro.throw(error)
 
     def _step_then_cancel(self, value):
-        """What was delivered before the cancel goes first (I3); a new task runs to its first checkpoint: it may own things."""
+        """What was delivered before the cancel goes first (I3). A new task runs to its first checkpoint: it may own things."""
         self._resume = self._deliver
         self.budget = self._swallowed = 0
         error, self._error = self._error, None
@@ -646,8 +647,8 @@ class Task:
         self.budget = 0
         self._swallowed += 1
         if self._swallowed == SWALLOWED_LIMIT:
-            _report(RuntimeError(f"{self!r} has caught Cancelled {SWALLOWED_LIMIT} times and goes on. A cancelled scope raises "
-                                 "it at every checkpoint: let it pass, or break out of the loop. It awaits at\n"
+            _report(RuntimeError(f"{self!r} has caught Cancelled {SWALLOWED_LIMIT} times and goes on. A cancelled scope "
+                                 "raises it at every checkpoint: let it pass, or break out of the loop. It awaits at\n"
                                  + "\n".join(_await_chain(self))), "cancellation is swallowed", self)
         if self._worker.kernel.interrupts > 1:
             return self.coro.throw(KeyboardInterrupt())
@@ -738,7 +739,8 @@ class Task:
     def __repr__(self):
         if self._state == DONE:
             error = self._error
-            how = ("" if error is None else ": cancelled" if isinstance(error, Cancelled) else f": failed with {error.error!r}")
+            how = ("" if error is None else ": cancelled" if isinstance(error, Cancelled)
+                   else f": failed with {error.error!r}")
         else:
             how = f": {self.park_reason}" if self._state == PARKED else ""
         return f"<Task {self.name} {self.state}{how}>"
@@ -752,8 +754,9 @@ def current_task():
 def reschedule(task, value=None, error=None):
     """Make a parked task runnable: its park returns `value` or raises `error`. Exactly once per park.
 
-    In the kernel's own thread; from others use a Promise or call_from_thread(). RuntimeError if the task is not parked: whoever wakes a task must first take it out of the place where it was
-    parked, and the one who finds it there is the one to wake it.
+    In the kernel's own thread; from others use a Promise or call_from_thread(). RuntimeError if the task is not
+    parked: whoever wakes a task must first take it out of the place where it was parked, and the one who finds it
+    there is the one to wake it.
     """
     if task._state != PARKED:
         raise RuntimeError(f"{task!r} is not parked: each park is answered by exactly one reschedule")
@@ -940,7 +943,8 @@ def _new_poller():
 def _fileno(fd):
     number = fd if isinstance(fd, int) else fd.fileno() if hasattr(fd, "fileno") else None
     if number is None or not 0 <= number < 2**31:
-        raise ValueError(f"{fd!r} is not an open file descriptor: give a number from 0 up or an object whose fileno() is one")
+        raise ValueError(f"{fd!r} is not an open file descriptor: give a number from 0 up, or an object whose fileno() "
+                         "is one")
     return number
 
 
@@ -1092,7 +1096,9 @@ class _PlainFd(Pollable):
             "notify_closing(fd) before closing"))
 
     def ready(self, bits):
-        wanted = (_select.POLLIN if self._reader is not None else 0) | (_select.POLLOUT if self._writer is not None else 0)
+        wanted = _select.POLLIN if self._reader is not None else 0
+        if self._writer is not None:
+            wanted |= _select.POLLOUT
         if not wanted:
             return
         try:
@@ -1101,7 +1107,8 @@ class _PlainFd(Pollable):
             self._another_file()
             return
         except OSError as error:
-            self._wake(READ | WRITE, lambda: OSError(error.errno, f"file descriptor {self.fd} was closed while waited for"))
+            number = error.errno
+            self._wake(READ | WRITE, lambda: OSError(number, f"file descriptor {self.fd} was closed while waited for"))
             return
         probe = _select.poll()
         probe.register(self.fd, wanted)
@@ -1257,9 +1264,9 @@ def _checked_coro(coro, caller):
     raise TypeError(f"{caller}() takes a coroutine object, and {coro!r} is {hint}")
 
 
-# Put in place of a spawned coroutine's __name__ (of which nothing else makes use: tracebacks and repr show others), to
-# find that one is spawned twice. A first step that checks instead costs 0.4 us of 2.7, mostly for one more frame in
-# the traceback of the StopIteration that ends a short task.
+# Put in place of a spawned coroutine's __name__ (of which nothing else makes use: tracebacks and repr show others),
+# to find that one is spawned twice. A first step that checks instead costs 0.4 us of 2.7, mostly for one more frame
+# in the traceback of the StopIteration that ends a short task.
 _SPAWNED = "<spawned>"
 
 
@@ -1300,8 +1307,8 @@ class TaskGroup:
             coro.close()
             raise RuntimeError("this TaskGroup is not open: spawn inside its `async with`, or from a task in it")
         if coro.__name__ is _SPAWNED or getattr(coro, "cr_suspended", False):
-            raise RuntimeError(f"{coro!r} has been started already: a coroutine object can be spawned or awaited once; call its "
-                               "function again for another one")
+            raise RuntimeError(f"{coro!r} has been started already: a coroutine object can be spawned or awaited once; "
+                               "call its function again for another one")
         coro.__name__ = _SPAWNED
         task = Task(coro, self, worker, name)
         self._tasks[task] = None
@@ -1345,7 +1352,8 @@ class TaskGroup:
         for error in errors:
             if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
                 rest = [other for other in errors if other is not error]
-                raise error from (BaseExceptionGroup("errors in the same TaskGroup", rest) if rest else error.__cause__)
+                raise error from (BaseExceptionGroup("errors in the same TaskGroup", rest) if rest
+                                  else error.__cause__)
         raise BaseExceptionGroup("errors in a TaskGroup", errors) from None
 
     def _child_done(self, task, error):
@@ -1360,7 +1368,7 @@ class TaskGroup:
 
 
 class _Root(TaskGroup):
-    """The group of main and of all that spawn() starts. A failure here cancels nobody; it is reported if not awaited."""
+    """The group of main and of all that spawn() starts. A failure here cancels nobody; unless awaited, it is reported."""
 
     __slots__ = ("_kernel",)
 
@@ -1508,8 +1516,8 @@ class _Worker:
 
     def _parked(self, task, trap):
         if task.abort_function is None and task._state == PARKED:
-            self._not_parked(task, trap, RuntimeError(f"the park function {trap!r} set no abort_function: nobody could cancel "
-                                                      "the task"))
+            self._not_parked(task, trap, RuntimeError(
+                f"the park function {trap!r} set no abort_function: nobody could cancel the task"))
         elif self.hooks is not None:
             self.kernel.fire("task_parked", task, task.park_reason)
 
@@ -1540,7 +1548,8 @@ class _Worker:
             if isinstance(error, Cancelled):
                 task._error = error.with_traceback(None)    # frames would live as long as the task
             else:
-                task._error = _Failure(error, f"task {task.name!r} failed and nobody awaited it", seen=group._owner is not None)
+                task._error = _Failure(error, f"task {task.name!r} failed and nobody awaited it",
+                                       seen=group._owner is not None)
                 if group._owner is None:
                     self.kernel.failures.add(task._error)
         if joiners is not None:
@@ -1763,9 +1772,9 @@ class _Kernel:
             self.main = self.root.spawn(coro)
             worker.work()
         except _Forked:
-            return None, RuntimeError("this process was forked inside flowcoro.run(), and the child came back into the kernel. "
-                                      "A child may run a kernel of its own, exec or os._exit(); to start processes use "
-                                      "subprocess, or fork before run()")
+            return None, RuntimeError(
+                "this process was forked inside flowcoro.run(), and the child came back into the kernel. A child may run a "
+                "kernel of its own, exec or os._exit(); to start processes use subprocess, or fork before run()")
         finally:
             self._release_wakeup_fd()
             sys.set_asyncgen_hooks(*asyncgen_hooks)
@@ -1887,7 +1896,7 @@ class _Kernel:
             raise KeyboardInterrupt
 
     def _in_users_code(self, frame):
-        """Whether an error raised in `frame` goes through the user's code first, not through the kernel's bookkeeping."""
+        """Whether an error raised in `frame` meets the user's code first, not the kernel's bookkeeping."""
         if self.worker.task is None or frame.f_code.co_filename == _HERE:
             return False
         while frame is not None and frame.f_code.co_filename != _HERE:
@@ -1972,7 +1981,8 @@ class _Kernel:
             self.drop_shields()
         else:
             for task in list(self.all_tasks()):
-                _report(RuntimeError("it could not be cancelled:\n" + "\n".join(_await_chain(task))), "a task was closed by force", task)
+                _report(RuntimeError("it could not be cancelled:\n" + "\n".join(_await_chain(task))),
+                        "a task was closed by force", task)
                 try:
                     task.abort_function(task)
                     task.coro.close()
@@ -2013,7 +2023,9 @@ async def _close_asyncgen(asyncgen):
 
 def _holders(task):
     """The tasks that could wake a parked one, if its parking place knows them."""
-    holder = getattr(getattr(task.abort_function, "__self__", None), "holder", None) if task._state == PARKED else None
+    if task._state != PARKED:
+        return []
+    holder = getattr(getattr(task.abort_function, "__self__", None), "holder", None)
     return [holder] if isinstance(holder, Task) else list(holder or ())
 
 
@@ -2022,7 +2034,8 @@ def _why(task):
         return ""
     holders = _holders(task)
     more = f" and {len(holders) - 3} more" if len(holders) > 3 else ""
-    return f": {task.park_reason}" + (f" (for {', '.join(holder.name for holder in holders[:3])}{more})" if holders else "")
+    names = ", ".join(holder.name for holder in holders[:3])
+    return f": {task.park_reason}" + (f" (for {names}{more})" if holders else "")
 
 
 def _cycle(tasks):
@@ -2037,7 +2050,8 @@ def _cycle(tasks):
             task = holders[0]
         else:
             if task is start:
-                return ["in a circle: " + ", ".join(f"{a.name} waits for {b.name}" for a, b in zip(path, path[1:] + path[:1]))]
+                pairs = zip(path, path[1:] + path[:1])
+                return ["in a circle: " + ", ".join(f"{a.name} waits for {b.name}" for a, b in pairs)]
     return []
 
 
@@ -2493,7 +2507,8 @@ class Channel:
     close() says that nothing more will come: receivers get what is left, then EndOfChannel, which ends `async for`.
     """
 
-    # A parked sender keeps its item in task._item; a parked receiver gets its item in task._value. Either lot is empty, or the
+    # A parked sender keeps its item in task._item; a parked receiver gets its item in task._value.
+    # Either lot is empty, or the
     # other is and the buffer is full (senders wait) or empty (receivers wait).
     __slots__ = ("capacity", "_items", "_senders", "_receivers", "_closed")
 
@@ -2507,7 +2522,7 @@ class Channel:
         self._closed = False
 
     async def send(self, item):
-        """Hand over `item`, waiting for room. ClosedError if it is closed, now or meanwhile. Cancelled or failed: not sent."""
+        """Hand over `item`, waiting for room. ClosedError if closed, now or meanwhile. Cancelled or failed: not sent."""
         task = _local.worker.task
         if task.budget > 0:             # the lines of _turn(), here and in receive() to save 70 ns of 350
             task.budget -= 1
@@ -2515,8 +2530,13 @@ class Channel:
             await checkpoint()
         if self._closed:
             raise ClosedError("send on a closed Channel")
-        if self._receivers._tasks:
-            self._give(item)
+        receivers = self._receivers._tasks
+        if receivers:                   # _give(), written out for the same reason
+            receiver, _ = receivers.popitem(last=False)
+            if receiver.__class__ is Task:
+                reschedule(receiver, item)
+            else:
+                receiver.commit(item)
         elif len(self._items) < self.capacity:
             self._items.append(item)
         else:
@@ -2527,7 +2547,7 @@ class Channel:
                 task._item = None
 
     async def receive(self):
-        """The next item, waiting for one. EndOfChannel when it is closed and empty. Cancelled: the item stays in the channel."""
+        """The next item, waiting for one. EndOfChannel when closed and empty. Cancelled: the item stays in the channel."""
         task = _local.worker.task
         if task.budget > 0:
             task.budget -= 1
@@ -2644,7 +2664,8 @@ class _Case:
 def _cases(cases):
     """[(channel, sends, item)]"""
     if not cases:
-        raise ValueError("select() without cases would wait for ever: give a Channel to receive, (channel, item) to send")
+        raise ValueError("select() without cases would wait for ever: give a Channel to receive from, or (channel, item) "
+                         "to send")
     parsed = []
     for case in cases:
         if isinstance(case, Channel):
@@ -2652,7 +2673,7 @@ def _cases(cases):
         elif isinstance(case, tuple) and len(case) == 2 and isinstance(case[0], Channel):
             parsed.append((case[0], True, case[1]))
         else:
-            raise TypeError(f"{case!r} is no case of a select: give a Channel to receive from it, or (channel, item) to send")
+            raise TypeError(f"{case!r} is no case of a select: give a Channel to receive from, or (channel, item) to send")
     return parsed
 
 
@@ -2831,7 +2852,10 @@ class Subscription:
         raise WouldBlock("nothing new was sent")
 
     async def receive(self):
-        """The next item, waiting for one. EndOfChannel after the last, Lagged (slow="lag"), ClosedError. Cancelled: not received."""
+        """The next item, waiting for one. EndOfChannel after the last, Lagged (slow="lag"), ClosedError.
+
+        Cancelled: not received.
+        """
         await _turn()
         try:
             return self.receive_nowait()
@@ -3223,7 +3247,8 @@ def _ask(call, kernel, timeout):
     elif kernel is None:
         running = list(_kernels)
         if len(running) != 1:
-            raise RuntimeError(f"{len(running)} kernels run in this process: pass kernel=, a handle made by current_kernel()")
+            raise RuntimeError(f"{len(running)} kernels run in this process: pass kernel=, a handle that current_kernel() "
+                               "gives")
         kernel = running[0]
     if not kernel.worker.post(call):
         raise RuntimeError("the kernel has ended")
@@ -3238,7 +3263,7 @@ def _ask(call, kernel, timeout):
 
 
 def call_from_thread(function, /, *args, kernel=None, timeout=None):
-    """From another thread: have function(*args) called by the kernel's thread; wait, return its result, raise its error.
+    """From another thread: have the kernel's thread call function(*args); wait, return its result, raise its error.
 
     The function must not block. In threads of to_thread the kernel is known; elsewhere it is the only one that runs or
     `kernel`. RuntimeError when it has ended, or in the kernel's own thread. timeout: seconds to wait (TimeoutError).
@@ -3263,7 +3288,7 @@ def run_from_thread(coro, *, kernel=None, timeout=None):
 # ---- pools ----------------------------------------------------------------------------------------------------
 
 class ObjectPool:
-    """Keeps up to `capacity` used objects for reuse. When it is empty acquire() makes a fresh one: it never fails, never waits.
+    """Keeps up to `capacity` used objects for reuse. When it is empty, acquire() makes a fresh one and never waits.
 
     factory() makes an object; reset(object) cleans one as it is returned (if it fails, the object is dropped and the
     error raised). debug=True finds objects returned twice or to the wrong pool (PoolError) and used after their return
@@ -3300,7 +3325,8 @@ class ObjectPool:
         """Take it back, or drop it if `capacity` are kept."""
         if self._lent is not None:
             if id(thing) not in self._lent:
-                raise PoolError(f"an object of type {type(thing).__name__} was returned twice, or was not borrowed from this pool")
+                raise PoolError(f"an object of type {type(thing).__name__} was returned twice, or was not borrowed from this "
+                                "pool")
             _, thing = self._lent.pop(id(thing))
         self._returned += 1
         self._dropped += 1                      # unless it is kept
@@ -3440,5 +3466,6 @@ if __name__ == "__main__":
     except ModuleNotFoundError as _error:
         if _error.name != f"{_prefix}flowcoro_cli":
             raise
-        sys.exit("python -m flowcoro needs flowcoro_cli.py beside flowcoro.py: copy that file too")
+        print("python -m flowcoro needs flowcoro_cli.py beside flowcoro.py: copy that file too", file=sys.stderr)
+        sys.exit(2)
     sys.exit(_cli.main())

@@ -35,6 +35,7 @@ class Op:
         self.deadline = deadline
         self.scope = flowcoro.CancelScope(deadline=deadline)
         self.outcome = None
+        self.in_condition = False   # waits for a notify, or has had one
         self.doomed = False         # cancelled, but something has to be done before it can end
 
     def decide(self, how, value=None):
@@ -463,3 +464,356 @@ def test_channel_is_a_list_under_random_cancels_and_closes():
 
 def test_select_over_channels_does_exactly_one_case_under_random_cancels_and_closes():
     run_programs(ChannelProgram, channels=3)
+
+
+# ---- locks -------------------------------------------------------------------------------------------------
+
+class LockProgram(Program):
+    """The lock is its owner and a list of those who wait."""
+
+    def __init__(self, seed, make=flowcoro.Lock):
+        super().__init__(seed)
+        self.real = make()
+        self.owner = None
+        self.waiting = []
+
+    def acquire(self, op):
+        if self.owner is None:
+            self.hand_to(op)
+        else:
+            self.waiting.append(op)
+
+    def hand_to(self, op):
+        self.owner = op.actor
+        op.decide(RETURNED)
+
+    def release(self):
+        self.owner = None
+        if self.waiting:
+            self.hand_to(self.waiting.pop(0))
+
+    def withdraw(self, op):
+        self.waiting.remove(op)
+        op.decide(CANCELLED)
+
+    async def act(self, actor):
+        if self.random.random() < 0.2:
+            free = self.owner is None
+            assert nowait(self.real.acquire_nowait)[0] == (RETURNED if free else flowcoro.WouldBlock)
+            if not free:
+                return
+            self.owner = actor
+        else:
+            await self.attempt(actor, self.acquire, self.real.acquire())
+            if self.owner is not actor:         # the deadline has passed
+                return
+        try:
+            await self.hold(actor)
+        finally:
+            self.release()
+            self.real.release()
+
+    async def hold(self, actor):
+        for _ in range(self.random.randrange(3)):
+            await self.pause(actor)
+            assert self.owner is actor
+
+    def check(self):
+        assert self.real.statistics() == {"owner": self.owner and self.owner.task, "tasks_waiting": len(self.waiting)}
+
+
+class ConditionProgram(LockProgram):
+    """A lock and a second list, of those who wait for a notify.
+
+    notify() moves them to the end of the lock's list, and then no cancel can take the notify from them. One that is
+    cancelled before is doomed: it has to get in line for the lock, when it next runs, and then ends.
+    """
+
+    def __init__(self, seed, make=flowcoro.Condition):
+        self.condition = None
+        super().__init__(seed, lambda: self.make_lock(make))
+        self.unnotified = []
+        self.hooked = False
+
+    def make_lock(self, make):
+        lock = flowcoro.Lock()
+        self.condition = make(lock)
+        return lock
+
+    def hand_to(self, op):
+        self.owner = op.actor
+        op.decide(CANCELLED if op.doomed else RETURNED)
+
+    def withdraw(self, op):
+        if op in self.unnotified:
+            self.unnotified.remove(op)
+            op.doomed = True
+        elif not op.in_condition:
+            super().withdraw(op)
+
+    def task_parked(self, task, reason):
+        for actor in self.actors:
+            if actor.task is task and actor.op and actor.op.doomed:
+                self.waiting.append(actor.op)
+
+    def ended_doomed(self, op):
+        if op.outcome is None:                  # it was its turn at once
+            assert self.owner is None
+            self.hand_to(op)
+
+    async def hold(self, actor):
+        if not self.hooked:
+            self.hooked = True
+            flowcoro.add_hooks(self)
+        for _ in range(self.random.randrange(4)):
+            choice = self.random.random()
+            if choice < 0.5:
+                await self.attempt(actor, self.wait, self.condition.wait())
+            elif choice < 0.8:
+                count = self.random.choice([1, 1, 2, math.inf])
+                self.notify(count)
+                self.condition.notify_all() if count == math.inf else self.condition.notify(count)
+            else:
+                await self.pause(actor)
+            assert self.owner is actor
+
+    def notify(self, count):
+        while count > 0 and self.unnotified:
+            self.waiting.append(self.unnotified.pop(0))
+            count -= 1
+
+    def wait(self, op):
+        op.in_condition = True
+        self.release()
+        self.unnotified.append(op)
+
+    def check(self):
+        super().check()
+        assert self.condition.statistics() == {
+            "tasks_waiting": len(self.unnotified), "lock": self.real.statistics()}
+
+
+class RWLockProgram(Program):
+    """A list of holders, and one list of readers and writers who wait: first come, first served."""
+
+    def __init__(self, seed, make=flowcoro.RWLock):
+        super().__init__(seed)
+        self.real = make()
+        self.holders = []           # actors
+        self.writing = False
+        self.waiting = []           # (op, writes)
+
+    def fits(self, writes):
+        return not self.holders or not (writes or self.writing)
+
+    def admit(self):
+        while self.waiting and self.fits(self.waiting[0][1]):
+            op, self.writing = self.waiting.pop(0)
+            self.holders.append(op.actor)
+            op.decide(RETURNED)
+
+    def withdraw(self, op):
+        op.decide(CANCELLED)
+        self.waiting = [entry for entry in self.waiting if entry[0] is not op]
+        self.admit()                # a writer that gives up lets in the readers behind it
+
+    async def act(self, actor):
+        writes = self.random.random() < 0.4
+        side = self.real.write if writes else self.real.read
+
+        def begin(op):
+            self.waiting.append((op, writes))
+            self.admit()
+
+        if self.random.random() < 0.2:
+            free = not self.waiting and self.fits(writes)
+            assert nowait(side.acquire_nowait)[0] == (RETURNED if free else flowcoro.WouldBlock)
+            if free:
+                self.holders.append(actor)
+                self.writing = writes
+        else:
+            await self.attempt(actor, begin, side.acquire())
+        if actor not in self.holders:
+            return
+        try:
+            for _ in range(self.random.randrange(3)):
+                await self.pause(actor)
+                assert self.holders == [actor] if writes else actor in self.holders and not self.writing
+        finally:
+            self.holders.remove(actor)
+            self.admit()
+            side.release()
+
+    def check(self):
+        writes = self.writing and self.holders
+        assert self.real.statistics() == {
+            "readers": 0 if writes else len(self.holders),
+            "writer": self.holders[0].task if writes else None, "tasks_waiting": len(self.waiting)}
+
+
+class SemaphoreProgram(Program):
+    """A number and a list of those who wait; anybody may release."""
+
+    def __init__(self, seed, make=flowcoro.Semaphore):
+        super().__init__(seed)
+        self.value = self.random.randrange(4)
+        self.max_value = self.random.choice([None, self.value + 1])
+        self.real = make(self.value, max_value=self.max_value)
+        self.waiting = []
+
+    def acquire(self, op):
+        if self.value:
+            self.value -= 1
+            op.decide(RETURNED)
+        else:
+            self.waiting.append(op)
+
+    def release(self):
+        full = self.value == self.max_value
+        assert nowait(self.real.release)[0] == (ValueError if full else RETURNED)
+        if self.waiting:
+            self.waiting.pop(0).decide(RETURNED)
+        elif not full:
+            self.value += 1
+
+    def withdraw(self, op):
+        self.waiting.remove(op)
+        op.decide(CANCELLED)
+
+    async def act(self, actor):
+        op = None
+
+        def begin(begun):
+            nonlocal op
+            op = begun
+            self.acquire(op)
+
+        await self.attempt(actor, begin, self.real.acquire())
+        if op.outcome == (RETURNED, None):
+            try:
+                await self.pause(actor)
+            finally:
+                if self.random.random() < 0.9:
+                    self.release()
+
+    def poke(self):
+        choice = self.random.random()
+        if choice < 0.2:
+            self.release()
+        elif choice < 0.3:
+            assert nowait(self.real.acquire_nowait)[0] == (RETURNED if self.value else flowcoro.WouldBlock)
+            self.value -= self.value > 0
+
+    def check(self):
+        assert self.real.statistics() == {
+            "value": self.value, "max_value": self.max_value, "tasks_waiting": len(self.waiting)}
+
+
+class GatheringProgram(Program):
+    """Event, Barrier and ParkingLot: one list of those who wait."""
+
+    def __init__(self, seed, make):
+        super().__init__(seed)
+        self.real = make()
+        self.waiting = []
+
+    def withdraw(self, op):
+        self.waiting.remove(op)
+        op.decide(CANCELLED)
+
+
+class EventProgram(GatheringProgram):
+
+    def __init__(self, seed, make=flowcoro.Event):
+        super().__init__(seed, make)
+        self.is_set = False
+
+    def begin(self, op):
+        if self.is_set:
+            op.decide(RETURNED)
+        else:
+            self.waiting.append(op)
+
+    async def act(self, actor):
+        await self.attempt(actor, self.begin, self.real.wait())
+
+    def poke(self):
+        self.is_set = self.random.random() < 0.3
+        if self.is_set:
+            while self.waiting:
+                self.waiting.pop(0).decide(RETURNED)
+            self.real.set()
+        else:
+            self.real.clear()
+        assert self.real.is_set() == self.is_set
+
+    def check(self):
+        assert self.real.statistics() == {"set": self.is_set, "tasks_waiting": len(self.waiting)}
+
+
+class BarrierProgram(GatheringProgram):
+
+    def __init__(self, seed, make=flowcoro.Barrier):
+        self.parties = seed % 4 + 1
+        super().__init__(seed, lambda: make(self.parties))
+
+    def begin(self, op):
+        self.waiting.append(op)
+        if len(self.waiting) == self.parties:
+            for index in range(self.parties):
+                self.waiting.pop(0).decide(RETURNED, index)
+
+    async def act(self, actor):
+        await self.attempt(actor, self.begin, self.real.wait())
+
+    def check(self):
+        assert self.real.statistics() == {"parties": self.parties, "tasks_waiting": len(self.waiting)}
+
+
+class ParkingLotProgram(GatheringProgram):
+
+    def __init__(self, seed, make=flowcoro.ParkingLot):
+        super().__init__(seed, lambda: make("stand here"))
+
+    async def act(self, actor):
+        await self.attempt(actor, self.waiting.append, self.real.park())
+
+    def poke(self):
+        count = self.random.choice([0, 1, 1, 2, math.inf])
+        woken = min(count, len(self.waiting))
+        fails = self.random.random() < 0.3
+        for _ in range(woken):
+            self.waiting.pop(0).decide(*((KeyError, None) if fails else (RETURNED, woken)))
+        assert self.real.unpark(count, woken, KeyError() if fails else None) == woken
+
+    def check(self):
+        assert self.real.statistics() == {"tasks_waiting": len(self.waiting)}
+        assert len(self.real) == len(self.waiting)
+
+
+def test_lock_is_a_list_under_random_cancels():
+    run_programs(LockProgram)
+
+
+def test_condition_is_two_lists_and_loses_no_notify_under_random_cancels():
+    run_programs(ConditionProgram)
+
+
+def test_rwlock_is_a_list_under_random_cancels():
+    run_programs(RWLockProgram)
+
+
+def test_semaphore_is_a_number_and_a_list_under_random_cancels():
+    run_programs(SemaphoreProgram)
+
+
+def test_event_is_a_flag_and_a_list_under_random_cancels():
+    run_programs(EventProgram)
+
+
+def test_barrier_is_a_list_that_empties_when_it_is_full_under_random_cancels():
+    run_programs(BarrierProgram)
+
+
+def test_parking_lot_is_a_list_under_random_cancels():
+    run_programs(ParkingLotProgram)
