@@ -10,20 +10,19 @@ Example:
 
     import flowcoro
 
-    async def worker(name, jobs, results):
+    async def worker(name, jobs):
         async for job in jobs:
             await flowcoro.sleep(0.01)
-            await results.send(f"{name} did {job}")
+            print(name, "did", job)
 
     async def main():
-        jobs, results = flowcoro.Channel(), flowcoro.Channel(10)
+        jobs = flowcoro.Channel()
         async with flowcoro.TaskGroup() as group:
             for name in "ab":
-                group.spawn(worker(name, jobs, results))
+                group.spawn(worker(name, jobs))
             for job in range(4):
                 await jobs.send(job)
             jobs.close()
-        print(len(results), "results")
 
     flowcoro.run(main())
 
@@ -69,6 +68,7 @@ signals other than SIGINT, SIGTERM and SIGQUIT, process pools.
 SPDX-License-Identifier: MIT
 """
 
+import contextlib
 import contextvars
 import errno
 import functools
@@ -855,7 +855,8 @@ if hasattr(selectors, "EpollSelector"):
             self.register(pollable.fd, selectors.EVENT_READ | selectors.EVENT_WRITE, pollable)
 
         def remove(self, pollable):
-            self.unregister(pollable.fd)        # does not mind that the descriptor has been closed
+            if pollable.fd in self._fd_to_key:
+                self.unregister(pollable.fd)    # does not mind that the descriptor has been closed
 
         def arm(self, pollable):
             """A task is about to wait: nothing to do, the registration stands."""
@@ -891,19 +892,16 @@ class _LevelPoller:
 
     def __init__(self, selector):
         self._selector = selector
-        self._files = {}                        # number -> which file it was when a task last waited for it
+        self._numbers = set()                   # of the descriptors added
 
     def add(self, pollable):
-        if pollable.fd in self._files:
+        if pollable.fd in self._numbers:
             raise KeyError(pollable.fd)
-        self._files[pollable.fd] = self._file(pollable)
-
-    def _file(self, pollable):
-        status = os.fstat(pollable.fd)          # poll() would take a closed one and report it later
-        return status.st_dev, status.st_ino, status.st_mode
+        os.fstat(pollable.fd)                   # poll() would take a closed one and report it later
+        self._numbers.add(pollable.fd)
 
     def remove(self, pollable):
-        self._files.pop(pollable.fd, None)
+        self._numbers.discard(pollable.fd)
         self.disarm(pollable)
 
     def disarm(self, pollable):
@@ -920,18 +918,31 @@ class _LevelPoller:
             self._selector.register(pollable.fd, events, pollable)
 
     def rearm(self, pollable):
-        self.verify(pollable)
+        """Nothing to do, and nothing known of which file it is."""
 
-    def verify(self, pollable):
-        if self._files.get(pollable.fd) != self._file(pollable):
-            raise FileNotFoundError(errno.ENOENT, "another file")
+    verify = rearm
 
     def wait(self, timeout):
+        try:
+            found = self._selector.select(timeout)
+        except OSError:                         # select() fails for all when one of them has been closed: that one is it
+            closed = [key for key in self._selector.get_map().values() if not _is_open(key.fd)]
+            if not closed:
+                raise
+            found = [(key, selectors.EVENT_READ | selectors.EVENT_WRITE) for key in closed]
         return [(key.data, READ * bool(events & selectors.EVENT_READ) | WRITE * bool(events & selectors.EVENT_WRITE))
-                for key, events in self._selector.select(timeout)]
+                for key, events in found]
 
     def close(self):
         self._selector.close()
+
+
+def _is_open(fd):
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 def _new_poller():
@@ -1057,12 +1068,14 @@ class Pollable:
 
     def close(self):
         """Stop watching (the descriptor itself stays open); those who wait get ClosedError. Twice is once."""
-        if not self._closed:
-            self._wake(READ | WRITE, lambda: ClosedError(f"file descriptor {self.fd} was closed here while this task waited "
-                                                         "for it"))
-            self._closed = True
+        if self._closed:
+            return
+        if not self._worker.kernel.ended:
+            self._wake(READ | WRITE, lambda: ClosedError(
+                f"file descriptor {self.fd} was closed here while this task waited for it"))
             self._worker.descriptors -= 1
             self._worker.poller.remove(self)
+        self._closed = True
 
     def __repr__(self):
         return f"<Pollable fd={self.fd}{' closed' if self._closed else ''}>"
@@ -1073,15 +1086,32 @@ class _PlainFd(Pollable):
 
     The number may have been closed and be another file by now. So each wait arms the registration anew, which reports
     at once what is ready now, and fails if the file is another one; and each event is checked against the descriptor
-    before it wakes anybody, for epoll goes on reporting a closed file that has a duplicate, under its old number.
+    before it wakes anybody, for epoll goes on reporting a closed file that has a duplicate, under its old number. Two
+    witnesses, since neither knows all: epoll remembers files that had the number before, and anonymous files (eventfd)
+    share one inode.
     """
 
-    __slots__ = ()
+    __slots__ = ("_inode",)
+
+    def __init__(self, fd):
+        super().__init__(fd)
+        self._inode = self._current_inode()
+
+    def _current_inode(self):
+        status = os.fstat(self.fd)
+        return status.st_dev, status.st_ino
+
+    def _verify(self, witness):
+        inode = self._current_inode()
+        if inode != self._inode:
+            self._inode = inode
+            raise FileNotFoundError(errno.ENOENT, "another file")
+        witness(self)
 
     def _check(self, waiting, verb):
         poller = self._worker.poller
         try:
-            poller.rearm(self)
+            self._verify(poller.rearm)
         except FileNotFoundError:
             self._another_file()
             poller.remove(self)
@@ -1102,7 +1132,7 @@ class _PlainFd(Pollable):
         if not wanted:
             return
         try:
-            self._worker.poller.verify(self)
+            self._verify(self._worker.poller.verify)
         except FileNotFoundError:
             self._another_file()
             return
@@ -1417,14 +1447,14 @@ class _Worker:
         self.sleepers = 0           # tasks in sleep(inf), which have no entry in the heap
         self.stopped = False        # leave the loop
         self.luck = 1 if seed is None else self.ready.random.getrandbits(31)
-        self.poller = _new_poller()
-        try:
+        with contextlib.ExitStack() as undo:    # no descriptor is left when there are too few of them
+            self.poller = _new_poller()
+            undo.callback(self.poller.close)
             self.waker = _WakeUp()
-        except BaseException:
-            self.poller.close()
-            raise
-        self.poller.add(self.waker)
-        self.poller.arm(self.waker)
+            undo.callback(self.waker.close)
+            self.poller.add(self.waker)
+            self.poller.arm(self.waker)
+            undo.pop_all()
 
     def close(self):
         self.poller.close()
@@ -1569,8 +1599,9 @@ class _Worker:
         """Look at `task` at `deadline`, which is earlier than its entry that counts so far."""
         task._timer = deadline
         self.entries += 1
-        there = self.timers.setdefault(deadline, task)
-        if there is task:
+        there = self.timers.get(deadline)
+        if there is None:
+            self.timers[deadline] = task
             heapq.heappush(self.heap, deadline)
         elif there.__class__ is list:
             there.append(task)
@@ -2111,11 +2142,10 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0):
             raise ValueError(f"workers={workers!r}: this version runs one worker; give None or 1")
         if not grace >= 0:
             raise ValueError(f"grace={grace!r}: seconds must be 0 or more; math.inf never cancels")
-        kernel = _Kernel(clock, seed, grace)
-    except BaseException:
+        value, error = _Kernel(clock, seed, grace).run(coro)
+    except BaseException:           # also a Ctrl-C before the kernel has taken it over
         coro.close()                # else it would complain that nobody awaited it
         raise
-    value, error = kernel.run(coro)
     if error is not None:
         try:
             raise error

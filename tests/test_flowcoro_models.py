@@ -46,10 +46,11 @@ class Op:
 class Actor:
     """One task of a program."""
 
-    def __init__(self):
+    def __init__(self, in_team):
         self.task = None
         self.op = None              # under way
         self.cancelled = False
+        self.in_team = in_team
 
 
 class ModelClock(flowcoro_testing.VirtualClock):
@@ -74,7 +75,10 @@ class Program:
 
     def __init__(self, seed):
         self.random = random.Random(seed)
-        self.actors = []
+        self.actors = []            # oldest first
+        self.team = None            # a TaskGroup that some of them are in, and that may be cancelled
+        self.team_cancelled = False
+        self.failures = []
         self.serial = 0
         self.current = None         # who has run last: tells whether an operation has let others run
 
@@ -100,6 +104,9 @@ class Program:
             for _ in range(self.random.randrange(1, 6)):
                 await self.pause(actor)
                 await self.act(actor)
+        except AssertionError as error:
+            self.failures.append(error)
+            raise
         finally:
             self.actors.remove(actor)
 
@@ -152,6 +159,7 @@ class Program:
                 assert outcome == op.outcome, f"ended with {outcome}, but the model says {op.outcome}"
             self.current = actor
             self.check()
+            self.cancel_the_lucky()
             return outcome[1]
 
     def some_deadline(self):
@@ -172,6 +180,21 @@ class Program:
         self.interrupt(op)
         op.scope.cancel()
 
+    def cancel_the_lucky(self):
+        """Now and then cancel a task to which something was handed, before it can run: the meanest moment."""
+        lucky = [actor for actor in self.actors if actor.op is not None and actor.op.outcome is not None]
+        if lucky and self.random.random() < 0.2:
+            actor = self.random.choice(lucky)
+            self.random.choice([self.cancel, lambda actor: self.cancel_scope(actor.op)])(actor)
+
+    def cancel_team(self):
+        self.team_cancelled = True
+        for actor in self.actors:
+            if actor.in_team:
+                actor.cancelled = True
+                self.interrupt(actor.op)
+        self.team.cancel()
+
     def time_is(self, now):
         due = [actor.op for actor in self.actors if actor.op is not None and actor.op.deadline <= now]
         for op in sorted(due, key=lambda op: op.deadline):
@@ -184,33 +207,49 @@ class Program:
     # -- the whole
 
     async def main(self):
+        end_of_team = flowcoro.Event()
+
+        async def lead_team():
+            async with flowcoro.TaskGroup() as self.team:
+                with flowcoro.CancelScope(shield=True):     # it stays: tasks can be born into a cancelled team
+                    await end_of_team.wait()
+
         with flowcoro.timeout(100 * LONG):      # virtual seconds: passes at once when everybody waits for ever
             async with flowcoro.TaskGroup() as group:
-                for _ in range(self.random.randrange(20, 60)):
-                    self.step(group)
-                    self.check()
-                    if self.random.random() < 0.4:
-                        await self.pause(None)
-                    self.current = None
-                await self.settle()
-                self.end()
-                self.check()
-                await self.settle()
-                for actor in list(self.actors):
-                    self.cancel(actor)
+                group.spawn(lead_team())
+                try:
+                    await flowcoro.sleep(1)
+                    await self.play(group)
+                finally:
+                    end_of_team.set()
         self.check()
         self.final()
         assert not self.actors
 
+    async def play(self, group):
+        for _ in range(self.random.randrange(20, 90)):
+            self.step(group)
+            self.check()
+            if self.random.random() < 0.4:
+                await self.pause(None)
+            self.current = None
+        await self.settle()
+        self.end()
+        self.check()
+        await self.settle()
+        for actor in list(self.actors):
+            self.cancel(actor)
+
     def step(self, group):
+        self.cancel_the_lucky()
         choice = self.random.random()
         if choice < 0.35 and len(self.actors) < 12:
-            actor = Actor()
-            self.actors.append(actor)
-            actor.task = group.spawn(self.life(actor))
-        elif choice < 0.5 and self.actors:
+            self.spawn(group)
+        elif choice < 0.47 and self.actors:
             for actor in self.random.sample(self.actors, min(len(self.actors), self.random.choice([1, 1, 3]))):
                 self.cancel(actor)
+        elif choice < 0.49:
+            self.cancel_team()
         elif choice < 0.6:
             ops = [actor.op for actor in self.actors if actor.op is not None]
             if ops:
@@ -218,6 +257,13 @@ class Program:
         else:
             for _ in range(self.random.randrange(1, 4)):
                 self.poke()
+
+    def spawn(self, group):
+        actor = Actor(self.random.random() < 0.3)
+        self.actors.append(actor)
+        if actor.in_team:
+            group, actor.cancelled = self.team, self.team_cancelled
+        actor.task = group.spawn(self.life(actor))
 
     async def settle(self):
         """Let everything happen that can still happen. Who is left then has to have a reason to wait."""
@@ -228,20 +274,22 @@ class Program:
             assert actor.op.outcome is None, f"{actor.task} still waits, but the model says {actor.op.outcome}"
 
 
-def run_program(make, seed, **options):
+def run_program(program, seed, **options):
+    """Run one random program. What the models object to is an AssertionError that says how to repeat it."""
     clock = ModelClock()
-    clock.program = program = make(seed, **options)
+    clock.program = playing = program(seed, **options)
     try:
         # Every fourth program runs in the order of the ready queue, the others in a random one.
-        flowcoro.run(program.main(), clock=clock, seed=seed if seed % 4 else None)
+        flowcoro.run(playing.main(), clock=clock, seed=seed if seed % 4 else None)
     except BaseException as error:
-        error.add_note(f"repeat with: run_program({make.__name__}, {seed}{''.join(f', {k}={v!r}' for k, v in options.items())})")
-        raise
+        error = playing.failures[0] if playing.failures else error      # what came after it is of no interest
+        error.add_note(f"repeat with run_program({program.__name__}, {seed}, **{options})")
+        raise error from None
 
 
-def run_programs(make, **options):
+def run_programs(program, **options):
     for seed in SEEDS:
-        run_program(make, seed, **options)
+        run_program(program, seed, **options)
 
 
 def nowait(operation, *args):
@@ -313,10 +361,11 @@ class ChannelModel:
 class ChannelProgram(Program):
     """Senders and receivers of one channel; with several channels, also selects over any of their sends and receives."""
 
-    def __init__(self, seed, channels=1, make=flowcoro.Channel):
+    def __init__(self, seed, channels=1, primitive=flowcoro.Channel, select=flowcoro.select):
         super().__init__(seed)
         capacities = [0, 0, 1, 2, 5, math.inf] if channels == 1 else [0, 0, 1, 2]
-        self.channels = [ChannelModel(make(self.random.choice(capacities)), self.commit) for _ in range(channels)]
+        self.channels = [ChannelModel(primitive(self.random.choice(capacities)), self.commit) for _ in range(channels)]
+        self.real_select = select
         self.closes = self.random.random() < 0.5
         self.sent, self.received = [], []       # what the operations themselves have said
 
@@ -389,7 +438,7 @@ class ChannelProgram(Program):
 
     async def select(self, cases):
         real = [channel.real if item is None else (channel.real, item) for channel, item in cases]
-        index, value = await flowcoro.select(*real)
+        index, value = await self.real_select(*real)
         self.note(cases, index, value)
         return index, value
 
@@ -471,9 +520,9 @@ def test_select_over_channels_does_exactly_one_case_under_random_cancels_and_clo
 class LockProgram(Program):
     """The lock is its owner and a list of those who wait."""
 
-    def __init__(self, seed, make=flowcoro.Lock):
+    def __init__(self, seed, primitive=flowcoro.Lock):
         super().__init__(seed)
-        self.real = make()
+        self.real = primitive()
         self.owner = None
         self.waiting = []
 
@@ -512,6 +561,7 @@ class LockProgram(Program):
         finally:
             self.release()
             self.real.release()
+            self.cancel_the_lucky()
 
     async def hold(self, actor):
         for _ in range(self.random.randrange(3)):
@@ -529,15 +579,15 @@ class ConditionProgram(LockProgram):
     cancelled before is doomed: it has to get in line for the lock, when it next runs, and then ends.
     """
 
-    def __init__(self, seed, make=flowcoro.Condition):
+    def __init__(self, seed, primitive=flowcoro.Condition):
         self.condition = None
-        super().__init__(seed, lambda: self.make_lock(make))
+        super().__init__(seed, lambda: self.make_lock(primitive))
         self.unnotified = []
         self.hooked = False
 
-    def make_lock(self, make):
+    def make_lock(self, primitive):
         lock = flowcoro.Lock()
-        self.condition = make(lock)
+        self.condition = primitive(lock)
         return lock
 
     def hand_to(self, op):
@@ -596,9 +646,9 @@ class ConditionProgram(LockProgram):
 class RWLockProgram(Program):
     """A list of holders, and one list of readers and writers who wait: first come, first served."""
 
-    def __init__(self, seed, make=flowcoro.RWLock):
+    def __init__(self, seed, primitive=flowcoro.RWLock):
         super().__init__(seed)
-        self.real = make()
+        self.real = primitive()
         self.holders = []           # actors
         self.writing = False
         self.waiting = []           # (op, writes)
@@ -643,6 +693,7 @@ class RWLockProgram(Program):
             self.holders.remove(actor)
             self.admit()
             side.release()
+            self.cancel_the_lucky()
 
     def check(self):
         writes = self.writing and self.holders
@@ -654,11 +705,11 @@ class RWLockProgram(Program):
 class SemaphoreProgram(Program):
     """A number and a list of those who wait; anybody may release."""
 
-    def __init__(self, seed, make=flowcoro.Semaphore):
+    def __init__(self, seed, primitive=flowcoro.Semaphore):
         super().__init__(seed)
         self.value = self.random.randrange(4)
         self.max_value = self.random.choice([None, self.value + 1])
-        self.real = make(self.value, max_value=self.max_value)
+        self.real = primitive(self.value, max_value=self.max_value)
         self.waiting = []
 
     def acquire(self, op):
@@ -712,9 +763,9 @@ class SemaphoreProgram(Program):
 class GatheringProgram(Program):
     """Event, Barrier and ParkingLot: one list of those who wait."""
 
-    def __init__(self, seed, make):
+    def __init__(self, seed, primitive):
         super().__init__(seed)
-        self.real = make()
+        self.real = primitive()
         self.waiting = []
 
     def withdraw(self, op):
@@ -724,8 +775,8 @@ class GatheringProgram(Program):
 
 class EventProgram(GatheringProgram):
 
-    def __init__(self, seed, make=flowcoro.Event):
-        super().__init__(seed, make)
+    def __init__(self, seed, primitive=flowcoro.Event):
+        super().__init__(seed, primitive)
         self.is_set = False
 
     def begin(self, op):
@@ -753,9 +804,9 @@ class EventProgram(GatheringProgram):
 
 class BarrierProgram(GatheringProgram):
 
-    def __init__(self, seed, make=flowcoro.Barrier):
+    def __init__(self, seed, primitive=flowcoro.Barrier):
         self.parties = seed % 4 + 1
-        super().__init__(seed, lambda: make(self.parties))
+        super().__init__(seed, lambda: primitive(self.parties))
 
     def begin(self, op):
         self.waiting.append(op)
@@ -772,8 +823,8 @@ class BarrierProgram(GatheringProgram):
 
 class ParkingLotProgram(GatheringProgram):
 
-    def __init__(self, seed, make=flowcoro.ParkingLot):
-        super().__init__(seed, lambda: make("stand here"))
+    def __init__(self, seed, primitive=flowcoro.ParkingLot):
+        super().__init__(seed, lambda: primitive("stand here"))
 
     async def act(self, actor):
         await self.attempt(actor, self.waiting.append, self.real.park())
@@ -817,3 +868,347 @@ def test_barrier_is_a_list_that_empties_when_it_is_full_under_random_cancels():
 
 def test_parking_lot_is_a_list_under_random_cancels():
     run_programs(ParkingLotProgram)
+
+
+# ---- Broadcast ---------------------------------------------------------------------------------------------
+
+class SubscriptionModel:
+    """One subscriber: the number of its next item, those who wait for it, and what became of the items before."""
+
+    def __init__(self, real, slow, start):
+        self.real, self.slow = real, slow
+        self.start = self.next = start
+        self.missed = 0
+        self.closed = False
+        self.waiting = []
+        self.received = []
+
+
+class BroadcastProgram(Program):
+    """The list of all items ever sent, a number for each subscriber, the senders who wait [(op, item)]."""
+
+    def __init__(self, seed, primitive=flowcoro.Broadcast):
+        super().__init__(seed)
+        self.capacity = self.random.randrange(1, 5)
+        self.real = primitive(self.capacity)
+        self.items, self.subscriptions, self.senders = [], [], []
+        self.closed = False
+        self.closes = self.random.random() < 0.5
+        self.subscribe()
+
+    def subscribe(self):
+        slow = self.random.choice(["block", "drop", "lag"])
+        self.subscriptions.append(SubscriptionModel(self.real.subscribe(slow=slow), slow, len(self.items)))
+
+    def has_room(self):
+        return all(len(self.items) - each.next < self.capacity
+                   for each in self.subscriptions if each.slow == "block" and not each.closed)
+
+    def publish(self, item):
+        self.items.append(item)
+        for each in self.subscriptions:
+            if each.waiting:
+                each.waiting.pop(0).decide(RETURNED, item)
+                each.next += 1
+                each.received.append(item)
+
+    def let_senders_in(self):
+        while self.senders and self.has_room():
+            op, item = self.senders.pop(0)
+            op.decide(RETURNED)
+            self.publish(item)
+
+    def begin_send(self, op, item):
+        if self.closed:
+            op.decide(flowcoro.ClosedError)
+        else:
+            self.senders.append((op, item))
+            self.let_senders_in()
+
+    def receive(self, each):
+        """How a receive that does not wait ends."""
+        if each.closed:
+            return flowcoro.ClosedError, None
+        missed = max(0, len(self.items) - self.capacity - each.next)
+        each.next += missed
+        each.missed += missed
+        if missed and each.slow == "lag":
+            return flowcoro.Lagged, None
+        if each.next < len(self.items):
+            item = self.items[each.next]
+            each.next += 1
+            each.received.append(item)
+            self.let_senders_in()
+            return RETURNED, item
+        return flowcoro.EndOfChannel if self.closed else flowcoro.WouldBlock, None
+
+    def begin_receive(self, op, each):
+        how, item = self.receive(each)
+        if how is flowcoro.WouldBlock:
+            each.waiting.append(op)
+        else:
+            op.decide(how, item)
+
+    def withdraw(self, op):
+        self.senders = [entry for entry in self.senders if entry[0] is not op]
+        for each in self.subscriptions:
+            each.waiting = [waiting for waiting in each.waiting if waiting is not op]
+        op.decide(CANCELLED)
+
+    async def act(self, actor):
+        each = self.random.choice(self.subscriptions)
+        if self.random.random() < 0.4:
+            self.serial += 1
+            item = self.serial
+            await self.attempt(actor, lambda op: self.begin_send(op, item), self.real.send(item))
+        else:
+            await self.attempt(actor, lambda op: self.begin_receive(op, each), each.real.receive())
+
+    def poke(self):
+        each = self.random.choice(self.subscriptions)
+        choice = self.random.random()
+        if choice < 0.4:
+            self.serial += 1
+            how = flowcoro.ClosedError if self.closed else flowcoro.WouldBlock
+            if not self.closed and not self.senders and self.has_room():
+                how = RETURNED
+                self.publish(self.serial)
+            assert nowait(self.real.send_nowait, self.serial) == (how, None)
+        elif choice < 0.7:
+            assert nowait(each.real.receive_nowait) == self.receive(each)
+        elif choice < 0.8 and len(self.subscriptions) < 6:
+            if not self.closed:
+                self.subscribe()
+        elif choice < 0.85:
+            self.unsubscribe(each)
+        elif self.closes and choice > 0.98:
+            self.close()
+
+    def unsubscribe(self, each):
+        each.closed = True
+        while each.waiting:
+            each.waiting.pop(0).decide(flowcoro.ClosedError)
+        self.let_senders_in()
+        each.real.close()
+
+    def close(self):
+        self.closed = True
+        while self.senders:
+            self.senders.pop(0)[0].decide(flowcoro.ClosedError)
+        for each in self.subscriptions:
+            while each.waiting:
+                each.waiting.pop(0).decide(flowcoro.EndOfChannel)
+        self.real.close()
+
+    def check(self):
+        assert self.real.statistics() == {
+            "capacity": self.capacity, "sent": len(self.items), "senders_waiting": len(self.senders),
+            "subscribers": sum(not each.closed for each in self.subscriptions), "closed": self.closed}
+        for each in self.subscriptions:
+            if not each.closed:
+                assert each.real.statistics() == {
+                    "behind": len(self.items) - each.next, "missed": each.missed, "slow": each.slow,
+                    "closed": False, "tasks_waiting": len(each.waiting)}
+
+    def final(self):
+        """Each subscriber has received, or was told that it missed, or still has before it, each item that was sent."""
+        for each in self.subscriptions:
+            sent = self.items[each.start:each.next]
+            if each.slow == "block":
+                assert each.received == sent and each.missed == 0
+            else:
+                assert len(each.received) + each.missed == len(sent)
+
+
+def test_broadcast_is_a_list_and_a_number_for_each_subscriber_under_random_cancels_and_closes():
+    run_programs(BroadcastProgram)
+
+
+# ---- Promise -----------------------------------------------------------------------------------------------
+
+class PromiseProgram(Program):
+    """A few promises, each an outcome and a list of those who wait."""
+
+    def __init__(self, seed, primitive=flowcoro.Promise):
+        super().__init__(seed)
+        self.promises = [(primitive(), [], []) for _ in range(3)]
+
+    def withdraw(self, op):
+        for promise, outcome, waiting in self.promises:
+            if op in waiting:
+                waiting.remove(op)
+        op.decide(CANCELLED)
+
+    async def act(self, actor):
+        promise, outcome, waiting = self.random.choice(self.promises)
+
+        def begin(op):
+            if outcome:
+                op.decide(*outcome)
+            else:
+                waiting.append(op)
+
+        await self.attempt(actor, begin, self.wait(promise))
+
+    async def wait(self, promise):
+        return await promise
+
+    def poke(self):
+        promise, outcome, waiting = self.random.choice(self.promises)
+        if self.random.random() > 0.15:
+            return
+        if self.random.random() < 0.5:
+            actual, new = nowait(promise.set_result, self.random), (RETURNED, self.random)
+        else:
+            actual, new = nowait(promise.set_exception, KeyError("broken")), (KeyError, None)
+        assert actual == ((RuntimeError, None) if outcome else (RETURNED, None))
+        outcome += new if not outcome else ()
+        while waiting:
+            waiting.pop(0).decide(*outcome)
+
+    def check(self):
+        for promise, outcome, waiting in self.promises:
+            assert promise.statistics() == {"done": bool(outcome), "tasks_waiting": len(waiting)}
+
+    def end(self):
+        for promise, outcome, waiting in self.promises:
+            if not outcome:
+                outcome += RETURNED, None
+                promise.set_result(None)
+                while waiting:
+                    waiting.pop(0).decide(*outcome)
+
+    async def main(self):
+        await super().main()
+        for promise, outcome, waiting in self.promises:
+            try:
+                assert (RETURNED, await promise) == tuple(outcome)
+            except KeyError:
+                assert outcome[0] is KeyError
+
+
+def test_promise_is_an_outcome_and_a_list_under_random_cancels():
+    run_programs(PromiseProgram)
+
+
+# ---- the models find bugs ----------------------------------------------------------------------------------
+# Each of these is the bug that its primitive is most likely to have. Whoever weakens a model finds out here.
+
+class ChannelThatLosesAnItem(flowcoro.Channel):
+    async def receive(self):
+        item = await super().receive()
+        await flowcoro.checkpoint()             # a cancel that comes now takes the item with it
+        return item
+
+
+class ChannelThatSendsWhatWasCancelled(flowcoro.Channel):
+    async def send(self, item):
+        try:
+            await super().send(item)
+        except flowcoro.Cancelled:
+            if len(self) < self.capacity:
+                self.send_nowait(item)
+            raise
+
+
+class ChannelThatWakesOneOnClose(flowcoro.Channel):
+    def close(self):
+        if self.statistics()["receivers_waiting"] < 2:
+            super().close()
+
+
+class LockThatLetsLatecomersIn(flowcoro.Lock):
+    """Woken tasks compete with whoever comes along, instead of being handed the lock."""
+
+    def __init__(self):
+        super().__init__()
+        self.lot = flowcoro.ParkingLot()
+
+    async def acquire(self):
+        while self.locked():
+            await self.lot.park()
+        self.acquire_nowait()
+
+    def release(self):
+        super().release()
+        self.lot.unpark()
+
+    def statistics(self):
+        return {"owner": self.owner, "tasks_waiting": len(self.lot)}
+
+
+class LockThatACancelEats(flowcoro.Lock):
+    async def acquire(self):
+        await super().acquire()
+        await flowcoro.checkpoint()
+
+
+class SemaphoreThatACancelEats(flowcoro.Semaphore):
+    async def acquire(self):
+        await super().acquire()
+        await flowcoro.checkpoint()
+
+
+class ConditionThatLosesANotify(flowcoro.Condition):
+    def __init__(self, lock):
+        super().__init__(lock)
+        self.lock, self.lot = lock, flowcoro.ParkingLot()
+
+    async def wait(self):
+        self.release()
+        try:
+            await self.lot.park()
+        finally:
+            with flowcoro.CancelScope(shield=True):
+                await self.acquire()
+
+    def notify(self, count=1):
+        self.lot.unpark(count)
+
+    def statistics(self):
+        return {"tasks_waiting": len(self.lot), "lock": self.lock.statistics()}
+
+
+class BarrierThatCountsTheCancelled(flowcoro.Barrier):
+    def __init__(self, parties):
+        super().__init__(parties)
+        self.lot, self.count = flowcoro.ParkingLot(), 0
+
+    async def wait(self):
+        index = self.count
+        self.count += 1
+        if self.count < self.parties:
+            await self.lot.park()
+        else:
+            self.count = 0
+            self.lot.unpark_all()
+        return index
+
+    def statistics(self):
+        return {"parties": self.parties, "tasks_waiting": len(self.lot)}
+
+
+async def select_that_does_two(*cases):
+    index, value = await flowcoro.select(*cases)
+    for other in cases:
+        if isinstance(other, flowcoro.Channel) and len(other):
+            other.receive_nowait()
+            break
+    return index, value
+
+
+@pytest.mark.parametrize("program, options", [
+    (ChannelProgram, {"primitive": ChannelThatLosesAnItem}),
+    (ChannelProgram, {"primitive": ChannelThatSendsWhatWasCancelled}),
+    (ChannelProgram, {"primitive": ChannelThatWakesOneOnClose}),
+    (ChannelProgram, {"channels": 3, "select": select_that_does_two}),
+    (LockProgram, {"primitive": LockThatLetsLatecomersIn}),
+    (LockProgram, {"primitive": LockThatACancelEats}),
+    (SemaphoreProgram, {"primitive": SemaphoreThatACancelEats}),
+    (ConditionProgram, {"primitive": ConditionThatLosesANotify}),
+    (BarrierProgram, {"primitive": BarrierThatCountsTheCancelled}),
+], ids=lambda value: next(reversed(value.values())).__name__ if isinstance(value, dict) else "")
+def test_models_find_a_planted_bug(program, options):
+    with pytest.raises(AssertionError):
+        for seed in range(100):
+            run_program(program, seed, **options)

@@ -1,0 +1,1102 @@
+"""Ctrl-C, SIGTERM, SIGQUIT and asking to stop.
+
+Where the moment of the signal can be chosen it is raised in this process; where a whole program has to end, or a
+signal has to come at any moment, a child process runs a script.
+"""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import flowcoro
+import flowcoro_testing
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Seconds after which a child that should have ended counts as hanging: only a failing test takes so long.
+PATIENCE = 60.0
+
+HANDLED = [signal.SIGINT, signal.SIGTERM, signal.SIGQUIT]
+
+
+def interrupt():
+    """Ctrl-C, here and now."""
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_left_as_they_were():
+    before = [signal.getsignal(number) for number in HANDLED]
+    yield
+    assert [signal.getsignal(number) for number in HANDLED] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+# ---- a child process ---------------------------------------------------------------------------------------
+
+PREFIX = """\
+import gc, math, os, random, signal, sys, threading, time
+import flowcoro
+
+def say(*words):
+    print(*words, flush=True)
+"""
+
+
+class Child:
+    """A script in a process of its own; `with`, so that it ends in any case."""
+
+    def __init__(self, script):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PREFIX + textwrap.dedent(script)], cwd=ROOT, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+    def hears(self, expected):
+        line = self.process.stdout.readline().strip()
+        assert line == expected, self.process.communicate()[1]
+
+    def send(self, number):
+        self.process.send_signal(number)
+
+    def end(self):
+        """(exit status, the rest of what it said, stderr)"""
+        said, errors = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, said.split("\n")[:-1], errors
+
+    def insist(self, number):
+        """Send the signal twice, and on, should two have come so close together that the system made one of them."""
+        deadline = time.monotonic() + PATIENCE
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self.send(number)
+            try:
+                self.process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                pass
+
+
+# ---- handlers ----------------------------------------------------------------------------------------------
+
+async def handlers():
+    return [signal.getsignal(number) for number in HANDLED]
+
+
+def test_handlers_are_the_kernels_during_the_run_only():
+    before = [signal.getsignal(number) for number in HANDLED]
+    during = flowcoro.run(handlers())
+    assert all(ours != others for ours, others in zip(during, before))
+    assert [signal.getsignal(number) for number in HANDLED] == before
+
+
+def test_handlers_come_back_when_the_run_fails():
+    async def fails():
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        flowcoro.run(fails())       # the fixture looks
+
+
+@pytest.mark.parametrize("number", HANDLED)
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda number, frame: None], ids=["ignored", "handled"])
+def test_a_handler_that_somebody_has_installed_stays(number, handler):
+    before = signal.signal(number, handler)
+    try:
+        assert flowcoro.run(handlers())[HANDLED.index(number)] == handler
+        assert signal.getsignal(number) == handler
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("number", HANDLED)
+def test_a_handler_that_is_installed_during_the_run_stays_after_it(number):
+    def handler(number, frame):
+        pass
+
+    async def main():
+        signal.signal(number, handler)
+
+    before = signal.getsignal(number)
+    try:
+        flowcoro.run(main())
+        assert signal.getsignal(number) == handler
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_run_in_another_thread_leaves_signals_alone():
+    seen = []
+    before = [signal.getsignal(number) for number in HANDLED]
+    thread = threading.Thread(target=lambda: seen.append(flowcoro.run(handlers())))
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_the_wakeup_descriptor_of_somebody_else_is_kept_and_ctrl_c_works_without():
+    async def main():
+        await flowcoro.checkpoint()
+        timer = threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        timer.start()
+        try:
+            await flowcoro.sleep(1000)
+        finally:
+            timer.join()
+
+    read, write = os.pipe2(os.O_NONBLOCK)
+    assert signal.set_wakeup_fd(write) == -1
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            flowcoro.run(main())
+        assert signal.set_wakeup_fd(-1) == write
+        assert os.read(read, 10) == bytes([signal.SIGINT])
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+# ---- Ctrl-C ------------------------------------------------------------------------------------------------
+
+def test_ctrl_c_is_raised_by_run_after_all_cleanup_and_not_where_it_came():
+    events = []
+
+    async def worker(name):
+        try:
+            await flowcoro.sleep(math.inf)
+        finally:
+            with flowcoro.CancelScope(shield=True):
+                await flowcoro.sleep(0.0001)
+            events.append(f"{name} has cleaned up")
+
+    async def main():
+        flowcoro.spawn(worker("a bare task"))
+        try:
+            async with flowcoro.TaskGroup() as group:
+                group.spawn(worker("a child"))
+                await flowcoro.sleep(0)
+                interrupt()
+                events.append("the code that was interrupted goes on")
+                await flowcoro.sleep(math.inf)
+                events.append("never")
+        finally:
+            events.append("main leaves")
+
+    with pytest.raises(KeyboardInterrupt):
+        flowcoro.run(main())
+    assert events == ["the code that was interrupted goes on", "a child has cleaned up", "main leaves",
+                      "a bare task has cleaned up"]
+
+
+def test_ctrl_c_in_another_task_cancels_main():
+    events = []
+
+    async def other():
+        interrupt()
+        try:
+            await flowcoro.sleep(0.001)     # it belongs to the run, and ends when main has
+        finally:
+            events.append("other")
+
+    async def main():
+        flowcoro.spawn(other())
+        try:
+            await flowcoro.sleep(math.inf)
+        finally:
+            events.append("main")
+
+    with pytest.raises(KeyboardInterrupt):
+        flowcoro.run(main())
+    assert events == ["main", "other"]
+
+
+def test_ctrl_c_that_main_swallows_is_raised_all_the_same():
+    async def main():
+        interrupt()
+        try:
+            await flowcoro.sleep(1)
+        except flowcoro.Cancelled:
+            return "nothing happened"
+
+    with pytest.raises(KeyboardInterrupt):
+        flowcoro.run(main())
+
+
+def test_ctrl_c_in_the_very_last_step_is_not_lost():
+    async def main():
+        interrupt()
+        return "done"
+
+    with pytest.raises(KeyboardInterrupt):
+        flowcoro.run(main())
+
+
+def test_ctrl_c_while_the_rest_is_joined_after_main_is_raised():
+    async def slow():
+        try:
+            await flowcoro.sleep(math.inf)
+        finally:
+            interrupt()
+            with flowcoro.CancelScope(shield=True):
+                await flowcoro.sleep(0.001)
+
+    async def main():
+        flowcoro.spawn(slow())
+        await flowcoro.checkpoint()
+
+    with pytest.raises(KeyboardInterrupt):
+        flowcoro.run(main())
+
+
+def test_an_error_of_the_cleanup_becomes_the_cause():
+    async def main():
+        interrupt()
+        try:
+            await flowcoro.checkpoint()
+        finally:
+            raise OSError("the cleanup failed")
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        flowcoro.run(main())
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_second_ctrl_c_interrupts_code_that_does_not_await():
+    reached = []
+
+    async def main():
+        interrupt()
+        reached.append(1)
+        interrupt()
+        reached.append(2)
+
+    with pytest.raises(KeyboardInterrupt):
+        flowcoro.run(main())
+    assert reached == [1]
+
+
+def test_a_second_ctrl_c_goes_through_shields():
+    events = []
+
+    async def main():
+        try:
+            interrupt()
+            await flowcoro.checkpoint()
+        finally:
+            try:
+                with flowcoro.CancelScope(shield=True):
+                    events.append("shielded")
+                    flowcoro.current_kernel()._post_from_signal(interrupt)
+                    await flowcoro.sleep(math.inf)
+            finally:
+                events.append("left")
+
+    with pytest.raises(KeyboardInterrupt):
+        flowcoro.run(main())
+    assert events == ["shielded", "left"]
+
+
+def test_ctrl_c_inside_the_kernel_never_raises_there():
+    """Twice, in places where the kernel calls somebody else's code in the middle of its own."""
+    events = []
+
+    def twice(where):
+        interrupt()
+        interrupt()
+        events.append(where)
+
+    class Hooks:
+        def task_parked(self, task, reason):
+            if not events:
+                twice("hook")
+
+    class Clock(flowcoro_testing.VirtualClock):
+        def idle(self, timeout):
+            twice("clock")
+            return super().idle(timeout)
+
+    async def with_a_hook():
+        flowcoro.add_hooks(Hooks())
+        await flowcoro.sleep(1000)
+
+    async def with_a_call():
+        await flowcoro.to_thread(flowcoro.call_from_thread, twice, "call")
+        await flowcoro.sleep(1000)
+
+    async def with_an_abort_function():
+        def park_function(task):
+            task.park_reason = "wait for nothing"
+            task.abort_function = abort
+
+        def abort(task):
+            twice("abort")
+            return True
+
+        async def parked():
+            await flowcoro.park(park_function)
+
+        task = flowcoro.spawn(parked())
+        await flowcoro.checkpoint()
+        task.cancel()
+        await flowcoro.sleep(1000)
+
+    async def with_a_clock():
+        await flowcoro.sleep(1000)
+
+    for main, clock in [(with_a_hook, None), (with_a_call, None), (with_an_abort_function, None),
+                        (with_a_clock, Clock())]:
+        with pytest.raises(KeyboardInterrupt):
+            flowcoro.run(main(), clock=clock)
+    assert events == ["hook", "call", "abort", "clock"]
+
+
+def test_a_run_after_ctrl_c_knows_nothing_of_it():
+    async def main():
+        interrupt()
+        await flowcoro.sleep(1)
+
+    async def another():
+        await flowcoro.sleep(0.001)
+        return "done"
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            flowcoro.run(main())
+        assert flowcoro.run(another()) == "done"
+
+
+def test_a_sleeping_program_ends_on_ctrl_c_as_any_other_does():
+    with Child("""
+        async def main():
+            try:
+                say("ready")
+                await flowcoro.sleep(math.inf)
+            finally:
+                await flowcoro.sleep(0.001) if False else say("cleaned up")
+
+        flowcoro.run(main())
+    """) as child:
+        child.hears("ready")
+        child.send(signal.SIGINT)
+        status, said, errors = child.end()
+    assert said == ["cleaned up"]
+    assert status == -signal.SIGINT, errors
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_two_ctrl_c_end_a_program_that_never_awaits():
+    with Child("""
+        async def main():
+            say("ready")
+            while True:
+                pass
+
+        flowcoro.run(main())
+    """) as child:
+        child.hears("ready")
+        child.insist(signal.SIGINT)
+        status, said, errors = child.end()
+    assert status == -signal.SIGINT, errors
+
+
+def test_two_ctrl_c_end_a_program_whose_thread_never_comes_back():
+    with Child("""
+        async def main():
+            def hang():
+                say("ready")
+                time.sleep(1000)
+
+            try:
+                await flowcoro.to_thread(hang)
+            finally:
+                say("cleaned up")
+
+        flowcoro.run(main())
+    """) as child:
+        child.hears("ready")
+        child.insist(signal.SIGINT)
+        status, said, errors = child.end()
+    assert said == ["cleaned up"]
+    assert status == -signal.SIGINT, errors
+
+
+def test_two_ctrl_c_end_a_program_whose_cleanup_hangs():
+    with Child("""
+        async def forever():
+            with flowcoro.CancelScope(shield=True):
+                say("shielded")
+                await flowcoro.Event().wait()
+
+        async def main():
+            async with flowcoro.TaskGroup() as group:
+                try:
+                    say("ready")
+                    await flowcoro.sleep(math.inf)
+                finally:
+                    group.spawn(forever())
+
+        flowcoro.run(main())
+    """) as child:
+        child.hears("ready")
+        child.send(signal.SIGINT)
+        child.hears("shielded")
+        child.insist(signal.SIGINT)
+        status, said, errors = child.end()
+    assert status == -signal.SIGINT, errors
+
+
+def test_ctrl_c_as_run_begins_or_ends_breaks_nothing():
+    """KeyboardInterrupt may come out of run() at any time, but the next run() must not find the last one half taken down."""
+    with Child("""
+        real, seen = signal.signal, []
+
+        def raising(number, handler):
+            result = real(number, handler)
+            if number in (signal.SIGINT, signal.SIGTERM):
+                seen.append(handler)
+                signal.raise_signal(signal.SIGINT)
+            return result
+
+        async def nothing():
+            await flowcoro.checkpoint()
+            return "done"
+
+        before = len(os.listdir("/dev/fd"))
+        signal.signal = raising
+        for _ in range(3):
+            coroutine = nothing()
+            try:
+                flowcoro.run(coroutine)
+            except KeyboardInterrupt:
+                say("interrupted")
+            coroutine.close()
+        signal.signal = real
+        assert len(seen) >= 6, seen
+        real(signal.SIGINT, signal.default_int_handler)
+        real(signal.SIGTERM, signal.SIG_DFL)
+        gc.collect()
+        say(len(os.listdir("/dev/fd")) - before, "descriptors leaked")
+        say(flowcoro.run(nothing()))
+    """) as child:
+        status, said, errors = child.end()
+    assert (status, said) == (0, ["interrupted"] * 3 + ["0 descriptors leaked", "done"]), errors
+
+
+SENDER = """
+def start_sender(plan):
+    '''A process that answers each byte with signals to this one as `plan` says, then with a byte.'''
+    heard, hear = os.pipe()
+    back, told = os.pipe()
+    target = os.getpid()
+    if os.fork() == 0:
+        os.close(hear)
+        luck = random.Random(SEED)
+        while os.read(heard, 1):
+            for seconds in plan(luck):
+                end = time.perf_counter() + seconds
+                while time.perf_counter() < end:
+                    pass
+                try:
+                    os.kill(target, SIGNAL)
+                except ProcessLookupError:
+                    os._exit(0)
+            os.write(told, b"x")
+        os._exit(0)
+    os.close(heard)
+
+    def settle():
+        '''Wait until the signals of this round have all come, and let the last of them raise here.'''
+        blocked = False
+        while not blocked:
+            try:
+                signal.pthread_sigmask(signal.SIG_BLOCK, {SIGNAL})
+                blocked = True
+            except KeyboardInterrupt:
+                pass
+        os.read(back, 1)            # not to be interrupted when it has read
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {SIGNAL})
+        except KeyboardInterrupt:
+            pass
+
+    return lambda: os.write(hear, b"x"), settle
+"""
+
+TRAFFIC = """
+class Traffic:
+    '''Tasks that hand things to and fro through everything there is, until they are cancelled.'''
+
+    def __init__(self):
+        self.entered = self.left = 0
+        self.lock = flowcoro.Lock()
+        self.semaphore = flowcoro.Semaphore(2)
+        self.channel, self.narrow = flowcoro.Channel(3), flowcoro.Channel()
+
+    async def locks(self):
+        while True:
+            async with self.lock:
+                await flowcoro.checkpoint()
+            async with self.semaphore:
+                await flowcoro.sleep(0)
+
+    async def send(self):
+        while True:
+            await self.channel.send(1)
+            await flowcoro.select(self.narrow, (self.channel, 2))
+
+    async def receive(self):
+        while True:
+            await flowcoro.select(self.channel, (self.narrow, 3))
+            with flowcoro.move_on_after(0.0001):
+                await self.channel.receive()
+
+    async def spawn(self):
+        async def child():
+            await flowcoro.checkpoint()
+
+        while True:
+            async with flowcoro.TaskGroup() as group:
+                for _ in range(3):
+                    group.spawn(child())
+            await flowcoro.when_any(child(), flowcoro.sleep(1))
+
+    async def io(self):
+        read, write = os.pipe()
+        try:
+            while True:
+                os.write(write, b"x")
+                await flowcoro.wait_readable(read)
+                os.read(read, 1)
+                await flowcoro.sleep(0.0001)
+        finally:
+            flowcoro.notify_closing(read)
+            os.close(read)
+            os.close(write)
+
+    async def counted(self, work):
+        self.entered += 1
+        try:
+            await work()
+        finally:
+            with flowcoro.CancelScope(shield=True):
+                await flowcoro.sleep(0)
+                async with self.lock:
+                    await flowcoro.checkpoint()
+            self.left += 1
+
+    async def run(self):
+        async with flowcoro.TaskGroup() as group:
+            for work in (self.locks, self.locks, self.send, self.receive, self.spawn, self.io):
+                group.spawn(self.counted(work))
+
+    def assert_cleaned_up(self):
+        assert self.left == self.entered == 6, (self.entered, self.left)
+        assert not self.lock.locked()
+        assert self.semaphore.value == 2
+
+async def sane():
+    '''A run after all that works.'''
+    async with flowcoro.TaskGroup() as group:
+        channel = flowcoro.Channel()
+        group.spawn(channel.send(1))
+        assert await channel.receive() == 1
+    with flowcoro.move_on_after(0.0001) as scope:
+        await flowcoro.sleep(1000)
+    assert scope.cancelled_caught
+    return "sane"
+"""
+
+
+def stress(script, number=signal.SIGINT, seed=None):
+    seed = int.from_bytes(os.urandom(3), "big") if seed is None else seed
+    with Child(f"SEED, SIGNAL = {seed}, {int(number)}\n" + SENDER + TRAFFIC + textwrap.dedent(script)) as child:
+        try:
+            status, said, errors = child.end()
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"it hangs; seed {seed}")
+        assert (status, said, errors) == (0, ["done"], ""), f"seed {seed}"
+
+
+def test_ctrl_c_at_any_moment_of_heavy_traffic_ends_in_keyboard_interrupt_and_cleanup():
+    stress("""
+        ask, settle = start_sender(lambda luck: [luck.random() * 0.004])
+
+        async def main():
+            ask()
+            await traffic.run()
+
+        before = set(os.listdir("/dev/fd"))
+        for _ in range(150):
+            traffic = Traffic()
+            try:
+                flowcoro.run(main())
+                sys.exit("it ended without KeyboardInterrupt")
+            except KeyboardInterrupt:
+                pass
+            settle()
+            traffic.assert_cleaned_up()
+            assert set(os.listdir("/dev/fd")) == before
+        assert flowcoro.run(sane()) == "sane"
+        say("done")
+    """)
+
+
+def test_volleys_of_ctrl_c_never_hang_and_never_harm_the_next_run():
+    stress("""
+        ask, settle = start_sender(lambda luck: [
+            luck.random() * 0.002, *(luck.choice([0, 1e-6, 1e-5, 1e-4]) * luck.random() for _ in range(luck.randrange(1, 6)))])
+
+        async def sleeper():
+            ask()
+            await flowcoro.sleep(math.inf)
+
+        async def busy():
+            ask()
+            await traffic.run()
+
+        async def shielded():
+            with flowcoro.CancelScope(shield=True):
+                ask()
+                await flowcoro.sleep(0.005)             # not for ever: the system may make one of two signals
+            await flowcoro.sleep(math.inf)
+
+        before = set(os.listdir("/dev/fd"))
+        for turn in range(150):
+            traffic = Traffic()
+            main = (sleeper, busy, shielded)[turn % 3]
+            try:
+                try:
+                    flowcoro.run(main())
+                    sys.exit("it ended without KeyboardInterrupt")
+                finally:
+                    settle()
+            except KeyboardInterrupt:
+                pass
+            gc.collect()
+            assert flowcoro.run(sane()) == "sane"
+            assert len(os.listdir("/dev/fd")) == len(before) or turn % 3 == 1     # its pipe may have lost its cleanup
+            for name in os.listdir("/dev/fd"):
+                if name not in before:
+                    try:
+                        os.close(int(name))
+                    except OSError:             # that of the listing itself
+                        pass
+        say("done")
+    """)
+
+
+def test_ctrl_c_around_the_beginning_and_the_end_of_runs_harms_none():
+    stress("""
+        import warnings
+        warnings.simplefilter("ignore")                 # a coroutine may be interrupted before run() has it
+
+        ask, settle = start_sender(lambda luck: [luck.random() * 0.001])
+
+        async def short(seconds):
+            await flowcoro.sleep(seconds)
+            return "ended"
+
+        before = len(os.listdir("/dev/fd"))
+        outcomes = []
+        for turn in range(300):
+            try:
+                try:
+                    ask()
+                    outcomes.append(flowcoro.run(short(random.random() * 0.0005)))
+                finally:
+                    settle()
+            except KeyboardInterrupt:
+                outcomes.append("interrupted")
+            gc.collect()
+            assert flowcoro.run(sane()) == "sane"
+            assert len(os.listdir("/dev/fd")) == before, turn
+        assert outcomes.count("interrupted") > 10
+        say("done")
+    """)
+
+
+# ---- request_stop ------------------------------------------------------------------------------------------
+
+def test_stop_requested_waits_for_request_stop_and_then_returns_at_once():
+    events = []
+
+    async def service(name):
+        await flowcoro.stop_requested()
+        events.append(name)
+        await flowcoro.stop_requested()
+
+    async def main():
+        async with flowcoro.TaskGroup() as group:
+            for name in "abc":
+                group.spawn(service(name))
+            await flowcoro.sleep(5)
+            assert events == []
+            flowcoro.request_stop()
+            flowcoro.request_stop()         # twice is once
+        return flowcoro.now()
+
+    clock = flowcoro_testing.VirtualClock()
+    began = clock.now()
+    assert flowcoro.run(main(), clock=clock) == began + 5
+    assert events == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("grace", [0, 0.5, 10.0, 3600])
+def test_who_does_not_end_in_its_grace_is_cancelled(grace):
+    clock = flowcoro_testing.VirtualClock()
+    ended = []
+
+    async def main():
+        flowcoro.request_stop()
+        try:
+            await flowcoro.sleep(math.inf)
+        finally:
+            ended.append(flowcoro.now())
+
+    began = clock.now()
+    with pytest.raises(flowcoro.TaskCancelled):
+        flowcoro.run(main(), clock=clock, grace=grace)
+    assert ended == [began + grace]
+
+
+def test_who_ends_in_its_grace_is_not_cancelled_and_run_does_not_wait_for_the_rest_of_it():
+    clock = flowcoro_testing.VirtualClock()
+
+    async def main():
+        flowcoro.request_stop()
+        await flowcoro.stop_requested()
+        await flowcoro.sleep(9)
+        return "in time"
+
+    began = clock.now()
+    assert flowcoro.run(main(), clock=clock, grace=10) == "in time"
+    assert clock.now() == began + 9
+
+
+def test_an_infinite_grace_never_cancels():
+    async def main():
+        flowcoro.request_stop()
+        await flowcoro.sleep(1e6)
+        return "in its own time"
+
+    assert flowcoro.run(main(), clock=flowcoro_testing.VirtualClock(), grace=math.inf) == "in its own time"
+
+
+@pytest.mark.parametrize("grace", [-1, math.nan])
+def test_a_grace_that_is_no_time_is_refused(grace):
+    async def main():
+        pass
+
+    with pytest.raises(ValueError, match="grace"):
+        flowcoro.run(main(), grace=grace)
+
+
+def test_request_stop_reaches_the_kernel_from_another_thread():
+    async def main():
+        stopped = flowcoro.spawn(flowcoro.stop_requested())
+        await flowcoro.to_thread(flowcoro.call_from_thread, flowcoro.request_stop)
+        await stopped
+
+    flowcoro.run(main())
+    with pytest.raises(RuntimeError, match="no FlowCoro kernel"):
+        flowcoro.request_stop()
+
+
+def test_a_cancelled_wait_for_the_stop_leaves_nothing():
+    async def main():
+        with flowcoro.move_on_after(1) as scope:
+            await flowcoro.stop_requested()
+        assert scope.cancelled_caught
+        flowcoro.request_stop()
+        await flowcoro.stop_requested()
+
+    flowcoro.run(main(), clock=flowcoro_testing.VirtualClock())
+
+
+# ---- SIGTERM -----------------------------------------------------------------------------------------------
+
+SERVICE = """
+async def request(number):
+    await flowcoro.sleep(0.02)
+    say("request", number, "is answered")
+
+async def serve():
+    async with flowcoro.TaskGroup() as requests:
+        for number in range(3):
+            requests.spawn(request(number))
+        say("ready")
+        await flowcoro.stop_requested()
+        say("no more requests")
+"""
+
+
+def test_sigterm_ends_a_service_that_listens_cleanly():
+    with Child(SERVICE + """
+async def main():
+    await serve()
+    return "bye"
+
+say(flowcoro.run(main()))
+""") as child:
+        child.hears("ready")
+        child.send(signal.SIGTERM)
+        status, said, errors = child.end()
+    assert (status, errors) == (0, "")
+    assert sorted(said) == sorted(["no more requests", "request 0 is answered", "request 1 is answered",
+                                   "request 2 is answered", "bye"])
+
+
+def test_sigterm_cancels_a_service_that_takes_too_long():
+    with Child("""
+        async def main():
+            try:
+                say("ready")
+                await flowcoro.stop_requested()
+                say("asked")
+                await flowcoro.sleep(math.inf)
+            finally:
+                with flowcoro.CancelScope(shield=True):
+                    await flowcoro.sleep(0.001)
+                say("cleaned up")
+
+        flowcoro.run(main(), grace=0.05)
+    """) as child:
+        child.hears("ready")
+        child.send(signal.SIGTERM)
+        status, said, errors = child.end()
+    assert (status, said, errors) == (143, ["asked", "cleaned up"], "")
+
+
+def test_sigterm_cancels_at_once_where_nobody_listens():
+    with Child("""
+        async def child():
+            try:
+                await flowcoro.sleep(math.inf)
+            finally:
+                say("child")
+
+        async def main():
+            async with flowcoro.TaskGroup() as group:
+                group.spawn(child())
+                await flowcoro.checkpoint()
+                say("ready")
+
+        try:
+            flowcoro.run(main(), grace=1000)
+        except SystemExit as error:
+            say("code", error.code)
+            raise
+    """) as child:
+        child.hears("ready")
+        child.send(signal.SIGTERM)
+        status, said, errors = child.end()
+    assert (status, said, errors) == (143, ["child", "code 143"], "")
+
+
+def test_a_second_sigterm_does_not_wait_for_the_grace_nor_for_shields():
+    with Child("""
+        async def main():
+            try:
+                with flowcoro.CancelScope(shield=True):
+                    say("ready")
+                    await flowcoro.stop_requested()
+                    say("asked")
+                    await flowcoro.sleep(math.inf)
+            finally:
+                say("cleaned up")
+
+        flowcoro.run(main(), grace=math.inf)
+    """) as child:
+        child.hears("ready")
+        child.send(signal.SIGTERM)
+        child.hears("asked")
+        child.send(signal.SIGTERM)
+        status, said, errors = child.end()
+    assert (status, said, errors) == (143, ["cleaned up"], "")
+
+
+def test_sigterm_reaches_a_program_whose_tasks_never_wait():
+    with Child("""
+        async def spin():
+            while True:
+                await flowcoro.checkpoint()
+
+        async def main():
+            for _ in range(3):
+                flowcoro.spawn(spin())
+            say("ready")
+            await spin()
+
+        flowcoro.run(main())
+    """) as child:
+        child.hears("ready")
+        child.send(signal.SIGTERM)
+        status, said, errors = child.end()
+    assert (status, errors) == (143, "")
+
+
+def test_after_sigterm_the_error_of_main_is_still_raised():
+    async def main():
+        signal.raise_signal(signal.SIGTERM)
+        try:
+            await flowcoro.checkpoint()
+        finally:
+            raise OSError("the cleanup failed")
+
+    with pytest.raises(OSError, match="cleanup"):
+        flowcoro.run(main())
+
+
+def test_sigterm_then_ctrl_c_is_a_keyboard_interrupt():
+    async def main():
+        waiting = flowcoro.spawn(flowcoro.stop_requested())
+        await flowcoro.checkpoint()
+        signal.raise_signal(signal.SIGTERM)
+        await waiting
+        interrupt()
+        await flowcoro.sleep(1000)
+
+    with pytest.raises(KeyboardInterrupt):
+        flowcoro.run(main(), grace=1000)
+
+
+def test_sigterm_at_any_moment_of_heavy_traffic_ends_with_cleanup():
+    stress("""
+        ask, settle = start_sender(lambda luck: [luck.random() * 0.004])
+
+        async def main(listens):
+            ask()
+            if not listens:
+                await traffic.run()
+            async with flowcoro.TaskGroup() as group:
+                group.spawn(traffic.run())
+                await flowcoro.stop_requested()
+                group.cancel()
+
+        for turn in range(60):
+            traffic = Traffic()
+            try:
+                flowcoro.run(main(turn % 2), grace=30)
+                assert turn % 2
+            except SystemExit as error:
+                assert error.code == 143
+            settle()
+            traffic.assert_cleaned_up()
+        say("done")
+    """, signal.SIGTERM)
+
+
+# ---- SIGQUIT -----------------------------------------------------------------------------------------------
+
+def test_sigquit_prints_the_tree_of_tasks_and_the_program_goes_on():
+    with Child("""
+        async def wait_for_the_lock(lock):
+            async with lock:
+                pass
+
+        async def main():
+            lock = flowcoro.Lock()
+            async with lock:
+                async with flowcoro.TaskGroup() as group:
+                    group.spawn(wait_for_the_lock(lock), name="the waiter")
+                    await flowcoro.sleep(0.001)
+                    say("ready")
+                    while not asked:
+                        await flowcoro.sleep(0.001)
+                    group.cancel()
+            say("ended by itself")
+
+        asked = []
+        signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(True))
+        flowcoro.run(main())
+    """) as child:
+        child.hears("ready")
+        child.send(signal.SIGQUIT)
+        child.send(signal.SIGUSR1)
+        status, said, errors = child.end()
+    assert (status, said) == (0, ["ended by itself"])
+    assert errors.startswith("main:")
+    assert "the waiter: parked: acquire a Lock (for main)" in errors
+    assert "wait_for_the_lock" in errors
+
+
+def test_sigquit_with_a_closed_or_full_stderr_is_harmless():
+    with Child("""
+        async def main():
+            os.close(2)
+            signal.raise_signal(signal.SIGQUIT)
+            await flowcoro.sleep(0.001)
+            os.dup2(1, 2)
+            read, write = os.pipe2(os.O_NONBLOCK)
+            os.dup2(write, 2)
+            try:
+                while True:
+                    os.write(2, bytes(4096))
+            except BlockingIOError:
+                pass
+            signal.raise_signal(signal.SIGQUIT)
+            os.read(read, 4096)                         # room for a part of the dump
+            tasks = [flowcoro.spawn(flowcoro.sleep(1), name="x" * 100) for _ in range(200)]
+            await flowcoro.checkpoint()
+            signal.raise_signal(signal.SIGQUIT)
+            await flowcoro.sleep(0.001)
+            os.dup2(1, 2)
+            say("goes on")
+
+        flowcoro.run(main())
+    """) as child:
+        status, said, errors = child.end()
+    assert (status, said) == (0, ["goes on"])
+
+
+def test_a_dump_of_thousands_of_tasks_arrives_whole():
+    with Child("""
+        async def main():
+            tasks = [flowcoro.spawn(flowcoro.sleep(1000), name=f"task number {number}") for number in range(3000)]
+            await flowcoro.checkpoint()
+            signal.raise_signal(signal.SIGQUIT)
+
+        flowcoro.run(main())
+    """) as child:
+        status, said, errors = child.end()
+    assert status == 0
+    assert errors.count("task number ") == 3000
+    assert "task number 2999: parked: sleep" in errors
+
+
+def test_sigquit_at_any_moment_disturbs_nothing():
+    with Child("SEED, SIGNAL = 1, signal.SIGQUIT\n" + SENDER + textwrap.dedent("""
+        async def main():
+            channel = flowcoro.Channel(2)
+
+            async def send():
+                for item in range(60000):
+                    await channel.send(item)
+                    if item % 300 == 0:
+                        ask()
+                channel.close()
+
+            async with flowcoro.TaskGroup() as group:
+                group.spawn(send())
+                return [item async for item in channel] == list(range(60000))
+
+        ask, settle = start_sender(lambda luck: [luck.random() * 0.0005])
+        say(flowcoro.run(main()))
+    """)) as child:
+        status, said, errors = child.end()
+    assert (status, said) == (0, ["True"])
+    assert "main" in errors
+    assert "Traceback" not in errors
