@@ -12,14 +12,12 @@ Example:
 
     async def worker(name, jobs):
         async for job in jobs:
-            await flowcoro.sleep(0.01)
             print(name, "did", job)
 
     async def main():
         jobs = flowcoro.Channel()
         async with flowcoro.TaskGroup() as group:
-            for name in "ab":
-                group.spawn(worker(name, jobs))
+            for name in "ab": group.spawn(worker(name, jobs))
             for job in range(4):
                 await jobs.send(job)
             jobs.close()
@@ -113,6 +111,9 @@ STEPS_PER_POLL = 61
 
 # Seconds after which a worker looks even if fewer steps were made: what a timer may be late because of others.
 SECONDS_PER_POLL = 0.001
+
+# Steps between two looks at the clock, to know that such a time has passed. Fewer once steps turn out to be long.
+STEPS_PER_LOOK = 15
 
 # Operations that a task may complete without waiting before one of them gives the others a turn (tokio: 128).
 BUDGET = 128
@@ -365,6 +366,12 @@ def coroutine(function):
 # Rejected: a set of children in every scope (trio): two set operations per `with timeout()`. Exceptions pushed once
 # (asyncio): edge-triggered cancellation is lost for good when some library swallows it.
 
+def _checked_deadline(deadline):
+    if not -_INF <= deadline <= _INF:       # a TypeError if it is no number
+        raise ValueError(f"the deadline of a CancelScope is {deadline!r}; give seconds as of now(), or math.inf for none")
+    return deadline
+
+
 class CancelScope:
     """A region of code that can be cancelled as a whole: `with CancelScope(deadline=…, shield=…) as scope:`.
 
@@ -377,9 +384,7 @@ class CancelScope:
                  "_entered", "_firm", "cancelled_caught")
 
     def __init__(self, *, deadline=_INF, shield=False):
-        if deadline != deadline:
-            raise ValueError("the deadline of a CancelScope is nan; give seconds as of now(), or math.inf for none")
-        self._deadline = deadline
+        self._deadline = _checked_deadline(deadline)
         self._seconds = None        # timeout in seconds: the deadline is counted from the entry
         self._shield = shield
         self._task = None           # while entered: whose stack it is on
@@ -425,11 +430,13 @@ class CancelScope:
             if cancelled is None:
                 return False
             self.cancelled_caught = True
+            task._swallowed = 0
             if rest is not None:
-                raise rest
+                raise rest from rest.__cause__
         elif not isinstance(error, Cancelled):
             return False
         self.cancelled_caught = True
+        task._swallowed = 0
         if self._raises and self._expired:
             raise TimeoutError("the deadline passed before the block was done" if self._seconds is None else
                                f"timeout({self._seconds:g}): the block was not done in time") from error
@@ -453,7 +460,7 @@ class CancelScope:
                 self._expired = True
                 self.cancel()
         else:
-            worker.set_timer(self._task, self._deadline)
+            worker.timers.set(self._task, self._deadline)
 
     def cancel(self):
         """Cancel everything inside, now and later: each checkpoint raises Cancelled. Twice is once. Never blocks."""
@@ -464,7 +471,10 @@ class CancelScope:
 
     @property
     def cancel_called(self):
-        """Whether the scope is cancelled, by cancel() or by its deadline."""
+        """Whether the scope is cancelled, by cancel() or by its deadline, even if nothing was awaited since."""
+        if not self._cancelled and self._task is not None and self._deadline <= self._task._worker.now():
+            self._expired = True
+            self.cancel()
         return self._cancelled
 
     @property
@@ -474,9 +484,7 @@ class CancelScope:
 
     @deadline.setter
     def deadline(self, deadline):
-        if deadline != deadline:
-            raise ValueError("the deadline of a CancelScope is nan; give seconds as of now(), or math.inf for none")
-        self._deadline = deadline
+        self._deadline = _checked_deadline(deadline)
         self._seconds = None if self._task is None else self._seconds
         if self._task is not None and deadline < self._task._timer:
             self._watch(self._task._worker)
@@ -491,8 +499,6 @@ class CancelScope:
         self._shield = bool(shield)
         task = self._task
         if task is not None:
-            for group in _groups(task):
-                group._doomed = _is_cancelled(task, group.scope)
             if not shield and not self._cancelled and _is_cancelled(task, self._outer):
                 _interrupt_inside(task, self)
             elif task is task._worker.task:
@@ -565,7 +571,7 @@ def _is_cancelled(task, scope):
 def _refresh(task):
     """The running task has entered or left a scope that matters: set its two marks anew."""
     if _is_cancelled(task, task._scope):
-        task.budget = task._swallowed = 0
+        task.budget = 0
         task._resume = task._deliver
     else:
         task._resume = task._send
@@ -638,13 +644,12 @@ class Task:
 
     def _step_then_cancel(self, value):
         """What was delivered before the cancel goes first (I3). A new task runs to its first checkpoint: it may own things."""
-        self._resume = self._deliver
-        self.budget = self._swallowed = 0
+        _refresh(self)
         error, self._error = self._error, None
         return self._send(value) if error is None else self.coro.throw(error)
 
     def _deliver(self, value):
-        self.budget = 0
+        _refresh(self)                  # another task may have raised a shield since; this one still arrives
         self._swallowed += 1
         if self._swallowed == SWALLOWED_LIMIT:
             _report(RuntimeError(f"{self!r} has caught Cancelled {SWALLOWED_LIMIT} times and goes on. A cancelled scope "
@@ -662,7 +667,12 @@ class Task:
         if self._state == PARKED:
             if self._resume is not self._send:
                 return                          # parked for good, and told before
-            if self.abort_function(self):
+            try:
+                aborted = self.abort_function(self)
+            except BaseException as error:
+                _report(error, f"an abort function failed; {self!r} cannot be cancelled before it is rescheduled", self)
+                aborted = False
+            if aborted:
                 self._resume = self._deliver
                 reschedule(self)
             else:
@@ -693,7 +703,10 @@ class Task:
             if self._joiners is None:
                 self._joiners = ParkingLot("wait for a task", self)
             yield self._joiners._park
-        return self.result()
+        try:
+            return self.result()
+        finally:
+            del self, task              # else the error's traceback, and so the error, would hold the task that holds it
 
     def done(self):
         """Whether it has ended, in whatever way."""
@@ -706,9 +719,12 @@ class Task:
     def result(self):
         """What the coroutine returned; raises what it raised, TaskCancelled, or RuntimeError while it is not done."""
         error = self.exception()
-        if error is not None:
+        if error is None:
+            return self._value
+        try:
             raise error
-        return self._value
+        finally:
+            del self, error             # as in __await__
 
     def exception(self):
         """What the coroutine raised, a TaskCancelled, or None; RuntimeError while it is not done."""
@@ -731,8 +747,8 @@ class Task:
 
     @property
     def state(self):
-        """"new", "ready", "running", "parked" or "done"."""
-        if self is self._worker.task:
+        """"ready", "running", "parked" or "done"."""
+        if self._state == READY and self is self._worker.task:
             return "running"
         return _STATES[self._state]
 
@@ -1261,7 +1277,7 @@ def _park_sleep(task):
     task.park_reason = "sleep"
     task.abort_function = _abort_sleep
     if task._wake_at < task._timer:
-        task._worker.set_timer(task, task._wake_at)
+        task._worker.timers.set(task, task._wake_at)
     elif task._wake_at == _INF:
         task._worker.sleepers += 1
 
@@ -1300,6 +1316,29 @@ def _checked_coro(coro, caller):
 _SPAWNED = "<spawned>"
 
 
+def _started_already(coro):
+    return RuntimeError(f"{coro!r} has been started already: a coroutine object can be spawned or awaited once; call its "
+                        "function again for another one")
+
+
+def _mark_spawned(coro):
+    """RuntimeError if it has been spawned, or is being awaited; from now on it has been spawned."""
+    if getattr(coro, "__name__", None) is _SPAWNED or getattr(coro, "gi_suspended", False):
+        raise _started_already(coro)
+    try:
+        coro.__name__ = _SPAWNED
+    except AttributeError:              # of another make, with slots: it has to know by itself
+        pass
+
+
+def _without_cancelled(error):
+    """`error`, but what an ExceptionGroup holds of Cancelled is no error of its own and is left out."""
+    if isinstance(error, BaseExceptionGroup):
+        cancelled, rest = error.split(Cancelled)
+        if cancelled is not None:
+            return Cancelled() if rest is None else rest
+    return error
+
 
 class TaskGroup:
     """Tasks with one lifetime: `async with TaskGroup() as group: group.spawn(coro)`. The block ends when all have.
@@ -1309,13 +1348,14 @@ class TaskGroup:
     around the group: it has a deadline, and can be shielded.
     """
 
-    __slots__ = ("scope", "_tasks", "_owner", "_doomed", "_errors", "_lot", "_open")
+    __slots__ = ("scope", "_tasks", "_owner", "_doomed", "_cut", "_errors", "_lot", "_open")
 
     def __init__(self):
         self.scope = CancelScope()
         self._tasks = {}
         self._owner = None
-        self._doomed = False        # its scope lies in a cancelled region
+        self._doomed = False        # its scope lies, or lay at some time, in a cancelled region
+        self._cut = None            # the Cancelled that ended one of its tasks, or the body
         self._errors = []
         self._lot = None
         self._open = False
@@ -1331,23 +1371,26 @@ class TaskGroup:
     def spawn(self, coro, *, name=None):
         """Start a task in the group, from any of the kernel's tasks. RuntimeError once the group has ended."""
         worker = _local.worker
+        hooks = worker.hooks            # RuntimeError in another thread, before anything is done
         if coro.__class__ is not types.CoroutineType:
             _checked_coro(coro, "spawn")
         if not self._open:
             coro.close()
             raise RuntimeError("this TaskGroup is not open: spawn inside its `async with`, or from a task in it")
-        if coro.__name__ is _SPAWNED or getattr(coro, "cr_suspended", False):
-            raise RuntimeError(f"{coro!r} has been started already: a coroutine object can be spawned or awaited once; "
-                               "call its function again for another one")
-        coro.__name__ = _SPAWNED
+        if coro.__class__ is not types.CoroutineType:
+            _mark_spawned(coro)
+        elif coro.__name__ is _SPAWNED or coro.cr_suspended:
+            raise _started_already(coro)
+        else:
+            coro.__name__ = _SPAWNED    # _mark_spawned() written out: 0.2 us of 2.5
         task = Task(coro, self, worker, name)
         self._tasks[task] = None
-        if self._doomed:
+        if self._doomed and _is_cancelled(task, None):
             task.budget = 0
             task._resume = task._step_then_cancel
         worker.spawned += 1
         worker.ready.append(task)
-        if worker.hooks is not None:
+        if hooks is not None:
             worker.kernel.fire("task_spawned", task)
         return task
 
@@ -1356,26 +1399,35 @@ class TaskGroup:
         self.scope.cancel()
 
     async def __aexit__(self, kind, error, trace):
+        task, body = self._owner, error
+        if error is None and not self._tasks:
+            try:
+                await _turn()               # nothing to wait for: a checkpoint as any other
+            except BaseException as interrupted:
+                error = interrupted
         if error is not None:
-            if not isinstance(error, Cancelled):
-                self._errors.append(error)
+            self._failed(_without_cancelled(error))
             self.scope.cancel()
-        if self._tasks:
+        while self._tasks:                  # who awaited the last one may have spawned another
             self._lot = ParkingLot("wait for the tasks of a group", self._tasks)
-            with _firm_shield():        # the children are told by themselves, and then this wait ends
+            with _firm_shield():            # the children are told by themselves, and then this wait ends
                 await self._lot.park()
         self._open = False
-        task, self._lot = self._owner, None
-        caught = self.scope.__exit__(kind, error if isinstance(error, Cancelled) else None, trace)
-        errors, self._errors = list({id(error): error for error in self._errors}.values()), None
+        self._lot = None
+        errors, cut = list({id(error): error for error in self._errors}.values()), self._cut
+        self._errors = self._cut = None
+        # What came to its end in spite of a cancellation is not lost to it: only if work was cut short the group ends
+        # cancelled, as in trio. The group's own scope takes that if it was the one cancelled.
+        caught = self.scope.__exit__(cut and Cancelled, cut, trace)
+        self.scope._group = None
         try:
             if errors:
                 self._raise(errors)
-            if task._resume is not task._send and not isinstance(error, Cancelled):
-                raise Cancelled         # from outside: the children may have left their work undone
+            if cut is not None and cut is not body and not caught and task._resume is not task._send:
+                raise Cancelled
             return caught
         finally:
-            del errors, error, task     # no circles through the traceback
+            del errors, error, body, cut, task      # no circles through the traceback
 
     @staticmethod
     def _raise(errors):
@@ -1386,10 +1438,17 @@ class TaskGroup:
                                   else error.__cause__)
         raise BaseExceptionGroup("errors in a TaskGroup", errors) from None
 
-    def _child_done(self, task, error):
-        if error is not None and not isinstance(error, Cancelled):
+    def _failed(self, error):
+        """The body or a task has ended with `error`."""
+        if isinstance(error, Cancelled):
+            self._cut = error
+        else:
             self._errors.append(error)
             self.scope.cancel()
+
+    def _child_done(self, task, error):
+        if error is not None and not (task._cancel_called and isinstance(error, Cancelled)):
+            self._failed(error)
         if not self._tasks and self._lot is not None:
             self._lot.unpark_all()
 
@@ -1420,6 +1479,119 @@ class _Root(TaskGroup):
 
 # ---- the worker -----------------------------------------------------------------------------------------------
 
+class _Timers:
+    """The deadlines of a worker's tasks: the nearest of each task has an entry that counts (I6)."""
+
+    # A heap of bare floats and a dict beside it: against a heap of (deadline, serial, task) it compares three times
+    # as fast, spares the garbage collector an object per sleeper, and keeps equal deadlines in order by itself.
+
+    def __init__(self, worker):
+        self.worker = worker
+        self.heap = []              # deadlines, each once
+        self.tasks = {}             # deadline -> the task to look at then, or a list of them
+        self.entries = 0            # tasks in there, stale ones included
+
+    def set(self, task, deadline):
+        """Look at `task` at `deadline`, which is earlier than its entry that counts so far."""
+        task._timer = deadline
+        self.entries += 1
+        there = self.tasks.get(deadline)
+        if there is None:
+            self.tasks[deadline] = task
+            heapq.heappush(self.heap, deadline)
+        elif there.__class__ is list:
+            there.append(task)
+        else:
+            self.tasks[deadline] = [there, task]
+
+    def _prune(self):
+        """Drop the stale entries. Called when they are most of all, so that a push costs O(1) of it."""
+        old, self.tasks, self.entries = self.tasks, {}, 0
+        self.heap.clear()
+        for deadline in sorted(old):         # a sorted list is a heap: the pushes below cost nothing
+            tasks = old[deadline]
+            for task in tasks if tasks.__class__ is list else (tasks,):
+                if task._timer == deadline:
+                    task._timer = _INF          # the next entry of the same task for the same deadline is one too many
+                    self.set(task, deadline)
+
+    def expire(self, now):
+        heap = self.heap
+        due = []
+        enough = 64 + len(heap) // 16
+        while heap and heap[0] <= now:
+            if len(due) == enough:
+                # Many at once. To sort costs less than to pop them all: it is O(n) where timeouts are alike, for then
+                # the heap is sorted already, and a sorted list is a heap.
+                heap.sort()
+                end = bisect_right(heap, now)
+                due += heap[:end]
+                del heap[:end]
+                break
+            due.append(heapq.heappop(heap))
+        for deadline in due:
+            tasks = self.tasks.pop(deadline)
+            for task in tasks if tasks.__class__ is list else (tasks,):
+                self.entries -= 1
+                if deadline == task._timer:     # else stale
+                    self._ring(task, now)
+        if self.are_mostly_stale():
+            self._prune()
+
+    def are_mostly_stale(self):
+        return self.entries > 2 * (self.worker.spawned - self.worker.finished) + 64
+
+    def _ring(self, task, now):
+        """The entry of `task` that counted has come up: wake it, expire its scopes, set the next entry."""
+        task._timer = _INF
+        if task._state == PARKED and task.abort_function is _abort_sleep and task._wake_at <= now:
+            reschedule(task)
+            if task._scope is None:
+                return
+        scope = task._scope
+        while scope is not None:
+            if scope._deadline <= now and not scope._cancelled:
+                scope._expired = True
+                scope.cancel()
+            scope = scope._outer
+        nearest = self._nearest(task)
+        if nearest < _INF and nearest < task._timer:
+            self.set(task, nearest)
+
+    def _nearest(self, task):
+        """When the task has to be looked at next: its sleep's end, its scopes' deadlines, or inf."""
+        nearest = _INF
+        if task._state == PARKED and task.abort_function is _abort_sleep:
+            nearest = task._wake_at
+        scope = task._scope
+        while scope is not None:
+            if scope._deadline < nearest and not scope._cancelled:
+                nearest = scope._deadline
+            scope = scope._outer
+        return nearest
+
+    def next_deadline(self):
+        """The earliest deadline that still means something; what stands before it in the heap is thrown away."""
+        while self.heap:
+            deadline = self.heap[0]
+            tasks = self.tasks[deadline]
+            moved = []
+            for task in tasks if tasks.__class__ is list else (tasks,):
+                if deadline == task._timer:
+                    nearest = self._nearest(task)
+                    if nearest <= deadline:
+                        return deadline
+                    moved.append((task, nearest))
+            heapq.heappop(self.heap)
+            del self.tasks[deadline]
+            self.entries -= len(tasks) if tasks.__class__ is list else 1
+            for task, nearest in moved:
+                task._timer = _INF
+                if nearest < _INF:
+                    self.set(task, nearest)
+        return None
+
+
 class _Forked(Exception):
     """In the child of a fork: leave the copy of the parent's loop without touching what it shares with the parent."""
 
@@ -1433,9 +1605,7 @@ class _Worker:
         self.now = time.monotonic if clock is None else clock.now
         self.ready = deque() if seed is None else _ShuffledDeque(seed)
         self.inbox = deque()        # calls that other threads want made in this one
-        self.heap = []              # deadlines, each once
-        self.timers = {}            # deadline -> the task to look at then, or a list of them; see I6
-        self.entries = 0            # tasks in there, stale ones included
+        self.timers = _Timers(self)
         self.task = None            # the one being stepped
         self.sleeping = False       # I5
         self.hooks = None           # kernel.hooks while there are any
@@ -1447,18 +1617,24 @@ class _Worker:
         self.sleepers = 0           # tasks in sleep(inf), which have no entry in the heap
         self.stopped = False        # leave the loop
         self.luck = 1 if seed is None else self.ready.random.getrandbits(31)
+        self.poller = self.waker = None
+
+    def open(self):
+        """Take the descriptors, once the kernel's signal handlers are in place: a Ctrl-C in between would lose some."""
         with contextlib.ExitStack() as undo:    # no descriptor is left when there are too few of them
             self.poller = _new_poller()
             undo.callback(self.poller.close)
-            self.waker = _WakeUp()
-            undo.callback(self.waker.close)
-            self.poller.add(self.waker)
-            self.poller.arm(self.waker)
+            waker = _WakeUp()
+            undo.callback(waker.close)
+            self.poller.add(waker)
+            self.poller.arm(waker)
             undo.pop_all()
+        self.waker = waker
 
     def close(self):
-        self.poller.close()
-        self.waker.close()
+        if self.waker is not None:
+            self.poller.close()
+            self.waker.close()
 
     def post(self, call):
         """Have `call()` made by this worker's thread; False if it has ended. From any thread, but no signal handler."""
@@ -1491,10 +1667,10 @@ class _Worker:
 
     def work(self):
         """Step tasks until the kernel has none left."""
-        ready, heap, inbox = self.ready, self.heap, self.inbox
+        ready, inbox, timers, heap = self.ready, self.inbox, self.timers, self.timers.heap
         # Bound methods and ints in locals: together 60 ns of the 250 of a step (CPython 3.11).
-        popleft, append, monotonic = ready.popleft, ready.append, time.monotonic
-        turn, batch, before = BUDGET, range(STEPS_PER_POLL), monotonic()
+        popleft, append, monotonic, real = ready.popleft, ready.append, time.monotonic, self.clock is None
+        turn, batch, steps, polled = BUDGET, range(STEPS_PER_LOOK), 0, monotonic()
         while not self.stopped:
             for step in batch:
                 if not ready:
@@ -1514,7 +1690,7 @@ class _Worker:
                         append(task)    # cancelled: it does not park, it is told at its next step (I4)
                     else:
                         task._state = PARKED
-                        task._value = task.abort_function = None
+                        task._value = task.abort_function = self.task = None
                         try:
                             trap(task)
                         except BaseException as error:
@@ -1526,23 +1702,26 @@ class _Worker:
                 step = len(batch)
             self.task = None        # nobody is being stepped: a cancel now must not take the last one for running
             self.steps += step
+            moment = monotonic()
             if inbox:
                 self._take_calls()
-            if heap and (heap[0] <= self.now() or self.entries > 2 * (self.spawned - self.finished) + 64):
-                self._expire(self.now())
+            if heap and (heap[0] <= (moment if real else self.now()) or timers.are_mostly_stale()):
+                timers.expire(self.now())
             if not ready:
                 self._idle()
-                before = monotonic()
-            else:
+                steps, polled = 0, monotonic()
+                continue
+            steps += step
+            if moment - polled > SECONDS_PER_POLL:
                 # Long steps: fewer of them before the next look, so that it is late by one of them at most.
-                moment, size = monotonic(), len(batch)
-                if moment - before > SECONDS_PER_POLL:
-                    batch = range(max(1, size // 2))
-                elif size < STEPS_PER_POLL:
-                    batch = range(min(STEPS_PER_POLL, size * 2))
-                before = moment
-                if self.descriptors:
-                    self._poll(0)
+                batch = range(max(1, len(batch) // 2))
+            elif steps + STEPS_PER_LOOK <= STEPS_PER_POLL:
+                continue
+            elif len(batch) < STEPS_PER_LOOK:
+                batch = range(min(STEPS_PER_LOOK, len(batch) * 2))
+            steps, polled = 0, moment
+            if self.descriptors:
+                self._poll(0)
 
     def _parked(self, task, trap):
         if task.abort_function is None and task._state == PARKED:
@@ -1555,14 +1734,18 @@ class _Worker:
         """The park function has failed: whatever it did, its error is the answer to this park."""
         if not callable(trap) or isinstance(trap, type):
             error = _unknown_trap(trap)
-        task._state = PARKED
-        reschedule(task, error=error)
+        if task._state == PARKED:
+            reschedule(task, error=error)
+        else:                           # it was rescheduled first: it has its place in the ready deque
+            task._error = error
+            if task._resume is task._send:
+                task._resume = task._raise_error
 
     def _failed(self, task, error):
         if error.__class__ is _Forked:
             raise error
         _trim(error)
-        self._finish(task, None, error)
+        self._finish(task, None, _without_cancelled(error))
 
     def _finish(self, task, value, error):
         """The coroutine has returned `value` or raised `error`."""
@@ -1590,108 +1773,6 @@ class _Worker:
         if not tasks or error is not None or group._owner is None:
             group._child_done(task, error)
 
-    # -- time
-
-    # A heap of bare floats and a dict beside it: against a heap of (deadline, serial, task) it compares three times
-    # as fast, spares the garbage collector an object per sleeper, and keeps equal deadlines in order by itself.
-
-    def set_timer(self, task, deadline):
-        """Look at `task` at `deadline`, which is earlier than its entry that counts so far."""
-        task._timer = deadline
-        self.entries += 1
-        there = self.timers.get(deadline)
-        if there is None:
-            self.timers[deadline] = task
-            heapq.heappush(self.heap, deadline)
-        elif there.__class__ is list:
-            there.append(task)
-        else:
-            self.timers[deadline] = [there, task]
-
-    def _prune(self):
-        """Drop the stale entries. Called when they are most of all, so that a push costs O(1) of it."""
-        timers, self.timers, self.entries = self.timers, {}, 0
-        self.heap.clear()
-        for deadline in sorted(timers):         # a sorted list is a heap: the pushes below cost nothing
-            tasks = timers[deadline]
-            for task in tasks if tasks.__class__ is list else (tasks,):
-                if task._timer == deadline:
-                    task._timer = _INF          # the next entry of the same task for the same deadline is one too many
-                    self.set_timer(task, deadline)
-
-    def _expire(self, now):
-        heap = self.heap
-        due = []
-        enough = 64 + len(heap) // 16
-        while heap and heap[0] <= now:
-            if len(due) == enough:
-                # Many at once. To sort costs less than to pop them all: it is O(n) where timeouts are alike, for then
-                # the heap is sorted already, and a sorted list is a heap.
-                heap.sort()
-                end = bisect_right(heap, now)
-                due += heap[:end]
-                del heap[:end]
-                break
-            due.append(heapq.heappop(heap))
-        for deadline in due:
-            tasks = self.timers.pop(deadline)
-            for task in tasks if tasks.__class__ is list else (tasks,):
-                self.entries -= 1
-                if deadline == task._timer:     # else stale
-                    self._ring(task, now)
-        if self.entries > 64 and self.entries > 2 * (self.spawned - self.finished):
-            self._prune()
-
-    def _ring(self, task, now):
-        """The entry of `task` that counted has come up: wake it, expire its scopes, set the next entry."""
-        task._timer = _INF
-        if task._state == PARKED and task.abort_function is _abort_sleep and task._wake_at <= now:
-            reschedule(task)
-            if task._scope is None:
-                return
-        scope = task._scope
-        while scope is not None:
-            if scope._deadline <= now and not scope._cancelled:
-                scope._expired = True
-                scope.cancel()
-            scope = scope._outer
-        nearest = self._nearest(task)
-        if nearest < _INF and nearest < task._timer:
-            self.set_timer(task, nearest)
-
-    def _nearest(self, task):
-        """When the task has to be looked at next: its sleep's end, its scopes' deadlines, or inf."""
-        nearest = _INF
-        if task._state == PARKED and task.abort_function is _abort_sleep:
-            nearest = task._wake_at
-        scope = task._scope
-        while scope is not None:
-            if scope._deadline < nearest and not scope._cancelled:
-                nearest = scope._deadline
-            scope = scope._outer
-        return nearest
-
-    def _next_deadline(self):
-        """The earliest deadline that still means something; what stands before it in the heap is thrown away."""
-        while self.heap:
-            deadline = self.heap[0]
-            tasks = self.timers[deadline]
-            moved = []
-            for task in tasks if tasks.__class__ is list else (tasks,):
-                if deadline == task._timer:
-                    nearest = self._nearest(task)
-                    if nearest <= deadline:
-                        return deadline
-                    moved.append((task, nearest))
-            heapq.heappop(self.heap)
-            del self.timers[deadline]
-            self.entries -= len(tasks) if tasks.__class__ is list else 1
-            for task, nearest in moved:
-                task._timer = _INF
-                if nearest < _INF:
-                    self.set_timer(task, nearest)
-        return None
-
     # -- I/O and idleness
 
     def _poll(self, timeout):
@@ -1712,16 +1793,21 @@ class _Worker:
             self.kernel.fire("after_poll", len(events))
         return events
 
+    def _until_deadline(self):
+        """Seconds until the next deadline that still means something, or None."""
+        deadline = self.timers.next_deadline()
+        return None if deadline is None else max(0.0, deadline - self.now())
+
     def _idle(self):
         """Nothing is ready: wait for a deadline, a descriptor, another thread or a signal."""
         if self.stopped:
             return
-        deadline = self._next_deadline()
-        timeout = None if deadline is None else max(0.0, deadline - self.now())
+        timeout = self._until_deadline()
         if self.hooks is not None:
             self.kernel.fire("before_poll", timeout)
             if self.ready:
                 return
+            timeout = self._until_deadline()    # the hook may have moved one
         if timeout is None and not self.sleepers and not self.io_parked and not self.thread_calls:
             # Only another thread or a signal could go on from here; if there is neither, nobody ever will.
             if self.kernel.is_deadlocked():
@@ -1797,6 +1883,8 @@ class _Kernel:
         asyncgen_hooks = sys.get_asyncgen_hooks()
         try:
             self._install_signals()             # first and last: between, no Ctrl-C can break in
+            worker.open()
+            self._take_wakeup_fd()
             _local.worker = worker
             _kernels.add(self)
             sys.set_asyncgen_hooks(firstiter=self.asyncgens.add, finalizer=self._finalize_asyncgen)
@@ -1816,7 +1904,7 @@ class _Kernel:
             while worker.inbox:
                 call = worker.inbox.popleft()
                 if isinstance(call, _CallFromThread):
-                    call.answer(None, RuntimeError("the kernel has ended"))
+                    call.refuse()
             self._restore_signals()
         return self._outcome()
 
@@ -1895,6 +1983,11 @@ class _Kernel:
             if number is not None and signal.getsignal(number) == default:
                 self.handlers.append((number, handler, default))
                 signal.signal(number, handler)
+
+    def _take_wakeup_fd(self):
+        if threading.current_thread() is not threading.main_thread():
+            return
+        import signal
         # The C-level handler writes there at once. Without it a signal that comes between the last bytecode and
         # epoll_wait would be noticed when something else ends the wait.
         other = signal.set_wakeup_fd(self.worker.waker.write_fd, warn_on_full_buffer=False)
@@ -1980,25 +2073,31 @@ class _Kernel:
 
     def is_deadlocked(self):
         """Nothing is ready and no deadline, descriptor or thread call is pending: can anybody else wake a task?"""
+        if self._may_be_woken():        # as a rule, and a service may wait like this for days: no collection each second
+            return False
         import gc
-        import signal
         for _ in range(10):         # a finaliser may hold the key, or start a thread that does, or free another one
             if not gc.collect():
                 break
-        if self.worker.ready or self.worker.inbox or self.worker.heap:
-            return False
+        return not self._may_be_woken()
+
+    def _may_be_woken(self):
+        import signal
         ours = [handler for _, handler, _ in self.handlers]
         if len(self.stop_lot) and self._on_terminate in ours:
-            return False
+            return True
         for number in signal.valid_signals():
             handler = signal.getsignal(number)
             if callable(handler) and handler not in ours and handler is not signal.default_int_handler:
-                return False
+                return True
         try:
             threads = len(os.listdir("/proc/self/task"))        # also those that never ran Python yet
         except OSError:
             threads = len(sys._current_frames())
-        return threads <= 1 + len(_ThreadPool.idle) and threading.current_thread() is threading.main_thread()
+        if threads > 1 + len(_ThreadPool.idle) or threading.current_thread() is not threading.main_thread():
+            return True
+        # Last, for a thread may have done its work and ended while all this was looked at.
+        return bool(self.worker.ready or self.worker.inbox or self.worker.timers.heap)
 
     def break_deadlock(self):
         """Cancel everybody; if that ends in a deadlock as well, inside the shields too; at last close the coroutines."""
@@ -2027,7 +2126,7 @@ class _Kernel:
         for _, call in self.hooks.get(name, ()):
             try:
                 call(*args)
-            except Exception as error:
+            except BaseException as error:      # a SystemExit too: it would leave tasks behind
                 _report(error, f"a {name} hook failed", call)
 
     def dump(self):
@@ -2997,7 +3096,7 @@ def _checked_coros(coros, caller):
         _local.worker.task              # RuntimeError outside a kernel
     except (TypeError, RuntimeError):
         for coro in coros:
-            if isinstance(coro, Coroutine):
+            if isinstance(coro, (Coroutine, types.GeneratorType)):
                 coro.close()            # else each would complain that nobody awaited it
         raise
 
@@ -3025,9 +3124,15 @@ async def when_any(*coros):
         first.append((index, result))
         group.cancel()
 
-    async with TaskGroup() as group:
-        for index, coro in enumerate(coros):
-            group.spawn(watch(index, coro), name=getattr(coro, "__qualname__", None))
+    try:
+        async with TaskGroup() as group:
+            for index, coro in enumerate(coros):
+                group.spawn(watch(index, coro), name=getattr(coro, "__qualname__", None))
+    except Cancelled:
+        if not first:                   # else what was received is not lost (I3), and the next checkpoint raises
+            raise
+    if not first:
+        raise TaskCancelled("each of the coroutines of when_any() has cancelled its own task")
     return first[0]
 
 
@@ -3040,9 +3145,9 @@ class as_completed:
     __slots__ = ("_left", "_finished", "_lot", "__weakref__")
 
     def __init__(self, *coros):
-        _checked_coros(coros, "as_completed")
         self._left = {}                 # task -> None
         self._finished = deque()
+        _checked_coros(coros, "as_completed")
         self._lot = ParkingLot("wait for the next task to end", self._left)
         root = _local.worker.kernel.root
         for coro in coros:
@@ -3057,7 +3162,7 @@ class as_completed:
     async def __anext__(self):
         try:
             await _turn()
-            if not self._finished:
+            while not self._finished:
                 if not self._left:
                     raise StopAsyncIteration
                 await self._lot.park()
@@ -3089,7 +3194,7 @@ class _Watch:
         if completed is not None:
             del completed._left[self._task]
             completed._finished.append(self._task)
-            completed._lot.unpark()
+            completed._lot.unpark(1 if completed._left else _INF)      # several tasks may wait for the last one
 
 
 # ---- threads --------------------------------------------------------------------------------------------------
@@ -3125,11 +3230,12 @@ class _ThreadPool:
             slot.lock.release()
 
     def main(self):
-        call = None
+        call, offered = None, False
         try:
             while True:
                 call, self.call = self.call, None
                 call.work()
+                offered = True
                 self.idle.append(self)  # before the result is out: who calls next finds it
                 call.done()
                 call = None
@@ -3139,16 +3245,23 @@ class _ThreadPool:
                     except ValueError:  # taken this very moment
                         self.lock.acquire()
                     else:
+                        offered = False
                         return
+                offered = False
         finally:                        # also when somebody kills the thread (PyThreadState_SetAsyncExc)
             self.threads.discard(self)
-            if self in self.idle:
-                self.idle.remove(self)
-            call = call or self.call
-            if call is not None:
-                call.error = call.error or RuntimeError("the thread of a to_thread call died")
-                call.done()
+            if offered:
+                self._withdraw()
+            for lost in {call, self.call} - {None}:
+                lost.error = lost.error or RuntimeError("the thread of a to_thread call died")
+                lost.done()
 
+    def _withdraw(self):
+        """The thread dies while it is on offer. If somebody has taken it already, wait for what it was to do."""
+        try:
+            self.idle.remove(self)
+        except ValueError:
+            self.lock.acquire(timeout=1)
 
 class _ThreadCall:
     """One call of to_thread: made in the kernel's thread, worked in another, finished in the kernel's."""
@@ -3197,8 +3310,9 @@ class _ThreadCall:
             if isinstance(error, StopIteration):        # it would look like the end of the coroutine
                 error = RuntimeError("the function called by to_thread raised StopIteration")
                 error.__cause__ = self.error
-            self.error = None
-            reschedule(self.task, self.value, error)
+            value, self.value, self.error = self.value, None, None
+            reschedule(self.task, value, error)
+        self.value = None               # the thread may hold on to this call for a moment
         self.limiter.release()
 
 
@@ -3229,7 +3343,6 @@ class _CallFromThread:
     def __init__(self, function):
         self.function = function
         self.context = contextvars.copy_context()
-        self.started = False
         self.value = self.error = None
         self.lock = threading.Lock()    # held until there is an answer
         self.lock.acquire()
@@ -3244,12 +3357,15 @@ class _CallFromThread:
         self.value, self.error = value, error
         self.lock.release()
 
+    def refuse(self):
+        """It will never be made."""
+        self.answer(None, RuntimeError("the kernel has ended"))
+
 
 class _RunFromThread(_CallFromThread):
     """The same for a coroutine: the answer comes from the task that runs it."""
 
     def __call__(self):
-        self.started = True
         root = _local.worker.kernel.root
         self.context.run(root.spawn, self.relay(), name=getattr(self.function, "__qualname__", None))
 
@@ -3262,6 +3378,10 @@ class _RunFromThread(_CallFromThread):
         except BaseException as error:
             self.answer(None, error)
 
+    def refuse(self):
+        self.function.close()           # else it would complain that nobody awaited it
+        super().refuse()
+
 
 def current_kernel():
     """A handle of the kernel that runs here, for call_from_thread() and run_from_thread() in other threads."""
@@ -3270,18 +3390,13 @@ def current_kernel():
 
 def _ask(call, kernel, timeout):
     """Put `call` into the inbox of `kernel` and wait for the answer."""
-    if _local.worker is not _OUTSIDE:
-        raise RuntimeError("this is the kernel's own thread, which would wait for itself: call or await directly")
-    if kernel is None and _local.caller is not None:
-        kernel = _local.caller.kernel
-    elif kernel is None:
-        running = list(_kernels)
-        if len(running) != 1:
-            raise RuntimeError(f"{len(running)} kernels run in this process: pass kernel=, a handle that current_kernel() "
-                               "gives")
-        kernel = running[0]
-    if not kernel.worker.post(call):
-        raise RuntimeError("the kernel has ended")
+    try:
+        worker = _kernel_to_ask(kernel).worker
+    except RuntimeError:
+        call.refuse()
+        raise
+    if not worker.post(call):
+        call.refuse()
     if not call.lock.acquire(timeout=-1 if timeout is None else timeout):
         raise TimeoutError(f"the kernel did not answer within {timeout:g} s; it may still do what it was asked")
     if call.error is not None:
@@ -3290,6 +3405,19 @@ def _ask(call, kernel, timeout):
         finally:
             del call                    # no circle through the traceback
     return call.value
+
+
+def _kernel_to_ask(kernel):
+    if _local.worker is not _OUTSIDE:
+        raise RuntimeError("this is the kernel's own thread, which would wait for itself: call or await directly")
+    if kernel is not None:
+        return kernel
+    if _local.caller is not None:
+        return _local.caller.kernel
+    running = list(_kernels)
+    if len(running) != 1:
+        raise RuntimeError(f"{len(running)} kernels run in this process: pass kernel=, a handle that current_kernel() gives")
+    return running[0]
 
 
 def call_from_thread(function, /, *args, kernel=None, timeout=None):
@@ -3306,13 +3434,7 @@ def run_from_thread(coro, *, kernel=None, timeout=None):
 
     Otherwise as call_from_thread(). TaskCancelled when the task was cancelled, as it is when the run ends meanwhile.
     """
-    call = _RunFromThread(_checked_coro(coro, "run_from_thread"))
-    try:
-        return _ask(call, kernel, timeout)
-    except RuntimeError:
-        if not call.started:
-            coro.close()                # else it would complain that nobody awaited it
-        raise
+    return _ask(_RunFromThread(_checked_coro(coro, "run_from_thread")), kernel, timeout)
 
 
 # ---- pools ----------------------------------------------------------------------------------------------------
@@ -3445,7 +3567,7 @@ def statistics():
     worker = _local.worker
     return {"tasks": {"alive": worker.spawned - worker.finished, "ready": len(worker.ready), "spawned": worker.spawned,
                       "finished": worker.finished},
-            "steps": worker.steps, "polls": worker.polls, "timers": worker.entries, "descriptors": worker.descriptors,
+            "steps": worker.steps, "polls": worker.polls, "timers": worker.timers.entries, "descriptors": worker.descriptors,
             "io_waiting": worker.io_parked, "thread_calls": worker.thread_calls, "threads": len(_ThreadPool.threads)}
 
 

@@ -336,10 +336,14 @@ async def test_the_tracebacks_of_a_groups_errors_begin_with_the_users_lines():
 
 @run_in_kernel
 async def test_a_group_that_fails_leaves_nothing_for_the_garbage_collector():
+    async def fails():
+        await flowcoro.sleep(1)
+        raise ValueError                    # not one that this frame keeps: that were a circle of its own
+
     async def failing():
         with contextlib.suppress(ExceptionGroup):
             async with flowcoro.TaskGroup() as group:
-                group.spawn(after(1, ValueError()))
+                group.spawn(fails())
 
     async def succeeding():
         async with flowcoro.TaskGroup() as group:
