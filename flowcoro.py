@@ -129,6 +129,10 @@ THREAD_IDLE_SECONDS = 10.0
 # awaits in a loop can see some; nobody means to see a thousand.
 SWALLOWED_LIMIT = 1000
 
+# Seconds for which a step has to last until a second Ctrl-C takes it for stuck and raises KeyboardInterrupt in the
+# middle of it, where it may do harm. A step takes microseconds; people press twice in a fifth of a second.
+STUCK_SECONDS = 0.05
+
 # Seconds that a worker sleeps at most: epoll counts milliseconds in a C int.
 LONGEST_POLL = 3600.0
 
@@ -1471,7 +1475,8 @@ class _Root(TaskGroup):
         if task is kernel.main:
             kernel.cancel_all()
         elif isinstance(error, (KeyboardInterrupt, SystemExit)):
-            kernel.fatal = kernel.fatal or task._error.take()
+            fatal = task._error.take()              # also of the second one: the user has asked once more, no more
+            kernel.fatal = kernel.fatal or fatal
             kernel.cancel_all()
         if not self._tasks:
             kernel.wind_up()
@@ -1608,6 +1613,7 @@ class _Worker:
         self.timers = _Timers(self)
         self.task = None            # the one being stepped
         self.sleeping = False       # I5
+        self.looked = 0.0           # when it was last between two steps, as of time.monotonic(), give or take 15 steps
         self.hooks = None           # kernel.hooks while there are any
         self.plain = {}             # number -> _PlainFd
         self.descriptors = 0        # Pollables
@@ -1667,6 +1673,7 @@ class _Worker:
 
     def work(self):
         """Step tasks until the kernel has none left."""
+        self.looked = time.monotonic()
         ready, inbox, timers, heap = self.ready, self.inbox, self.timers, self.timers.heap
         # Bound methods and ints in locals: together 60 ns of the 250 of a step (CPython 3.11).
         popleft, append, monotonic, real = ready.popleft, ready.append, time.monotonic, self.clock is None
@@ -1702,7 +1709,7 @@ class _Worker:
                 step = len(batch)
             self.task = None        # nobody is being stepped: a cancel now must not take the last one for running
             self.steps += step
-            moment = monotonic()
+            self.looked = moment = monotonic()
             if inbox:
                 self._take_calls()
             if heap and (heap[0] <= (moment if real else self.now()) or timers.are_mostly_stale()):
@@ -1710,6 +1717,7 @@ class _Worker:
             if not ready:
                 self._idle()
                 steps, polled = 0, monotonic()
+                self.looked = polled
                 continue
             steps += step
             if moment - polled > SECONDS_PER_POLL:
@@ -1761,8 +1769,8 @@ class _Worker:
             if isinstance(error, Cancelled):
                 task._error = error.with_traceback(None)    # frames would live as long as the task
             else:
-                task._error = _Failure(error, f"task {task.name!r} failed and nobody awaited it",
-                                       seen=group._owner is not None)
+                seen = group._owner is not None or (task is self.kernel.main and isinstance(error, KeyboardInterrupt))
+                task._error = _Failure(error, f"task {task.name!r} failed and nobody awaited it", seen)
                 if group._owner is None:
                     self.kernel.failures.add(task._error)
         if joiners is not None:
@@ -2016,7 +2024,8 @@ class _Kernel:
     def _on_interrupt(self, number, frame):
         self.interrupts += 1
         self._post_from_signal(self._interrupted)
-        if self.interrupts > 1 and self._in_users_code(frame):
+        stuck = time.monotonic() - self.worker.looked > STUCK_SECONDS
+        if stuck and self.interrupts > 1 and self._in_users_code(frame):
             raise KeyboardInterrupt
 
     def _in_users_code(self, frame):
@@ -2228,7 +2237,7 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0):
 
     What still runs when main has ended is cancelled and joined. In the main thread, where nobody else has installed
     handlers: Ctrl-C cancels main and raises KeyboardInterrupt once all cleanup is done (a second one goes through
-    shields and interrupts code that does not await); SIGTERM asks to stop if somebody awaits stop_requested(), else
+    shields, and is raised inside a step that does not come to its next await); SIGTERM asks to stop if somebody awaits stop_requested(), else
     cancels, and a cancelled main ends in SystemExit(143); SIGQUIT (Ctrl-\\) prints dump_tasks().
 
     Raises Deadlock when no task can ever run again; RuntimeError inside a running kernel; TypeError and ValueError.
@@ -3261,7 +3270,8 @@ class _ThreadPool:
         try:
             self.idle.remove(self)
         except ValueError:
-            self.lock.acquire(timeout=1)
+            if self.call is None:       # else it has been told already
+                self.lock.acquire(timeout=1)
 
 class _ThreadCall:
     """One call of to_thread: made in the kernel's thread, worked in another, finished in the kernel's."""
