@@ -644,13 +644,23 @@ class Task:
     def _raise_error(self, value):
         self._resume = self._send
         error, self._error = self._error, None
-        return self.coro.throw(error)
+        throw = self.coro.throw
+        del self
+        try:
+            return throw(error)
+        finally:
+            del error
 
     def _step_then_cancel(self, value):
         """What was delivered before the cancel goes first (I3). A new task runs to its first checkpoint: it may own things."""
         _refresh(self)
         error, self._error = self._error, None
-        return self._send(value) if error is None else self.coro.throw(error)
+        send, throw = self._send, self.coro.throw
+        del self
+        try:
+            return send(value) if error is None else throw(error)
+        finally:
+            del error
 
     def _deliver(self, value):
         _refresh(self)                  # another task may have raised a shield since; this one still arrives
@@ -1692,6 +1702,7 @@ class _Worker:
                 else:
                     if trap is None:
                         task.budget = turn
+                        task._value = None
                         append(task)
                     elif task._resume is not task._send:
                         append(task)    # cancelled: it does not park, it is told at its next step (I4)
@@ -1772,7 +1783,7 @@ class _Worker:
                 seen = group._owner is not None or (task is self.kernel.main and isinstance(error, KeyboardInterrupt))
                 task._error = _Failure(error, f"task {task.name!r} failed and nobody awaited it", seen)
                 if group._owner is None:
-                    self.kernel.failures.add(task._error)
+                    self.kernel.failures[task._error] = None
         if joiners is not None:
             task._joiners = None
             joiners.unpark_all()
@@ -1869,8 +1880,9 @@ class _Kernel:
         self.root = _Root(self)
         self.main = None
         self.hooks = None                       # {name: [(object added, its method)]} while there are any
-        self.failures = weakref.WeakSet()       # of the root's tasks
-        self.asyncgens = weakref.WeakSet()
+        # Keys of dicts, because a set has no order, and the same seed has to give the same run.
+        self.failures = weakref.WeakKeyDictionary()     # of the root's tasks
+        self.asyncgens = weakref.WeakKeyDictionary()
         self.fatal = None                       # raised by run() whatever main returns
         self.interrupts = 0                     # Ctrl-C so far
         self.signal = None                      # the one that asked to stop
@@ -1895,7 +1907,7 @@ class _Kernel:
             self._take_wakeup_fd()
             _local.worker = worker
             _kernels.add(self)
-            sys.set_asyncgen_hooks(firstiter=self.asyncgens.add, finalizer=self._finalize_asyncgen)
+            sys.set_asyncgen_hooks(firstiter=self._begin_asyncgen, finalizer=self._finalize_asyncgen)
             self.main = self.root.spawn(coro)
             worker.work()
         except _Forked:
@@ -1943,6 +1955,9 @@ class _Kernel:
             self.root.spawn(_close_asyncgen(asyncgen))
         if not left:
             self.worker.stopped = True
+
+    def _begin_asyncgen(self, asyncgen):
+        self.asyncgens[asyncgen] = None
 
     def _finalize_asyncgen(self, asyncgen):
         """The garbage collector, in whatever thread, has found a suspended async generator."""
@@ -2667,6 +2682,7 @@ class Channel:
         else:
             await checkpoint()
         if self._closed:
+            del task
             raise ClosedError("send on a closed Channel")
         receivers = self._receivers._tasks
         if receivers:                   # _give(), written out for the same reason
@@ -2683,6 +2699,7 @@ class Channel:
                 await self._senders.park()
             finally:
                 task._item = None
+                del task
 
     async def receive(self):
         """The next item, waiting for one. EndOfChannel when closed and empty. Cancelled: the item stays in the channel."""
@@ -2691,6 +2708,7 @@ class Channel:
             task.budget -= 1
         else:
             await checkpoint()
+        del task
         if self._items or self._senders._tasks:
             return self._take()
         if self._closed:
@@ -2912,6 +2930,7 @@ class Broadcast:
         """Send to all subscribers, waiting for those that block. ClosedError. Cancelled or failed: nobody got it."""
         task = await _turn()
         if self._closed:
+            del task
             raise ClosedError("send on a closed Broadcast")
         if not self._senders._tasks and self._has_room():
             self._publish(item)
@@ -2921,6 +2940,7 @@ class Broadcast:
                 await self._senders.park()
             finally:
                 task._item = None
+                del task
 
     def send_nowait(self, item):
         """Send at once or raise WouldBlock; ClosedError if it is closed."""

@@ -27,9 +27,9 @@ move, and what the selector has to report comes before a jump.
 A *seed* makes the kernel take ready tasks in random order, the same for the same seed: what holds for a hundred
 orders does not hold by luck. explore() runs a test under many and names the one that failed.
 
-Quiet is noticed by the before_poll hook, which the kernel calls when nothing is ready. Checkpoints are noticed by
-`task.budget`: the kernel sets it back when a task yields or parks, and each operation that need not wait counts it
-down; a mark in it that is still there has seen no checkpoint.
+Quiet is noticed by two hooks: before_poll says that nothing is ready, after_poll that the descriptors had nothing
+either. Checkpoints are noticed by `task.budget`: below 0 it makes the next operation a checkpoint even if it need not
+wait, and the kernel sets it anew when a task yields or parks; a mark in it that is still there has seen none.
 
 Sources: trio's testing module (autojump clock, wait_all_tasks_blocked, assert_checkpoints); FoundationDB's
 simulation, "Testing Distributed Systems w/ Deterministic Simulation"; PCT (Burckhardt et al., ASPLOS 2010) on how
@@ -53,9 +53,9 @@ __version__ = "0.1.0"
 __all__ = ["VirtualClock", "run_in_kernel", "explore", "wait_all_tasks_parked", "assert_checkpoints",
            "assert_no_checkpoints"]
 
-# What the budget is set to while a block is watched: far above any that the kernel sets, so that it is never met by
-# chance, and high enough that no block uses it up.
-_MARK = 1 << 40
+# What the budget is set to while a block is watched. The kernel never sets one below 0, and none above 0 would do: an
+# operation that need not wait counts it down instead of being cancelled, where a cancelled task's budget is 0.
+_MARK = -1
 
 
 # ---- the virtual clock ----------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ class VirtualClock:
         return 0.0
 
     def advance(self, seconds):
-        """Let time pass while tasks run, as a slow computation would. ValueError if `seconds` is negative or nan."""
+        """Let time pass while tasks run, as a slow computation would. ValueError if negative, infinite or nan."""
         if not 0 <= seconds < math.inf:
             raise ValueError(f"advance({seconds!r}): seconds must be 0 or more, and finite")
         self._now += seconds
@@ -93,24 +93,34 @@ class VirtualClock:
 # ---- waiting for quiet ----------------------------------------------------------------------------------------
 
 class _Quiet:
-    """A hook that wakes its tasks when nothing else is ready."""
+    """Hooks that wake the task in their lot, with True, when nothing else is ready and no descriptor is either."""
 
     def __init__(self):
-        self.lot = flowcoro.ParkingLot("wait until all tasks are parked")
+        self.lot, self.scope = flowcoro.ParkingLot("wait until all tasks are parked"), None
 
     def before_poll(self, timeout):
-        self.lot.unpark_all()
+        self.steps = flowcoro.statistics()["steps"]     # so far; if there are more later, something was ready
+        # Until a deadline just ahead, the kernel looks at descriptors. 1 ms: epoll's shortest, if the clock is real.
+        now = flowcoro.now()                            # nextafter: so far from 0 that a millisecond is nothing
+        self.scope.deadline = max(now + 0.001, math.nextafter(now, math.inf))
+
+    def after_poll(self, events):
+        if events == 0 and self.steps == flowcoro.statistics()["steps"]:
+            self.lot.unpark_all(True)
 
 
 async def wait_all_tasks_parked():
     """Wait until every other task is parked: nothing more happens before time passes or the world outside acts.
 
-    It returns before a virtual clock jumps. Several tasks may wait; all are woken. Cancelled: nothing is left behind.
+    It returns before a virtual clock jumps, and after what the descriptors have to report by now. Several tasks may
+    wait; all are woken. Cancelled: nothing is left behind.
     """
-    quiet = _Quiet()
+    quiet, reached = _Quiet(), False
     flowcoro.add_hooks(quiet)
     try:
-        await quiet.lot.park()
+        while not reached:          # a real clock may come to that deadline while a descriptor is served
+            with flowcoro.CancelScope() as quiet.scope:
+                reached = await quiet.lot.park()
     finally:
         flowcoro.remove_hooks(quiet)
 
@@ -119,13 +129,13 @@ async def wait_all_tasks_parked():
 
 @contextlib.contextmanager
 def _watched():
-    """Yields a function that says whether the current task has passed a checkpoint since."""
+    """Yields a function that says whether the current task has passed a checkpoint since. A cancel counts as one."""
     task = flowcoro.current_task()
     before, task.budget = task.budget, _MARK
     try:
         yield lambda: task.budget != _MARK
     finally:
-        if task.budget > before:        # not set back by the kernel meanwhile
+        if task.budget == _MARK:
             task.budget = before
 
 
@@ -150,15 +160,17 @@ def assert_no_checkpoints():
 def _run(make, repeat, *, clock=None, seed=None, timeout=None, **options):
     """flowcoro.run(make(), …) with a fresh virtual clock; an error leaves with a note that says how to repeat it."""
     async def bounded():
-        if timeout is None:
-            return await make()
-        with flowcoro.timeout(timeout):
+        with flowcoro.timeout(math.inf if timeout is None else timeout):
             return await make()
 
+    clock = VirtualClock() if clock is None else clock() if callable(clock) else clock
+    if isinstance(seed, str) and seed.removeprefix("-").isdecimal():
+        seed = int(seed)            # text from the environment; 7 and "7" would be two orders
+    main = bounded()
     try:
-        return flowcoro.run(bounded(), clock=VirtualClock() if clock is None else clock() if callable(clock) else clock,
-                            seed=seed, **options)
+        return flowcoro.run(main, clock=clock, seed=seed, **options)
     except BaseException as error:
+        main.close()                # run() may have refused the options and never looked at it
         if seed is not None:
             error.add_note(f"seed {seed!r}: {repeat} repeats this order of tasks")
         raise
@@ -169,8 +181,7 @@ def run_in_kernel(function=None, *, clock=None, seed=None, timeout=None, **optio
 
     Each call gets a kernel of its own. clock: one, or a function that makes one; by default a fresh VirtualClock.
     seed: the order of ready tasks; by default that of the environment variable FLOWCORO_SEED, if there is one.
-    timeout: seconds on that clock. More options go to flowcoro.run(). Works with pytest, its fixtures and parameters,
-    and with unittest's methods.
+    timeout: seconds on that clock. More options go to flowcoro.run(). For pytest, with fixtures, and unittest's methods.
     """
     if function is None:
         return functools.partial(run_in_kernel, clock=clock, seed=seed, timeout=timeout, **options)
@@ -179,7 +190,7 @@ def run_in_kernel(function=None, *, clock=None, seed=None, timeout=None, **optio
 
     @functools.wraps(function)
     def test(*args, **kwargs):
-        chosen = os.environ.get("FLOWCORO_SEED") if seed is None else seed
+        chosen = (os.environ.get("FLOWCORO_SEED") or None) if seed is None else seed
         return _run(lambda: function(*args, **kwargs), f"FLOWCORO_SEED={chosen}", clock=clock, seed=chosen,
                     timeout=timeout, **options)
 
@@ -193,8 +204,7 @@ def explore(test, seeds=range(100), **options):
     """
     if not inspect.iscoroutinefunction(test):
         raise TypeError(f"explore() takes an async function without arguments, got {test!r}")
-    count = 0
-    for seed in seeds:
-        _run(test, f"explore({test.__name__}, seeds=[{seed!r}])", seed=seed, **options)
-        count += 1
+    count, name = 0, getattr(test, "__name__", repr(test))
+    for count, seed in enumerate(seeds, 1):
+        _run(test, f"explore({name}, seeds=[{seed!r}])", seed=seed, **options)
     return count

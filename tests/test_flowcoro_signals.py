@@ -280,12 +280,31 @@ def test_a_second_ctrl_c_interrupts_code_that_does_not_await():
     async def main():
         interrupt()
         reached.append(1)
+        time.sleep(2 * flowcoro.STUCK_SECONDS)
         interrupt()
         reached.append(2)
 
     with pytest.raises(KeyboardInterrupt):
         flowcoro.run(main())
     assert reached == [1]
+
+
+def test_a_second_ctrl_c_does_not_break_off_a_step_that_comes_to_its_end(monkeypatch):
+    monkeypatch.setattr(flowcoro, "STUCK_SECONDS", PATIENCE)
+    reached = []
+
+    async def main():
+        for _ in range(5):
+            interrupt()
+            reached.append(1)
+        try:
+            await flowcoro.checkpoint()
+        finally:
+            reached.append("cleaned up")
+
+    with pytest.raises(KeyboardInterrupt):
+        flowcoro.run(main())
+    assert reached == [1, 1, 1, 1, 1, "cleaned up"]
 
 
 def test_a_second_ctrl_c_goes_through_shields():

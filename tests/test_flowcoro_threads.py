@@ -490,10 +490,17 @@ def test_run_does_not_wait_for_abandoned_threads_and_they_end_in_peace(gate):
         flowcoro.call_from_thread(print, kernel=kernel)
     gate.open()
 
-    async def use_the_thread_again():
-        return await flowcoro.to_thread(threading.current_thread)
+    async def use_all_threads():
+        count = flowcoro.statistics()["threads"]
+        all_here, limiter = threading.Barrier(count), flowcoro.Semaphore(count)
 
-    while run(use_the_thread_again) not in threads:
+        def meet():
+            all_here.wait(PATIENCE)
+            return threading.current_thread()
+
+        return await flowcoro.when_all(*(flowcoro.to_thread(meet, limiter=limiter) for _ in range(count)))
+
+    while threads[0] not in run(use_all_threads):
         time.sleep(0.001)
 
 
