@@ -1519,8 +1519,10 @@ class _Timers:
         else:
             self.tasks[deadline] = [there, task]
 
-    def _prune(self):
-        """Drop the stale entries. Called when they are most of all, so that a push costs O(1) of it."""
+    def prune(self):
+        """Drop the stale entries if they are most of all, so that a push costs O(1) of it."""
+        if self.entries <= 2 * (self.worker.spawned - self.worker.finished) + 64:
+            return
         old, self.tasks, self.entries = self.tasks, {}, 0
         self.heap.clear()
         for deadline in sorted(old):         # a sorted list is a heap: the pushes below cost nothing
@@ -1550,11 +1552,7 @@ class _Timers:
                 self.entries -= 1
                 if deadline == task._timer:     # else stale
                     self._ring(task, now)
-        if self.are_mostly_stale():
-            self._prune()
-
-    def are_mostly_stale(self):
-        return self.entries > 2 * (self.worker.spawned - self.worker.finished) + 64
+        self.prune()
 
     def _ring(self, task, now):
         """The entry of `task` that counted has come up: wake it, expire its scopes, set the next entry."""
@@ -1587,6 +1585,7 @@ class _Timers:
 
     def next_deadline(self):
         """The earliest deadline that still means something; what stands before it in the heap is thrown away."""
+        self.prune()
         while self.heap:
             deadline = self.heap[0]
             tasks = self.tasks[deadline]
@@ -1723,7 +1722,7 @@ class _Worker:
             self.looked = moment = monotonic()
             if inbox:
                 self._take_calls()
-            if heap and (heap[0] <= (moment if real else self.now()) or timers.are_mostly_stale()):
+            if heap and heap[0] <= (moment if real else self.now()):
                 timers.expire(self.now())
             if not ready:
                 self._idle()
@@ -1739,6 +1738,7 @@ class _Worker:
             elif len(batch) < STEPS_PER_LOOK:
                 batch = range(min(STEPS_PER_LOOK, len(batch) * 2))
             steps, polled = 0, moment
+            timers.prune()
             if self.descriptors:
                 self._poll(0)
 

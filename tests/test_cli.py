@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import types
 
 import pytest
@@ -631,13 +632,20 @@ def test_a_destination_that_cannot_be_made_says_why(cli, tmp_path):
     assert (status, out) == (2, "") and "cannot use" in err and "Not a directory" in err
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="to root every folder is writable")
 @pytest.mark.parametrize("mode", [0o500, 0o000])
-def test_a_destination_that_is_out_of_bounds_says_so(cli, tmp_path, mode):
-    (tmp_path / "closed").mkdir(mode)
-    for destination in tmp_path / "closed", tmp_path / "closed" / "below":
-        status, _, err = cli("vendor", destination)
-        assert status == 2 and "Permission denied" in err
+def test_a_destination_that_is_out_of_bounds_says_so(cli, mode):
+    with tempfile.TemporaryDirectory() as folder:       # not tmp_path, which is its owner's alone
+        closed, user = pathlib.Path(folder, "closed"), os.geteuid()
+        os.chmod(folder, 0o755)
+        closed.mkdir(mode)
+        if user == 0:                                   # to root every folder is writable
+            os.seteuid(65534)
+        try:
+            for destination in closed, closed / "below":
+                status, _, err = cli("vendor", destination)
+                assert status == 2 and "Permission denied" in err
+        finally:
+            os.seteuid(user)
 
 
 def test_a_full_disk_leaves_the_old_files_and_nothing_else(cli, tmp_path, monkeypatch):
