@@ -41,8 +41,9 @@ out again. Because it runs after the task has left the stack, nobody can ever re
 a task puts it back into the deque with a value or an error. Everything else - sleeping, locks, channels, sockets,
 threads - is a place to store parked tasks, and most of them are one ParkingLot.
 
-The loop of a worker: step at most 61 tasks (or about a millisecond's worth), look at the timers, poll the file
-descriptors, take what other threads left in the inbox; with nothing ready, sleep in the selector until a deadline.
+The loop of a worker: after 15 steps look at the clock, the timers and what other threads left in the inbox; after 61
+(or once a millisecond has passed) poll the file descriptors too; with nothing ready, sleep in the selector until a
+deadline.
 
 *Cancellation* is a tree of scopes. A scope that is cancelled raises Cancelled at every checkpoint inside it until
 the code has left it. An operation that need not wait only looks at `task.budget`: one integer that says both "you
@@ -112,7 +113,8 @@ STEPS_PER_POLL = 61
 # Seconds after which a worker looks even if fewer steps were made: what a timer may be late because of others.
 SECONDS_PER_POLL = 0.001
 
-# Steps between two looks at the clock, to know that such a time has passed. Fewer once steps turn out to be long.
+# Steps between two looks at the clock, to know that such a time has passed: a look costs 5 ns a step. Fewer once steps
+# turn out to be long.
 STEPS_PER_LOOK = 15
 
 # Operations that a task may complete without waiting before one of them gives the others a turn (tokio: 128).
