@@ -41,9 +41,9 @@ out again. Because it runs after the task has left the stack, nobody can ever re
 a task puts it back into the deque with a value or an error. Everything else - sleeping, locks, channels, sockets,
 threads - is a place to store parked tasks, and most of them are one ParkingLot.
 
-The loop of a worker: after 15 steps look at the clock, the timers and what other threads left in the inbox; after 61
-(or once a millisecond has passed) poll the file descriptors too; with nothing ready, sleep in the selector until a
-deadline.
+The loop of a worker: after 15 steps look at the clock, the timers and what other threads left in the inbox; after at
+most 61, or when such a look finds that a millisecond has passed, poll the file descriptors too; with nothing ready,
+sleep in the selector until a deadline.
 
 *Cancellation* is a tree of scopes. A scope that is cancelled raises Cancelled at every checkpoint inside it until
 the code has left it. An operation that need not wait only looks at `task.budget`: one integer that says both "you
@@ -56,7 +56,8 @@ Invariants, each asserted or tested where it could break:
     I3  a value delivered to a task is never lost: a cancel that comes later waits for the next checkpoint
     I4  task._resume is task._send exactly when nothing but a value waits for the task
     I5  a worker says that it sleeps before it looks for work a last time; a waker adds work, then looks who sleeps
-    I6  task._timer is the deadline of the one heap entry that counts for the task (inf: none); others are stale
+    I6  task._timer is the deadline of the heap entry that counts for the task (inf: none; if it is there twice, the
+        first to come up counts); others are stale
 
 Sources: curio (traps), trio (cancel scopes, parking lots), Go's runtime/proc.go (polling, the deadlock report,
 select), tokio (the budget), Nathaniel J. Smith, "Notes on structured concurrency"; PEP 492, 525, 567, 654.
@@ -106,11 +107,11 @@ __all__ = [
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
-# Steps between two looks at timers and file descriptors. Go checks its global queue every 61 steps: a prime, so
-# that it does not beat in time with the program. A poll costs about a microsecond, a step a quarter of one.
+# Steps between two polls of file descriptors at most; as looks come every STEPS_PER_LOOK, it is 60 as a rule. Go checks
+# its global queue every 61 steps. A poll costs about a microsecond, a step a quarter of one.
 STEPS_PER_POLL = 61
 
-# Seconds after which a worker looks even if fewer steps were made: what a timer may be late because of others.
+# Seconds after which a worker polls even if fewer steps were made: what a descriptor may be late because of others.
 SECONDS_PER_POLL = 0.001
 
 # Steps between two looks at the clock, to know that such a time has passed: a look costs 5 ns a step. Fewer once steps
@@ -131,8 +132,9 @@ THREAD_IDLE_SECONDS = 10.0
 # awaits in a loop can see some; nobody means to see a thousand.
 SWALLOWED_LIMIT = 1000
 
-# Seconds for which a step has to last until a second Ctrl-C takes it for stuck and raises KeyboardInterrupt in the
-# middle of it, where it may do harm. A step takes microseconds; people press twice in a fifth of a second.
+# Seconds since the worker has last looked at the clock, before this step or up to 14 others, from which on a second
+# Ctrl-C takes the step for stuck and raises KeyboardInterrupt in the middle of it, where it may do harm. A step takes
+# microseconds; people press twice in a fifth of a second.
 STUCK_SECONDS = 0.05
 
 # Seconds that a worker sleeps at most: epoll counts milliseconds in a C int.
@@ -314,7 +316,7 @@ _local = _Local()
 
 
 # ---- traps ----------------------------------------------------------------------------------------------------
-# These, sleep(), Task.__await__ and ParkingLot.park are the only places that yield to the kernel.
+# These, sleep(), sleep_until(), Task.__await__ and ParkingLot.park are the only places that yield to the kernel.
 
 @types.coroutine
 def checkpoint():
@@ -671,7 +673,7 @@ class Task:
             _report(RuntimeError(f"{self!r} has caught Cancelled {SWALLOWED_LIMIT} times and goes on. A cancelled scope "
                                  "raises it at every checkpoint: let it pass, or break out of the loop. It awaits at\n"
                                  + "\n".join(_await_chain(self))), "cancellation is swallowed", self)
-        if self._worker.kernel.interrupts > 1:
+        if self._worker.kernel.interrupts > 1:      # asked twice: who swallows Cancelled may respect this
             return self.coro.throw(KeyboardInterrupt())
         return self.coro.throw(Cancelled())
 
@@ -1229,7 +1231,9 @@ class _WakeUp:
             far.setblocking(False)
             self.fd, self.write_fd = near.fileno(), far.fileno()
             self._close = (near.close, far.close)
-        self._lock = threading.Lock()           # between call() in other threads and close(): the number may be reused
+        # Between call() in other threads and close(): the number may be reused. An RLock, because the garbage collector
+        # may post in the middle of call().
+        self._lock = threading.RLock()
 
     def call(self):
         """From any thread, but not from a signal handler: the thread that it interrupts may hold the lock."""
@@ -1362,6 +1366,10 @@ class TaskGroup:
     If a task or the body fails, the rest is cancelled and joined, and all errors leave as one ExceptionGroup (but
     KeyboardInterrupt and SystemExit leave as themselves, with the others as their cause). `scope` is the CancelScope
     around the group: it has a deadline, and can be shielded.
+
+    Cancelled from outside: the tasks are cancelled and joined, and Cancelled is raised if that has cut the body or a task
+    short. If all came to their ends all the same, the block ends normally and the next checkpoint raises. A task that was
+    cancelled by its own cancel() ends only itself.
     """
 
     __slots__ = ("scope", "_tasks", "_owner", "_doomed", "_cut", "_errors", "_lot", "_open")
@@ -1385,7 +1393,10 @@ class TaskGroup:
         return self
 
     def spawn(self, coro, *, name=None):
-        """Start a task in the group, from any of the kernel's tasks. RuntimeError once the group has ended."""
+        """Start a task in the group, from any of the kernel's tasks. RuntimeError once the group has ended.
+
+        TypeError for what is no coroutine object, RuntimeError for one that was started before.
+        """
         worker = _local.worker
         hooks = worker.hooks            # RuntimeError in another thread, before anything is done
         if coro.__class__ is not types.CoroutineType:
@@ -1522,7 +1533,7 @@ class _Timers:
             self.tasks[deadline] = [there, task]
 
     def prune(self):
-        """Drop the stale entries if they are most of all, so that a push costs O(1) of it."""
+        """Drop the stale entries if they are most of all: O(log n) for each that was made since, and mostly less."""
         if self.entries <= 2 * (self.worker.spawned - self.worker.finished) + 64:
             return
         old, self.tasks, self.entries = self.tasks, {}, 0
@@ -1724,8 +1735,10 @@ class _Worker:
             self.looked = moment = monotonic()
             if inbox:
                 self._take_calls()
+                self.looked = monotonic()
             if heap and heap[0] <= (moment if real else self.now()):
                 timers.expire(self.now())
+                self.looked = monotonic()
             if not ready:
                 self._idle()
                 steps, polled = 0, monotonic()
@@ -2137,14 +2150,21 @@ class _Kernel:
             self.drop_shields()
         else:
             for task in list(self.all_tasks()):
-                _report(RuntimeError("it could not be cancelled:\n" + "\n".join(_await_chain(task))),
-                        "a task was closed by force", task)
-                try:
-                    task.abort_function(task)
-                    task.coro.close()
-                except BaseException as error:
-                    _report(error, "closing a task by force", task)
-                self.worker._finish(task, None, Cancelled())
+                if task._state == PARKED:       # else another's end has just woken it, and it has its turn (I1)
+                    self._close_by_force(task)
+
+    def _close_by_force(self, task):
+        _report(RuntimeError("it could not be cancelled:\n" + "\n".join(_await_chain(task))),
+                "a task was closed by force", task)
+        self.worker.task = task         # what its cleanup releases is its own
+        for undo in (functools.partial(task.abort_function, task), task.coro.close):
+            try:
+                undo()
+            except BaseException as error:
+                _report(error, "closing a task by force", task)
+        self.worker.task = None
+        if task._state == PARKED:
+            self.worker._finish(task, None, Cancelled())
 
     # -- hooks and dumps
 
@@ -2231,7 +2251,7 @@ def _after_fork_in_child():
         if threading.current_thread() is threading.main_thread():
             kernel._release_wakeup_fd()
             kernel._restore_signals()
-        kernel.worker.waker._lock = threading.Lock()
+        kernel.worker.waker._lock = threading.RLock()
         kernel.worker.ready.clear()
         kernel.worker.ready.append(_Poison())
         kernel.worker.inbox.clear()
@@ -2257,7 +2277,8 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0):
     shields, and is raised inside a step that does not come to its next await); SIGTERM asks to stop if somebody awaits stop_requested(), else
     cancels, and a cancelled main ends in SystemExit(143); SIGQUIT (Ctrl-\\) prints dump_tasks().
 
-    Raises Deadlock when no task can ever run again; RuntimeError inside a running kernel; TypeError and ValueError.
+    Raises Deadlock when no task can ever run again; TaskCancelled when main was cancelled, but not by a signal
+    (request_stop() and its grace, cancel()); RuntimeError inside a running kernel; TypeError and ValueError.
     """
     _checked_coro(coro, "run")
     try:
@@ -2662,9 +2683,8 @@ class Channel:
     close() says that nothing more will come: receivers get what is left, then EndOfChannel, which ends `async for`.
     """
 
-    # A parked sender keeps its item in task._item; a parked receiver gets its item in task._value.
-    # Either lot is empty, or the
-    # other is and the buffer is full (senders wait) or empty (receivers wait).
+    # A parked sender keeps its item in task._item; a parked receiver gets its item in task._value. At least one of the
+    # lots is empty; the buffer is full while senders wait, and empty while receivers do.
     __slots__ = ("capacity", "_items", "_senders", "_receivers", "_closed")
 
     def __init__(self, capacity=0):
@@ -3133,7 +3153,10 @@ def _checked_coros(coros, caller):
 
 
 async def when_all(*coros):
-    """Run the coroutines side by side; return their results in order. Errors leave as from a TaskGroup."""
+    """Run the coroutines side by side; return their results in order. Errors leave as from a TaskGroup.
+
+    TaskCancelled if one of them has cancelled its own task.
+    """
     _checked_coros(coros, "when_all")
     async with TaskGroup() as group:
         tasks = [group.spawn(coro) for coro in coros]
@@ -3143,7 +3166,9 @@ async def when_all(*coros):
 async def when_any(*coros):
     """Run the coroutines side by side; return (index, result) of the first to end. The others are cancelled and joined.
 
-    If the first to end fails, its error leaves as from a TaskGroup. Results of others that end meanwhile are dropped.
+    If the first to end fails, or another one while it is cancelled, the errors leave as from a TaskGroup and there is no
+    result. Results of others that end meanwhile are dropped. Cancelled: all are cancelled and joined; but if one had
+    ended first, its result is returned and the next checkpoint raises. TaskCancelled if each has cancelled its own task.
     """
     _checked_coros(coros, "when_any")
     if not coros:
@@ -3209,7 +3234,10 @@ class as_completed:
         for task in list(self._left):
             task.cancel()
 
-    __del__ = _cancel
+    def __del__(self):
+        if self._left:                  # the garbage collector calls, in any thread and between any two lines of the kernel
+            left = list(self._left)
+            left[0]._worker.post(lambda: [task.cancel() for task in left])
 
 
 class _Watch:
@@ -3268,8 +3296,9 @@ class _ThreadPool:
                 call.work()
                 offered = True
                 self.idle.append(self)  # before the result is out: who calls next finds it
-                call.done()
-                call = None
+                done, call = call, None
+                done.done()
+                done = None             # it holds the result
                 if not self.lock.acquire(timeout=THREAD_IDLE_SECONDS):
                     try:
                         self.idle.remove(self)
@@ -3293,7 +3322,8 @@ class _ThreadPool:
             self.idle.remove(self)
         except ValueError:
             if self.call is None:       # else it has been told already
-                self.lock.acquire(timeout=1)
+                self.lock.acquire(timeout=1)    # the taker is between two lines of start(), or has died there
+
 
 class _ThreadCall:
     """One call of to_thread: made in the kernel's thread, worked in another, finished in the kernel's."""
@@ -3353,7 +3383,8 @@ async def to_thread(function, /, *args, abandon_on_cancel=False, limiter=None):
 
     At most 40 at once, or as many as `limiter` (a Semaphore) allows; the others wait. A thread cannot be interrupted:
     when cancelled, this waits for the function all the same and returns its result (the next checkpoint raises), or
-    with abandon_on_cancel=True raises at once and drops the result. (functools.partial gives keyword arguments.)
+    with abandon_on_cancel=True raises at once and drops the result; so does a second Ctrl-C. RuntimeError when no thread
+    can be started or it was killed. (functools.partial gives keyword arguments.)
     """
     if not callable(function):
         raise TypeError(f"to_thread() takes a function and its arguments, got {function!r}")
