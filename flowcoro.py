@@ -41,9 +41,9 @@ out again. Because it runs after the task has left the stack, nobody can ever re
 a task puts it back into the deque with a value or an error. Everything else - sleeping, locks, channels, sockets,
 threads - is a place to store parked tasks, and most of them are one ParkingLot.
 
-The loop of a worker: after 15 steps look at the clock, the timers and what other threads left in the inbox; after at
-most 61, or when such a look finds that a millisecond has passed, poll the file descriptors too; with nothing ready,
-sleep in the selector until a deadline.
+The loop of a worker: step ready tasks; after at most 61 steps, or a millisecond (every 15 steps it looks at the clock),
+make the calls that other threads left in the inbox, wake what the timers have reached, poll the file descriptors;
+with nothing ready, sleep in the selector until a deadline.
 
 *Cancellation* is a tree of scopes. A scope that is cancelled raises Cancelled at every checkpoint inside it until
 the code has left it. An operation that need not wait only looks at `task.budget`: one integer that says both "you
@@ -107,15 +107,16 @@ __all__ = [
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
-# Steps between two polls of file descriptors at most; as looks come every STEPS_PER_LOOK, it is 60 as a rule. Go checks
-# its global queue every 61 steps. A poll costs about a microsecond, a step a quarter of one.
+# Steps at most between two visits to inbox, timers and descriptors; a multiple of STEPS_PER_LOOK, so it is 60 as a rule.
+# Go checks its global queue every 61 steps. A poll costs about a microsecond, a step a quarter of one.
 STEPS_PER_POLL = 61
 
-# Seconds after which a worker polls even if fewer steps were made: what a descriptor may be late because of others.
+# Seconds after which a worker does so even if fewer steps were made: what a timer or a descriptor may be late because of
+# others, and by STEPS_PER_LOOK steps more until it is noticed that these are long.
 SECONDS_PER_POLL = 0.001
 
-# Steps between two looks at the clock, to know that such a time has passed: a look costs 5 ns a step. Fewer once steps
-# turn out to be long.
+# Steps between two looks at the clock, to know that such a time has passed: a look costs about 5 ns a step. Fewer once
+# steps turn out to be long.
 STEPS_PER_LOOK = 15
 
 # Operations that a task may complete without waiting before one of them gives the others a turn (tokio: 128).
@@ -1699,63 +1700,63 @@ class _Worker:
         ready, inbox, timers, heap = self.ready, self.inbox, self.timers, self.timers.heap
         # Bound methods and ints in locals: together 60 ns of the 250 of a step (CPython 3.11).
         popleft, append, monotonic, real = ready.popleft, ready.append, time.monotonic, self.clock is None
-        turn, batch, steps, polled = BUDGET, range(STEPS_PER_LOOK), 0, monotonic()
+        turn, batch, looks, polled = BUDGET, range(STEPS_PER_LOOK), range(STEPS_PER_POLL // STEPS_PER_LOOK), monotonic()
         while not self.stopped:
-            for step in batch:
-                if not ready:
-                    break
-                self.task = task = popleft()
-                try:
-                    trap = task.context.run(task._resume, task._value)
-                except StopIteration as stop:
-                    self._finish(task, stop.value, None)
-                except BaseException as error:
-                    self._failed(task, error)
-                else:
-                    if trap is None:
-                        task.budget = turn
-                        task._value = None
-                        append(task)
-                    elif task._resume is not task._send:
-                        append(task)    # cancelled: it does not park, it is told at its next step (I4)
+            for look in looks:
+                for step in batch:
+                    try:
+                        self.task = task = popleft()
+                    except IndexError:
+                        break
+                    try:
+                        trap = task.context.run(task._resume, task._value)
+                    except StopIteration as stop:
+                        self._finish(task, stop.value, None)
+                    except BaseException as error:
+                        self._failed(task, error)
                     else:
-                        task._state = PARKED
-                        task._value = task.abort_function = self.task = None
-                        try:
-                            trap(task)
-                        except BaseException as error:
-                            self._not_parked(task, trap, error)
+                        if trap is None:
+                            task.budget = turn
+                            task._value = None
+                            append(task)
+                        elif task._resume is not task._send:
+                            append(task)    # cancelled: it does not park, it is told at its next step (I4)
                         else:
-                            if self.hooks is not None or task.abort_function is None:
-                                self._parked(task, trap)
+                            task._state = PARKED
+                            task._value = task.abort_function = self.task = None
+                            try:
+                                trap(task)
+                            except BaseException as error:
+                                self._not_parked(task, trap, error)
+                            else:
+                                if self.hooks is not None or task.abort_function is None:
+                                    self._parked(task, trap)
+                else:
+                    self.steps += len(batch)
+                    self.looked = moment = monotonic()
+                    if moment - polled > SECONDS_PER_POLL:
+                        # Long steps: fewer of them before the next look, so that it is late by one of them at most.
+                        batch = range(max(1, len(batch) // 2))
+                        break
+                    continue
+                self.steps += step
+                break
             else:
-                step = len(batch)
+                if len(batch) < STEPS_PER_LOOK:
+                    batch = range(min(STEPS_PER_LOOK, len(batch) * 2))
             self.task = None        # nobody is being stepped: a cancel now must not take the last one for running
-            self.steps += step
-            self.looked = moment = monotonic()
+            polled = monotonic()
             if inbox:
                 self._take_calls()
-                self.looked = monotonic()
-            if heap and heap[0] <= (moment if real else self.now()):
+            if heap and heap[0] <= (polled if real else self.now()):
                 timers.expire(self.now())
-                self.looked = monotonic()
+            timers.prune()
             if not ready:
                 self._idle()
-                steps, polled = 0, monotonic()
-                self.looked = polled
-                continue
-            steps += step
-            if moment - polled > SECONDS_PER_POLL:
-                # Long steps: fewer of them before the next look, so that it is late by one of them at most.
-                batch = range(max(1, len(batch) // 2))
-            elif steps + STEPS_PER_LOOK <= STEPS_PER_POLL:
-                continue
-            elif len(batch) < STEPS_PER_LOOK:
-                batch = range(min(STEPS_PER_LOOK, len(batch) * 2))
-            steps, polled = 0, moment
-            timers.prune()
-            if self.descriptors:
+                polled = monotonic()
+            elif self.descriptors:
                 self._poll(0)
+            self.looked = polled
 
     def _parked(self, task, trap):
         if task.abort_function is None and task._state == PARKED:
@@ -1864,7 +1865,8 @@ class _ShuffledDeque(deque):
         self.random = random.Random(seed)
 
     def popleft(self):
-        self.rotate(-self.random.randrange(len(self)))
+        if self:
+            self.rotate(-self.random.randrange(len(self)))
         return super().popleft()
 
 

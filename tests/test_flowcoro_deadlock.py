@@ -1719,3 +1719,55 @@ def test_an_error_in_a_call_from_another_thread_is_that_threads_alone():
         return "goes on"
 
     assert run(main) == "goes on"
+
+
+# ---- the end by force --------------------------------------------------------------------------------------
+
+def test_who_is_woken_by_a_forced_end_is_not_closed_by_force_as_well(reports):
+    """A task that cannot be cancelled is closed; the one that waited for it runs, and is not finished twice."""
+    def park_for_good(task):
+        task.park_reason = "wait for good"
+        task.abort_function = lambda task: False
+
+    async def stuck():
+        await flowcoro.park(park_for_good)
+
+    async def generator():
+        yield
+
+    seen = []
+
+    async def consume(completed):
+        async for task in completed:
+            seen.append(task.cancelled())
+
+    async def main():
+        left = generator()
+        await anext(left)
+        kept.append(left)
+        flowcoro.spawn(consume(flowcoro.as_completed(stuck())))
+        await forever()
+
+    kept = []
+    with pytest.raises(flowcoro.Deadlock):
+        run(main, looks=20)
+    assert [what for what, _ in reports].count("flowcoro: a task was closed by force") >= 1
+    assert all(isinstance(error, RuntimeError) for _, error in reports), reports
+
+
+def test_a_task_that_is_closed_by_force_can_release_its_lock(reports):
+    def park_for_good(task):
+        task.park_reason = "wait for good"
+        task.abort_function = lambda task: False
+
+    async def main():
+        lock = flowcoro.Lock()
+        locks.append(lock)
+        async with lock:
+            await flowcoro.park(park_for_good)
+
+    locks = []
+    with pytest.raises(flowcoro.Deadlock):
+        run(main, looks=20)
+    assert not locks[0].locked()
+    assert [what for what, _ in reports] == ["flowcoro: a task was closed by force"]

@@ -1361,3 +1361,22 @@ def test_a_child_leaves_the_parents_descriptors_alone():
             os._exit(8)
     """)
     assert output == "8\nwoken\n"
+
+
+def test_an_as_completed_that_another_thread_lets_go_of_cancels_in_the_kernels_thread():
+    threads = []
+
+    class Hooks:
+        def task_rescheduled(self, task):
+            threads.append(threading.current_thread())
+
+    async def main():
+        box = [flowcoro.as_completed(flowcoro.sleep(3600))]
+        await flowcoro.checkpoint()
+        flowcoro.add_hooks(Hooks())
+        await flowcoro.to_thread(box.clear)
+        while flowcoro.statistics()["tasks"]["alive"] > 1:
+            await flowcoro.checkpoint()
+
+    run(main)
+    assert set(threads) == {threading.current_thread()}
