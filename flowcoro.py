@@ -375,10 +375,18 @@ def coroutine(function):
 # Rejected: a set of children in every scope (trio): two set operations per `with timeout()`. Exceptions pushed once
 # (asyncio): edge-triggered cancellation is lost for good when some library swallows it.
 
+def _as_float(number):
+    """Of an int, a Decimal or a Fraction, so that sums with now() cannot fail later; what is too large is infinite."""
+    try:
+        return float(number)
+    except OverflowError:
+        return _INF if number > 0 else -_INF
+
+
 def _checked_deadline(deadline):
     if not -_INF <= deadline <= _INF:       # a TypeError if it is no number
         raise ValueError(f"the deadline of a CancelScope is {deadline!r}; give seconds as of now(), or math.inf for none")
-    return deadline
+    return _as_float(deadline)
 
 
 class CancelScope:
@@ -521,7 +529,7 @@ class CancelScope:
 def _checked_seconds(seconds, caller):
     if not seconds >= 0:            # says no to nan as well
         raise ValueError(f"{caller}({seconds!r}): seconds must be 0 or more; math.inf waits for ever")
-    return seconds
+    return _as_float(seconds)
 
 
 def move_on_after(seconds):
@@ -1275,8 +1283,9 @@ def now():
 @types.coroutine
 def sleep(seconds):
     """Let `seconds` pass; 0 is a checkpoint, math.inf waits to be cancelled. ValueError if negative or nan."""
-    if not seconds > 0:
-        _checked_seconds(seconds, "sleep")
+    if seconds.__class__ is not float or not seconds > 0:
+        seconds = _checked_seconds(seconds, "sleep")
+    if not seconds:
         yield
         return
     worker = _local.worker
@@ -1290,7 +1299,7 @@ def sleep_until(deadline):
     worker = _local.worker
     if deadline != deadline:
         raise ValueError("sleep_until(nan): give seconds as of now(), or math.inf")
-    worker.task._wake_at = deadline
+    worker.task._wake_at = deadline = _as_float(deadline)
     yield _park_sleep if deadline > worker.now() else None
 
 
@@ -2290,7 +2299,7 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0):
             raise ValueError(f"workers={workers!r}: this version runs one worker; give None or 1")
         if not grace >= 0:
             raise ValueError(f"grace={grace!r}: seconds must be 0 or more; math.inf never cancels")
-        value, error = _Kernel(clock, seed, grace).run(coro)
+        value, error = _Kernel(clock, seed, _as_float(grace)).run(coro)
     except BaseException:           # also a Ctrl-C before the kernel has taken it over
         coro.close()                # else it would complain that nobody awaited it
         raise
@@ -3456,8 +3465,10 @@ def current_kernel():
 def _ask(call, kernel, timeout):
     """Put `call` into the inbox of `kernel` and wait for the answer."""
     try:
+        if timeout is not None:
+            timeout = min(_checked_seconds(timeout, "timeout="), threading.TIMEOUT_MAX)
         worker = _kernel_to_ask(kernel).worker
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError):
         call.refuse()
         raise
     if not worker.post(call):
@@ -3489,7 +3500,8 @@ def call_from_thread(function, /, *args, kernel=None, timeout=None):
     """From another thread: have the kernel's thread call function(*args); wait, return its result, raise its error.
 
     The function must not block. In threads of to_thread the kernel is known; elsewhere it is the only one that runs or
-    `kernel`. RuntimeError when it has ended, or in the kernel's own thread. timeout: seconds to wait (TimeoutError).
+    `kernel`. RuntimeError when it has ended, or in the kernel's own thread. timeout: seconds to wait (TimeoutError), from
+    0 up (ValueError).
     """
     return _ask(_CallFromThread(functools.partial(function, *args)), kernel, timeout)
 

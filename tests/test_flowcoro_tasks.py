@@ -8,6 +8,8 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import contextvars
+import decimal
+import fractions
 import gc
 import inspect
 import math
@@ -1997,3 +1999,29 @@ def test_no_warning_is_left_by_the_coroutines_of_a_run():
         run(main())
         gc.collect()
     assert caught == []
+
+
+@pytest.mark.parametrize("number", [10**400, decimal.Decimal("0.5"), fractions.Fraction(1, 2), 1e308], ids=repr)
+@run_in_kernel
+async def test_seconds_of_any_size_and_kind_of_number_are_taken(number):
+    short = number < 1
+    for wait in (flowcoro.sleep, lambda seconds: flowcoro.sleep_until(flowcoro.now() + float(seconds) if short else seconds)):
+        with flowcoro.move_on_after(1) as scope:
+            await wait(number)
+        assert scope.cancelled_caught == (not short)
+    for take in (flowcoro.move_on_after, lambda seconds: flowcoro.CancelScope(deadline=seconds)):
+        with take(number) as scope:
+            repr(scope)
+            await flowcoro.checkpoint()
+    with pytest.raises(TimeoutError):
+        with flowcoro.timeout(1), flowcoro.timeout(10**400):
+            await flowcoro.sleep(math.inf)
+
+
+def test_a_grace_too_large_for_a_float_is_for_ever():
+    async def main():
+        flowcoro.request_stop()
+        await flowcoro.sleep(1e9)
+        return "not cancelled"
+
+    assert run(main(), grace=10**400) == "not cancelled"

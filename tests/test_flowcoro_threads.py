@@ -5,6 +5,7 @@ import ctypes
 import functools
 import gc
 import itertools
+import math
 import os
 import random
 import subprocess
@@ -1380,3 +1381,21 @@ def test_an_as_completed_that_another_thread_lets_go_of_cancels_in_the_kernels_t
 
     run(main)
     assert set(threads) == {threading.current_thread()}
+
+
+@pytest.mark.parametrize("timeout", [-1, -0.5, math.nan])
+def test_a_timeout_of_nonsense_is_a_value_error_and_nothing_is_asked(timeout):
+    asked = []
+
+    async def ask():
+        asked.append("coroutine")
+
+    async def main():
+        with pytest.raises(ValueError, match="0 or more"):
+            await flowcoro.to_thread(lambda: flowcoro.call_from_thread(asked.append, 1, timeout=timeout))
+        with pytest.raises(ValueError, match="0 or more"):
+            await flowcoro.to_thread(lambda: flowcoro.run_from_thread(ask(), timeout=timeout))
+        assert await flowcoro.to_thread(lambda: flowcoro.call_from_thread(lambda: 42, timeout=10**400)) == 42
+
+    run(main)
+    assert asked == []
