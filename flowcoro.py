@@ -1793,6 +1793,8 @@ class _Worker:
 
     def _finish(self, task, value, error):
         """The coroutine has returned `value` or raised `error`."""
+        if task._scope is not None:
+            self._left_open(task)
         self.finished += 1
         task._state = DONE
         task._value = value
@@ -1816,6 +1818,24 @@ class _Worker:
             self.kernel.fire("task_done", task)
         if not tasks or error is not None or group._owner is None:
             group._child_done(task, error)
+
+    def _left_open(self, task):
+        """The task ends inside of scopes that nobody has left: report that, and lose neither their errors nor their tasks."""
+        groups, task._scope = _groups(task), None
+        _report(RuntimeError(f"task {task.name!r} has ended inside a cancel scope, or a TaskGroup, that was never left: its "
+                             "cancellation and its errors could reach nobody. Most often an async generator yielded inside "
+                             "`with timeout()` or a TaskGroup; open the scope around the loop that consumes it instead"),
+                "a scope was never left", task)
+        root = self.kernel.root
+        for group in groups:
+            for error in group._errors:
+                _report(error, f"an error in a TaskGroup of task {task.name!r} that was never left", group)
+            for child in list(group._tasks):
+                del group._tasks[child]
+                child._group = root
+                root._tasks[child] = None
+                child.cancel()
+            group._open = False
 
     # -- I/O and idleness
 

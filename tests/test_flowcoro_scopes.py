@@ -2030,3 +2030,59 @@ def test_the_winner_of_a_timeout_is_the_same_in_any_order_of_tasks():
         assert log == ["early slept"] * 5 + ["late cancelled"] * 5
 
     assert explore(main, seeds=range(30)) == 30
+
+
+# ---- scopes that are never left ----------------------------------------------------------------------------
+
+def reported_by(main, monkeypatch):
+    """(what run() returned or raised, what was reported) for `main`, which does not leave its scopes."""
+    reports = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda report: reports.append(report.exc_value))
+    try:
+        outcome = flowcoro.run(main())
+    except flowcoro.TaskCancelled as error:
+        outcome = error
+    gc.collect()
+    return outcome, reports
+
+
+def test_an_error_in_a_group_around_a_yield_is_reported_though_nobody_leaves_the_group(monkeypatch):
+    async def fails():
+        raise ValueError("lost?")
+
+    async def generator():
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(fails())
+            yield 1
+
+    async def main():
+        async for _ in generator():
+            await flowcoro.sleep(10)
+
+    outcome, reports = reported_by(main, monkeypatch)
+    assert isinstance(outcome, flowcoro.TaskCancelled)
+    assert "ValueError('lost?')" in map(repr, reports)
+    assert any("async generator yielded inside" in str(error) for error in reports)
+
+
+def test_the_tasks_of_a_group_that_is_never_left_are_cancelled_and_joined(monkeypatch):
+    log = []
+
+    async def child():
+        try:
+            await flowcoro.sleep(math.inf)
+        finally:
+            with flowcoro.CancelScope(shield=True):
+                await flowcoro.sleep(0)
+            log.append("cleaned up")
+
+    async def main():
+        group = flowcoro.TaskGroup()
+        await group.__aenter__()
+        group.spawn(child())
+        await flowcoro.checkpoint()
+        return "result"
+
+    outcome, reports = reported_by(main, monkeypatch)
+    assert outcome == "result" and log == ["cleaned up"]
+    assert ["never left" in str(error) for error in reports] == [True]
