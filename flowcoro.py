@@ -533,7 +533,10 @@ def _checked_seconds(seconds, caller):
 
 
 def move_on_after(seconds):
-    """`with move_on_after(seconds) as scope:` leaves the block when the time is up; scope.cancelled_caught says so."""
+    """`with move_on_after(seconds) as scope:` leaves the block when the time is up; scope.cancelled_caught says so.
+
+    ValueError if negative or nan.
+    """
     scope = CancelScope()
     scope._seconds = _checked_seconds(seconds, "move_on_after")
     return scope
@@ -543,7 +546,7 @@ def timeout(seconds):
     """`with timeout(seconds):` raises TimeoutError when the block is not done in time.
 
     Of nested ones the outermost that has expired wins. The time is looked at while tasks wait: code that never awaits
-    is not interrupted.
+    is not interrupted. ValueError if `seconds` is negative or nan.
     """
     scope = CancelScope()
     scope._seconds = _checked_seconds(seconds, "timeout")
@@ -2401,7 +2404,7 @@ class Lock(_AsyncWith):
             await lot.park()
 
     def acquire_nowait(self):
-        """Acquire at once or raise WouldBlock."""
+        """Acquire at once or raise WouldBlock. RuntimeError if this task holds it already."""
         task = _local.worker.task
         if self._lot.holder is task:
             raise RuntimeError(f"{task!r} holds this Lock already, and a Lock is not reentrant")
@@ -2466,7 +2469,7 @@ class Semaphore(_AsyncWith):
         self._value -= 1
 
     def release(self):
-        """Give a permit back. Never blocks."""
+        """Give a permit back. Never blocks. ValueError above max_value."""
         if self._max_value is not None and self._value >= self._max_value:
             raise ValueError(f"the Semaphore has all its {self._max_value} permits: released more often than acquired")
         if not self._lot.unpark():
@@ -2559,7 +2562,10 @@ class Condition(_AsyncWith):
         return result
 
     def notify(self, count=1):
-        """Let the `count` tasks that have waited longest go on, one after the other as the lock becomes free."""
+        """Let the `count` tasks that have waited longest go on, one after the other as the lock becomes free.
+
+        RuntimeError without the lock.
+        """
         lock_lot = self._lock._lot
         if lock_lot.holder is not _local.worker.task:
             raise RuntimeError("Condition.notify() without holding its lock: use `async with condition:`")
