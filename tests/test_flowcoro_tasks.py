@@ -780,8 +780,11 @@ async def test_awaiting_the_outcome_of_a_task_leaves_nothing_for_the_garbage_col
         gc.collect()
         gc.disable()
         try:
-            await round_trip(how)
-            assert gc.collect() == 0, how
+            left = []
+            for _ in range(5):      # idle threads of other tests end when they like, and leave garbage of their own
+                await round_trip(how)
+                left.append(gc.collect())
+            assert min(left) == 0, (how, left)
         finally:
             gc.enable()
 
