@@ -133,6 +133,10 @@ THREAD_IDLE_SECONDS = 10.0
 # awaits in a loop can see some; nobody means to see a thousand.
 SWALLOWED_LIMIT = 1000
 
+# Tasks that may be spawned after main has ended (or everything was cancelled), by cleanup code; then spawn() fails, for
+# tasks that spawn others without ever coming to a checkpoint, where they would be cancelled, would never end.
+LATE_SPAWNS = 100_000
+
 # Seconds since the worker has last looked at the clock, before this step or up to 14 others, from which on a second
 # Ctrl-C takes the step for stuck and raises KeyboardInterrupt in the middle of it, where it may do harm. A step takes
 # microseconds; people press twice in a fifth of a second.
@@ -310,10 +314,24 @@ _OUTSIDE = _Outside()
 
 class _Local(threading.local):
     worker = _OUTSIDE       # the worker whose thread this is
-    caller = None           # in a thread of to_thread: the worker that called
+    caller = None           # in a thread of to_thread: the _ThreadCall that it works on
 
 
 _local = _Local()
+
+
+class _Unique:
+    """The base of all that tasks wait at: nobody would wake those who wait at a copy."""
+
+    __slots__ = ()
+
+    def __reduce__(self):
+        raise TypeError(f"{self!r} can be neither copied nor pickled: tasks wait at this one, and nobody would wake those "
+                        "who wait at the copy. Share it, or make a new one")
+
+    def __repr__(self):
+        facts = " ".join(f"{name}={value!r}" for name, value in self.statistics().items())
+        return f"<{type(self).__name__.strip('_')} {facts}>"
 
 
 # ---- traps ----------------------------------------------------------------------------------------------------
@@ -389,12 +407,15 @@ def _checked_deadline(deadline):
     return _as_float(deadline)
 
 
-class CancelScope:
+class CancelScope(_Unique):
     """A region of code that can be cancelled as a whole: `with CancelScope(deadline=…, shield=…) as scope:`.
 
     deadline: absolute time in seconds of now(), can be moved at any time. shield: keep cancellation from outside away
     (for cleanup that has to await); scope.cancel() and its own deadline still work. A scope serves one `with`.
     After it, `cancelled_caught` says whether the block was left early because of this scope.
+
+    ValueError if the deadline is nan, TypeError if it is no number. RuntimeError when a scope is entered twice, outside a
+    kernel, or left while one that was entered later is still open.
     """
 
     __slots__ = ("_deadline", "_seconds", "_shield", "_task", "_outer", "_group", "_cancelled", "_expired", "_raises",
@@ -622,7 +643,7 @@ def _interrupt_inside(task, scope):
 
 # ---- tasks ----------------------------------------------------------------------------------------------------
 
-class Task:
+class Task(_Unique):
     """A coroutine that runs beside others. Made by spawn() and TaskGroup.spawn(), awaited for its result.
 
     `await task` returns the result or raises the task's error, as often as you like, in as many tasks as you like.
@@ -821,7 +842,7 @@ def reschedule(task, value=None, error=None):
 
 # ---- parking --------------------------------------------------------------------------------------------------
 
-class ParkingLot:
+class ParkingLot(_Unique):
     """A FIFO of parked tasks: the one waiting place that locks, events, channels and groups are made of.
 
     reason: what a dump says of those who wait here. holder: the task (or tasks) that could wake them, when known: a
@@ -1005,14 +1026,15 @@ def _fileno(fd):
     return number
 
 
-class Pollable:
+class Pollable(_Unique):
     """A file descriptor (or an object with fileno()) that tasks can wait for; what sockets are made of.
 
     `readable` and `writable` say what the last edge said, and start out True: try the operation first; when it says
     EAGAIN, set the flag to False and await wait_readable() or wait_writable(), which return at once while the flag is
     True. `hangup`: the peer has closed or reset, so that a short read does not mean that the buffer is empty.
     One task may wait per direction (else BusyError). close() it before the descriptor is closed.
-    Raises OSError when the descriptor is closed or of a kind that is always ready, such as a regular file.
+    Raises OSError when the descriptor is closed or of a kind that is always ready, such as a regular file; BusyError when
+    it has a Pollable already; ValueError for what is no descriptor; RuntimeError outside a kernel.
     """
 
     __slots__ = ("fd", "readable", "writable", "hangup", "_reader", "_writer", "_worker", "_closed")
@@ -1373,7 +1395,7 @@ def _without_cancelled(error):
     return error
 
 
-class TaskGroup:
+class TaskGroup(_Unique):
     """Tasks with one lifetime: `async with TaskGroup() as group: group.spawn(coro)`. The block ends when all have.
 
     If a task or the body fails, the rest is cancelled and joined, and all errors leave as one ExceptionGroup (but
@@ -1398,6 +1420,8 @@ class TaskGroup:
         self._open = False
 
     async def __aenter__(self):
+        if self.scope._entered:
+            raise RuntimeError("a TaskGroup serves one `async with`; make a new one")
         self.scope.__enter__()
         self._owner = task = self.scope._task
         self._doomed = task._resume is not task._send
@@ -1408,7 +1432,8 @@ class TaskGroup:
     def spawn(self, coro, *, name=None):
         """Start a task in the group, from any of the kernel's tasks. RuntimeError once the group has ended.
 
-        TypeError for what is no coroutine object, RuntimeError for one that was started before.
+        TypeError for what is no coroutine object, RuntimeError for one that was started before, and for the 100,000th that
+        is spawned since main has ended.
         """
         worker = _local.worker
         hooks = worker.hooks            # RuntimeError in another thread, before anything is done
@@ -1417,6 +1442,10 @@ class TaskGroup:
         if not self._open:
             coro.close()
             raise RuntimeError("this TaskGroup is not open: spawn inside its `async with`, or from a task in it")
+        if self._doomed and worker.kernel.root._late >= LATE_SPAWNS:
+            coro.close()
+            raise RuntimeError(f"main has ended, and {LATE_SPAWNS:,} tasks were spawned since: tasks that go on spawning "
+                               "others keep run() from ending. A task is cancelled at its first checkpoint: let one come")
         if coro.__class__ is not types.CoroutineType:
             _mark_spawned(coro)
         elif coro.__name__ is _SPAWNED or coro.cr_suspended:
@@ -1428,6 +1457,7 @@ class TaskGroup:
         if self._doomed and _is_cancelled(task, None):
             task.budget = 0
             task._resume = task._step_then_cancel
+            worker.kernel.root._late += worker.kernel.root._doomed
         worker.spawned += 1
         worker.ready.append(task)
         if hooks is not None:
@@ -1499,11 +1529,12 @@ class TaskGroup:
 class _Root(TaskGroup):
     """The group of main and of all that spawn() starts. A failure here cancels nobody; unless awaited, it is reported."""
 
-    __slots__ = ("_kernel",)
+    __slots__ = ("_kernel", "_late")
 
     def __init__(self, kernel):
         super().__init__()
         self._kernel = kernel
+        self._late = 0              # tasks spawned since the run began to end
         self._open = True
 
     def _child_done(self, task, error):
@@ -2000,6 +2031,7 @@ class _Kernel:
         """The last task has ended: close the async generators that are left, in a cancelled region, then stop."""
         left = list(self.asyncgens)
         self.asyncgens.clear()
+        self.root._late = 0                     # whatever spawned so many has come to an end
         for asyncgen in left:
             self.root.spawn(_close_asyncgen(asyncgen))
         if not left:
@@ -2289,6 +2321,8 @@ def _after_fork_in_child():
         kernel.worker.ready.clear()
         kernel.worker.ready.append(_Poison())
         kernel.worker.inbox.clear()
+        kernel.worker.timers.heap.clear()       # and no visit to timers or descriptors before it comes to the poison: a
+        kernel.worker.descriptors = 0           # poll would eat the parent's edges
         kernel.worker.hooks = kernel.hooks = None
     _kernels.clear()
 
@@ -2367,7 +2401,7 @@ async def stop_requested():
 # All are FIFO-fair: what is released is handed to the task that has waited longest, so that nobody who comes later
 # can take it first; a task that was handed something and is cancelled afterwards still gets it (I3).
 
-class _AsyncWith:
+class _AsyncWith(_Unique):
     """`async with lock:` for all that has acquire() and release()."""
 
     __slots__ = ()
@@ -2485,7 +2519,7 @@ class Semaphore(_AsyncWith):
         return {"value": self._value, "max_value": self._max_value, **self._lot.statistics()}
 
 
-class Event:
+class Event(_Unique):
     """A flag that tasks wait for. set() wakes all; it stays set until clear()."""
 
     __slots__ = ("_set", "_lot")
@@ -2585,7 +2619,7 @@ class Condition(_AsyncWith):
         return {**self._lot.statistics(), "lock": self._lock.statistics()}
 
 
-class Barrier:
+class Barrier(_Unique):
     """`await barrier.wait()` returns when `parties` tasks have come; then it is ready for the next round."""
 
     __slots__ = ("parties", "_lot")
@@ -2611,7 +2645,7 @@ class Barrier:
         return {"parties": self.parties, **self._lot.statistics()}
 
 
-class RWLock:
+class RWLock(_Unique):
     """Many readers or one writer: `async with rwlock.read:` and `async with rwlock.write:`.
 
     First come, first served: a reader that comes after a waiting writer waits behind it, so neither can starve.
@@ -2676,13 +2710,17 @@ class _Side(_AsyncWith):
     def __init__(self, rwlock, writing):
         self._rwlock, self._writing = rwlock, writing
 
+    def __repr__(self):
+        return repr(self._rwlock).replace("RWLock", "RWLock.write" if self._writing else "RWLock.read", 1)
+
     async def acquire(self):
         """Wait for the lock. Cancelled: not acquired. RuntimeError if this task holds it already."""
         await _turn()
         try:
-            self.acquire_nowait()
+            return self.acquire_nowait()
         except WouldBlock:
-            await park(self._park)
+            pass                        # and not park here: what it raises would have this for its context
+        await park(self._park)
 
     def _park(self, task):
         lock = self._rwlock
@@ -2713,7 +2751,7 @@ class _Side(_AsyncWith):
 
 # ---- channels, select, Broadcast ------------------------------------------------------------------------------
 
-class Channel:
+class Channel(_Unique):
     """Go's channel: items go from senders to receivers in order, each to exactly one.
 
     capacity: how many items it holds before send() waits; 0 hands each item from task to task; math.inf never waits.
@@ -2944,7 +2982,7 @@ def select_nowait(*cases):
     return done
 
 
-class Broadcast:
+class Broadcast(_Unique):
     """Every subscriber gets every item that is sent after it has subscribed.
 
     The last `capacity` items are kept, once for all. A subscriber that is more than that behind, by its own choice,
@@ -3032,7 +3070,7 @@ class Broadcast:
                 "senders_waiting": len(self._senders), "closed": self._closed}
 
 
-class Subscription:
+class Subscription(_Unique):
     """One subscriber of a Broadcast: `async for`, receive(), and close() or `with`. Made by Broadcast.subscribe()."""
 
     __slots__ = ("slow", "missed", "_broadcast", "_next", "_lot", "_closed")
@@ -3077,7 +3115,8 @@ class Subscription:
         try:
             return self.receive_nowait()
         except WouldBlock:
-            return await self._lot.park()
+            pass                        # and not park here: what it raises would have this for its context
+        return await self._lot.park()
 
     def close(self):
         """Unsubscribe: nobody waits for it any more; tasks that receive here get ClosedError."""
@@ -3111,7 +3150,7 @@ class Subscription:
 
 # ---- Promise and combinations ---------------------------------------------------------------------------------
 
-class Promise:
+class Promise(_Unique):
     """A value that will be there later: set once, from any thread, awaited as often as you like by any task.
 
     `await promise` returns the value or raises the error. An error that nobody ever asks for is reported.
@@ -3130,9 +3169,12 @@ class Promise:
         self._settle(value, None)
 
     def set_exception(self, error):
-        """Break it: `await` raises `error`. RuntimeError if it is kept or broken already."""
+        """Break it: `await` raises `error`. RuntimeError if it is kept or broken already; TypeError for a StopIteration."""
         if not isinstance(error, BaseException):
             raise TypeError(f"set_exception({error!r}): give an exception object")
+        if isinstance(error, StopIteration):
+            raise TypeError(f"set_exception({error!r}): Python takes a StopIteration for the end of the coroutine that awaits; "
+                            "give another error, with this one as its cause")
         self._settle(None, _Failure(error, "a Promise was broken and nobody awaited it"))
 
     def _settle(self, value, failure):
@@ -3229,7 +3271,7 @@ async def when_any(*coros):
     return first[0]
 
 
-class as_completed:
+class as_completed(_Unique):
     """`async for task in as_completed(*coros):` gives the tasks as they end; ask each for its result().
 
     Leaving the loop early cancels the rest (they are joined when main ends); being cancelled in it cancels and joins.
@@ -3251,6 +3293,9 @@ class as_completed:
 
     def __aiter__(self):
         return self
+
+    def __repr__(self):
+        return f"<as_completed: {len(self._left)} tasks run, {len(self._finished)} have ended>"
 
     async def __anext__(self):
         try:
@@ -3365,10 +3410,13 @@ class _ThreadPool:
 class _ThreadCall:
     """One call of to_thread: made in the kernel's thread, worked in another, finished in the kernel's."""
 
-    __slots__ = ("function", "context", "limiter", "abandon", "begun", "task", "worker", "value", "error")
+    __slots__ = ("function", "context", "limiter", "abandon", "begun", "cancelled", "holder", "task", "worker", "value",
+                 "error")
 
     def __init__(self, function, limiter, abandon):
         self.begun = False              # a thread has it, and finish() will come
+        self.cancelled = False          # its task was, and waits all the same
+        self.holder = {}                # the tasks that the function waits for in run_from_thread()
         self.function, self.limiter, self.abandon = function, limiter, abandon
         self.context = contextvars.copy_context()
         self.task = self.worker = self.value = self.error = None
@@ -3384,15 +3432,19 @@ class _ThreadCall:
     def abort(self, task):
         if self.abandon:
             self.task = None
+        else:
+            self.cancelled = True
+            for child in list(self.holder):
+                child.cancel()
         return self.abandon
 
     def work(self):
-        _local.caller = self.worker
+        _local.caller = self
         try:
             self.value = self.context.run(self.function)
         except BaseException as error:
             self.error = error
-        self.function = self.context = None
+        self.function = self.context = _local.caller = None
 
     def done(self):
         worker = self.worker
@@ -3420,8 +3472,9 @@ async def to_thread(function, /, *args, abandon_on_cancel=False, limiter=None):
 
     At most 40 at once, or as many as `limiter` (a Semaphore) allows; the others wait. A thread cannot be interrupted:
     when cancelled, this waits for the function all the same and returns its result (the next checkpoint raises), or
-    with abandon_on_cancel=True raises at once and drops the result; so does a second Ctrl-C. RuntimeError when no thread
-    can be started or it was killed. (functools.partial gives keyword arguments.)
+    with abandon_on_cancel=True raises at once and drops the result; so does a second Ctrl-C. What the function waits for
+    in run_from_thread() is cancelled too, unless it is abandoned. RuntimeError when no thread can be started or it was
+    killed. (functools.partial gives keyword arguments.)
     """
     if not callable(function):
         raise TypeError(f"to_thread() takes a function and its arguments, got {function!r}")
@@ -3465,18 +3518,38 @@ class _CallFromThread:
 class _RunFromThread(_CallFromThread):
     """The same for a coroutine: the answer comes from the task that runs it."""
 
+    def __init__(self, coro):
+        super().__init__(coro)
+        self.caller = _local.caller     # whose cancellation this task shares
+
     def __call__(self):
-        root = _local.worker.kernel.root
-        self.context.run(root.spawn, self.relay(), name=getattr(self.function, "__qualname__", None))
+        root, caller = _local.worker.kernel.root, self.caller
+        try:
+            task = self.context.run(root.spawn, self.relay(), name=getattr(self.function, "__qualname__", None))
+        except RuntimeError as error:
+            self.function.close()
+            self.answer(None, error)
+            return
+        if caller is not None and caller.worker is _local.worker:       # else another kernel was named, or it has ended
+            caller.holder[task] = None
+            if caller.cancelled:
+                task.cancel()
 
     async def relay(self):
+        caller = self.caller
         try:
             self.answer(await self.function)
         except Cancelled:
-            self.answer(None, TaskCancelled("the task was cancelled; perhaps the run has ended"))
+            if caller is not None and caller.cancelled:
+                self.answer(None, Cancelled())      # goes up through the function, and on in the task that called it
+            else:
+                self.answer(None, TaskCancelled("the task was cancelled; perhaps the run has ended"))
             raise
         except BaseException as error:
             self.answer(None, error)
+        finally:
+            if caller is not None:
+                caller.holder.pop(current_task(), None)
 
     def refuse(self):
         self.function.close()           # else it would complain that nobody awaited it
@@ -3515,7 +3588,7 @@ def _kernel_to_ask(kernel):
     if kernel is not None:
         return kernel
     if _local.caller is not None:
-        return _local.caller.kernel
+        return _local.caller.worker.kernel
     running = list(_kernels)
     if len(running) != 1:
         raise RuntimeError(f"{len(running)} kernels run in this process: pass kernel=, a handle that current_kernel() gives")
@@ -3535,14 +3608,16 @@ def call_from_thread(function, /, *args, kernel=None, timeout=None):
 def run_from_thread(coro, *, kernel=None, timeout=None):
     """From another thread: run the coroutine as a task of the kernel; wait, return its result, raise its error.
 
-    Otherwise as call_from_thread(). TaskCancelled when the task was cancelled, as it is when the run ends meanwhile.
+    Otherwise as call_from_thread(). TaskCancelled when the task was cancelled, as it is when the run ends meanwhile. In
+    a function of to_thread the coroutine is cancelled together with the task that awaits the function, and then this
+    raises Cancelled, which that task gets if the function lets it pass.
     """
     return _ask(_RunFromThread(_checked_coro(coro, "run_from_thread")), kernel, timeout)
 
 
 # ---- pools ----------------------------------------------------------------------------------------------------
 
-class ObjectPool:
+class ObjectPool(_Unique):
     """Keeps up to `capacity` used objects for reuse. When it is empty, acquire() makes a fresh one and never waits.
 
     factory() makes an object; reset(object) cleans one as it is returned (if it fails, the object is dropped and the
@@ -3692,6 +3767,7 @@ def add_hooks(hooks):
     task_spawned(task), task_parked(task, reason), task_rescheduled(task), task_stolen(task, victim), task_done(task),
     before_poll(timeout) (nothing is ready and the kernel will wait so many seconds, None: without limit; what it
     reschedules is run first), after_poll(events) (their number). They must not block; their errors are reported.
+    TypeError if it has none of them.
     """
     kernel = _local.worker.kernel
     found = [(name, getattr(hooks, name)) for name in _HOOKS if hasattr(hooks, name)]

@@ -849,6 +849,14 @@ async def test_broken_promise_raises_its_error_in_all_and_the_traceback_does_not
     assert len(set(lengths)) == 1
 
 
+def test_a_promise_cannot_be_broken_with_what_python_takes_for_the_end_of_a_coroutine():
+    promise = flowcoro.Promise()
+    with pytest.raises(TypeError, match="StopIteration.*another error"):
+        promise.set_exception(StopIteration(3))
+    assert not promise.done()
+    promise.set_result(1)
+
+
 @pytest.mark.parametrize("first", ["set_result", "set_exception"])
 @pytest.mark.parametrize("second", ["set_result", "set_exception"])
 @run_in_kernel

@@ -3,7 +3,9 @@
 What each does step by step; test_flowcoro_models.py compares them with lists in random programs.
 """
 
+import copy
 import math
+import pickle
 
 import pytest
 
@@ -885,3 +887,41 @@ async def test_error_of_a_park_function_is_raised_in_the_task():
     with pytest.raises(RuntimeError, match="abort_function"):
         await flowcoro.park(lambda task: None)
     await flowcoro.sleep(1)                 # and the task can park again
+
+
+# ---- what all objects that tasks wait at have in common ----------------------------------------------------
+
+async def every_kind():
+    """One of each, inside of a kernel."""
+    async def nothing():
+        pass
+
+    rwlock, broadcast = flowcoro.RWLock(), flowcoro.Broadcast(1)
+    return [flowcoro.Lock(), rwlock, rwlock.read, rwlock.write, flowcoro.Event(), flowcoro.Condition(),
+            flowcoro.Semaphore(3), flowcoro.Barrier(2), flowcoro.Channel(), broadcast, broadcast.subscribe(),
+            flowcoro.Promise(), flowcoro.ParkingLot(), flowcoro.CancelScope(), flowcoro.TaskGroup(),
+            flowcoro.spawn(nothing()), flowcoro.as_completed(nothing()), flowcoro.ObjectPool(list, 1),
+            flowcoro.BufferPool(1, 1)]
+
+
+@run_in_kernel
+async def test_what_tasks_wait_at_can_be_neither_copied_nor_pickled():
+    for thing in await every_kind():
+        for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="can be neither copied nor pickled.*make a new one"):
+                duplicate(thing)
+
+
+@run_in_kernel
+async def test_every_repr_says_what_state_the_thing_is_in():
+    for thing in await every_kind():
+        assert repr(thing).startswith("<") and " at 0x" not in repr(thing)
+    lock, event, semaphore = flowcoro.Lock(), flowcoro.Event(), flowcoro.Semaphore(3, max_value=4)
+    event.set()
+    await semaphore.acquire()
+    await lock.acquire()
+    assert repr(lock) == f"<Lock owner={flowcoro.current_task()!r} tasks_waiting=0>"
+    assert repr(event) == "<Event set=True tasks_waiting=0>"
+    assert repr(semaphore) == "<Semaphore value=2 max_value=4 tasks_waiting=0>"
+    assert repr(flowcoro.RWLock().read) == "<RWLock.read readers=0 writer=None tasks_waiting=0>"
+    assert repr(flowcoro.Promise()) == "<Promise done=False tasks_waiting=0>"

@@ -864,6 +864,16 @@ async def test_an_error_in_finally_takes_the_place_of_the_cancellation():
 
 
 @run_in_kernel
+async def test_a_group_serves_one_block():
+    group = flowcoro.TaskGroup()
+    async with group:
+        pass
+    with pytest.raises(RuntimeError, match="a TaskGroup serves one `async with`; make a new one"):
+        async with group:
+            pass
+
+
+@run_in_kernel
 async def test_the_repr_of_a_scope_says_what_holds():
     assert repr(flowcoro.CancelScope()) == "<CancelScope>"
     with flowcoro.CancelScope(deadline=7, shield=True) as scope:

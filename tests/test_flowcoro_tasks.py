@@ -339,6 +339,48 @@ def test_the_hooks_of_async_generators_are_put_back_after_the_run():
     assert sys.get_asyncgen_hooks() == before
 
 
+def test_a_task_that_spawns_itself_for_ever_does_not_keep_run_from_ending(reports, monkeypatch):
+    monkeypatch.setattr(flowcoro, "LATE_SPAWNS", 1000)
+    spawned = 0
+
+    async def again():
+        nonlocal spawned
+        spawned += 1
+        flowcoro.spawn(again())
+
+    async def main():
+        flowcoro.spawn(again())
+        await flowcoro.checkpoint()
+        return "ended"
+
+    assert run(main()) == "ended"
+    assert 1000 <= spawned < 1010
+    (message, error), = reports
+    assert "again" in message and "main has ended, and 1,000 tasks were spawned since" in str(error)
+
+
+def test_cleanup_may_spawn_tasks_after_main_has_ended(reports):
+    cleaned = []
+
+    async def clean(number):
+        cleaned.append(number)
+
+    async def serve(number):
+        try:
+            await flowcoro.sleep(1000)
+        finally:
+            flowcoro.spawn(clean(number))
+
+    async def main():
+        for number in range(3000):
+            flowcoro.spawn(serve(number))
+        await flowcoro.checkpoint()
+
+    run(main())
+    assert sorted(cleaned) == list(range(3000))
+    assert not reports
+
+
 # ---- tasks from coroutines and generators, mixed -----------------------------------------------------------
 
 @flowcoro.coroutine

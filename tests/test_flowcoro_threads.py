@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -921,6 +922,114 @@ def test_run_from_thread_tells_that_the_task_was_cancelled_as_the_run_ended():
     run(main, threads)
     with pytest.raises(flowcoro.TaskCancelled):
         threads[0].outcome()
+
+
+@pytest.mark.parametrize("cancel", ["scope", "task", "deadline"])
+def test_what_a_thread_waits_for_in_run_from_thread_is_cancelled_with_the_task_that_waits_for_the_thread(cancel):
+    log = []
+
+    async def work():
+        try:
+            await flowcoro.sleep(1000)
+        finally:
+            log.append("cleaned up")
+
+    def function():
+        try:
+            flowcoro.run_from_thread(work())
+        finally:
+            log.append(type(sys.exception() if hasattr(sys, "exception") else sys.exc_info()[1]))
+
+    async def main():
+        async def ask():
+            with flowcoro.move_on_after(0.05 if cancel == "deadline" else math.inf) as scope:
+                scopes.append(scope)
+                await flowcoro.to_thread(function)
+                log.append("not reached")
+            return scope.cancelled_caught
+
+        scopes = []
+        task = flowcoro.spawn(ask())
+        await until(lambda: re.search(r"wait for a thread \(for \S*work\)", flowcoro.dump_tasks()))
+        if cancel == "task":
+            task.cancel()
+            with pytest.raises(flowcoro.TaskCancelled):
+                await task
+        else:
+            if cancel == "scope":
+                scopes[0].cancel()
+            assert await task
+        assert log == ["cleaned up", flowcoro.Cancelled]
+
+    run(main)
+
+
+def test_what_a_thread_asks_for_after_the_cancellation_is_cancelled_at_its_first_checkpoint():
+    log, cancelled = [], threading.Event()
+
+    async def work():
+        log.append("began")
+        await flowcoro.checkpoint()
+        log.append("not reached")
+
+    def function():
+        assert cancelled.wait(PATIENCE)
+        for _ in range(2):
+            with pytest.raises(flowcoro.Cancelled):
+                flowcoro.run_from_thread(work())
+        assert flowcoro.call_from_thread(log.append, "a plain call") is None
+        return "the result"
+
+    async def main():
+        with flowcoro.CancelScope() as scope:
+            flowcoro.spawn(cancel(scope))
+            log.append(await flowcoro.to_thread(function))
+            await flowcoro.checkpoint()
+        assert scope.cancelled_caught
+
+    async def cancel(scope):
+        await until(lambda: flowcoro.statistics()["thread_calls"] == 1)
+        scope.cancel()
+        cancelled.set()
+
+    run(main)
+    assert log == ["began", "began", "a plain call", "the result"]
+
+
+def test_what_an_abandoned_thread_waits_for_goes_on():
+    log, done = [], threading.Event()
+
+    async def work():
+        await flowcoro.sleep(0.1)
+        log.append("done")
+
+    def function():
+        flowcoro.run_from_thread(work())
+        done.set()
+
+    async def main():
+        with flowcoro.move_on_after(0.02) as scope:
+            await flowcoro.to_thread(function, abandon_on_cancel=True)
+        assert scope.cancelled_caught and not log
+        await until(done.is_set)
+
+    run(main)
+    assert log == ["done"]
+
+
+def test_a_shield_protects_what_the_thread_waits_for():
+    async def work():
+        await flowcoro.sleep(0.05)
+        return "whole"
+
+    async def main():
+        with flowcoro.move_on_after(0.01):
+            with flowcoro.CancelScope(shield=True):
+                assert await flowcoro.to_thread(lambda: flowcoro.run_from_thread(work())) == "whole"
+            await flowcoro.checkpoint()
+            pytest.fail("not reached")
+
+    run(main)
 
 
 def test_run_from_thread_takes_a_coroutine():
