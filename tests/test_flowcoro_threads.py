@@ -1332,6 +1332,36 @@ def test_the_child_of_a_fork_gets_a_clear_error_and_the_parent_goes_on(seed):
     assert output.split("\n") == ["True"] * 5 + ["the child ended with 3", "the parent goes on", ""]
 
 
+def test_a_child_takes_no_event_of_its_parent_wherever_in_a_batch_it_was_forked():
+    output = python("""
+        async def main():
+            read, write = os.pipe()
+            for position in range(64):                  # more than the steps between two polls
+                waiter = flowcoro.spawn(flowcoro.wait_readable(read))
+                for _ in range(position):
+                    await flowcoro.checkpoint()
+                await flowcoro.sleep(0)
+                pid = os.fork()
+                if pid == 0:
+                    os.write(write, b"x")               # the event is there for both, and an edge is told once
+                    await flowcoro.checkpoint()         # back into the kernel
+                    return
+                assert reap(pid) == 3
+                with flowcoro.timeout(10):
+                    await waiter
+                os.read(read, 1)
+
+        parent = os.getpid()
+        try:
+            flowcoro.run(main())
+        except RuntimeError as error:
+            assert os.getpid() != parent
+            os._exit(3 if "forked inside" in str(error) else 4)
+        print("every event came")
+    """)
+    assert output == "every event came\n"
+
+
 def test_a_child_that_returns_from_main_gets_the_error_too():
     output = python("""
         async def main():
