@@ -8,24 +8,14 @@ import collections
 import contextlib
 import gc
 import math
-import sys
 import threading
 import weakref
 
 import pytest
 
 import flowcoro
+from conftest import parked
 from flowcoro_testing import run_in_kernel, wait_all_tasks_parked
-
-
-async def parked(group, *coros):
-    """Spawn the coroutines one after the other, each once the one before waits. Returns the tasks."""
-    tasks = []
-    for coro in coros:
-        tasks.append(group.spawn(coro))
-        await wait_all_tasks_parked()
-        assert tasks[-1].state == "parked"
-    return tasks
 
 
 def channel_with(*items, capacity=math.inf):
@@ -903,35 +893,27 @@ async def test_awaiting_a_kept_promise_in_a_cancelled_scope_is_cancelled():
     assert scope.cancelled_caught
 
 
-@pytest.fixture
-def unraisable(monkeypatch):
-    """What is reported to sys.unraisablehook: a list of (error, message)."""
-    reports = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda it: reports.append((it.exc_value, it.err_msg)))
-    return reports
-
-
-def test_broken_promise_that_nobody_awaits_is_reported_when_it_dies(unraisable):
+def test_broken_promise_that_nobody_awaits_is_reported_when_it_dies(reports):
     promise, error = flowcoro.Promise(), KeyError("broken")
     promise.set_exception(error)
-    assert unraisable == []
+    assert reports == []
     del promise
-    assert unraisable == [(error, "flowcoro: a Promise was broken and nobody awaited it")]
+    assert reports == [("flowcoro: a Promise was broken and nobody awaited it", error)]
 
 
 @run_in_kernel
-async def test_broken_promise_whose_waiters_were_all_cancelled_is_reported(unraisable):
+async def test_broken_promise_whose_waiters_were_all_cancelled_is_reported(reports):
     promise, error = flowcoro.Promise(), KeyError("broken")
     waiter, = await parked(flowcoro, wait_for(promise))
     waiter.cancel()
     await wait_all_tasks_parked()
     promise.set_exception(error)
     del promise
-    assert [reported for reported, _ in unraisable] == [error]
+    assert [reported for _, reported in reports] == [error]
 
 
 @run_in_kernel
-async def test_broken_promise_that_was_awaited_or_set_in_vain_is_not_reported(unraisable):
+async def test_broken_promise_that_was_awaited_or_set_in_vain_is_not_reported(reports):
     promise = flowcoro.Promise()
     promise.set_exception(KeyError("broken"))
     with pytest.raises(RuntimeError):
@@ -940,7 +922,7 @@ async def test_broken_promise_that_was_awaited_or_set_in_vain_is_not_reported(un
         await promise
     del promise
     gc.collect()
-    assert unraisable == []
+    assert reports == []
 
 
 # ---- items are let go --------------------------------------------------------------------------------------

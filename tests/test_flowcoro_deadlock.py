@@ -47,14 +47,6 @@ def alone():
         time.sleep(0.001)
 
 
-@pytest.fixture
-def reports(monkeypatch):
-    """What was reported because nobody could be told."""
-    reports = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda report: reports.append((report.err_msg, report.exc_value)))
-    return reports
-
-
 class Impatient:
     """A hook that ends a run which waits without limit more than `looks` times: its deadlock was missed."""
 

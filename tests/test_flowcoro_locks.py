@@ -11,6 +11,7 @@ import pytest
 
 import flowcoro
 import flowcoro_testing
+from conftest import parked
 from flowcoro_testing import run_in_kernel, wait_all_tasks_parked
 
 # All that one task can hold at a time, with acquire(), acquire_nowait(), release() and `async with`.
@@ -32,16 +33,6 @@ def is_free(lock):
         return False
     lock.release()
     return True
-
-
-async def parked(group, *coros):
-    """Spawn the coroutines one after the other, each once the one before waits. Returns the tasks."""
-    tasks = []
-    for coro in coros:
-        tasks.append(group.spawn(coro))
-        await wait_all_tasks_parked()
-        assert tasks[-1].state == "parked"
-    return tasks
 
 
 async def hold(lock, log, name, seconds=0):

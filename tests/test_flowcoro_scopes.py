@@ -9,7 +9,6 @@ import gc
 import inspect
 import math
 import random
-import sys
 import threading
 import time
 
@@ -959,10 +958,7 @@ async def test_scopes_of_one_task_that_are_not_left_in_order_are_an_error():
         await flowcoro.spawn(badly_nested())
 
 
-def test_an_async_generator_that_is_left_inside_of_its_scope_is_told(monkeypatch):
-    reports = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda report: reports.append(report.exc_value))
-
+def test_an_async_generator_that_is_left_inside_of_its_scope_is_told(reports):
     async def numbers():
         with flowcoro.move_on_after(5):
             yield 1
@@ -974,7 +970,7 @@ def test_an_async_generator_that_is_left_inside_of_its_scope_is_told(monkeypatch
 
     with pytest.raises(RuntimeError, match="async generator"):
         run(main())
-    for error in reports:       # of the generator's own end
+    for _, error in reports:       # of the generator's own end
         assert isinstance(error, RuntimeError) and "async generator" in str(error)
 
 
@@ -2047,19 +2043,17 @@ def test_the_winner_of_a_timeout_is_the_same_in_any_order_of_tasks():
 
 # ---- scopes that are never left ----------------------------------------------------------------------------
 
-def reported_by(main, monkeypatch):
-    """(what run() returned or raised, what was reported) for `main`, which does not leave its scopes."""
-    reports = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda report: reports.append(report.exc_value))
+def outcome_of(main):
+    """What run() returned or raised for `main`, which does not leave its scopes."""
     try:
         outcome = flowcoro.run(main())
     except flowcoro.TaskCancelled as error:
         outcome = error
     gc.collect()
-    return outcome, reports
+    return outcome
 
 
-def test_an_error_in_a_group_around_a_yield_is_reported_though_nobody_leaves_the_group(monkeypatch):
+def test_an_error_in_a_group_around_a_yield_is_reported_though_nobody_leaves_the_group(reports):
     async def fails():
         raise ValueError("lost?")
 
@@ -2072,13 +2066,13 @@ def test_an_error_in_a_group_around_a_yield_is_reported_though_nobody_leaves_the
         async for _ in generator():
             await flowcoro.sleep(10)
 
-    outcome, reports = reported_by(main, monkeypatch)
+    outcome = outcome_of(main)
     assert isinstance(outcome, flowcoro.TaskCancelled)
-    assert "ValueError('lost?')" in map(repr, reports)
-    assert any("async generator yielded inside" in str(error) for error in reports)
+    assert "ValueError('lost?')" in [repr(error) for _, error in reports]
+    assert any("async generator yielded inside" in str(error) for _, error in reports)
 
 
-def test_the_tasks_of_a_group_that_is_never_left_are_cancelled_and_joined(monkeypatch):
+def test_the_tasks_of_a_group_that_is_never_left_are_cancelled_and_joined(reports):
     log = []
 
     async def child():
@@ -2096,6 +2090,6 @@ def test_the_tasks_of_a_group_that_is_never_left_are_cancelled_and_joined(monkey
         await flowcoro.checkpoint()
         return "result"
 
-    outcome, reports = reported_by(main, monkeypatch)
+    outcome = outcome_of(main)
     assert outcome == "result" and log == ["cleaned up"]
-    assert ["never left" in str(error) for error in reports] == [True]
+    assert ["never left" in str(error) for _, error in reports] == [True]

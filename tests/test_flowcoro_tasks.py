@@ -31,15 +31,6 @@ def run(coro, **options):
     return flowcoro.run(coro, clock=VirtualClock(), **options)
 
 
-@pytest.fixture
-def reports(monkeypatch):
-    """What was reported to sys.unraisablehook: a list of (message, error)."""
-    found = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda got: found.append((got.err_msg or "", got.exc_value)))
-    yield found
-    gc.collect()
-
-
 def frames_of(error):
     return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
 

@@ -6,7 +6,6 @@ import functools
 import gc
 import itertools
 import math
-import os
 import random
 import re
 import subprocess
@@ -368,10 +367,7 @@ def test_a_permit_handed_over_just_before_the_cancellation_comes_back(gate):
     run(main)
 
 
-def test_a_limiter_that_was_released_too_often_breaks_neither_the_call_nor_the_kernel(gate, monkeypatch):
-    reports = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda report: reports.append(report.exc_value))
-
+def test_a_limiter_that_was_released_too_often_breaks_neither_the_call_nor_the_kernel(gate, reports):
     async def main():
         limiter = flowcoro.Semaphore(1, max_value=1)
         task = flowcoro.spawn(flowcoro.to_thread(gate.wait, "result", limiter=limiter))
@@ -381,7 +377,7 @@ def test_a_limiter_that_was_released_too_often_breaks_neither_the_call_nor_the_k
         assert await task == "result"
 
     run(main)
-    assert [type(report) for report in reports] == [ValueError]
+    assert [type(error) for _, error in reports] == [ValueError]
 
 
 # ---- cancelled or abandoned --------------------------------------------------------------------------------
