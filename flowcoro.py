@@ -133,7 +133,7 @@ THREAD_IDLE_SECONDS = 10.0
 # awaits in a loop can see some; nobody means to see a thousand.
 SWALLOWED_LIMIT = 1000
 
-# Tasks that may be spawned after main has ended (or everything was cancelled), by cleanup code; then spawn() fails, for
+# Tasks that cleanup code may spawn into one group after it was cancelled, or main has ended; then spawn() fails, for
 # tasks that spawn others without ever coming to a checkpoint, where they would be cancelled, would never end.
 LATE_SPAWNS = 100_000
 
@@ -321,13 +321,13 @@ _local = _Local()
 
 
 class _Unique:
-    """The base of all that tasks wait at: nobody would wake those who wait at a copy."""
+    """The base of all that has identity: nobody would wake those who wait at a copy, nor return what it has lent."""
 
     __slots__ = ()
 
     def __reduce__(self):
-        raise TypeError(f"{self!r} can be neither copied nor pickled: tasks wait at this one, and nobody would wake those "
-                        "who wait at the copy. Share it, or make a new one")
+        raise TypeError(f"{self!r} can be neither copied nor pickled: a copy would know nothing of the tasks and "
+                        "objects that belong to this one. Share it, or make a new one")
 
     def __repr__(self):
         facts = " ".join(f"{name}={value!r}" for name, value in self.statistics().items())
@@ -437,7 +437,7 @@ class CancelScope(_Unique):
 
     def __enter__(self):
         worker = _local.worker
-        task = worker.task
+        task = worker.task or current_task()        # which says that none runs
         if self._entered:
             raise RuntimeError("a CancelScope serves one `with`; make a new one")
         self._entered = True
@@ -814,8 +814,12 @@ class Task(_Unique):
 
 
 def current_task():
-    """The task that calls; RuntimeError outside a kernel."""
-    return _local.worker.task
+    """The task that calls. RuntimeError outside a kernel, and where none runs: in hooks, in call_from_thread()."""
+    task = _local.worker.task
+    if task is None:
+        raise RuntimeError("no task runs here: this is a hook, or a function of call_from_thread(), which can neither hold "
+                           "a lock nor enter a scope. In a task of spawn() it can")
+    return task
 
 
 def reschedule(task, value=None, error=None):
@@ -1407,13 +1411,14 @@ class TaskGroup(_Unique):
     cancelled by its own cancel() ends only itself.
     """
 
-    __slots__ = ("scope", "_tasks", "_owner", "_doomed", "_cut", "_errors", "_lot", "_open")
+    __slots__ = ("scope", "_tasks", "_owner", "_doomed", "_cut", "_errors", "_lot", "_open", "_late")
 
     def __init__(self):
         self.scope = CancelScope()
         self._tasks = {}
         self._owner = None
         self._doomed = False        # its scope lies, or lay at some time, in a cancelled region
+        self._late = 0              # tasks spawned into one
         self._cut = None            # the Cancelled that ended one of its tasks, or the body
         self._errors = []
         self._lot = None
@@ -1432,8 +1437,8 @@ class TaskGroup(_Unique):
     def spawn(self, coro, *, name=None):
         """Start a task in the group, from any of the kernel's tasks. RuntimeError once the group has ended.
 
-        TypeError for what is no coroutine object, RuntimeError for one that was started before, and for the 100,000th that
-        is spawned since main has ended.
+        TypeError for what is no coroutine object, RuntimeError for one that was started before, and when 100,000
+        were spawned here since this was cancelled.
         """
         worker = _local.worker
         hooks = worker.hooks            # RuntimeError in another thread, before anything is done
@@ -1442,10 +1447,10 @@ class TaskGroup(_Unique):
         if not self._open:
             coro.close()
             raise RuntimeError("this TaskGroup is not open: spawn inside its `async with`, or from a task in it")
-        if self._doomed and worker.kernel.root._late >= LATE_SPAWNS:
+        if self._doomed and self._late >= LATE_SPAWNS:
             coro.close()
-            raise RuntimeError(f"main has ended, and {LATE_SPAWNS:,} tasks were spawned since: tasks that go on spawning "
-                               "others keep run() from ending. A task is cancelled at its first checkpoint: let one come")
+            raise RuntimeError(f"{LATE_SPAWNS:,} tasks were spawned here since this was cancelled: tasks that go on spawning "
+                               "others keep it from ending. A task is cancelled at its first checkpoint: let one come")
         if coro.__class__ is not types.CoroutineType:
             _mark_spawned(coro)
         elif coro.__name__ is _SPAWNED or coro.cr_suspended:
@@ -1457,7 +1462,7 @@ class TaskGroup(_Unique):
         if self._doomed and _is_cancelled(task, None):
             task.budget = 0
             task._resume = task._step_then_cancel
-            worker.kernel.root._late += worker.kernel.root._doomed
+            self._late += 1
         worker.spawned += 1
         worker.ready.append(task)
         if hooks is not None:
@@ -1529,12 +1534,11 @@ class TaskGroup(_Unique):
 class _Root(TaskGroup):
     """The group of main and of all that spawn() starts. A failure here cancels nobody; unless awaited, it is reported."""
 
-    __slots__ = ("_kernel", "_late")
+    __slots__ = ("_kernel",)
 
     def __init__(self, kernel):
         super().__init__()
         self._kernel = kernel
-        self._late = 0              # tasks spawned since the run began to end
         self._open = True
 
     def _child_done(self, task, error):
@@ -1805,7 +1809,7 @@ class _Worker:
         if task.abort_function is None and task._state == PARKED:
             self._not_parked(task, trap, RuntimeError(
                 f"the park function {trap!r} set no abort_function: nobody could cancel the task"))
-        elif self.hooks is not None:
+        elif self.hooks is not None and task._state == PARKED:      # else it was woken already, and that was told
             self.kernel.fire("task_parked", task, task.park_reason)
 
     def _not_parked(self, task, trap, error):
@@ -1883,6 +1887,10 @@ class _Worker:
             elif timeout is None or timeout > LONGEST_POLL:
                 timeout = LONGEST_POLL
             events = self.poller.wait(timeout)
+        except BaseException as error:          # of somebody else's signal handler: what the tasks hold is cleaned up first
+            events, kernel = (), self.kernel
+            kernel.fatal = kernel.fatal or error
+            kernel.cancel_all()
         finally:
             self.sleeping = False
         for pollable, bits in events:
@@ -2268,7 +2276,9 @@ def _holders(task):
     if task._state != PARKED:
         return []
     holder = getattr(getattr(task.abort_function, "__self__", None), "holder", None)
-    return [holder] if isinstance(holder, Task) else list(holder or ())
+    if not isinstance(holder, (dict, list, tuple, set)):
+        holder = (holder,)
+    return [task for task in holder if isinstance(task, Task)]      # a primitive of others may call anything a holder
 
 
 def _why(task):
@@ -2324,6 +2334,7 @@ def _after_fork_in_child():
         kernel.worker.timers.heap.clear()       # and no visit to timers or descriptors before it comes to the poison: a
         kernel.worker.descriptors = 0           # poll would eat the parent's edges
         kernel.worker.hooks = kernel.hooks = None
+        kernel.worker.sleeping = False          # else a call posted here would wake the parent
     _kernels.clear()
 
 
@@ -2342,8 +2353,8 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0):
 
     What still runs when main has ended is cancelled and joined. In the main thread, where nobody else has installed
     handlers: Ctrl-C cancels main and raises KeyboardInterrupt once all cleanup is done (a second one goes through
-    shields, and is raised inside a step that does not come to its next await); SIGTERM asks to stop if somebody awaits stop_requested(), else
-    cancels, and a cancelled main ends in SystemExit(143); SIGQUIT (Ctrl-\\) prints dump_tasks().
+    shields, and is raised inside a step that does not come to its next await); SIGTERM asks to stop if somebody awaits
+    stop_requested(), else cancels, and a cancelled main ends in SystemExit(143); SIGQUIT (Ctrl-\\) prints dump_tasks().
 
     Raises Deadlock when no task can ever run again; TaskCancelled when main was cancelled, but not by a signal
     (request_stop() and its grace, cancel()); RuntimeError inside a running kernel; TypeError and ValueError.
@@ -2385,7 +2396,10 @@ def spawn(coro, *, name=None):
 # ---- stopping -------------------------------------------------------------------------------------------------
 
 def request_stop():
-    """Ask the program to end: stop_requested() returns everywhere; after run()'s `grace` main is cancelled."""
+    """Ask the program to end: stop_requested() returns everywhere; after run()'s `grace` main is cancelled.
+
+    RuntimeError outside a kernel.
+    """
     _local.worker.kernel.request_stop()
 
 
@@ -2439,7 +2453,7 @@ class Lock(_AsyncWith):
 
     def acquire_nowait(self):
         """Acquire at once or raise WouldBlock. RuntimeError if this task holds it already."""
-        task = _local.worker.task
+        task = current_task()
         if self._lot.holder is task:
             raise RuntimeError(f"{task!r} holds this Lock already, and a Lock is not reentrant")
         if self._lot.holder is not None:
@@ -2449,8 +2463,8 @@ class Lock(_AsyncWith):
     def release(self):
         """Hand the lock to who has waited longest. RuntimeError if another task holds it, or nobody."""
         lot = self._lot
-        if lot.holder is not _local.worker.task:
-            raise RuntimeError(f"{_local.worker.task!r} cannot release a Lock held by {lot.holder!r}")
+        if lot.holder is None or lot.holder is not _local.worker.task:
+            raise RuntimeError(f"{current_task()!r} cannot release a Lock held by {lot.holder!r}")
         if lot._tasks:
             lot.holder, _ = lot._tasks.popitem(last=False)
             reschedule(lot.holder)
@@ -2601,7 +2615,7 @@ class Condition(_AsyncWith):
         RuntimeError without the lock.
         """
         lock_lot = self._lock._lot
-        if lock_lot.holder is not _local.worker.task:
+        if lock_lot.holder is not current_task():
             raise RuntimeError("Condition.notify() without holding its lock: use `async with condition:`")
         while count > 0 and self._lot._tasks:
             task, _ = self._lot._tasks.popitem(last=False)
@@ -2730,7 +2744,7 @@ class _Side(_AsyncWith):
 
     def acquire_nowait(self):
         """Acquire at once or raise WouldBlock."""
-        lock, task = self._rwlock, _local.worker.task
+        lock, task = self._rwlock, current_task()
         if task in lock._holders:
             raise RuntimeError(f"{task!r} holds this RWLock already, and it is not reentrant")
         if lock._lot._tasks or not lock._admits(self._writing):
@@ -2740,7 +2754,7 @@ class _Side(_AsyncWith):
 
     def release(self):
         """Release what this task holds. RuntimeError if it does not hold this side."""
-        lock, task = self._rwlock, _local.worker.task
+        lock, task = self._rwlock, current_task()
         if task not in lock._holders or lock._writing != self._writing:
             raise RuntimeError(f"{task!r} does not hold this side of the RWLock")
         del lock._holders[task]
@@ -3467,6 +3481,13 @@ class _ThreadCall:
         self.limiter.release()
 
 
+def _checked_function(function, caller):
+    if not callable(function) or getattr(getattr(function, "__code__", None), "co_flags", 0) & 0x80:      # CO_COROUTINE
+        raise TypeError(f"{caller}() takes a plain function and its arguments, got {function!r}; a coroutine goes to spawn(), "
+                        "or from a thread to run_from_thread()")
+    return function
+
+
 async def to_thread(function, /, *args, abandon_on_cancel=False, limiter=None):
     """Call function(*args) in a thread and wait for it; return its result or raise its error. Context variables follow.
 
@@ -3476,8 +3497,7 @@ async def to_thread(function, /, *args, abandon_on_cancel=False, limiter=None):
     in run_from_thread() is cancelled too, unless it is abandoned. RuntimeError when no thread can be started or it was
     killed. (functools.partial gives keyword arguments.)
     """
-    if not callable(function):
-        raise TypeError(f"to_thread() takes a function and its arguments, got {function!r}")
+    _checked_function(function, "to_thread")
     if limiter is None:
         limiter = _local.worker.kernel.limiter
     await limiter.acquire()
@@ -3557,7 +3577,10 @@ class _RunFromThread(_CallFromThread):
 
 
 def current_kernel():
-    """A handle of the kernel that runs here, for call_from_thread() and run_from_thread() in other threads."""
+    """A handle of the kernel that runs here, for call_from_thread() and run_from_thread() in other threads.
+
+    RuntimeError outside a kernel.
+    """
     return _local.worker.kernel
 
 
@@ -3586,6 +3609,8 @@ def _kernel_to_ask(kernel):
     if _local.worker is not _OUTSIDE:
         raise RuntimeError("this is the kernel's own thread, which would wait for itself: call or await directly")
     if kernel is not None:
+        if not isinstance(kernel, _Kernel):
+            raise TypeError(f"kernel= takes a handle that current_kernel() gives, got {kernel!r}")
         return kernel
     if _local.caller is not None:
         return _local.caller.worker.kernel
@@ -3598,11 +3623,12 @@ def _kernel_to_ask(kernel):
 def call_from_thread(function, /, *args, kernel=None, timeout=None):
     """From another thread: have the kernel's thread call function(*args); wait, return its result, raise its error.
 
-    The function must not block. In threads of to_thread the kernel is known; elsewhere it is the only one that runs or
+    The function must not block; it is no task, so it can hold no lock and enter no scope. In threads of to_thread the kernel is known; elsewhere it is the only one that runs or
     `kernel`. RuntimeError when it has ended, or in the kernel's own thread. timeout: seconds to wait (TimeoutError), from
     0 up (ValueError).
     """
-    return _ask(_CallFromThread(functools.partial(function, *args)), kernel, timeout)
+    call = functools.partial(_checked_function(function, "call_from_thread"), *args)
+    return _ask(_CallFromThread(call), kernel, timeout)
 
 
 def run_from_thread(coro, *, kernel=None, timeout=None):
@@ -3685,7 +3711,8 @@ class ObjectPool(_Unique):
 class BufferPool(ObjectPool):
     """An ObjectPool of bytearrays of `size` bytes, which come back with what was in them. Do not resize them (ValueError).
 
-    With debug=True they are given as memoryviews, whose use after the return is a ValueError.
+    With debug=True they are given as memoryviews, whose use after the return is a ValueError (a slice
+    of one is not watched).
     """
 
     def __init__(self, size, capacity, *, debug=False):
@@ -3695,9 +3722,10 @@ class BufferPool(ObjectPool):
         self.size = size
 
     def release(self, thing):
-        """Take a buffer back."""
+        """Take a buffer back. ValueError if it is of another kind or size; with debug=True PoolError, as ObjectPool."""
         if self._lent is None and not (isinstance(thing, bytearray) and len(thing) == self.size):
-            raise ValueError(f"a {type(thing).__name__} of {len(thing)} bytes is returned to a pool of bytearrays of "
+            size = f" of {len(thing)} bytes" if isinstance(thing, (bytes, bytearray, memoryview)) else ""
+            raise ValueError(f"a {type(thing).__name__}{size} is returned to a pool of bytearrays of "
                              f"{self.size}: do not resize them")
         super().release(thing)
         if self._lent is not None:
@@ -3708,12 +3736,15 @@ class BufferPool(ObjectPool):
 
 
 class _Borrowed:
-    __slots__ = ("_pool", "_thing")
+    __slots__ = ("_pool", "_thing", "_entered")
 
     def __init__(self, pool):
-        self._pool = pool
+        self._pool, self._entered = pool, False
 
     def __enter__(self):
+        if self._entered:
+            raise RuntimeError("a borrow() serves one `with`; call it again for another object")
+        self._entered = True
         self._thing = self._pool.acquire()
         return self._thing
 
@@ -3731,7 +3762,10 @@ class _Borrowed:
 # ---- diagnostics ----------------------------------------------------------------------------------------------
 
 def dump_tasks():
-    """The tree of tasks as text: each with its state, what it waits for and for whom, and the awaits down to there."""
+    """The tree of tasks as text: each with its state, what it waits for and for whom, and the awaits down to there.
+
+    RuntimeError outside a kernel.
+    """
     return _local.worker.kernel.dump()
 
 
@@ -3739,8 +3773,9 @@ def statistics():
     """Numbers of the kernel that runs here, as a dict.
 
     tasks: alive, ready, spawned, finished · steps: made so far (up to date between batches) · polls · timers: entries
-    in the heap, stale ones included · descriptors · io_waiting, thread_calls: tasks parked on them · threads: of
-    to_thread, in the whole process.
+    in the heap, stale ones included · descriptors · io_waiting: tasks parked on
+    them · thread_calls: of to_thread under way, abandoned ones too · threads: of to_thread, in the whole process.
+    RuntimeError outside a kernel.
     """
     worker = _local.worker
     return {"tasks": {"alive": worker.spawned - worker.finished, "ready": len(worker.ready), "spawned": worker.spawned,
@@ -3767,7 +3802,8 @@ def add_hooks(hooks):
     task_spawned(task), task_parked(task, reason), task_rescheduled(task), task_stolen(task, victim), task_done(task),
     before_poll(timeout) (nothing is ready and the kernel will wait so many seconds, None: without limit; what it
     reschedules is run first), after_poll(events) (their number). They must not block; their errors are reported.
-    TypeError if it has none of them.
+    TypeError if it has none of them, RuntimeError outside a kernel. No task runs in them (current_task() raises), but for
+    the task_… that a task itself causes.
     """
     kernel = _local.worker.kernel
     found = [(name, getattr(hooks, name)) for name in _HOOKS if hasattr(hooks, name)]
@@ -3780,7 +3816,7 @@ def add_hooks(hooks):
 
 
 def remove_hooks(hooks):
-    """The opposite of add_hooks(). Harmless when they were not added."""
+    """The opposite of add_hooks(). Harmless when they were not added. RuntimeError outside a kernel."""
     kernel = _local.worker.kernel
     left = {name: [(source, call) for source, call in calls if source is not hooks]
             for name, calls in (kernel.hooks or {}).items()}

@@ -97,6 +97,7 @@ class _Quiet:
 
     def __init__(self):
         self.lot, self.scope = flowcoro.ParkingLot("wait until all tasks are parked"), None
+        self.steps = -1                                 # not known: after_poll comes first while others are busy
 
     def before_poll(self, timeout):
         self.steps = flowcoro.statistics()["steps"]     # so far; if there are more later, something was ready

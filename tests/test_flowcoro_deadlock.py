@@ -1763,3 +1763,22 @@ def test_a_task_that_is_closed_by_force_can_release_its_lock(reports):
         run(main, looks=20)
     assert not locks[0].locked()
     assert [what for what, _ in reports] == ["flowcoro: a task was closed by force"]
+
+
+@pytest.mark.parametrize("holder", ["a string", 7, ["a string"], {"key": "a string"}, object()])
+def test_the_report_does_not_trip_over_what_the_primitives_of_others_call_a_holder(holder):
+    class Gate:
+        def __init__(self):
+            self.holder = holder
+
+        def park(self, task):
+            task.park_reason, task.abort_function = "wait at a gate", self.abort
+
+        def abort(self, task):
+            return True
+
+    async def main():
+        await flowcoro.park(Gate().park)
+
+    with pytest.raises(flowcoro.Deadlock, match="wait at a gate"):
+        flowcoro.run(main())

@@ -339,3 +339,17 @@ def test_debug_buffers_of_another_pool_are_found():
 def test_a_size_that_is_no_number_of_bytes_is_refused(size):
     with pytest.raises(ValueError, match="size"):
         flowcoro.BufferPool(size, 2)
+
+
+def test_a_borrow_serves_one_with():
+    pool = flowcoro.ObjectPool(list, 2)
+    with (borrowed := pool.borrow()):
+        with pytest.raises(RuntimeError, match="serves one `with`"):
+            borrowed.__enter__()
+    assert pool.acquire() == [] and pool.acquire() == []
+    assert pool.statistics()["in_use"] == 2
+
+
+def test_a_buffer_pool_refuses_what_is_no_buffer_by_name():
+    with pytest.raises(ValueError, match="a NoneType is returned"):
+        flowcoro.BufferPool(8, 1).release(None)

@@ -110,7 +110,7 @@ async def test_a_group_says_how_many_tasks_it_has_and_whether_it_is_open():
 
 
 @run_in_kernel
-async def test_a_group_serves_one_block():
+async def test_a_group_that_is_entered_again_says_to_make_a_new_one():
     group = flowcoro.TaskGroup()
     async with group:
         group.spawn(answer())

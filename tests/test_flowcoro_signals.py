@@ -1127,3 +1127,29 @@ def test_sigquit_at_any_moment_disturbs_nothing():
     assert (status, said) == (0, ["True"])
     assert "main" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_error_in_the_handler_of_another_signal_ends_the_run_with_all_cleanup_done(error):
+    log = []
+
+    def handler(number, frame):
+        raise error("from the handler")
+
+    async def main():
+        try:
+            await flowcoro.sleep(100)
+        finally:
+            with flowcoro.CancelScope(shield=True):
+                await flowcoro.sleep(0.001)
+            log.append("cleaned up")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(error, match="from the handler"):
+            flowcoro.run(main())
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert log == ["cleaned up"]

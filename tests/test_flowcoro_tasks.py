@@ -347,7 +347,35 @@ def test_a_task_that_spawns_itself_for_ever_does_not_keep_run_from_ending(report
     assert run(main()) == "ended"
     assert 1000 <= spawned < 1010
     (message, error), = reports
-    assert "again" in message and "main has ended, and 1,000 tasks were spawned since" in str(error)
+    assert "again" in message and "1,000 tasks were spawned here since this was cancelled" in str(error)
+
+
+@run_in_kernel
+async def test_a_task_that_spawns_its_successor_for_ever_does_not_keep_a_cancelled_group_from_ending(monkeypatch):
+    monkeypatch.setattr(flowcoro, "LATE_SPAWNS", 1000)
+
+    async def again(group):
+        group.spawn(again(group))
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(again(group))
+            await flowcoro.checkpoint()
+            group.cancel()
+    assert "1,000 tasks were spawned here" in str(caught.value.exceptions[0])
+
+
+@pytest.mark.parametrize("use", [
+    lambda: flowcoro.current_task(), lambda: flowcoro.Lock().acquire_nowait(), lambda: flowcoro.Lock().release(),
+    lambda: flowcoro.RWLock().write.acquire_nowait(), lambda: flowcoro.RWLock().read.release(),
+    lambda: flowcoro.CancelScope().__enter__(), lambda: flowcoro.Condition().notify(),
+], ids=["current_task", "Lock.acquire", "Lock.release", "RWLock.acquire", "RWLock.release", "CancelScope", "Condition"])
+def test_where_no_task_runs_nothing_can_be_held_or_entered(use):
+    async def main():
+        with pytest.raises(RuntimeError, match="no task runs here"):
+            await flowcoro.to_thread(flowcoro.call_from_thread, use)
+
+    run(main())
 
 
 def test_cleanup_may_spawn_tasks_after_main_has_ended(reports):

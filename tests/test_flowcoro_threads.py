@@ -1534,3 +1534,45 @@ def test_a_timeout_of_nonsense_is_a_value_error_and_nothing_is_asked(timeout):
 
     run(main)
     assert asked == []
+
+
+def test_an_async_function_or_a_strange_kernel_is_refused_before_anything_is_asked():
+    async def function():
+        pass
+
+    async def main():
+        with pytest.raises(TypeError, match="run_from_thread"):
+            await flowcoro.to_thread(function)
+        with pytest.raises(TypeError, match="run_from_thread"):
+            await flowcoro.to_thread(flowcoro.call_from_thread, function)
+        with pytest.raises(TypeError, match="current_kernel"):
+            await flowcoro.to_thread(lambda: flowcoro.call_from_thread(abs, -1, kernel=5))
+        with pytest.raises(TypeError, match="current_kernel"):
+            await flowcoro.to_thread(lambda: flowcoro.run_from_thread(function(), kernel=5))
+
+    run(main)
+
+
+def test_the_child_of_a_fork_by_another_thread_does_not_wake_its_parent():
+    output = python("""
+        def fork(kernel):
+            time.sleep(0.05)                            # until the kernel sleeps
+            pid = os.fork()
+            if pid == 0:
+                for _ in range(20):
+                    kernel.worker.post(print)
+                os._exit(0)
+            return reap(pid)
+
+        async def main():
+            kernel, answer = flowcoro.current_kernel(), flowcoro.Promise()
+            thread = threading.Thread(target=lambda: answer.set_result(fork(kernel)))
+            before = flowcoro.statistics()["polls"]
+            thread.start()
+            assert await answer == 0
+            print(flowcoro.statistics()["polls"] - before < 10)
+            thread.join()
+
+        flowcoro.run(main())
+    """)
+    assert output == "True\n"

@@ -879,3 +879,25 @@ def test_option_of_nonsense_is_an_error_and_no_coroutine_is_left_that_nobody_awa
             run_in_kernel(order_of, **options)("abc")
         gc.collect()
     assert [warning for warning in caught if "never awaited" in str(warning.message)] == []
+
+
+def test_waiting_for_quiet_beside_a_descriptor_and_a_busy_task_reports_nothing(reports):
+    async def busy():
+        for _ in range(500):
+            await flowcoro.checkpoint()
+
+    async def main():
+        read, write = os.pipe()
+        os.set_blocking(read, False)
+        pollable = flowcoro.Pollable(read)
+        try:
+            task = flowcoro.spawn(busy())
+            await wait_all_tasks_parked()
+            assert task.done()
+        finally:
+            pollable.close()
+            os.close(read)
+            os.close(write)
+
+    flowcoro.run(main())
+    assert reports == []
