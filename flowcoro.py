@@ -3623,9 +3623,9 @@ def _kernel_to_ask(kernel):
 def call_from_thread(function, /, *args, kernel=None, timeout=None):
     """From another thread: have the kernel's thread call function(*args); wait, return its result, raise its error.
 
-    The function must not block; it is no task, so it can hold no lock and enter no scope. In threads of to_thread the kernel is known; elsewhere it is the only one that runs or
-    `kernel`. RuntimeError when it has ended, or in the kernel's own thread. timeout: seconds to wait (TimeoutError), from
-    0 up (ValueError).
+    The function must not block; it is no task, so it can hold no lock and enter no scope. In threads of to_thread the
+    kernel is known; elsewhere it is the only one that runs, or `kernel`. RuntimeError when it has ended, or in the kernel's
+    own thread; TypeError for an async function. timeout: seconds to wait (TimeoutError), from 0 up (ValueError).
     """
     call = functools.partial(_checked_function(function, "call_from_thread"), *args)
     return _ask(_CallFromThread(call), kernel, timeout)

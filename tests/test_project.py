@@ -711,6 +711,17 @@ def test_no_function_and_no_class_outgrows_its_idea(module):
     assert_none(size_violations(module))
 
 
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *(path for folder in ("tests", "examples", "benchmarks")
+                                                               for path in ROOT.glob(f"{folder}/**/*.py"))]),
+                         ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_fit_and_no_definition_hides_another_of_the_same_name(path):
+    text = path.read_text(encoding="utf-8")
+    assert not [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 130]
+    definitions = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
+    names = [node.name for node in ast.parse(text).body if isinstance(node, definitions)]
+    assert not [name for name in set(names) if names.count(name) > 1]
+
+
 # ---- the rules themselves ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rule, source", [
