@@ -239,7 +239,7 @@ def _report(error, what, source=None):
         else:
             sys.unraisablehook(types.SimpleNamespace(
                 exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__, err_msg=what, object=source))
-    except Exception:       # the user's hook is broken, or stderr is: nobody is left to tell
+    except BaseException:   # the user's hook is broken or exits, or stderr is closed: nobody is left to tell
         pass
 
 
@@ -464,7 +464,10 @@ class CancelScope(_Unique):
         if not self._cancelled or error is None or task._resume is not task._send:
             return False            # the last: the outer scope is cancelled as well, and the outermost one wins
         if isinstance(error, BaseExceptionGroup):
-            cancelled, rest = error.split(Cancelled)
+            try:
+                cancelled, rest = error.split(Cancelled)
+            except Exception:           # as in _without_cancelled()
+                return False
             if cancelled is None:
                 return False
             self.cancelled_caught = True
@@ -794,7 +797,7 @@ class Task(_Unique):
 
     @name.setter
     def name(self, name):
-        self._name = name
+        self._name = _checked_name(name)
 
     @property
     def state(self):
@@ -1393,10 +1396,19 @@ def _mark_spawned(coro):
 def _without_cancelled(error):
     """`error`, but what an ExceptionGroup holds of Cancelled is no error of its own and is left out."""
     if isinstance(error, BaseExceptionGroup):
-        cancelled, rest = error.split(Cancelled)
+        try:
+            cancelled, rest = error.split(Cancelled)
+        except Exception:               # nested too deep for the recursion in there, or of a class whose own split() fails
+            return error
         if cancelled is not None:
             return Cancelled() if rest is None else rest
     return error
+
+
+def _checked_name(name):
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"the name of a task must be a str, got {name!r}: dumps and reports are made of it. Give str() of that")
+    return name
 
 
 class TaskGroup(_Unique):
@@ -1451,6 +1463,12 @@ class TaskGroup(_Unique):
             coro.close()
             raise RuntimeError(f"{LATE_SPAWNS:,} tasks were spawned here since this was cancelled: tasks that go on spawning "
                                "others keep it from ending. A task is cancelled at its first checkpoint: let one come")
+        if name is not None and name.__class__ is not str:
+            try:
+                _checked_name(name)
+            except TypeError:
+                coro.close()
+                raise
         if coro.__class__ is not types.CoroutineType:
             _mark_spawned(coro)
         elif coro.__name__ is _SPAWNED or coro.cr_suspended:
@@ -1493,7 +1511,13 @@ class TaskGroup(_Unique):
         self._errors = self._cut = None
         # What came to its end in spite of a cancellation is not lost to it: only if work was cut short the group ends
         # cancelled, as in trio. The group's own scope takes that if it was the one cancelled.
-        caught = self.scope.__exit__(cut and Cancelled, cut, trace)
+        try:
+            caught = self.scope.__exit__(cut and Cancelled, cut, trace)
+        except RuntimeError as misuse:      # scopes that do not nest: one error more
+            if not errors:
+                raise
+            errors.append(misuse)
+            caught = False
         self.scope._group = None
         try:
             if errors:
@@ -1689,6 +1713,7 @@ class _Worker:
         self.descriptors = 0        # Pollables
         self.io_parked = 0          # tasks parked on them
         self.thread_calls = 0       # to_thread calls under way
+        self.abandoned = set()      # those that no task waits for
         self.steps = self.polls = self.spawned = self.finished = 0
         self.sleepers = 0           # tasks in sleep(inf), which have no entry in the heap
         self.stopped = False        # leave the loop
@@ -1711,6 +1736,8 @@ class _Worker:
         if self.waker is not None:
             self.poller.close()
             self.waker.close()
+        for call in self.abandoned:
+            call.outlive()
 
     def post(self, call):
         """Have `call()` made by this worker's thread; False if it has ended. From any thread, but no signal handler."""
@@ -1727,7 +1754,9 @@ class _Worker:
 
     def _take_calls(self):
         """Make the calls that other threads have posted; what comes after the end is answered by run()."""
-        while self.inbox and not self.stopped:
+        for _ in range(len(self.inbox)):        # no more than there are now: threads that go on asking starve nobody
+            if self.stopped:
+                break
             call = self.inbox.popleft()
             try:
                 call()
@@ -3446,6 +3475,7 @@ class _ThreadCall:
     def abort(self, task):
         if self.abandon:
             self.task = None
+            self.worker.abandoned.add(self)
         else:
             self.cancelled = True
             for child in list(self.holder):
@@ -3465,11 +3495,20 @@ class _ThreadCall:
         if worker is not None:
             worker.post(self.finish)
 
+    def outlive(self):
+        """The run ends first, and finish() will not come: later runs that share the limiter need the permit."""
+        self.worker = None
+        try:
+            self.limiter.release()
+        except ValueError as error:
+            _report(error, "the limiter of an abandoned thread call was released too often", self.limiter)
+
     def finish(self):
         worker, self.worker = self.worker, None
         if worker is None:              # a thread that was killed says it twice
             return
         worker.thread_calls -= 1
+        worker.abandoned.discard(self)
         if self.task is not None:
             error = self.error
             if isinstance(error, StopIteration):        # it would look like the end of the coroutine
@@ -3494,12 +3533,14 @@ async def to_thread(function, /, *args, abandon_on_cancel=False, limiter=None):
     At most 40 at once, or as many as `limiter` (a Semaphore) allows; the others wait. A thread cannot be interrupted:
     when cancelled, this waits for the function all the same and returns its result (the next checkpoint raises), or
     with abandon_on_cancel=True raises at once and drops the result; so does a second Ctrl-C. What the function waits for
-    in run_from_thread() is cancelled too, unless it is abandoned. RuntimeError when no thread can be started or it was
-    killed. (functools.partial gives keyword arguments.)
+    in run_from_thread() is cancelled too, unless it is abandoned. When the run ends, permits of abandoned calls go back.
+    RuntimeError when no thread can be started or it was killed. (functools.partial gives keyword arguments.)
     """
     _checked_function(function, "to_thread")
     if limiter is None:
         limiter = _local.worker.kernel.limiter
+    elif not isinstance(limiter, Semaphore):
+        raise TypeError(f"to_thread(limiter=) takes a Semaphore, whose permits any task may give back, got {limiter!r}")
     await limiter.acquire()
     call = _ThreadCall(functools.partial(function, *args), limiter, abandon_on_cancel)
     try:
@@ -3517,6 +3558,7 @@ class _CallFromThread:
         self.function = function
         self.context = contextvars.copy_context()
         self.value = self.error = None
+        self.overdue = False            # its thread has given up
         self.lock = threading.Lock()    # held until there is an answer
         self.lock.acquire()
 
@@ -3567,6 +3609,8 @@ class _RunFromThread(_CallFromThread):
             raise
         except BaseException as error:
             self.answer(None, error)
+            if self.overdue:
+                raise                   # reported, as of any task that nobody awaits
         finally:
             if caller is not None:
                 caller.holder.pop(current_task(), None)
@@ -3596,6 +3640,7 @@ def _ask(call, kernel, timeout):
     if not worker.post(call):
         call.refuse()
     if not call.lock.acquire(timeout=-1 if timeout is None else timeout):
+        call.overdue = True
         raise TimeoutError(f"the kernel did not answer within {timeout:g} s; it may still do what it was asked")
     if call.error is not None:
         try:

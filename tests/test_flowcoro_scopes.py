@@ -2093,3 +2093,21 @@ def test_the_tasks_of_a_group_that_is_never_left_are_cancelled_and_joined(report
     outcome = outcome_of(main)
     assert outcome == "result" and log == ["cleaned up"]
     assert ["never left" in str(error) for _, error in reports] == [True]
+
+
+@run_in_kernel
+async def test_an_error_of_a_child_is_not_lost_when_the_scope_of_its_group_is_left_out_of_order(reports):
+    async def numbers():
+        with flowcoro.timeout(10):
+            yield 1
+
+    async def fails():
+        raise ValueError("important")
+
+    generator = numbers()
+    with pytest.raises(ExceptionGroup) as caught:
+        async with flowcoro.TaskGroup() as group:
+            async for _ in generator:
+                break
+            group.spawn(fails())
+    assert sorted(type(error).__name__ for error in caught.value.exceptions) == ["RuntimeError", "ValueError"]

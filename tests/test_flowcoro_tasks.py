@@ -2089,3 +2089,62 @@ def test_a_grace_too_large_for_a_float_is_for_ever():
         return "not cancelled"
 
     assert run(main(), grace=10**400) == "not cancelled"
+
+
+class Unsplittable(ExceptionGroup):
+    def split(self, condition):
+        raise TypeError("cannot be split")
+
+
+@pytest.mark.parametrize("levels", [0, 1500])
+def test_a_group_error_that_cannot_be_split_harms_no_other_task(levels):
+    cleaned = []
+
+    async def other():
+        try:
+            await flowcoro.sleep(60)
+        finally:
+            with flowcoro.CancelScope(shield=True):
+                await flowcoro.sleep(0.01)
+            cleaned.append("other")
+
+    async def nest(level):
+        if level == 0:
+            raise Unsplittable("leaf", [ValueError(1)])
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(nest(level - 1))
+
+    async def main():
+        flowcoro.spawn(other())
+        with pytest.raises(ExceptionGroup):
+            await nest(levels or 1)
+        return "ok"
+
+    assert run(main()) == "ok" and cleaned == ["other"]
+
+
+@run_in_kernel
+async def test_the_name_of_a_task_is_text():
+    coro = answer()
+    with pytest.raises(TypeError, match="the name of a task must be a str, got 1"):
+        flowcoro.spawn(coro, name=1)
+    with pytest.raises(TypeError, match="must be a str"):
+        flowcoro.current_task().name = ["main"]
+
+
+def test_a_report_hook_that_exits_does_not_end_the_kernel(monkeypatch):
+    class Hooks:
+        def task_done(self, task):
+            raise ValueError("hook")
+
+    def leave(report):
+        raise SystemExit(1)
+
+    async def main():
+        flowcoro.add_hooks(hooks := Hooks())
+        await flowcoro.spawn(answer())
+        flowcoro.remove_hooks(hooks)
+        return "ok"
+
+    monkeypatch.setattr(sys, "unraisablehook", leave)
+    assert run(main()) == "ok"

@@ -1576,3 +1576,76 @@ def test_the_child_of_a_fork_by_another_thread_does_not_wake_its_parent():
         flowcoro.run(main())
     """)
     assert output == "True\n"
+
+
+def test_the_permit_of_an_abandoned_call_is_there_for_the_next_run(gate):
+    limiter = flowcoro.Semaphore(1, max_value=1)
+
+    async def abandons():
+        with flowcoro.CancelScope() as scope:
+            flowcoro.spawn(cancel_when(gate.came, scope))
+            await flowcoro.to_thread(gate.wait, None, abandon_on_cancel=True, limiter=limiter)
+
+    async def cancel_when(came, scope):
+        await came
+        scope.cancel()
+
+    async def uses():
+        return await flowcoro.to_thread(abs, -1, limiter=limiter)
+
+    run(abandons)
+    assert limiter.value == 1
+    assert run(uses) == 1
+    gate.open()
+    assert limiter.value == 1
+
+
+def test_threads_that_go_on_asking_do_not_starve_the_tasks():
+    stop, ended = threading.Event(), []
+
+    def hammer(kernel):
+        for _ in range(2000):
+            if stop.is_set():
+                return
+            flowcoro.call_from_thread(time.sleep, 0.001, kernel=kernel)
+        ended.append("the threads have had their way first")
+
+    async def main():
+        threads = [threading.Thread(target=hammer, args=(flowcoro.current_kernel(),)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(100):
+                await flowcoro.checkpoint()
+            assert not ended
+        finally:
+            stop.set()
+            await flowcoro.to_thread(lambda: [thread.join() for thread in threads])
+
+    run(main)
+
+
+def test_the_error_of_a_coroutine_that_its_thread_no_longer_waits_for_is_reported(reports):
+    async def fails(gone):
+        await gone
+        raise ValueError("not lost")
+
+    def thread(gone):
+        with pytest.raises(TimeoutError):
+            flowcoro.run_from_thread(fails(gone), timeout=0.01)
+        gone.set_result(None)
+
+    async def main():
+        await flowcoro.to_thread(thread, flowcoro.Promise())
+        await flowcoro.sleep(0.01)
+
+    run(main)
+    assert [repr(error) for _, error in reports] == ["ValueError('not lost')"]
+
+
+def test_a_limiter_is_a_semaphore():
+    async def main():
+        with pytest.raises(TypeError, match="takes a Semaphore"):
+            await flowcoro.to_thread(abs, -1, limiter=flowcoro.Lock())
+
+    run(main)
