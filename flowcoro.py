@@ -282,8 +282,9 @@ def _trim(error):
 def _await_chain(task):
     """Where a task that does not run stands: one line for each await, outermost first."""
     import gc
-    lines, awaited = [], task.coro
-    while awaited is not None:
+    lines, awaited, seen = [], task.coro, set()
+    while awaited is not None and id(awaited) not in seen:      # an iterator of a user's own may lead back to where we were
+        seen.add(id(awaited))
         frame = (getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
                  or getattr(awaited, "ag_frame", None))
         if frame is not None and (frame.f_code.co_filename != _HERE or not lines):
@@ -613,8 +614,13 @@ def _is_cancelled(task, scope):
 
 
 def _refresh(task):
-    """The running task has entered or left a scope that matters: set its two marks anew."""
-    if _is_cancelled(task, task._scope):
+    """The task has entered or left a scope that matters: set its two marks anew."""
+    worker = _local.worker
+    if worker is not _OUTSIDE and task is not worker.task and task._state != DONE:
+        # Another one has left the scope, by closing the async generator that holds it: what waits for the task goes first.
+        if _is_cancelled(task, task._scope):
+            task._interrupt()
+    elif _is_cancelled(task, task._scope):
         task.budget = 0
         task._resume = task._deliver
     else:

@@ -1782,3 +1782,30 @@ def test_the_report_does_not_trip_over_what_the_primitives_of_others_call_a_hold
 
     with pytest.raises(flowcoro.Deadlock, match="wait at a gate"):
         flowcoro.run(main())
+
+
+def test_a_dump_ends_though_an_awaitable_leads_back_to_its_own_coroutine():
+    class Operation:
+        def __init__(self, coro, trap):
+            self.coro, self.trap = coro, trap
+
+        def __await__(self):
+            return self
+
+        __iter__ = __await__
+
+        def __next__(self):
+            if self.trap is None:
+                raise StopIteration
+            trap, self.trap = self.trap, None
+            return trap
+
+    async def waiter(lot):
+        await Operation(flowcoro.current_task().coro, lot._park)
+
+    async def main():
+        flowcoro.spawn(waiter(flowcoro.ParkingLot("wait in a circle")))
+        await flowcoro.checkpoint()
+        return flowcoro.dump_tasks()
+
+    assert "wait in a circle" in flowcoro.run(main())

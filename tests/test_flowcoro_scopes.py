@@ -2111,3 +2111,48 @@ async def test_an_error_of_a_child_is_not_lost_when_the_scope_of_its_group_is_le
                 break
             group.spawn(fails())
     assert sorted(type(error).__name__ for error in caught.value.exceptions) == ["RuntimeError", "ValueError"]
+
+
+async def shielded():
+    with flowcoro.CancelScope(shield=True):
+        yield 1
+
+
+async def enter(generator):
+    async for _ in generator:
+        break
+
+
+@run_in_kernel
+async def test_an_error_on_its_way_to_a_task_is_not_lost_when_another_task_leaves_its_shield():
+    channel, generator = flowcoro.Channel(), shielded()
+
+    async def receive():
+        await enter(generator)
+        with pytest.raises(flowcoro.EndOfChannel):
+            await channel.receive()
+        return "told"
+
+    task = flowcoro.spawn(receive())
+    await wait_all_tasks_parked()
+    channel.close()
+    await generator.aclose()
+    assert await task == "told"
+
+
+@run_in_kernel
+async def test_a_task_that_was_cancelled_behind_a_shield_is_told_when_another_task_leaves_the_shield():
+    generator = shielded()
+
+    async def wait():
+        await enter(generator)
+        await flowcoro.sleep(math.inf)
+
+    task = flowcoro.spawn(wait())
+    await wait_all_tasks_parked()
+    task.cancel()
+    await wait_all_tasks_parked()
+    assert not task.done()
+    await generator.aclose()
+    with flowcoro.timeout(1), pytest.raises(flowcoro.TaskCancelled):
+        await task
