@@ -1915,8 +1915,8 @@ class _Worker:
     def _poll(self, timeout):
         """Wait for descriptors, other threads and signals, at most `timeout` seconds (None: no limit)."""
         self.polls += 1
-        self.sleeping = True                    # I5: first say it, then look once more
         try:
+            self.sleeping = True                # I5: first say it, then look once more
             if self.ready or self.inbox:
                 timeout = 0
             elif timeout is None or timeout > LONGEST_POLL:
