@@ -457,7 +457,7 @@ def test_two_ctrl_c_end_a_program_whose_cleanup_hangs():
         async def forever():
             with flowcoro.CancelScope(shield=True):
                 say("shielded")
-                await flowcoro.Event().wait()
+                await flowcoro.sleep(math.inf)         # no deadlock, however late the second one comes
 
         async def main():
             async with flowcoro.TaskGroup() as group:
