@@ -408,6 +408,14 @@ def _checked_deadline(deadline):
     return _as_float(deadline)
 
 
+def _split_cancelled(group):
+    """What an ExceptionGroup holds of Cancelled, and the rest; each None if there is nothing of it."""
+    try:
+        return group.split(Cancelled)
+    except Exception:           # nested too deep for the recursion in there, or of a class whose own split() fails
+        return None, group
+
+
 class CancelScope(_Unique):
     """A region of code that can be cancelled as a whole: `with CancelScope(deadline=…, shield=…) as scope:`.
 
@@ -461,14 +469,14 @@ class CancelScope(_Unique):
         self._task = None
         if not self._cancelled and not self._shield:
             return False
-        _refresh(task)
+        if task is task._worker.task:
+            _refresh(task)
+        elif task._state != DONE and _is_cancelled(task, task._scope):
+            task._interrupt()           # another one closes the async generator that holds this scope
         if not self._cancelled or error is None or task._resume is not task._send:
             return False            # the last: the outer scope is cancelled as well, and the outermost one wins
         if isinstance(error, BaseExceptionGroup):
-            try:
-                cancelled, rest = error.split(Cancelled)
-            except Exception:           # as in _without_cancelled()
-                return False
+            cancelled, rest = _split_cancelled(error)
             if cancelled is None:
                 return False
             self.cancelled_caught = True
@@ -614,13 +622,8 @@ def _is_cancelled(task, scope):
 
 
 def _refresh(task):
-    """The task has entered or left a scope that matters: set its two marks anew."""
-    worker = _local.worker
-    if worker is not _OUTSIDE and task is not worker.task and task._state != DONE:
-        # Another one has left the scope, by closing the async generator that holds it: what waits for the task goes first.
-        if _is_cancelled(task, task._scope):
-            task._interrupt()
-    elif _is_cancelled(task, task._scope):
+    """The running task has entered or left a scope that matters: set its two marks anew."""
+    if _is_cancelled(task, task._scope):
         task.budget = 0
         task._resume = task._deliver
     else:
@@ -651,6 +654,10 @@ def _interrupt_inside(task, scope):
 
 
 # ---- tasks ----------------------------------------------------------------------------------------------------
+
+def _no_name(name):
+    return TypeError(f"the name of a task must be a str, got {name!r}: dumps and reports are made of it. Give str() of that")
+
 
 class Task(_Unique):
     """A coroutine that runs beside others. Made by spawn() and TaskGroup.spawn(), awaited for its result.
@@ -798,12 +805,14 @@ class Task(_Unique):
 
     @property
     def name(self):
-        """The name given to spawn(), else the name of the coroutine's function. Can be set."""
+        """The name given to spawn(), else the name of the coroutine's function. Can be set; TypeError if not to a str."""
         return self._name or getattr(self.coro, "__qualname__", type(self.coro).__name__)
 
     @name.setter
     def name(self, name):
-        self._name = _checked_name(name)
+        if name is not None and not isinstance(name, str):
+            raise _no_name(name)
+        self._name = name
 
     @property
     def state(self):
@@ -1402,19 +1411,10 @@ def _mark_spawned(coro):
 def _without_cancelled(error):
     """`error`, but what an ExceptionGroup holds of Cancelled is no error of its own and is left out."""
     if isinstance(error, BaseExceptionGroup):
-        try:
-            cancelled, rest = error.split(Cancelled)
-        except Exception:               # nested too deep for the recursion in there, or of a class whose own split() fails
-            return error
+        cancelled, rest = _split_cancelled(error)
         if cancelled is not None:
             return Cancelled() if rest is None else rest
     return error
-
-
-def _checked_name(name):
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"the name of a task must be a str, got {name!r}: dumps and reports are made of it. Give str() of that")
-    return name
 
 
 class TaskGroup(_Unique):
@@ -1455,8 +1455,8 @@ class TaskGroup(_Unique):
     def spawn(self, coro, *, name=None):
         """Start a task in the group, from any of the kernel's tasks. RuntimeError once the group has ended.
 
-        TypeError for what is no coroutine object, RuntimeError for one that was started before, and when 100,000
-        were spawned here since this was cancelled.
+        TypeError for what is no coroutine object, and a name that is no str; RuntimeError for a coroutine that was started
+        before, and when 100,000 were spawned here since this was cancelled.
         """
         worker = _local.worker
         hooks = worker.hooks            # RuntimeError in another thread, before anything is done
@@ -1469,12 +1469,9 @@ class TaskGroup(_Unique):
             coro.close()
             raise RuntimeError(f"{LATE_SPAWNS:,} tasks were spawned here since this was cancelled: tasks that go on spawning "
                                "others keep it from ending. A task is cancelled at its first checkpoint: let one come")
-        if name is not None and name.__class__ is not str:
-            try:
-                _checked_name(name)
-            except TypeError:
-                coro.close()
-                raise
+        if name is not None and not isinstance(name, str):
+            coro.close()
+            raise _no_name(name)
         if coro.__class__ is not types.CoroutineType:
             _mark_spawned(coro)
         elif coro.__name__ is _SPAWNED or coro.cr_suspended:
@@ -1742,8 +1739,11 @@ class _Worker:
         if self.waker is not None:
             self.poller.close()
             self.waker.close()
-        for call in self.abandoned:
-            call.outlive()
+        for call in list(self.abandoned):       # too late for this run; but later ones that share the limiter need the permit
+            try:
+                call.finish()
+            except ValueError as error:
+                _report(error, "the limiter of an abandoned to_thread call was released too often", call)
 
     def post(self, call):
         """Have `call()` made by this worker's thread; False if it has ended. From any thread, but no signal handler."""
@@ -1924,8 +1924,10 @@ class _Worker:
             events = self.poller.wait(timeout)
         except BaseException as error:          # of somebody else's signal handler: what the tasks hold is cleaned up first
             events, kernel = (), self.kernel
-            kernel.fatal = kernel.fatal or error
             kernel.cancel_all()
+            if kernel.fatal is not None:
+                kernel.drop_shields()           # it fails again, perhaps for ever
+            kernel.fatal = kernel.fatal or error
         finally:
             self.sleeping = False
         for pollable, bits in events:
@@ -2404,7 +2406,10 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0):
             raise ValueError(f"grace={grace!r}: seconds must be 0 or more; math.inf never cancels")
         value, error = _Kernel(clock, seed, _as_float(grace)).run(coro)
     except BaseException:           # also a Ctrl-C before the kernel has taken it over
-        coro.close()                # else it would complain that nobody awaited it
+        try:
+            coro.close()            # else it would complain that nobody awaited it
+        except BaseException as late:
+            _report(late, "closing main failed", coro)
         raise
     if error is not None:
         try:
@@ -2487,7 +2492,7 @@ class Lock(_AsyncWith):
             await lot.park()
 
     def acquire_nowait(self):
-        """Acquire at once or raise WouldBlock. RuntimeError if this task holds it already."""
+        """Acquire at once or raise WouldBlock. RuntimeError if this task holds it already, or where no task runs."""
         task = current_task()
         if self._lot.holder is task:
             raise RuntimeError(f"{task!r} holds this Lock already, and a Lock is not reentrant")
@@ -2778,7 +2783,7 @@ class _Side(_AsyncWith):
         lock._lot._tasks[task] = self._writing
 
     def acquire_nowait(self):
-        """Acquire at once or raise WouldBlock."""
+        """Acquire at once or raise WouldBlock. RuntimeError if this task holds it already, or where no task runs."""
         lock, task = self._rwlock, current_task()
         if task in lock._holders:
             raise RuntimeError(f"{task!r} holds this RWLock already, and it is not reentrant")
@@ -3459,11 +3464,12 @@ class _ThreadPool:
 class _ThreadCall:
     """One call of to_thread: made in the kernel's thread, worked in another, finished in the kernel's."""
 
-    __slots__ = ("function", "context", "limiter", "abandon", "begun", "cancelled", "holder", "task", "worker", "value",
-                 "error")
+    __slots__ = ("function", "context", "limiter", "abandon", "begun", "finished", "cancelled", "holder", "task", "worker",
+                 "value", "error")
 
     def __init__(self, function, limiter, abandon):
         self.begun = False              # a thread has it, and finish() will come
+        self.finished = False
         self.cancelled = False          # its task was, and waits all the same
         self.holder = {}                # the tasks that the function waits for in run_from_thread()
         self.function, self.limiter, self.abandon = function, limiter, abandon
@@ -3497,22 +3503,14 @@ class _ThreadCall:
         self.function = self.context = _local.caller = None
 
     def done(self):
-        worker = self.worker
-        if worker is not None:
-            worker.post(self.finish)
-
-    def outlive(self):
-        """The run ends first, and finish() will not come: later runs that share the limiter need the permit."""
-        self.worker = None
-        try:
-            self.limiter.release()
-        except ValueError as error:
-            _report(error, "the limiter of an abandoned thread call was released too often", self.limiter)
+        if not self.finished:
+            self.worker.post(self.finish)
 
     def finish(self):
-        worker, self.worker = self.worker, None
-        if worker is None:              # a thread that was killed says it twice
+        worker = self.worker            # which stays: an abandoned function may still ask for its kernel
+        if self.finished:               # a thread that was killed says it twice
             return
+        self.finished = True
         worker.thread_calls -= 1
         worker.abandoned.discard(self)
         if self.task is not None:
@@ -3570,13 +3568,20 @@ class _CallFromThread:
 
     def __call__(self):
         try:
-            self.answer(self.context.run(self.function))
+            value = self.context.run(self.function)
         except BaseException as error:
-            self.answer(None, error)
+            self.fail(error)
+        else:
+            self.answer(value)
 
     def answer(self, value, error=None):
         self.value, self.error = value, error
-        self.lock.release()
+        self.lock.release()             # first this, then see who is there; _ask() does it the other way round
+
+    def fail(self, error):
+        self.answer(None, error)
+        if self.overdue:
+            _report(error, "a call from a thread failed after the thread had stopped waiting", self.function)
 
     def refuse(self):
         """It will never be made."""
@@ -3594,9 +3599,9 @@ class _RunFromThread(_CallFromThread):
         root, caller = _local.worker.kernel.root, self.caller
         try:
             task = self.context.run(root.spawn, self.relay(), name=getattr(self.function, "__qualname__", None))
-        except RuntimeError as error:
+        except Exception as error:      # too many were spawned, or a __qualname__ is no str
             self.function.close()
-            self.answer(None, error)
+            self.fail(error)
             return
         if caller is not None and caller.worker is _local.worker:       # else another kernel was named, or it has ended
             caller.holder[task] = None
@@ -3614,9 +3619,7 @@ class _RunFromThread(_CallFromThread):
                 self.answer(None, TaskCancelled("the task was cancelled; perhaps the run has ended"))
             raise
         except BaseException as error:
-            self.answer(None, error)
-            if self.overdue:
-                raise                   # reported, as of any task that nobody awaits
+            self.fail(error)
         finally:
             if caller is not None:
                 caller.holder.pop(current_task(), None)
@@ -3647,7 +3650,8 @@ def _ask(call, kernel, timeout):
         call.refuse()
     if not call.lock.acquire(timeout=-1 if timeout is None else timeout):
         call.overdue = True
-        raise TimeoutError(f"the kernel did not answer within {timeout:g} s; it may still do what it was asked")
+        if not call.lock.acquire(blocking=False):       # else the answer has come this very moment
+            raise TimeoutError(f"the kernel did not answer within {timeout:g} s; it may still do what it was asked")
     if call.error is not None:
         try:
             raise call.error
@@ -3762,8 +3766,7 @@ class ObjectPool(_Unique):
 class BufferPool(ObjectPool):
     """An ObjectPool of bytearrays of `size` bytes, which come back with what was in them. Do not resize them (ValueError).
 
-    With debug=True they are given as memoryviews, whose use after the return is a ValueError (a slice
-    of one is not watched).
+    With debug=True they are given as memoryviews, whose use after the return is a ValueError (slices are not watched).
     """
 
     def __init__(self, size, capacity, *, debug=False):
@@ -3824,9 +3827,8 @@ def statistics():
     """Numbers of the kernel that runs here, as a dict.
 
     tasks: alive, ready, spawned, finished · steps: made so far (up to date between batches) · polls · timers: entries
-    in the heap, stale ones included · descriptors · io_waiting: tasks parked on
-    them · thread_calls: of to_thread under way, abandoned ones too · threads: of to_thread, in the whole process.
-    RuntimeError outside a kernel.
+    in the heap, stale ones included · descriptors · io_waiting: tasks parked on them · thread_calls: of to_thread under
+    way, abandoned ones too · threads: of to_thread, in the whole process. RuntimeError outside a kernel.
     """
     worker = _local.worker
     return {"tasks": {"alive": worker.spawned - worker.finished, "ready": len(worker.ready), "spawned": worker.spawned,

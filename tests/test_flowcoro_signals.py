@@ -1157,3 +1157,27 @@ def test_an_error_in_the_handler_of_another_signal_ends_the_run_with_all_cleanup
     finally:
         signal.signal(signal.SIGALRM, before)
     assert log == ["cleaned up"]
+
+
+def test_a_selector_that_fails_for_ever_ends_the_run_in_spite_of_shields():
+    log, polls = [], []
+
+    def fail(timeout):
+        polls.append(timeout)
+        raise OSError("the selector is broken")
+
+    async def main():
+        worker = flowcoro.current_kernel().worker
+        worker.poller.wait = fail
+        try:
+            await flowcoro.sleep(1000)
+        finally:
+            with flowcoro.CancelScope(shield=True):
+                log.append("cleanup begins")
+                while len(polls) < 1000:
+                    await flowcoro.sleep(0.0001)
+                log.append("the shield holds for ever")
+
+    with pytest.raises(OSError, match="the selector is broken"):
+        flowcoro.run(main())
+    assert log == ["cleanup begins"]

@@ -2132,6 +2132,46 @@ async def test_the_name_of_a_task_is_text():
         flowcoro.current_task().name = ["main"]
 
 
+@run_in_kernel
+async def test_a_task_that_its_park_function_has_woken_is_not_told_as_parked():
+    told = []
+
+    class Hooks:
+        def task_parked(self, task, reason):
+            told.append(("parked", reason))
+
+        def task_rescheduled(self, task):
+            told.append("rescheduled")
+
+    def park_and_wake(task):
+        task.park_reason, task.abort_function = "for no time", lambda task: True
+        flowcoro.reschedule(task, 7)
+
+    flowcoro.add_hooks(hooks := Hooks())
+    assert await flowcoro.park(park_and_wake) == 7
+    flowcoro.remove_hooks(hooks)
+    assert told == ["rescheduled"]
+
+
+def test_the_error_of_run_is_not_hidden_by_one_in_closing_main(reports):
+    class Strange(collections.abc.Coroutine):
+        def send(self, value):
+            raise StopIteration
+
+        def throw(self, *error):
+            raise StopIteration
+
+        def close(self):
+            raise OSError("in close")
+
+        def __await__(self):
+            return iter(())
+
+    with pytest.raises(ValueError, match="workers=7"):
+        flowcoro.run(Strange(), workers=7)
+    assert [repr(error) for _, error in reports] == ["OSError('in close')"]
+
+
 def test_a_report_hook_that_exits_does_not_end_the_kernel(monkeypatch):
     class Hooks:
         def task_done(self, task):
