@@ -2395,6 +2395,7 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0):
 
     Raises Deadlock when no task can ever run again; TaskCancelled when main was cancelled, but not by a signal
     (request_stop() and its grace, cancel()); RuntimeError inside a running kernel; TypeError and ValueError.
+    What a signal handler of yours raises while the kernel waits: everything is cancelled and joined first.
     """
     _checked_coro(coro, "run")
     try:

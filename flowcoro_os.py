@@ -114,7 +114,7 @@ STDERR_SHOWN = 1000
 #     LimitError         more bytes than `limit`
 #   flowcoro.ClosedError, flowcoro.BusyError    a pipe was closed here, or is in use by another task
 #   OSError              a program or directory that is not there (FileNotFoundError), may not be run (PermissionError)
-# …     BrokenPipeError    the process has closed its stdin, or has ended
+#     BrokenPipeError    the process has closed its stdin, or has ended
 
 class ProcessError(flowcoro.FlowCoroError):
     """A process could not be waited for as usual: the message says why. `result` is what is known of it, or None."""
@@ -387,11 +387,6 @@ class Process:
                 os.close(self._pidfd)
                 self._pidfd = None
 
-    def _end_group(self):
-        """Kill what the process has left behind in its group; its number is still taken."""
-        if self._group:
-            self.kill()
-
     def _close_output(self):
         for pipe in (self.stdout, self.stderr):
             if pipe is not None:
@@ -537,7 +532,8 @@ class _Conversation:
                     group.spawn(self._feed(), name=f"write {process.stdin!r}")
                 await process._wait_for_end()   # not wait(): its error would leave in a group
                 self.feeding.cancel()
-                process._end_group()
+                if process._group:
+                    process.kill()              # what it has left behind in its group; the number is still taken
                 self.whole.deadline = flowcoro.now() + self.drain
         held = self.whole.cancelled_caught and self._sweep()
         if self.over is not None:
@@ -824,14 +820,6 @@ def open_file(path, mode="r", buffering=-1, encoding=None, errors=None, newline=
 
 # ---- paths ----------------------------------------------------------------------------------------------------
 
-def _path(found):
-    return Path(found)
-
-
-def _paths(found):
-    return [Path(path) for path in found]
-
-
 def _call_path_method(path, name, convert, args, kwargs):
     args = [pathlib.Path(arg) if isinstance(arg, Path) else arg for arg in args]    # pathlib calls methods of some
     kwargs = {key: pathlib.Path(arg) if isinstance(arg, Path) else arg for key, arg in kwargs.items()}
@@ -844,7 +832,7 @@ def _threaded_path_method(name, convert=None):
         return await flowcoro.to_thread(_call_path_method, self, name, convert, args, kwargs)
 
     method.__name__, method.__qualname__ = name, f"Path.{name}"
-    but = {None: "", _path: ", but for flowcoro_os.Path", _paths: ", but for a list of flowcoro_os.Path"}[convert]
+    but = "" if convert is None else ", but for flowcoro_os.Path" if convert is Path else ", but for a list of flowcoro_os.Path"
     method.__doc__ = f"As pathlib.Path.{name}(), in a thread; arguments, errors and result are the same{but}."
     return method
 
@@ -877,10 +865,14 @@ class Path(type(pathlib.PurePath())):
         return cls(await flowcoro.to_thread(pathlib.Path.home))
 
 
+def _paths(found):
+    return [Path(path) for path in found]
+
+
 for _convert, _names in (
         (None, "exists is_file is_dir is_symlink is_mount stat lstat owner group samefile read_bytes read_text "
                "write_bytes write_text mkdir rmdir touch unlink chmod symlink_to hardlink_to"),
-        (_path, "rename replace resolve absolute expanduser readlink"),
+        (Path, "rename replace resolve absolute expanduser readlink"),
         (_paths, "iterdir glob rglob")):
     for _name in _names.split():
         setattr(Path, _name, _threaded_path_method(_name, _convert))
