@@ -2494,7 +2494,7 @@ class Lock(_AsyncWith):
 
     def acquire_nowait(self):
         """Acquire at once or raise WouldBlock. RuntimeError if this task holds it already, or where no task runs."""
-        task = current_task()
+        task = _local.worker.task or current_task()     # which says that none runs; asked first, it costs 50 ns of 320
         if self._lot.holder is task:
             raise RuntimeError(f"{task!r} holds this Lock already, and a Lock is not reentrant")
         if self._lot.holder is not None:
