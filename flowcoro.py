@@ -142,6 +142,10 @@ LATE_SPAWNS = 100_000
 # microseconds; people press twice in a fifth of a second.
 STUCK_SECONDS = 0.05
 
+# Errors in the middle of the kernel's own work, as from a signal handler of the user's, after which the tasks are closed by
+# force: those who are asked to end, and are told so 100 times, do not come.
+BLOWS = 100
+
 # Seconds that a worker sleeps at most: epoll counts milliseconds in a C int.
 LONGEST_POLL = 3600.0
 
@@ -722,7 +726,7 @@ class Task(_Unique):
             _report(RuntimeError(f"{self!r} has caught Cancelled {SWALLOWED_LIMIT} times and goes on. A cancelled scope "
                                  "raises it at every checkpoint: let it pass, or break out of the loop. It awaits at\n"
                                  + "\n".join(_await_chain(self))), "cancellation is swallowed", self)
-        if self._worker.kernel.interrupts > 1:      # asked twice: who swallows Cancelled may respect this
+        if self._worker.kernel.signals.interrupts > 1:      # asked twice: who swallows Cancelled may respect this
             return self.coro.throw(KeyboardInterrupt())
         return self.coro.throw(Cancelled())
 
@@ -741,7 +745,10 @@ class Task(_Unique):
                 aborted = False
             if aborted:
                 self._resume = self._deliver
-                reschedule(self)
+                try:
+                    reschedule(self)
+                except RecursionError:          # it has no place to go back to
+                    self._worker.inbox.append(functools.partial(reschedule, self))
             else:
                 self._resume = self._step_then_cancel
         elif self.budget == WOKEN and self is not self._worker.task:
@@ -845,7 +852,7 @@ def reschedule(task, value=None, error=None):
 
     In the kernel's own thread; from others use a Promise or call_from_thread(). RuntimeError if the task is not
     parked: whoever wakes a task must first take it out of the place where it was parked, and the one who finds it
-    there is the one to wake it.
+    there is the one to wake it. RecursionError where the stack ends: the task is still parked, and has to go back there.
     """
     if task._state != PARKED:
         raise RuntimeError(f"{task!r} is not parked: each park is answered by exactly one reschedule")
@@ -857,9 +864,13 @@ def reschedule(task, value=None, error=None):
         if task._resume is task._send:
             task._resume = task._raise_error
     worker = task._worker
-    if worker.hooks is not None:
-        worker.kernel.fire("task_rescheduled", task)
-    worker.ready.append(task)
+    try:
+        if worker.hooks is not None:
+            worker.kernel.fire("task_rescheduled", task)
+        worker.ready.append(task)
+    except RecursionError:          # the caller's stack ends here; his caller puts the task back where it was (I2)
+        task._state = PARKED
+        raise
 
 
 # ---- parking --------------------------------------------------------------------------------------------------
@@ -906,10 +917,15 @@ class ParkingLot(_Unique):
         woken = 0
         while woken < count and self._tasks:
             parked, _ = self._tasks.popitem(last=False)
-            if parked.__class__ is Task:
-                reschedule(parked, value, error)
-            else:
-                parked.commit(value, error)
+            try:
+                if parked.__class__ is Task:
+                    reschedule(parked, value, error)
+                else:
+                    parked.commit(value, error)
+            except RecursionError:          # the stack ends here, so nothing of ours can be called: back to the front
+                self._tasks[parked] = None
+                self._tasks.move_to_end(parked, last=False)
+                raise
             woken += 1
         return woken
 
@@ -1079,7 +1095,14 @@ class Pollable(_Unique):
         except OSError as error:
             raise OSError(error.errno, f"file descriptor {self.fd} cannot be waited for: {error.strerror}") from error
         except KeyError as error:
-            raise BusyError(f"file descriptor {self.fd} has a Pollable already; close() that first") from error
+            plain = self._worker.plain.get(self.fd)
+            if plain is None:
+                raise BusyError(f"file descriptor {self.fd} has a Pollable already; close() that first") from error
+            if plain.wants():
+                raise BusyError(f"a task waits for file descriptor {self.fd} in wait_readable() or wait_writable(); a Pollable "
+                                "must be made before or after") from error
+            notify_closing(self.fd)             # what those functions have kept of it
+            self._register(poller)
 
     async def wait_readable(self):
         """Return when there is something to read, or the end. BusyError, ClosedError. Cancelled: nothing consumed."""
@@ -1147,13 +1170,13 @@ class Pollable(_Unique):
 
     def _wake(self, bits, error=None):
         if bits & READ and self._reader is not None:
-            task, self._reader = self._reader, None
+            reschedule(self._reader, error=error and error())
+            self._reader = None
             self._worker.io_parked -= 1
-            reschedule(task, error=error and error())
         if bits & WRITE and self._writer is not None:
-            task, self._writer = self._writer, None
+            reschedule(self._writer, error=error and error())
+            self._writer = None
             self._worker.io_parked -= 1
-            reschedule(task, error=error and error())
         self._worker.poller.arm(self)
 
     def close(self):
@@ -1398,9 +1421,15 @@ def _started_already(coro):
                         "function again for another one")
 
 
+def _is_started(coro):
+    """Whether it has been spawned, or is being awaited."""
+    return (getattr(coro, "__name__", None) is _SPAWNED or getattr(coro, "cr_suspended", False)
+            or getattr(coro, "gi_suspended", False))
+
+
 def _mark_spawned(coro):
-    """RuntimeError if it has been spawned, or is being awaited; from now on it has been spawned."""
-    if getattr(coro, "__name__", None) is _SPAWNED or getattr(coro, "gi_suspended", False):
+    """RuntimeError if it is started; from now on it has been spawned."""
+    if _is_started(coro):
         raise _started_already(coro)
     try:
         coro.__name__ = _SPAWNED
@@ -1840,6 +1869,23 @@ class _Worker:
                 self._poll(0)
             self.looked = polled
 
+    def recover(self, error):
+        """work() was left by `error` in the middle of anything: give each task its place again (I1), and go on."""
+        self.task, placed = None, set(self.ready)
+        for task in list(self.kernel.all_tasks()):
+            if task._state == PARKED and task.abort_function is None:
+                reschedule(task, error=error)
+            elif task._state == READY and task not in placed:
+                # It was about to be stepped, or has been: then it has ended, or yielded and is stepped once more.
+                if getattr(task.coro, "cr_frame", True) is None or getattr(task.coro, "gi_frame", True) is None:
+                    self._finish(task, None, error)
+                else:
+                    self.ready.append(task)
+            deadline, task._timer = self.timers._nearest(task), _INF
+            if deadline < _INF:
+                self.timers.set(task, deadline)
+        self.timers.prune()
+
     def _parked(self, task, trap):
         if task.abort_function is None and task._state == PARKED:
             self._not_parked(task, trap, RuntimeError(
@@ -1922,12 +1968,6 @@ class _Worker:
             elif timeout is None or timeout > LONGEST_POLL:
                 timeout = LONGEST_POLL
             events = self.poller.wait(timeout)
-        except BaseException as error:          # of somebody else's signal handler: what the tasks hold is cleaned up first
-            events, kernel = (), self.kernel
-            kernel.cancel_all()
-            if kernel.fatal is not None:
-                kernel.drop_shields()           # it fails again, perhaps for ever
-            kernel.fatal = kernel.fatal or error
         finally:
             self.sleeping = False
         for pollable, bits in events:
@@ -1997,6 +2037,121 @@ def _unknown_trap(trap):
 _HOOKS = ("task_spawned", "task_parked", "task_rescheduled", "task_stolen", "task_done", "before_poll", "after_poll")
 
 
+class _Signals:
+    """The signals of a kernel in the main thread, where nobody else has taken them: Ctrl-C, SIGTERM, SIGQUIT."""
+
+    # A handler may interrupt any bytecode of the kernel, so it only posts a call to the loop.
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.interrupts = 0         # Ctrl-C so far
+        self.terminate = None       # the number of the signal that asked to stop
+        self.heard = False          # main was told of it
+        self.handlers = []          # (signal number, our handler, the one to restore)
+        self.owns_wakeup_fd = False
+
+    def install(self):
+        if threading.current_thread() is not threading.main_thread():
+            return
+        import signal
+        for name, default, handler in (("SIGINT", signal.default_int_handler, self._on_interrupt),
+                                       ("SIGTERM", signal.SIG_DFL, self._on_terminate),
+                                       ("SIGQUIT", signal.SIG_DFL, self._on_quit)):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == default:
+                self.handlers.append((number, handler, default))
+                signal.signal(number, handler)
+
+    def take_wakeup_fd(self, fd):
+        """Have the C-level handler write there at once.
+
+        Without it a signal that comes between the last bytecode and epoll_wait would be noticed when something else ends
+        the wait.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        import signal
+        other = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+        self.owns_wakeup_fd = other == -1
+        if not self.owns_wakeup_fd:
+            signal.set_wakeup_fd(other)
+
+    def release_wakeup_fd(self):
+        if self.owns_wakeup_fd:
+            import signal
+            self.owns_wakeup_fd = False
+            signal.set_wakeup_fd(-1)
+
+    def restore(self):
+        """The first comes last: once SIGINT is restored a Ctrl-C raises at once, and would leave others undone."""
+        if self.handlers:
+            import signal
+            for number, handler, default in reversed(self.handlers):
+                if signal.getsignal(number) == handler:         # else somebody has put another one there
+                    signal.signal(number, default)
+
+    def may_stop(self):
+        """Whether SIGTERM would wake those who wait for a request to stop."""
+        return any(handler == self._on_terminate for _, handler, _ in self.handlers)
+
+    def is_foreign(self, handler):
+        """Whether what signal.getsignal() has given is somebody else's function."""
+        import signal
+        return (callable(handler) and handler is not signal.default_int_handler
+                and all(handler != ours for _, ours, _ in self.handlers))
+
+    def _post(self, call):
+        worker = self.kernel.worker
+        worker.inbox.append(call)
+        if worker.sleeping:
+            worker.waker.call_from_signal()
+
+    def _on_interrupt(self, number, frame):
+        self.interrupts += 1
+        self._post(self._interrupted)
+        stuck = time.monotonic() - self.kernel.worker.looked > STUCK_SECONDS
+        if stuck and self.interrupts > 1 and self._in_users_code(frame):
+            raise KeyboardInterrupt
+
+    def _in_users_code(self, frame):
+        """Whether an error raised in `frame` meets the user's code first, not the kernel's bookkeeping."""
+        if self.kernel.worker.task is None or frame.f_code.co_filename == _HERE:
+            return False
+        while frame is not None and frame.f_code.co_filename != _HERE:
+            frame = frame.f_back
+        return frame is not None and bool(frame.f_code in _STEPPERS or frame.f_code.co_flags & 0x80)    # CO_COROUTINE
+
+    def _interrupted(self):
+        kernel = self.kernel
+        if self.interrupts > 1:
+            kernel.drop_shields()
+        if kernel.main.done():
+            kernel.cancel_all()
+        else:
+            kernel.main.cancel()
+
+    def _on_terminate(self, number, frame):
+        again, self.terminate = self.terminate is not None, number
+        self._post(functools.partial(self._terminated, again))
+
+    def _terminated(self, again):
+        kernel = self.kernel
+        self.heard = self.heard or not kernel.main.done()
+        if again or not len(kernel.stop_lot):
+            kernel.main.cancel()
+        if again:
+            kernel.drop_shields()
+        kernel.request_stop()
+
+    def _on_quit(self, number, frame):
+        try:
+            text = (self.kernel.dump() + "\n").encode(errors="replace")
+            while text:
+                text = text[os.write(2, text):]
+        except Exception:           # stderr is closed or full: the program that was asked goes on
+            pass
+
+
 class _Kernel:
     """One run(): its worker, the root of its tasks, its signals, and how it ends."""
 
@@ -2009,10 +2164,7 @@ class _Kernel:
         self.failures = weakref.WeakKeyDictionary()     # of the root's tasks
         self.asyncgens = weakref.WeakKeyDictionary()
         self.fatal = None                       # raised by run() whatever main returns
-        self.interrupts = 0                     # Ctrl-C so far
-        self.signal = None                      # the one that asked to stop
-        self.handlers = []                      # (signal number, our handler, the one to restore)
-        self.owns_wakeup_fd = False
+        self.signals = _Signals(self)
         self.stop_asked = False
         self.stop_lot = ParkingLot("wait for a request to stop")
         self.deadlocks = 0
@@ -2027,20 +2179,20 @@ class _Kernel:
         worker = self.worker
         asyncgen_hooks = sys.get_asyncgen_hooks()
         try:
-            self._install_signals()             # first and last: between, no Ctrl-C can break in
+            self.signals.install()              # first and last: between, no Ctrl-C can break in
             worker.open()
-            self._take_wakeup_fd()
+            self.signals.take_wakeup_fd(worker.waker.write_fd)
             _local.worker = worker
             _kernels.add(self)
             sys.set_asyncgen_hooks(firstiter=self._begin_asyncgen, finalizer=self._finalize_asyncgen)
             self.main = self.root.spawn(coro)
-            worker.work()
+            self._work()
         except _Forked:
             return None, RuntimeError(
                 "this process was forked inside flowcoro.run(), and the child came back into the kernel. A child may run a "
                 "kernel of its own, exec or os._exit(); to start processes use subprocess, or fork before run()")
         finally:
-            self._release_wakeup_fd()
+            self.signals.release_wakeup_fd()
             sys.set_asyncgen_hooks(*asyncgen_hooks)
             _local.worker = _OUTSIDE
             _kernels.discard(self)
@@ -2050,26 +2202,46 @@ class _Kernel:
                 call = worker.inbox.popleft()
                 if isinstance(call, _CallFromThread):
                     call.refuse()
-            self._restore_signals()
+            for failure in list(self.failures):
+                if self.main is None or failure is not self.main._error:
+                    failure.report()
+            self.signals.restore()
         return self._outcome()
 
+    def _work(self):
+        """Let the worker step tasks until none is left, whatever strikes it in the middle of its bookkeeping."""
+        blow = None                 # what a signal handler of the user's or his clock has raised; no memory or stack left
+        for blows in range(BLOWS):
+            try:
+                if blow is not None:
+                    self.fatal = self.fatal or blow
+                    self.worker.recover(blow)
+                    self.cancel_all()
+                    if blows > 1:
+                        self.drop_shields()
+                return self.worker.work()
+            except _Forked:
+                raise
+            except BaseException as error:
+                blow = error
+        for task in list(self.all_tasks()):
+            self._close_by_force(task)
+
     def _outcome(self):
-        main = self.main
-        for failure in list(self.failures):
-            if failure is not main._error:
-                failure.report()
+        main, signals = self.main, self.signals
         error = None if main._error is None else main.exception()
         if self.fatal is not None:
             if error is not None and not isinstance(error, TaskCancelled) and error is not self.fatal:
                 self.fatal.__cause__ = error
             return None, self.fatal
-        if self.interrupts:
+        if signals.interrupts:
             interrupt = KeyboardInterrupt()
             if error is not None and not isinstance(error, (TaskCancelled, KeyboardInterrupt)):
                 interrupt.__cause__ = error
             return None, interrupt
-        if isinstance(error, TaskCancelled) and main.cancelled() and self.signal is not None:
-            return None, SystemExit(128 + self.signal)
+        cancelled = isinstance(error, TaskCancelled) and main.cancelled()
+        if signals.terminate is not None and (cancelled or error is None and not signals.heard):
+            return None, SystemExit(128 + signals.terminate)
         return main._value, error
 
     def wind_up(self):
@@ -2111,98 +2283,18 @@ class _Kernel:
                 if scope._shield and not scope._firm:
                     scope._shield = False
                 scope = scope._outer
-            call = getattr(task.abort_function, "__self__", None)
-            if self.interrupts > 1 and task._state == PARKED and isinstance(call, _ThreadCall):
-                call.abandon = True             # the thread may never come back
+            place = getattr(task.abort_function, "__self__", None)
+            if task._state != PARKED:
+                continue
+            if isinstance(place, _ThreadCall) and self.signals.interrupts > 1:
+                place.abandon = True            # the thread may never come back
+                task._resume = task._send
+            elif isinstance(place, ParkingLot) and task.abort_function == place._stay:
+                task.abort_function = place._abort      # nor may the holder of the lock
                 task._resume = task._send
         for task in list(self.root._tasks):
             if self.root._doomed or task._cancel_called:
                 _interrupt_inside(task, None)
-
-    # -- signals: a handler may interrupt any bytecode of the kernel, so it only posts a call to the loop
-
-    def _install_signals(self):
-        if threading.current_thread() is not threading.main_thread():
-            return
-        import signal
-        for name, default, handler in (("SIGINT", signal.default_int_handler, self._on_interrupt),
-                                       ("SIGTERM", signal.SIG_DFL, self._on_terminate),
-                                       ("SIGQUIT", signal.SIG_DFL, self._on_quit)):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) == default:
-                self.handlers.append((number, handler, default))
-                signal.signal(number, handler)
-
-    def _take_wakeup_fd(self):
-        if threading.current_thread() is not threading.main_thread():
-            return
-        import signal
-        # The C-level handler writes there at once. Without it a signal that comes between the last bytecode and
-        # epoll_wait would be noticed when something else ends the wait.
-        other = signal.set_wakeup_fd(self.worker.waker.write_fd, warn_on_full_buffer=False)
-        self.owns_wakeup_fd = other == -1
-        if not self.owns_wakeup_fd:
-            signal.set_wakeup_fd(other)
-
-    def _restore_signals(self):
-        if self.handlers:
-            import signal
-            for number, handler, default in self.handlers:
-                if signal.getsignal(number) == handler:         # else somebody has put another one there
-                    signal.signal(number, default)
-
-    def _release_wakeup_fd(self):
-        if self.owns_wakeup_fd:
-            import signal
-            self.owns_wakeup_fd = False
-            signal.set_wakeup_fd(-1)
-
-    def _post_from_signal(self, call):
-        self.worker.inbox.append(call)
-        if self.worker.sleeping:
-            self.worker.waker.call_from_signal()
-
-    def _on_interrupt(self, number, frame):
-        self.interrupts += 1
-        self._post_from_signal(self._interrupted)
-        stuck = time.monotonic() - self.worker.looked > STUCK_SECONDS
-        if stuck and self.interrupts > 1 and self._in_users_code(frame):
-            raise KeyboardInterrupt
-
-    def _in_users_code(self, frame):
-        """Whether an error raised in `frame` meets the user's code first, not the kernel's bookkeeping."""
-        if self.worker.task is None or frame.f_code.co_filename == _HERE:
-            return False
-        while frame is not None and frame.f_code.co_filename != _HERE:
-            frame = frame.f_back
-        return frame is not None and bool(frame.f_code in _STEPPERS or frame.f_code.co_flags & 0x80)    # CO_COROUTINE
-
-    def _interrupted(self):
-        if self.interrupts > 1:
-            self.drop_shields()
-        if self.main.done():
-            self.cancel_all()
-        else:
-            self.main.cancel()
-
-    def _on_terminate(self, number, frame):
-        self._post_from_signal(functools.partial(self._terminated, number))
-
-    def _terminated(self, number):
-        again, self.signal = self.signal is not None, number
-        if again or not len(self.stop_lot):
-            self.main.cancel()
-        if again:
-            self.drop_shields()
-        self.request_stop()
-
-    def _on_quit(self, number, frame):
-        try:
-            text = (self.dump() + "\n").encode(errors="replace")
-            while text:
-                text = text[os.write(2, text):]
-        except Exception:           # stderr is closed or full: the program that was asked goes on
-            pass
 
     def request_stop(self):
         if not self.stop_asked:
@@ -2233,13 +2325,10 @@ class _Kernel:
 
     def _may_be_woken(self):
         import signal
-        ours = [handler for _, handler, _ in self.handlers]
-        if len(self.stop_lot) and self._on_terminate in ours:
+        if len(self.stop_lot) and self.signals.may_stop():
             return True
-        for number in signal.valid_signals():
-            handler = signal.getsignal(number)
-            if callable(handler) and handler not in ours and handler is not signal.default_int_handler:
-                return True
+        if any(self.signals.is_foreign(signal.getsignal(number)) for number in signal.valid_signals()):
+            return True
         try:
             threads = len(os.listdir("/proc/self/task"))        # also those that never ran Python yet
         except OSError:
@@ -2268,13 +2357,15 @@ class _Kernel:
         _report(RuntimeError("it could not be cancelled:\n" + "\n".join(_await_chain(task))),
                 "a task was closed by force", task)
         self.worker.task = task         # what its cleanup releases is its own
-        for undo in (functools.partial(task.abort_function, task), task.coro.close):
+        undo = [task.coro.close] if task.abort_function is None else [functools.partial(task.abort_function, task),
+                                                                      task.coro.close]
+        for call in undo:
             try:
-                undo()
+                call()
             except BaseException as error:
                 _report(error, "closing a task by force", task)
         self.worker.task = None
-        if task._state == PARKED:
+        if task._state != DONE:
             self.worker._finish(task, None, Cancelled())
 
     # -- hooks and dumps
@@ -2362,8 +2453,8 @@ def _after_fork_in_child():
     for kernel in list(_kernels):
         kernel.ended = True
         if threading.current_thread() is threading.main_thread():
-            kernel._release_wakeup_fd()
-            kernel._restore_signals()
+            kernel.signals.release_wakeup_fd()
+            kernel.signals.restore()
         kernel.worker.waker._lock = threading.RLock()
         kernel.worker.ready.clear()
         kernel.worker.ready.append(_Poison())
@@ -2395,7 +2486,7 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0):
 
     Raises Deadlock when no task can ever run again; TaskCancelled when main was cancelled, but not by a signal
     (request_stop() and its grace, cancel()); RuntimeError inside a running kernel; TypeError and ValueError.
-    What a signal handler of yours raises while the kernel waits: everything is cancelled and joined first.
+    What a signal handler of yours raises while the kernel waits or works, not a task: all is cancelled and joined first.
     """
     _checked_coro(coro, "run")
     try:
@@ -2409,6 +2500,8 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0):
     except BaseException:           # also a Ctrl-C before the kernel has taken it over
         try:
             coro.close()            # else it would complain that nobody awaited it
+        except KeyboardInterrupt:   # one more: it says the same
+            pass
         except BaseException as late:
             _report(late, "closing main failed", coro)
         raise
@@ -2506,11 +2599,17 @@ class Lock(_AsyncWith):
         lot = self._lot
         if lot.holder is None or lot.holder is not _local.worker.task:
             raise RuntimeError(f"{current_task()!r} cannot release a Lock held by {lot.holder!r}")
-        if lot._tasks:
-            lot.holder, _ = lot._tasks.popitem(last=False)
-            reschedule(lot.holder)
-        else:
+        if not lot._tasks:
             lot.holder = None
+            return
+        holder, (lot.holder, _) = lot.holder, lot._tasks.popitem(last=False)
+        try:
+            reschedule(lot.holder)
+        except RecursionError:          # as in ParkingLot.unpark()
+            lot._tasks[lot.holder] = None
+            lot._tasks.move_to_end(lot.holder, last=False)
+            lot.holder = holder
+            raise
 
     def locked(self):
         """Whether a task holds it."""
@@ -2589,8 +2688,8 @@ class Event(_Unique):
 
     def set(self):
         """Set it and wake all that wait. Never blocks."""
-        self._set = True
         self._lot.unpark_all()
+        self._set = True
 
     def clear(self):
         """Unset it; who was woken stays woken."""
@@ -2630,7 +2729,7 @@ class Condition(_AsyncWith):
         """Release the lock, wait for notify(), acquire the lock again. RuntimeError without the lock.
 
         Cancelled before a notify: raised with the lock held. After it: returns, and the next checkpoint raises, so
-        that no notify is lost.
+        that no notify is lost. Only a second Ctrl-C, which goes through shields, can raise without the lock.
         """
         task = await _turn()
         if self._lock.owner is not task:
@@ -2639,7 +2738,7 @@ class Condition(_AsyncWith):
         try:
             await self._lot.park()
         except BaseException:
-            with _firm_shield():
+            with CancelScope(shield=True):      # not a firm one: the lock's holder may be dead
                 await self._lock.acquire()
             raise
 
@@ -2730,7 +2829,7 @@ class RWLock(_Unique):
         return _Side(self, True)
 
     def _admits(self, writing):
-        return not self._holders or not (writing or self._writing)
+        return not self._holders or not (writing or self._writing)      # _writing says nothing when nobody holds it
 
     def _admit(self):
         """Let in those who wait first, as long as they fit together."""
@@ -2739,10 +2838,10 @@ class RWLock(_Unique):
             task, writing = next(iter(tasks.items()))
             if not self._admits(writing):
                 break
+            reschedule(task)            # first what may find the end of the stack
             del tasks[task]
             self._writing = writing
             self._holders[task] = None
-            reschedule(task)
 
     def _abort(self, task):
         undone = task in self._lot._tasks
@@ -2799,9 +2898,14 @@ class _Side(_AsyncWith):
         if task not in lock._holders or lock._writing != self._writing:
             raise RuntimeError(f"{task!r} does not hold this side of the RWLock")
         del lock._holders[task]
+        try:
+            lock._admit()
+        except RecursionError:          # as in ParkingLot.unpark(); if anybody was let in, his release does the rest
+            if not lock._holders:
+                lock._holders[task] = None
+            raise
         if not lock._holders:
             lock._writing = False
-        lock._admit()
 
 
 # ---- channels, select, Broadcast ------------------------------------------------------------------------------
@@ -2837,12 +2941,17 @@ class Channel(_Unique):
             del task
             raise ClosedError("send on a closed Channel")
         receivers = self._receivers._tasks
-        if receivers:                   # _give(), written out for the same reason
+        if receivers:                   # unpark(), written out for the same reason
             receiver, _ = receivers.popitem(last=False)
-            if receiver.__class__ is Task:
-                reschedule(receiver, item)
-            else:
-                receiver.commit(item)
+            try:
+                if receiver.__class__ is Task:
+                    reschedule(receiver, item)
+                else:
+                    receiver.commit(item)
+            except RecursionError:
+                receivers[receiver] = None
+                receivers.move_to_end(receiver, last=False)
+                raise
         elif len(self._items) < self.capacity:
             self._items.append(item)
         else:
@@ -2872,7 +2981,7 @@ class Channel(_Unique):
         if self._closed:
             raise ClosedError("send on a closed Channel")
         if self._receivers._tasks:
-            self._give(item)
+            self._receivers.unpark(1, item)
         elif len(self._items) < self.capacity:
             self._items.append(item)
         else:
@@ -2892,25 +3001,22 @@ class Channel(_Unique):
     def _can_receive(self):
         return self._closed or self._items or self._senders._tasks
 
-    def _give(self, item):
-        """To the receiver that has waited longest."""
-        receiver, _ = self._receivers._tasks.popitem(last=False)
-        if receiver.__class__ is Task:
-            reschedule(receiver, item)
-        else:
-            receiver.commit(item)
-
     def _take(self):
         """The oldest item; the sender that has waited longest comes up behind."""
         items, senders = self._items, self._senders._tasks
         if senders:
-            sender, _ = senders.popitem(last=False)
-            if sender.__class__ is Task:
-                items.append(sender._item)
-                reschedule(sender)
-            else:
-                items.append(sender.item)
-                sender.commit(None)
+            sender, _ = senders.popitem(last=False)     # unpark(), written out too
+            try:
+                if sender.__class__ is Task:
+                    reschedule(sender)
+                    items.append(sender._item)
+                else:
+                    sender.commit(None)
+                    items.append(sender.item)
+            except RecursionError:
+                senders[sender] = None
+                senders.move_to_end(sender, last=False)
+                raise
         return items.popleft()
 
     def _end(self):
@@ -2919,11 +3025,11 @@ class Channel(_Unique):
     def close(self):
         """Nothing more will be sent. Parked senders get ClosedError, parked receivers EndOfChannel. Twice is once."""
         if not self._closed:
-            self._closed = True
             while self._receivers._tasks:       # each its own error: a traceback belongs to one task
                 self._receivers.unpark(error=self._end())
             while self._senders._tasks:
                 self._senders.unpark(error=ClosedError("the Channel was closed while this task waited to send"))
+            self._closed = True
 
     @property
     def closed(self):
@@ -3104,20 +3210,20 @@ class Broadcast(_Unique):
 
     def _let_senders_in(self):
         while self._senders._tasks and self._has_room():
-            task, _ = self._senders._tasks.popitem(last=False)
+            task = next(iter(self._senders._tasks))
             item = task._item
-            reschedule(task)
+            self._senders.unpark()
             self._publish(item)
 
     def close(self):
         """Nothing more will be sent: subscribers get what is left, then EndOfChannel; parked senders ClosedError."""
         if not self._closed:
-            self._closed = True
             while self._senders._tasks:
                 self._senders.unpark(error=ClosedError("the Broadcast was closed while this task waited to send"))
             for subscription in list(self._subscriptions):
                 while subscription._lot._tasks:
                     subscription._lot.unpark(error=subscription._end())
+            self._closed = True
 
     def statistics(self):
         """{"capacity", "sent", "subscribers", "senders_waiting": int, "closed": bool}"""
@@ -3249,8 +3355,8 @@ class Promise(_Unique):
 
     def _wake(self, worker):
         for task in [task for task in self._lot._tasks if task._worker is worker]:
-            self._lot._abort(task)
             reschedule(task)
+            del self._lot._tasks[task]
 
     def done(self):
         """Whether it is set."""
@@ -3276,12 +3382,16 @@ class Promise(_Unique):
 
 def _checked_coros(coros, caller):
     try:
+        _local.worker.task              # RuntimeError outside a kernel
+        seen = set()
         for coro in coros:
             _checked_coro(coro, caller)
-        _local.worker.task              # RuntimeError outside a kernel
+            if id(coro) in seen or _is_started(coro):
+                raise _started_already(coro)
+            seen.add(id(coro))
     except (TypeError, RuntimeError):
         for coro in coros:
-            if isinstance(coro, (Coroutine, types.GeneratorType)):
+            if isinstance(coro, (Coroutine, types.GeneratorType)) and not _is_started(coro):
                 coro.close()            # else each would complain that nobody awaited it
         raise
 
@@ -3431,6 +3541,10 @@ class _ThreadPool:
             while True:
                 call, self.call = self.call, None
                 call.work()
+                if self not in self.threads:    # the child of a fork, which has but this thread and no kernel
+                    _report(call.error or RuntimeError("the child has nobody to return to: it may exec or os._exit()"),
+                            "this process was forked in a function of to_thread(), and the function has come to its end")
+                    os._exit(1)
                 offered = True
                 self.idle.append(self)  # before the result is out: who calls next finds it
                 done, call = call, None

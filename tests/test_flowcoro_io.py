@@ -1309,3 +1309,34 @@ def test_a_run_that_fails_to_start_leaves_no_descriptor(monkeypatch):
     monkeypatch.setattr(flowcoro, "_new_poller", lambda: Broken(selectors.DefaultSelector()))
     with pytest.raises(OSError, match="no watch left"):
         flowcoro.run(nothing())
+
+
+def test_a_pollable_can_be_made_of_what_wait_readable_has_known_before(fds):
+    async def main():
+        read, write = fds.pipe()
+        os.write(write, b"x")
+        await flowcoro.wait_readable(read)
+        pollable = flowcoro.Pollable(read)
+        assert os.read(read, 1) == b"x"
+        await look()
+        pollable.readable = False
+        waiter = await settled(pollable.wait_readable)
+        os.write(write, b"y")
+        await waiter.task
+        pollable.close()
+        await flowcoro.wait_readable(read)      # and back again
+        assert flowcoro.statistics()["descriptors"] == 1
+
+    run(main)
+
+
+def test_a_pollable_cannot_be_made_of_what_wait_readable_waits_for(fds):
+    async def main():
+        read, write = fds.pipe()
+        waiter = await settled(lambda: flowcoro.wait_readable(read))
+        with pytest.raises(flowcoro.BusyError, match="waits for file descriptor .* before or after"):
+            flowcoro.Pollable(read)
+        os.write(write, b"x")
+        await waiter.task
+
+    run(main)

@@ -3,9 +3,11 @@
 What each does step by step; test_flowcoro_models.py compares them with lists in random programs.
 """
 
+import contextlib
 import copy
 import math
 import pickle
+import sys
 
 import pytest
 
@@ -916,3 +918,148 @@ async def test_every_repr_says_what_state_the_thing_is_in():
     assert repr(semaphore) == "<Semaphore value=2 max_value=4 tasks_waiting=0>"
     assert repr(flowcoro.RWLock().read) == "<RWLock.read readers=0 writer=None tasks_waiting=0>"
     assert repr(flowcoro.Promise()) == "<Promise done=False tasks_waiting=0>"
+
+
+# ---- at the end of the stack -------------------------------------------------------------------------------
+
+def at_the_end_of_the_stack(operation):
+    """Call operation() with no stack left, and then with more and more; whether it got through each time."""
+    def dive(depth):
+        if depth:
+            return dive(depth - 1)
+        return operation()
+
+    outcomes = []
+    for depth in reversed(range(sys.getrecursionlimit() - 150, sys.getrecursionlimit())):
+        try:
+            dive(depth)
+        except RecursionError:
+            outcomes.append(False)
+        else:
+            outcomes.append(True)
+    return outcomes
+
+
+async def wakes_nobody_in_vain(waits, wake):
+    """Tasks that wait for something, woken one at a time with no stack left: none is lost, and none is woken twice."""
+    woken = []
+
+    async def waiter(number):
+        await waits(number)
+        woken.append(number)
+
+    async with flowcoro.TaskGroup() as group:
+        tasks = await parked(group, *(waiter(number) for number in range(200)))
+        outcomes = at_the_end_of_the_stack(wake)
+        assert True in outcomes and False in outcomes
+        await wait_all_tasks_parked()
+        assert woken == list(range(sum(outcomes)))
+        assert [task.done() for task in tasks].count(False) == 200 - len(woken)
+        while len(woken) < 200:
+            wake()
+            await wait_all_tasks_parked()
+    assert woken == list(range(200))
+
+
+@run_in_kernel
+async def test_unpark_that_finds_no_stack_leaves_the_task_where_it_was():
+    lot = flowcoro.ParkingLot()
+    await wakes_nobody_in_vain(lambda number: lot.park(), lot.unpark)
+
+
+@run_in_kernel
+async def test_semaphore_release_that_finds_no_stack_has_released_nothing():
+    semaphore = flowcoro.Semaphore(0)
+    await wakes_nobody_in_vain(lambda number: semaphore.acquire(), semaphore.release)
+
+
+@run_in_kernel
+async def test_channel_operations_that_find_no_stack_have_done_nothing():
+    channel = flowcoro.Channel()
+    await wakes_nobody_in_vain(lambda number: channel.receive(), lambda: channel.send_nowait(1))
+    await wakes_nobody_in_vain(lambda number: channel.send(number), channel.receive_nowait)
+    await wakes_nobody_in_vain(lambda number: flowcoro.select(channel, flowcoro.Channel()), lambda: channel.send_nowait(1))
+    await wakes_nobody_in_vain(lambda number: flowcoro.select((channel, number), flowcoro.Channel()), channel.receive_nowait)
+
+
+@run_in_kernel
+async def test_lock_release_that_finds_no_stack_leaves_the_lock_held():
+    lock = flowcoro.Lock()
+    events = []
+
+    def release():
+        if not lock._lot.holder is main:                # a property would be one call more
+            return
+        events.append("tries")
+        lock.release()
+        events.append("released")
+
+    async def waiter():
+        async with lock:
+            events.append("acquired")
+
+    main = flowcoro.current_task()
+    async with flowcoro.TaskGroup() as group:
+        await lock.acquire()
+        await parked(group, waiter())
+        at_the_end_of_the_stack(release)
+    assert events.count("tries") > 1
+    assert events[-3:] == ["tries", "released", "acquired"]
+    assert not lock.locked()
+
+
+@run_in_kernel
+async def test_rwlock_release_that_finds_no_stack_lets_nobody_be_lost():
+    lock = flowcoro.RWLock()
+    events = []
+
+    async def reader(number):
+        async with lock.read:
+            events.append(number)
+
+    async with flowcoro.TaskGroup() as group:
+        await lock.write.acquire()
+        await parked(group, *(reader(number) for number in range(5)))
+
+        def release():
+            if me in lock.holder:
+                lock.write.release()
+
+        me = flowcoro.current_task()
+        at_the_end_of_the_stack(release)
+    assert events == list(range(5))
+    assert lock.holder == ()
+
+
+@run_in_kernel
+async def test_event_set_and_channel_close_that_find_no_stack_can_be_done_again():
+    event, channel, broadcast = flowcoro.Event(), flowcoro.Channel(), flowcoro.Broadcast(1)
+    ended = []
+
+    async def ends(wait):
+        with contextlib.suppress(flowcoro.EndOfChannel):
+            await wait
+        ended.append(True)
+
+    async with flowcoro.TaskGroup() as group:
+        for wait in (event.wait, channel.receive, broadcast.subscribe().receive):
+            await parked(group, *(ends(wait()) for _ in range(3)))
+        for operation in (event.set, channel.close, broadcast.close):
+            at_the_end_of_the_stack(operation)
+            operation()
+    assert len(ended) == 9
+
+
+@run_in_kernel
+async def test_cancel_that_finds_no_stack_loses_no_task():
+    async with flowcoro.TaskGroup() as group:
+        tasks = await parked(group, *(flowcoro.sleep(math.inf) for _ in range(200)))
+        left = list(tasks)
+
+        def cancel():
+            left[-1].cancel()
+            left.pop()
+
+        at_the_end_of_the_stack(cancel)
+        group.cancel()
+    assert all(task.cancelled() for task in tasks)

@@ -1181,3 +1181,223 @@ def test_a_selector_that_fails_for_ever_ends_the_run_in_spite_of_shields():
     with pytest.raises(OSError, match="the selector is broken"):
         flowcoro.run(main())
     assert log == ["cleanup begins"]
+
+
+def test_an_error_of_a_signal_handler_at_any_moment_ends_the_run_and_harms_no_other():
+    stress("""
+        import warnings
+        warnings.simplefilter("ignore")                 # a coroutine may be struck before anybody awaits it
+
+        def strike(number, frame):
+            raise OSError("struck")
+
+        async def main():
+            signal.setitimer(signal.ITIMER_REAL, 0.0001 + luck.random() * 0.002, 0.001)
+            try:
+                await traffic.run()
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+        sys.unraisablehook = lambda got: None           # of finalisers, abort functions, whatever was struck
+        luck = random.Random(SEED)
+        signal.signal(signal.SIGALRM, strike)
+        before = set(os.listdir("/dev/fd"))
+        for turn in range(150):
+            traffic = Traffic()
+            try:
+                flowcoro.run(main())
+                sys.exit("it ended without an error")
+            except Exception:                           # the blow, or what it has broken in the middle of an operation
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            gc.collect()
+            left = set(os.listdir("/dev/fd")) - before
+            assert len(left) <= 2, left                 # the pipe of Traffic.io(), if that was struck in its finally
+            for fd in left:
+                os.close(int(fd))
+            assert flowcoro.run(sane()) == "sane"
+        say("done")
+    """)
+
+
+def test_a_clock_that_fails_in_the_loop_ends_the_run_with_cleanup_and_loses_no_task():
+    log = []
+
+    class Clock(flowcoro_testing.VirtualClock):
+        broken = False
+
+        def idle(self, timeout):
+            if self.broken:
+                self.broken = False
+                raise OSError("no time")
+            return super().idle(timeout)
+
+    async def worker(name):
+        try:
+            await flowcoro.sleep(1000)
+        finally:
+            with flowcoro.CancelScope(shield=True):
+                await flowcoro.sleep(1)
+            log.append(name)
+
+    async def main():
+        async with flowcoro.TaskGroup() as group:
+            for name in "ab":
+                group.spawn(worker(name))
+            await flowcoro.sleep(1)
+            clock.broken = True
+            await flowcoro.sleep(1)
+
+    clock = Clock()
+    with pytest.raises(OSError, match="no time"):
+        flowcoro.run(main(), clock=clock)
+    assert log == ["a", "b"]
+
+
+def test_a_clock_that_fails_for_ever_ends_the_run_all_the_same(reports):
+    log = []
+
+    class Clock(flowcoro_testing.VirtualClock):
+        def now(self):
+            if log:
+                raise OSError("no time, ever")
+            return super().now()
+
+    async def main():
+        flowcoro.spawn(flowcoro.sleep(1))
+        await flowcoro.checkpoint()
+        log.append("broken")
+        try:
+            while True:
+                try:
+                    await flowcoro.checkpoint()
+                except flowcoro.Cancelled:
+                    pass
+        finally:
+            log.append("closed")
+
+    with pytest.raises(OSError, match="no time, ever"):
+        flowcoro.run(main(), clock=Clock())
+    assert log[:1] == ["broken"] and "closed" in log
+    assert any("closed by force" in what for what, _ in reports)
+
+
+# ---- the edges of a run ------------------------------------------------------------------------------------
+
+def test_a_ctrl_c_while_the_signals_are_given_back_leaves_none_behind(monkeypatch):
+    getsignal = signal.getsignal
+    interrupted = []
+
+    async def main():
+        monkeypatch.setattr(signal, "getsignal", interrupting)
+
+    def interrupting(number):
+        if number == signal.SIGINT and not interrupted:
+            interrupted.append(True)
+            signal.signal(signal.SIGINT, signal.default_int_handler)        # it strikes as soon as that is done
+            interrupt()
+        return getsignal(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        flowcoro.run(main())
+    assert interrupted
+
+
+def test_a_ctrl_c_while_main_is_closed_that_could_not_begin_is_no_error_of_its_own(reports):
+    class Main(flowcoro.Coroutine):
+        def send(self, value):
+            raise AssertionError
+
+        throw = __await__ = send
+
+        def close(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(ValueError, match="grace"):
+        flowcoro.run(Main(), grace=-1)
+    assert reports == []
+
+
+def test_sigterm_that_comes_when_main_has_ended_still_ends_the_program():
+    async def cleans_up():
+        try:
+            await flowcoro.sleep(math.inf)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    async def main():
+        flowcoro.spawn(cleans_up())
+        await flowcoro.checkpoint()
+        return "a value"
+
+    with pytest.raises(SystemExit) as caught:
+        flowcoro.run(main())
+    assert caught.value.code == 128 + signal.SIGTERM
+
+
+def test_a_second_sigterm_that_comes_when_a_service_has_ended_as_asked_changes_nothing():
+    async def cleans_up():
+        try:
+            await flowcoro.sleep(math.inf)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    async def terminate():
+        signal.raise_signal(signal.SIGTERM)
+
+    async def main():
+        flowcoro.spawn(cleans_up())
+        flowcoro.spawn(terminate())
+        await flowcoro.stop_requested()
+        return "a value"
+
+    assert flowcoro.run(main()) == "a value"
+
+
+def test_an_error_of_main_is_not_lost_to_a_sigterm_that_comes_after_it():
+    async def cleans_up():
+        try:
+            await flowcoro.sleep(math.inf)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    async def main():
+        flowcoro.spawn(cleans_up())
+        await flowcoro.checkpoint()
+        raise KeyError("main's own")
+
+    with pytest.raises(KeyError, match="main's own"):
+        flowcoro.run(main())
+
+
+@pytest.mark.parametrize("notified", [False, True])
+def test_ctrl_c_ends_those_who_wait_for_the_lock_of_a_condition_whose_holder_is_dead(notified):
+    with Child(f"""
+        async def waits(condition):
+            async with condition:
+                await condition.wait()
+
+        async def dies(condition):
+            await condition.acquire()
+            if {notified}:
+                condition.notify_all()
+
+        async def stays():                              # else there would be a deadlock to report
+            with flowcoro.CancelScope(shield=True):
+                await flowcoro.sleep(1000)
+
+        async def main():
+            condition = flowcoro.Condition()
+            flowcoro.spawn(waits(condition), name="waits")
+            flowcoro.spawn(stays())
+            await flowcoro.checkpoint()
+            await flowcoro.spawn(dies(condition))
+            say("ready")
+            await flowcoro.sleep(1000)
+
+        flowcoro.run(main())
+    """) as child:
+        child.hears("ready")
+        child.insist(signal.SIGINT)
+        status, said, errors = child.end()
+    assert status == -signal.SIGINT, errors
+    assert "KeyboardInterrupt" in errors

@@ -2188,3 +2188,27 @@ def test_a_report_hook_that_exits_does_not_end_the_kernel(monkeypatch):
 
     monkeypatch.setattr(sys, "unraisablehook", leave)
     assert run(main()) == "ok"
+
+
+@pytest.mark.parametrize("combine", [flowcoro.when_all, flowcoro.when_any, flowcoro.as_completed])
+@run_in_kernel
+async def test_a_coroutine_given_twice_or_started_before_is_an_error_and_the_others_are_closed(combine):
+    async def combined(*coros):
+        result = combine(*coros)
+        if combine is not flowcoro.as_completed:
+            await result
+
+    async def one():
+        await flowcoro.checkpoint()
+        return 1
+
+    twice, other = one(), one()
+    with pytest.raises(RuntimeError, match="has been started already"):
+        await combined(twice, twice, other)
+    assert inspect.getcoroutinestate(twice) == inspect.getcoroutinestate(other) == inspect.CORO_CLOSED
+
+    task, other = flowcoro.spawn(one()), one()
+    with pytest.raises(RuntimeError, match="has been started already"):
+        await combined(other, task.coro)
+    assert inspect.getcoroutinestate(other) == inspect.CORO_CLOSED
+    assert await task == 1                      # whose coroutine was left alone

@@ -1718,3 +1718,29 @@ def test_a_limiter_is_a_semaphore():
             await flowcoro.to_thread(abs, -1, limiter=flowcoro.Lock())
 
     run(main)
+
+
+def test_a_child_that_is_forked_in_a_thread_and_returns_says_so_and_ends_at_once():
+    output = python("""
+        async def main():
+            read, write = os.pipe()
+
+            def fork():
+                pid = os.fork()
+                if pid == 0:
+                    os.dup2(write, 2)
+                return pid
+
+            pid = await flowcoro.to_thread(fork)
+            assert reap(pid) == 1
+            os.close(write)
+            text = b""
+            while chunk := os.read(read, 4096):
+                text += chunk
+            print("to_thread" in text.decode(), "os._exit()" in text.decode())
+
+        began = time.monotonic()
+        flowcoro.run(main())
+        assert time.monotonic() - began < flowcoro.THREAD_IDLE_SECONDS
+    """)
+    assert output == "True True\n"
