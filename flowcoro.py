@@ -62,8 +62,8 @@ Invariants, each asserted or tested where it could break:
 Sources: curio (traps), trio (cancel scopes, parking lots), Go's runtime/proc.go (polling, the deadlock report,
 select), tokio (the budget), Nathaniel J. Smith, "Notes on structured concurrency"; PEP 492, 525, 567, 654.
 
-What it does not do: sockets, TLS and HTTP (siblings do), several workers (not yet: run() takes workers=1),
-signals other than SIGINT, SIGTERM and SIGQUIT, process pools.
+What it does not do: sockets, TLS and HTTP (siblings do), signals other than SIGINT, SIGTERM and SIGQUIT (flowcoro_os),
+process pools.
 
 SPDX-License-Identifier: MIT
 """
@@ -114,6 +114,16 @@ STEPS_PER_POLL = 61
 # Seconds after which a worker does so even if fewer steps were made: what a timer or a descriptor may be late because of
 # others, and by STEPS_PER_LOOK steps more until it is noticed that these are long.
 SECONDS_PER_POLL = 0.001
+
+# Seconds between two looks of an idle worker after those that are in a step: one that has not come round in between is
+# stuck, and the idle one stands in for it. Go's monitor looks every 10 ms too.
+TICK = 0.01
+
+# The same while all sleep: what a worker may be stuck unnoticed at most when it begins to work after that.
+IDLE_TICK = 0.1
+
+# Workers at most: more threads than any machine has cores are a mistake in a number.
+MOST_WORKERS = 1024
 
 # Steps between two looks at the clock, to know that such a time has passed: a look costs about 5 ns a step. Fewer once
 # steps turn out to be long.
@@ -210,7 +220,7 @@ class EndOfChannel(ClosedError):
 
 
 class BusyError(FlowCoroError):
-    """Another task already waits for this direction of this file descriptor."""
+    """Another task already waits for this direction of this file descriptor, or it has another Pollable."""
 
 
 class Lagged(FlowCoroError):
@@ -339,6 +349,69 @@ class _Unique:
         return f"<{type(self).__name__.strip('_')} {facts}>"
 
 
+# ---- the guard ------------------------------------------------------------------------------------------------
+# With one worker nothing takes a lock. With several, one lock, the guard, is held by whoever touches what tasks of several
+# workers share: the fields of a task that is not running, and the places where tasks wait. Its own fields belong to the
+# running task; a step that only computes takes no lock at all.
+#
+#   under the guard                                     without it
+#   park functions, abort functions, reschedule()       a step; popleft() from one's own ready deque, append() to any and
+#   scopes: enter, leave, cancel                        pop() from another's (atomic: who gets the task has it alone)
+#   groups: open, spawn, a task's end, close            inboxes (append and popleft are atomic)
+#   every take and give of a lock, a channel, …         task.budget: a count-down may overwrite the 0 of a cancel, which
+#   timers, steals, task._worker                        task._resume remembers, so that it is noticed at the next yield
+#
+# One lock for all, because a select waits in several channels, a cancel walks through the tasks of all workers, and an abort
+# function is called from there: with a lock for each object all this would need an order of locks, and find deadlocks.
+#
+# The marks below cost nothing until a run asks for several workers: then each marked function is replaced for good.
+
+_GUARD = threading.RLock()
+_MARKED = []                    # (where it stands, its name, what takes its place)
+
+
+def _under_guard(function):
+    @functools.wraps(function)
+    def guarded(*args, **kwargs):
+        with _GUARD:
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+class _guarded:
+    """Marks a method that holds the guard where there are several workers."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __set_name__(self, owner, name):
+        setattr(owner, name, self.function)
+        _MARKED.append((owner, name, _under_guard(self.function)))
+
+
+class _shared:
+    """Marks a method that takes the place of the one named, where there are several workers."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __set_name__(self, owner, name):
+        setattr(owner, name, self.function)
+        _MARKED.append((owner, name.removeprefix("_shared_"), self.function))
+
+
+def _guarded_function(function):
+    """Marks a function of this module; all its callers are in here."""
+    _MARKED.append((sys.modules[__name__], function.__name__, _under_guard(function)))
+    return function
+
+
+def _guard_all():
+    while _MARKED:
+        setattr(*_MARKED.pop())
+
+
 # ---- traps ----------------------------------------------------------------------------------------------------
 # These, sleep(), sleep_until(), Task.__await__ and ParkingLot.park are the only places that yield to the kernel.
 
@@ -448,6 +521,7 @@ class CancelScope(_Unique):
         self._firm = False          # the shield holds even when a second Ctrl-C drops shields
         self.cancelled_caught = False
 
+    @_guarded
     def __enter__(self):
         worker = _local.worker
         task = worker.task or current_task()        # which says that none runs
@@ -465,6 +539,7 @@ class CancelScope(_Unique):
             _refresh(task)
         return self
 
+    @_guarded
     def __exit__(self, kind, error, trace):
         task = self._task
         if task._scope is not self:
@@ -507,6 +582,7 @@ class CancelScope(_Unique):
                            "nest. Most often an async generator yielded inside `with timeout()` or a TaskGroup; open "
                            "the scope around the loop that consumes it instead")
 
+    @_guarded
     def _watch(self, worker):
         """See to it that the worker looks at this task at the deadline (now, if that has passed)."""
         if self._deadline <= worker.now():
@@ -516,12 +592,22 @@ class CancelScope(_Unique):
         else:
             worker.timers.set(self._task, self._deadline)
 
+    @_guarded
     def cancel(self):
         """Cancel everything inside, now and later: each checkpoint raises Cancelled. Twice is once. Never blocks."""
         if not self._cancelled:
             self._cancelled = True
             if self._task is not None:
-                _interrupt_inside(self._task, self)
+                try:
+                    _interrupt_inside(self._task, self)
+                except RecursionError:      # as in Task.cancel()
+                    self._cancelled = False
+                    self._task._worker.inbox.append(self._interrupt)
+                    self._cancelled = True
+
+    def _interrupt(self):
+        if self._task is not None:
+            _interrupt_inside(self._task, self)
 
     @property
     def cancel_called(self):
@@ -538,7 +624,11 @@ class CancelScope(_Unique):
 
     @deadline.setter
     def deadline(self, deadline):
-        self._deadline = _checked_deadline(deadline)
+        self._move(_checked_deadline(deadline))
+
+    @_guarded
+    def _move(self, deadline):
+        self._deadline = deadline
         self._seconds = None if self._task is None else self._seconds
         if self._task is not None and deadline < self._task._timer:
             self._watch(self._task._worker)
@@ -550,7 +640,11 @@ class CancelScope(_Unique):
 
     @shield.setter
     def shield(self, shield):
-        self._shield = bool(shield)
+        self._set_shield(bool(shield))
+
+    @_guarded
+    def _set_shield(self, shield):
+        self._shield = shield
         task = self._task
         if task is not None:
             if not shield and not self._cancelled and _is_cancelled(task, self._outer):
@@ -625,6 +719,7 @@ def _is_cancelled(task, scope):
             return group._doomed
 
 
+@_guarded_function
 def _refresh(task):
     """The running task has entered or left a scope that matters: set its two marks anew."""
     if _is_cancelled(task, task._scope):
@@ -672,9 +767,9 @@ class Task(_Unique):
 
     __slots__ = ("coro", "context", "_name", "_send", "_resume", "_value", "_item", "_error", "_state", "budget",
                  "park_reason", "abort_function", "_scope", "_group", "_worker", "_timer", "_wake_at",
-                 "_joiners", "_cancel_called", "_swallowed", "__weakref__")
+                 "_joiners", "_cancel_called", "_swallowed", "_pinned", "__weakref__")
 
-    def __init__(self, coro, group, worker, name):
+    def __init__(self, coro, group, worker, name, pinned):
         self.coro = coro
         self.context = contextvars.copy_context()
         self._name = name
@@ -695,11 +790,12 @@ class Task(_Unique):
         self._joiners = None        # ParkingLot of those who await it, once there are any
         self._cancel_called = False
         self._swallowed = 0         # deliveries of Cancelled in this cancellation
+        self._pinned = pinned       # stays with its worker
 
     # -- the ways to make a step. Each is the value of _resume at some time and is called in the task's context.
 
     def _raise_error(self, value):
-        self._resume = self._send
+        _refresh(self)
         error, self._error = self._error, None
         throw = self.coro.throw
         del self
@@ -740,15 +836,17 @@ class Task(_Unique):
                 return                          # parked for good, and told before
             try:
                 aborted = self.abort_function(self)
+            except RecursionError:
+                raise
             except BaseException as error:
                 _report(error, f"an abort function failed; {self!r} cannot be cancelled before it is rescheduled", self)
                 aborted = False
             if aborted:
                 self._resume = self._deliver
                 try:
-                    reschedule(self)
+                    _reschedule(self)
                 except RecursionError:          # it has no place to go back to
-                    self._worker.inbox.append(functools.partial(reschedule, self))
+                    self._worker.inbox.append(functools.partial(_reschedule, self))
             else:
                 self._resume = self._step_then_cancel
         elif self.budget == WOKEN and self is not self._worker.task:
@@ -757,11 +855,17 @@ class Task(_Unique):
             self._resume = self._deliver
         self.budget = 0
 
+    @_guarded
     def cancel(self):
         """Cancel the whole task: Cancelled is raised at each of its checkpoints. Harmless when done. Never blocks."""
         if self._state != DONE and not self._cancel_called:
             self._cancel_called = True
-            _interrupt_inside(self, None)
+            try:
+                _interrupt_inside(self, None)
+            except RecursionError:          # where the caller's stack ends; the loop has enough of it
+                self._cancel_called = False     # should there be no room even for this
+                self._worker.inbox.append(functools.partial(_interrupt_inside, self, None))
+                self._cancel_called = True
 
     # -- the outcome
 
@@ -774,13 +878,19 @@ class Task(_Unique):
         else:
             yield
         if self._state != DONE:
-            if self._joiners is None:
-                self._joiners = ParkingLot("wait for a task", self)
-            yield self._joiners._park
+            yield self._park_joiner
         try:
             return self.result()
         finally:
             del self, task              # else the error's traceback, and so the error, would hold the task that holds it
+
+    def _park_joiner(self, task):
+        if self._state == DONE:             # on another worker, in between
+            _reschedule(task)
+            return
+        if self._joiners is None:
+            self._joiners = ParkingLot("wait for a task", self)
+        self._joiners._park(task)
 
     def done(self):
         """Whether it has ended, in whatever way."""
@@ -847,13 +957,8 @@ def current_task():
     return task
 
 
-def reschedule(task, value=None, error=None):
-    """Make a parked task runnable: its park returns `value` or raises `error`. Exactly once per park.
-
-    In the kernel's own thread; from others use a Promise or call_from_thread(). RuntimeError if the task is not
-    parked: whoever wakes a task must first take it out of the place where it was parked, and the one who finds it
-    there is the one to wake it. RecursionError where the stack ends: the task is still parked, and has to go back there.
-    """
+def _reschedule(task, value=None, error=None):
+    """As reschedule(), for those who hold the guard if there are several workers."""
     if task._state != PARKED:
         raise RuntimeError(f"{task!r} is not parked: each park is answered by exactly one reschedule")
     task._state = READY
@@ -864,13 +969,31 @@ def reschedule(task, value=None, error=None):
         if task._resume is task._send:
             task._resume = task._raise_error
     worker = task._worker
+    if worker.others:
+        worker = worker.taken_over(task)
     try:
         if worker.hooks is not None:
             worker.kernel.fire("task_rescheduled", task)
         worker.ready.append(task)
-    except RecursionError:          # the caller's stack ends here; his caller puts the task back where it was (I2)
-        task._state = PARKED
+    except RecursionError:          # the caller's stack ends here; he puts the task back where it was (I2)
+        task._state, task._value, task._error = PARKED, None, None
+        if task._resume.__func__ is Task._raise_error:      # (to compare the methods would need stack)
+            task._resume = task._send
         raise
+
+
+def reschedule(task, value=None, error=None):
+    """Make a parked task runnable: its park returns `value` or raises `error`. Exactly once per park.
+
+    In a thread of the kernel; from others use a Promise or call_from_thread(). RuntimeError if the task is not
+    parked: whoever wakes a task must first take it out of the place where it was parked, and the one who finds it
+    there is the one to wake it. RecursionError where the stack ends: the task is still parked, and has to go back there.
+    """
+    if task._worker.others:
+        with _GUARD:
+            _reschedule(task, value, error)
+    else:
+        _reschedule(task, value, error)
 
 
 # ---- parking --------------------------------------------------------------------------------------------------
@@ -912,6 +1035,7 @@ class ParkingLot(_Unique):
         """The abort function of those who cannot leave."""
         return False
 
+    @_guarded
     def unpark(self, count=1, value=None, error=None):
         """Wake the `count` (math.inf: all) that have waited longest. Returns how many there were."""
         woken = 0
@@ -919,7 +1043,7 @@ class ParkingLot(_Unique):
             parked, _ = self._tasks.popitem(last=False)
             try:
                 if parked.__class__ is Task:
-                    reschedule(parked, value, error)
+                    _reschedule(parked, value, error)
                 else:
                     parked.commit(value, error)
             except RecursionError:          # the stack ends here, so nothing of ours can be called: back to the front
@@ -966,6 +1090,11 @@ if hasattr(selectors, "EpollSelector"):
         def arm(self, pollable):
             """A task is about to wait: nothing to do, the registration stands."""
 
+        def rearm_all(self):
+            for key in list(self._fd_to_key.values()):
+                if key.data.wants():
+                    self.rearm(key.data)
+
         def rearm(self, pollable):
             """Report again what is the case now. FileNotFoundError when the number has become another file."""
             self._selector.modify(pollable.fd, self._EVENT_READ | self._EVENT_WRITE)
@@ -998,6 +1127,7 @@ class _LevelPoller:
     def __init__(self, selector):
         self._selector = selector
         self._numbers = set()                   # of the descriptors added
+        self._busy = threading.Lock()           # poll() by two threads at once is an error
 
     def add(self, pollable):
         if pollable.fd in self._numbers:
@@ -1027,7 +1157,18 @@ class _LevelPoller:
 
     verify = rearm
 
+    def rearm_all(self):
+        """Nothing to do: what was ready still is."""
+
     def wait(self, timeout):
+        if not self._busy.acquire(blocking=False):
+            return []                           # another worker does it at the moment
+        try:
+            return self._wait(timeout)
+        finally:
+            self._busy.release()
+
+    def _wait(self, timeout):
         try:
             found = self._selector.select(timeout)
         except OSError:                         # select() fails for all when one of them has been closed: that one is it
@@ -1067,12 +1208,14 @@ def _fileno(fd):
 class Pollable(_Unique):
     """A file descriptor (or an object with fileno()) that tasks can wait for; what sockets are made of.
 
-    `readable` and `writable` say what the last edge said, and start out True: try the operation first; when it says
-    EAGAIN, set the flag to False and await wait_readable() or wait_writable(), which return at once while the flag is
-    True. `hangup`: the peer has closed or reset, so that a short read does not mean that the buffer is empty.
+    `readable` and `writable` say what the last edge said, and start out True. Set the flag to False, then try the
+    operation (in this order: with several workers an edge may come in between); when it says EAGAIN, await
+    wait_readable() or wait_writable(), which return at once while the flag is True; when there may be more, set it to
+    True again. `hangup`: the peer has closed or reset, so that a short read does not mean that the buffer is empty.
     One task may wait per direction (else BusyError). close() it before the descriptor is closed.
-    Raises OSError when the descriptor is closed or of a kind that is always ready, such as a regular file; BusyError when
-    it has a Pollable already; ValueError for what is no descriptor; RuntimeError outside a kernel.
+    Raises OSError when the descriptor is closed or of a kind that is always ready, such as a regular file; BusyError
+    when it has a Pollable already, or a task waits in wait_readable() or wait_writable() for it; ValueError for what is no
+    descriptor; RuntimeError outside a kernel.
     """
 
     __slots__ = ("fd", "readable", "writable", "hangup", "_reader", "_writer", "_worker", "_closed")
@@ -1083,6 +1226,10 @@ class Pollable(_Unique):
         self.hangup = self._closed = False
         self._reader = self._writer = None      # the task that waits
         self._worker = worker = _local.worker
+        self._begin(worker)
+
+    @_guarded
+    def _begin(self, worker):
         self._register(worker.poller)
         worker.descriptors += 1
 
@@ -1095,7 +1242,7 @@ class Pollable(_Unique):
         except OSError as error:
             raise OSError(error.errno, f"file descriptor {self.fd} cannot be waited for: {error.strerror}") from error
         except KeyError as error:
-            plain = self._worker.plain.get(self.fd)
+            plain = self._worker.kernel.plain.get(self.fd)
             if plain is None:
                 raise BusyError(f"file descriptor {self.fd} has a Pollable already; close() that first") from error
             if plain.wants():
@@ -1108,13 +1255,29 @@ class Pollable(_Unique):
         """Return when there is something to read, or the end. BusyError, ClosedError. Cancelled: nothing consumed."""
         await _turn()
         if not self.readable or self._closed:
-            await park(self._park_reader)
+            await park(self._park_unless_readable)
 
     async def wait_writable(self):
         """Return when there is room to write, or the connection is broken. BusyError, ClosedError."""
         await _turn()
         if not self.writable or self._closed:
-            await park(self._park_writer)
+            await park(self._park_unless_writable)
+
+    def _park_unless_readable(self, task):
+        if self.readable and not self._closed:      # another worker has polled in between
+            _reschedule(task)
+        else:
+            self._park_reader(task)
+            if self._worker.others:         # its edge may have come, and been told, before the task has unset the flag
+                self._worker.poller.rearm(self)
+
+    def _park_unless_writable(self, task):
+        if self.writable and not self._closed:
+            _reschedule(task)
+        else:
+            self._park_writer(task)
+            if self._worker.others:
+                self._worker.poller.rearm(self)
 
     def _park_reader(self, task):
         self._check(self._reader, "read")
@@ -1139,7 +1302,7 @@ class Pollable(_Unique):
     def _armed(self, task):
         self._worker.io_parked += 1
         try:
-            self._worker.poller.arm(self)
+            self._arm()
         except BaseException:
             self._abort(task)
             raise
@@ -1150,14 +1313,23 @@ class Pollable(_Unique):
         elif self._writer is task:
             self._writer = None
         self._worker.io_parked -= 1
-        self._worker.poller.arm(self)
+        try:
+            self._arm()
+        except RecursionError:              # it goes on being watched, until the next event finds that nobody waits
+            pass
         return True
+
+    def _arm(self):
+        self._worker.poller.arm(self)
+        if self._worker is not _local.worker:       # poll() and select() look at what was armed before
+            self._worker.wake()
 
     def wants(self):
         """The events that parked tasks wait for, in the selectors module's bits."""
         return (selectors.EVENT_READ if self._reader is not None else 0) | (
             selectors.EVENT_WRITE if self._writer is not None else 0)
 
+    @_guarded
     def ready(self, bits):
         """The poller's word that something has changed."""
         if bits & HANGUP:
@@ -1170,15 +1342,16 @@ class Pollable(_Unique):
 
     def _wake(self, bits, error=None):
         if bits & READ and self._reader is not None:
-            reschedule(self._reader, error=error and error())
+            _reschedule(self._reader, error=error and error())
             self._reader = None
             self._worker.io_parked -= 1
         if bits & WRITE and self._writer is not None:
-            reschedule(self._writer, error=error and error())
+            _reschedule(self._writer, error=error and error())
             self._writer = None
             self._worker.io_parked -= 1
-        self._worker.poller.arm(self)
+        self._arm()
 
+    @_guarded
     def close(self):
         """Stop watching (the descriptor itself stays open); those who wait get ClosedError. Twice is once."""
         if self._closed:
@@ -1223,6 +1396,8 @@ class _PlainFd(Pollable):
 
     def _check(self, waiting, verb):
         poller = self._worker.poller
+        if self._closed:                    # by notify_closing() on another worker, in between
+            super()._check(waiting, verb)
         try:
             self._verify(poller.rearm)
         except FileNotFoundError:
@@ -1238,6 +1413,7 @@ class _PlainFd(Pollable):
             f"file descriptor {self.fd} was closed while this task waited for it, and is another file now; call "
             "notify_closing(fd) before closing"))
 
+    @_guarded
     def ready(self, bits):
         wanted = _select.POLLIN if self._reader is not None else 0
         if self._writer is not None:
@@ -1260,18 +1436,22 @@ class _PlainFd(Pollable):
 
 
 async def _wait_for_fd(fd, bit):
-    task = await _turn()
-    worker = task._worker
-    number = _fileno(fd)
-    plain = worker.plain.get(number)
-    if plain is None:
-        plain = worker.plain[number] = _PlainFd(number)
+    kernel = (await _turn())._worker.kernel
+    plain = _plain_fd(kernel, _fileno(fd))
     try:
         await park(plain._park_reader if bit == READ else plain._park_writer)
     except OSError:             # closed, or of a kind that cannot be waited for
-        if plain.wants() == 0 and worker.plain.get(number) is plain:
-            notify_closing(number)
+        if plain.wants() == 0 and kernel.plain.get(plain.fd) is plain:
+            notify_closing(plain.fd)
         raise
+
+
+@_guarded_function
+def _plain_fd(kernel, number):
+    plain = kernel.plain.get(number)
+    if plain is None:
+        plain = kernel.plain[number] = _PlainFd(number)
+    return plain
 
 
 async def wait_readable(fd):
@@ -1290,8 +1470,7 @@ async def wait_writable(fd):
 
 def notify_closing(fd):
     """Say, before closing it, that the descriptor is about to be closed: those who wait for it get ClosedError."""
-    worker = _local.worker
-    plain = worker.plain.pop(_fileno(fd), None)
+    plain = _local.worker.kernel.plain.pop(_fileno(fd), None)
     if plain is not None:
         plain.close()
 
@@ -1458,10 +1637,11 @@ class TaskGroup(_Unique):
     cancelled by its own cancel() ends only itself.
     """
 
-    __slots__ = ("scope", "_tasks", "_owner", "_doomed", "_cut", "_errors", "_lot", "_open", "_late")
+    __slots__ = ("scope", "_tasks", "_owner", "_doomed", "_cut", "_errors", "_lot", "_open", "_late", "_pinned")
 
-    def __init__(self):
+    def __init__(self, *, pinned=False):
         self.scope = CancelScope()
+        self._pinned = pinned
         self._tasks = {}
         self._owner = None
         self._doomed = False        # its scope lies, or lay at some time, in a cancelled region
@@ -1472,6 +1652,11 @@ class TaskGroup(_Unique):
         self._open = False
 
     async def __aenter__(self):
+        self._begin()
+        return self
+
+    @_guarded
+    def _begin(self):
         if self.scope._entered:
             raise RuntimeError("a TaskGroup serves one `async with`; make a new one")
         self.scope.__enter__()
@@ -1479,9 +1664,9 @@ class TaskGroup(_Unique):
         self._doomed = task._resume is not task._send
         self.scope._group = self
         self._open = True
-        return self
 
-    def spawn(self, coro, *, name=None):
+    @_guarded
+    def spawn(self, coro, *, name=None, pinned=False):
         """Start a task in the group, from any of the kernel's tasks. RuntimeError once the group has ended.
 
         TypeError for what is no coroutine object, and a name that is no str; RuntimeError for a coroutine that was started
@@ -1507,7 +1692,7 @@ class TaskGroup(_Unique):
             raise _started_already(coro)
         else:
             coro.__name__ = _SPAWNED    # _mark_spawned() written out: 0.2 us of 2.5
-        task = Task(coro, self, worker, name)
+        task = Task(coro, self, worker, name, pinned or self._pinned)
         self._tasks[task] = None
         if self._doomed and _is_cancelled(task, None):
             task.budget = 0
@@ -1533,11 +1718,9 @@ class TaskGroup(_Unique):
         if error is not None:
             self._failed(_without_cancelled(error))
             self.scope.cancel()
-        while self._tasks:                  # who awaited the last one may have spawned another
-            self._lot = ParkingLot("wait for the tasks of a group", self._tasks)
+        while not self._close():            # who awaited the last one may have spawned another
             with _firm_shield():            # the children are told by themselves, and then this wait ends
-                await self._lot.park()
-        self._open = False
+                await park(self._park)
         self._lot = None
         errors, cut = list({id(error): error for error in self._errors}.values()), self._cut
         self._errors = self._cut = None
@@ -1560,6 +1743,19 @@ class TaskGroup(_Unique):
         finally:
             del errors, error, body, cut, task      # no circles through the traceback
 
+    @_guarded
+    def _close(self):
+        """Whether it is closed now; not while tasks are left."""
+        self._open = bool(self._tasks)
+        return not self._open
+
+    def _park(self, task):
+        if not self._tasks:
+            _reschedule(task)
+            return
+        self._lot = ParkingLot("wait for the tasks of a group", self._tasks)
+        self._lot._park(task)
+
     @staticmethod
     def _raise(errors):
         for error in errors:
@@ -1569,6 +1765,7 @@ class TaskGroup(_Unique):
                                   else error.__cause__)
         raise BaseExceptionGroup("errors in a TaskGroup", errors) from None
 
+    @_guarded
     def _failed(self, error):
         """The body or a task has ended with `error`."""
         if isinstance(error, Cancelled):
@@ -1623,6 +1820,7 @@ class _Timers:
         self.tasks = {}             # deadline -> the task to look at then, or a list of them
         self.entries = 0            # tasks in there, stale ones included
 
+    @_guarded
     def set(self, task, deadline):
         """Look at `task` at `deadline`, which is earlier than its entry that counts so far."""
         task._timer = deadline
@@ -1631,14 +1829,17 @@ class _Timers:
         if there is None:
             self.tasks[deadline] = task
             heapq.heappush(self.heap, deadline)
+            if self.worker.sleeping:            # then another one calls
+                self.worker.waker.call()
         elif there.__class__ is list:
             there.append(task)
         else:
             self.tasks[deadline] = [there, task]
 
+    @_guarded
     def prune(self):
         """Drop the stale entries if they are most of all: O(log n) for each that was made since, and mostly less."""
-        if self.entries <= 2 * (self.worker.spawned - self.worker.finished) + 64:
+        if self.entries <= 2 * self.worker.kernel.alive() + 64:
             return
         old, self.tasks, self.entries = self.tasks, {}, 0
         self.heap.clear()
@@ -1649,6 +1850,7 @@ class _Timers:
                     task._timer = _INF          # the next entry of the same task for the same deadline is one too many
                     self.set(task, deadline)
 
+    @_guarded
     def expire(self, now):
         heap = self.heap
         due = []
@@ -1675,7 +1877,7 @@ class _Timers:
         """The entry of `task` that counted has come up: wake it, expire its scopes, set the next entry."""
         task._timer = _INF
         if task._state == PARKED and task.abort_function is _abort_sleep and task._wake_at <= now:
-            reschedule(task)
+            _reschedule(task)
             if task._scope is None:
                 return
         scope = task._scope
@@ -1700,6 +1902,7 @@ class _Timers:
             scope = scope._outer
         return nearest
 
+    @_guarded
     def next_deadline(self):
         """The earliest deadline that still means something; what stands before it in the heap is thrown away."""
         self.prune()
@@ -1723,6 +1926,28 @@ class _Timers:
         return None
 
 
+def _has_ended(coro):
+    return getattr(coro, "cr_frame", None) is None and getattr(coro, "gi_frame", None) is None
+
+
+def _left_open(task, root):
+    """The task ends inside of scopes that nobody has left: report that, and lose neither their errors nor their tasks."""
+    groups, task._scope = _groups(task), None
+    _report(RuntimeError(f"task {task.name!r} has ended inside a cancel scope, or a TaskGroup, that was never left: its "
+                         "cancellation and its errors could reach nobody. Most often an async generator yielded inside "
+                         "`with timeout()` or a TaskGroup; open the scope around the loop that consumes it instead"),
+            "a scope was never left", task)
+    for group in groups:
+        for error in group._errors:
+            _report(error, f"an error in a TaskGroup of task {task.name!r} that was never left", group)
+        for child in list(group._tasks):
+            del group._tasks[child]
+            child._group = root
+            root._tasks[child] = None
+            child.cancel()
+        group._open = False
+
+
 class _Forked(Exception):
     """In the child of a fork: leave the copy of the parent's loop without touching what it shares with the parent."""
 
@@ -1733,6 +1958,7 @@ class _Worker:
     def __init__(self, kernel, clock, seed):
         self.kernel = kernel
         self.clock = clock
+        self.others = ()            # the other workers of the run, if there are any
         self.now = time.monotonic if clock is None else clock.now
         self.ready = deque() if seed is None else _ShuffledDeque(seed)
         self.inbox = deque()        # calls that other threads want made in this one
@@ -1741,7 +1967,6 @@ class _Worker:
         self.sleeping = False       # I5
         self.looked = 0.0           # when it was last between two steps, as of time.monotonic(), give or take 15 steps
         self.hooks = None           # kernel.hooks while there are any
-        self.plain = {}             # number -> _PlainFd
         self.descriptors = 0        # Pollables
         self.io_parked = 0          # tasks parked on them
         self.thread_calls = 0       # to_thread calls under way
@@ -1769,10 +1994,7 @@ class _Worker:
             self.poller.close()
             self.waker.close()
         for call in list(self.abandoned):       # too late for this run; but later ones that share the limiter need the permit
-            try:
-                call.finish()
-            except ValueError as error:
-                _report(error, "the limiter of an abandoned to_thread call was released too often", call)
+            call.finish()
 
     def post(self, call):
         """Have `call()` made by this worker's thread; False if it has ended. From any thread, but no signal handler."""
@@ -1792,11 +2014,10 @@ class _Worker:
         for _ in range(len(self.inbox)):        # no more than there are now: threads that go on asking starve nobody
             if self.stopped:
                 break
-            call = self.inbox.popleft()
-            try:
-                call()
-            except Exception as error:
-                _report(error, "a call posted to the kernel failed", call)
+            call = self.inbox[0]
+            call()                      # an error can only be a signal handler's, and then the call is made again
+            if self.inbox:              # else this is the child of a fork in there
+                self.inbox.popleft()
 
     def pick(self, count):
         """A number below `count`, random but reproducible: which of several ready cases select() takes."""
@@ -1811,6 +2032,7 @@ class _Worker:
         ready, inbox, timers, heap = self.ready, self.inbox, self.timers, self.timers.heap
         # Bound methods and ints in locals: together 60 ns of the 250 of a step (CPython 3.11).
         popleft, append, monotonic, real = ready.popleft, ready.append, time.monotonic, self.clock is None
+        several = bool(self.others)
         turn, batch, looks, polled = BUDGET, range(STEPS_PER_LOOK), range(STEPS_PER_POLL // STEPS_PER_LOOK), monotonic()
         while not self.stopped:
             for look in looks:
@@ -1830,6 +2052,8 @@ class _Worker:
                             task.budget = turn
                             task._value = None
                             append(task)
+                        elif several:
+                            self._park_among_others(task, trap)
                         elif task._resume is not task._send:
                             append(task)    # cancelled: it does not park, it is told at its next step (I4)
                         else:
@@ -1859,31 +2083,49 @@ class _Worker:
             polled = monotonic()
             if inbox:
                 self._take_calls()
-            if heap and heap[0] <= (polled if real else self.now()):
+            if heap and (several or heap[0] <= (polled if real else self.now())):     # several: another may just take it
                 timers.expire(self.now())
             timers.prune()
             if not ready:
                 self._idle()
                 polled = monotonic()
-            elif self.descriptors:
-                self._poll(0)
+            else:
+                if self.descriptors:
+                    self._poll(0)
+                if several:
+                    self._offer_work()
             self.looked = polled
 
+    @_guarded
     def recover(self, error):
         """work() was left by `error` in the middle of anything: give each task its place again (I1), and go on."""
-        self.task, placed = None, set(self.ready)
-        for task in list(self.kernel.all_tasks()):
-            if task._state == PARKED and task.abort_function is None:
-                reschedule(task, error=error)
-            elif task._state == READY and task not in placed:
-                # It was about to be stepped, or has been: then it has ended, or yielded and is stepped once more.
-                if getattr(task.coro, "cr_frame", True) is None or getattr(task.coro, "gi_frame", True) is None:
-                    self._finish(task, None, error)
-                else:
-                    self.ready.append(task)
-            deadline, task._timer = self.timers._nearest(task), _INF
+        struck, self.task, kernel = self.task, None, self.kernel
+        placed, timers = set(self.ready), self.timers
+        self.poller.rearm_all()             # the last events may be lost
+        timers.heap.clear()                 # what it had taken out is found again below
+        timers.tasks.clear()
+        timers.entries = 0
+        for task in list(kernel.all_tasks()):
+            if task._worker is self:
+                if task._state == PARKED and task.abort_function is None:
+                    _reschedule(task, error=error)
+                elif task._state == READY and task not in placed:
+                    # It was about to be stepped, or has been: then it has ended, or yielded and is stepped once more.
+                    if _has_ended(task.coro):
+                        self._finish(task, None, error)
+                    else:
+                        self.ready.append(task)
+            deadline, task._timer = timers._nearest(task), _INF
             if deadline < _INF:
-                self.timers.set(task, deadline)
+                timers.set(task, deadline)
+        if struck is not None and struck._state == DONE:        # its end may have been told to nobody yet, or to a part
+            struck._group._tasks.pop(struck, None)
+            if struck._joiners is not None:
+                struck._joiners.unpark_all()
+            failure = struck._error
+            struck._group._child_done(struck, failure.error if isinstance(failure, _Failure) else failure)
+        elif not kernel.root._tasks and kernel.main is not None:
+            kernel.wind_up()
         self.timers.prune()
 
     def _parked(self, task, trap):
@@ -1898,7 +2140,10 @@ class _Worker:
         if not callable(trap) or isinstance(trap, type):
             error = _unknown_trap(trap)
         if task._state == PARKED:
-            reschedule(task, error=error)
+            if task.abort_function is not None:     # it may have stored the task already
+                with contextlib.suppress(Exception):
+                    task.abort_function(task)
+            _reschedule(task, error=error)
         else:                           # it was rescheduled first: it has its place in the ready deque
             task._error = error
             if task._resume is task._send:
@@ -1907,17 +2152,22 @@ class _Worker:
     def _failed(self, task, error):
         if error.__class__ is _Forked:
             raise error
+        if not _has_ended(task.coro):       # no error of its own: a signal handler's, between its yield and here
+            task._value, task._error = None, error
+            if task._resume is task._send:
+                task._resume = task._raise_error
+            self.ready.append(task)
+            raise error
         _trim(error)
         self._finish(task, None, _without_cancelled(error))
 
+    @_guarded
     def _finish(self, task, value, error):
         """The coroutine has returned `value` or raised `error`."""
         if task._scope is not None:
-            self._left_open(task)
+            _left_open(task, self.kernel.root)
         self.finished += 1
-        task._state = DONE
         task._value = value
-        task._resume = task._send = None
         task._timer = _INF                      # whatever the heap holds of it is stale
         group = task._group
         tasks, joiners = group._tasks, task._joiners
@@ -1930,31 +2180,15 @@ class _Worker:
                 task._error = _Failure(error, f"task {task.name!r} failed and nobody awaited it", seen)
                 if group._owner is None:
                     self.kernel.failures[task._error] = None
+        task._state = DONE                      # after the outcome, for which others do not take the guard
+        task._resume = task._send = None
         if joiners is not None:
-            task._joiners = None
             joiners.unpark_all()
+            task._joiners = None
         if self.hooks is not None:
             self.kernel.fire("task_done", task)
         if not tasks or error is not None or group._owner is None:
             group._child_done(task, error)
-
-    def _left_open(self, task):
-        """The task ends inside of scopes that nobody has left: report that, and lose neither their errors nor their tasks."""
-        groups, task._scope = _groups(task), None
-        _report(RuntimeError(f"task {task.name!r} has ended inside a cancel scope, or a TaskGroup, that was never left: its "
-                             "cancellation and its errors could reach nobody. Most often an async generator yielded inside "
-                             "`with timeout()` or a TaskGroup; open the scope around the loop that consumes it instead"),
-                "a scope was never left", task)
-        root = self.kernel.root
-        for group in groups:
-            for error in group._errors:
-                _report(error, f"an error in a TaskGroup of task {task.name!r} that was never left", group)
-            for child in list(group._tasks):
-                del group._tasks[child]
-                child._group = root
-                root._tasks[child] = None
-                child.cancel()
-            group._open = False
 
     # -- I/O and idleness
 
@@ -1975,6 +2209,11 @@ class _Worker:
         if self.hooks is not None:
             self.kernel.fire("after_poll", len(events))
         return events
+
+    def wake(self):
+        """End its sleep, if it sleeps. From any thread."""
+        if self.sleeping:
+            self.waker.call()
 
     def _until_deadline(self):
         """Seconds until the next deadline that still means something, or None."""
@@ -2016,6 +2255,161 @@ class _ShuffledDeque(deque):
         if self:
             self.rotate(-self.random.randrange(len(self)))
         return super().popleft()
+
+
+class _Ready(deque):
+    """The ready deque of one worker of several: who adds to that of another one ends its sleep."""
+
+    def __init__(self, worker):
+        super().__init__()
+        self.worker = worker
+
+    def append(self, task):
+        super().append(task)
+        if self.worker.sleeping:        # I5: first add, then look who sleeps
+            self.worker.waker.call()
+
+
+class _OneOfSeveral(_Worker):
+    """A worker that shares the work with others: who has none steals some, or stands in for one that is stuck."""
+
+    def __init__(self, kernel):
+        super().__init__(kernel, None, None)
+        self.ready = _Ready(self)
+        self.thread = None          # all but the first start one
+        self.stolen = 0             # tasks
+        self.seen = {}              # worker -> (its `looked`, when that was first seen)
+
+    def _park_among_others(self, task, trap):
+        with _GUARD:
+            if task._resume is not task._send:
+                if task._resume == task._step_then_cancel:      # another worker took it for one that waits for its step
+                    task._resume = task._deliver
+                self.ready.append(task)
+                return
+            task._state = PARKED
+            task._value = task.abort_function = self.task = None
+            try:
+                trap(task)
+            except BaseException as error:
+                self._not_parked(task, trap, error)
+            else:
+                if self.hooks is not None or task.abort_function is None:
+                    self._parked(task, trap)
+
+    def main(self):
+        """The thread of every worker but the first, which has that of run()."""
+        _local.worker = self
+        self.kernel.take_asyncgens()
+        try:
+            self.kernel.work(self)
+        except _Forked:
+            _report(RuntimeError("the child has nobody to return to: it may exec or os._exit()"),
+                    "this process was forked inside flowcoro.run(), and the child came back into the kernel")
+            os._exit(1)
+        finally:
+            _local.worker = _OUTSIDE
+
+    def taken_over(self, task):
+        """Who wakes a task of this worker has it from now on, unless it is pinned: what it was woken for is warm there."""
+        here = _local.worker
+        if task._pinned or here is _OUTSIDE or here.kernel is not self.kernel:
+            return self
+        task._worker = here
+        return here
+
+    def _offer_work(self):
+        """Wake one of those who sleep if more is ready than this one comes round to soon, or nobody looks after the others."""
+        if not self.kernel.keeper.locked() or self.kernel.parallel and len(self.ready) > 1:
+            for other in self.others:
+                if other.sleeping:
+                    other.waker.call()
+                    return
+
+    def _steal(self, victim, count):
+        """Take over `count` ready tasks of another worker, from the far end, where those lie that would wait longest."""
+        with _GUARD:
+            stolen, pinned = [], []
+            while len(stolen) < count:
+                try:
+                    task = victim.ready.pop()
+                except IndexError:
+                    break
+                (pinned if task._pinned else stolen).append(task)
+            victim.ready.extend(reversed(pinned))
+            for task in reversed(stolen):
+                task._worker = self
+                self.ready.append(task)
+            self.stolen += len(stolen)
+            if self.hooks is not None:
+                for task in stolen:
+                    self.kernel.fire("task_stolen", task, victim)
+        return bool(stolen)
+
+    def _find_work(self):
+        """Whether there is something to step now: half of what another one has too much of, or all of one that is stuck."""
+        for victim in self.others:
+            if victim.is_stuck(self):
+                self._stand_in_for(victim)
+            elif self.kernel.parallel and len(victim.ready) > 1:
+                self._steal(victim, len(victim.ready) // 2)
+            if self.ready:
+                return True
+        return False
+
+    def is_stuck(self, observer):
+        """Whether it has not come round between two looks of `observer`, that are TICK seconds apart or more."""
+        seen, since = observer.seen.get(self, (None, 0.0))
+        now = time.monotonic()
+        if self.sleeping or self.task is None or seen != self.looked:
+            observer.seen[self] = self.looked, now
+            return False
+        return now - since >= TICK
+
+    def _stand_in_for(self, victim):
+        """Somebody's long step keeps it from all else: do that here."""
+        victim.timers.expire(self.now())
+        if victim.descriptors:
+            for pollable, bits in victim.poller.wait(0):
+                pollable.ready(bits)
+                if pollable is victim.waker:        # it may be about to sleep, and this was to keep it from that
+                    pollable.call()
+        self._steal(victim, len(victim.ready))
+
+    def _idle(self):
+        """Nothing is ready here: find work elsewhere, or wait, and look after the others if nobody does yet."""
+        kernel = self.kernel
+        if self.stopped:
+            return
+        if self._find_work():
+            self._offer_work()
+            return
+        timeout = self._until_deadline()
+        if self.hooks is not None:
+            kernel.fire("before_poll", timeout)
+            if self.ready:
+                return
+            timeout = self._until_deadline()
+        if timeout is None and kernel.is_quiet(self) and kernel.is_deadlocked():
+            with _GUARD:
+                if kernel.is_quiet(self):
+                    kernel.break_deadlock()
+            return
+        keeper = False
+        try:
+            self.sleeping = True                # I5, also for what others do to the timers, the end, and the keeper
+            keeper = kernel.keeper.acquire(blocking=False)
+            timeout = 0.0 if self.stopped else self._until_deadline()
+            if keeper:
+                awake = any(not other.sleeping for other in self.others)
+                timeout = min(_INF if timeout is None else timeout, TICK if awake else IDLE_TICK)
+            self._poll(timeout)
+        finally:
+            self.sleeping = False
+            if keeper:
+                kernel.keeper.release()
+        if self.ready:
+            self._offer_work()
 
 
 def _unknown_trap(trap):
@@ -2145,17 +2539,39 @@ class _Signals:
 
     def _on_quit(self, number, frame):
         try:
-            text = (self.kernel.dump() + "\n").encode(errors="replace")
+            text = (_dump(self.kernel) + "\n").encode(errors="replace")
             while text:
                 text = text[os.write(2, text):]
         except Exception:           # stderr is closed or full: the program that was asked goes on
             pass
 
 
+def _has_gil():
+    return getattr(sys, "_is_gil_enabled", lambda: not getattr(sys.flags, "nogil", False))()
+
+
+def _close_by_force(task):
+    _report(RuntimeError("it could not be cancelled:\n" + "\n".join(_await_chain(task))),
+            "a task was closed by force", task)
+    worker = _local.worker
+    undo = [task.coro.close] if task.abort_function is None else [functools.partial(task.abort_function, task),
+                                                                  task.coro.close]
+    for call in undo:
+        if call is undo[-1]:
+            task._worker, worker.task = worker, task        # what its cleanup releases is its own
+        try:
+            call()
+        except BaseException as error:
+            _report(error, "closing a task by force", task)
+    worker.task = None
+    if task._state != DONE:
+        worker._finish(task, None, Cancelled())
+
+
 class _Kernel:
     """One run(): its worker, the root of its tasks, its signals, and how it ends."""
 
-    def __init__(self, clock, seed, grace):
+    def __init__(self, workers, clock, seed, grace):
         self.clock, self.seed, self.grace = clock, seed, grace
         self.root = _Root(self)
         self.main = None
@@ -2163,6 +2579,8 @@ class _Kernel:
         # Keys of dicts, because a set has no order, and the same seed has to give the same run.
         self.failures = weakref.WeakKeyDictionary()     # of the root's tasks
         self.asyncgens = weakref.WeakKeyDictionary()
+        self.dropped = deque()                  # async generators to be closed
+        self.plain = {}                         # number -> _PlainFd
         self.fatal = None                       # raised by run() whatever main returns
         self.signals = _Signals(self)
         self.stop_asked = False
@@ -2170,7 +2588,17 @@ class _Kernel:
         self.deadlocks = 0
         self.ended = False
         self.limiter = Semaphore(THREADS)
-        self.worker = _Worker(self, clock, seed)
+        if workers == 1:
+            self.workers = [_Worker(self, clock, seed)]
+        else:
+            _guard_all()
+            self.workers = [_OneOfSeveral(self) for _ in range(workers)]
+            for worker in self.workers:
+                worker.others = tuple(other for other in self.workers if other is not worker)
+        self.worker = self.workers[0]           # that of the thread that called run()
+        self.in_main_thread = threading.current_thread() is threading.main_thread()
+        self.keeper = threading.Lock()          # held by the idle worker that looks after those who may be stuck
+        self.parallel = not _has_gil()
 
     # -- beginning and end
 
@@ -2180,52 +2608,97 @@ class _Kernel:
         asyncgen_hooks = sys.get_asyncgen_hooks()
         try:
             self.signals.install()              # first and last: between, no Ctrl-C can break in
-            worker.open()
+            for each in self.workers:
+                each.open()
             self.signals.take_wakeup_fd(worker.waker.write_fd)
             _local.worker = worker
             _kernels.add(self)
-            sys.set_asyncgen_hooks(firstiter=self._begin_asyncgen, finalizer=self._finalize_asyncgen)
+            self.take_asyncgens()
+            self._start_others()
             self.main = self.root.spawn(coro)
-            self._work()
+            self.work(worker)
         except _Forked:
             return None, RuntimeError(
                 "this process was forked inside flowcoro.run(), and the child came back into the kernel. A child may run a "
                 "kernel of its own, exec or os._exit(); to start processes use subprocess, or fork before run()")
         finally:
-            self.signals.release_wakeup_fd()
-            sys.set_asyncgen_hooks(*asyncgen_hooks)
-            _local.worker = _OUTSIDE
-            _kernels.discard(self)
-            self.ended = True
+            try:
+                self._end(asyncgen_hooks)
+            finally:
+                self.signals.restore()
+        return self._outcome()
+
+    def _end(self, asyncgen_hooks):
+        self.signals.release_wakeup_fd()
+        sys.set_asyncgen_hooks(*asyncgen_hooks)
+        _local.worker = _OUTSIDE
+        _kernels.discard(self)
+        self._stop_all()
+        for worker in self.workers[1:]:
+            if worker.thread is not None:
+                worker.thread.join()
+        self.ended = True
+        for worker in self.workers:
             worker.close()
             while worker.inbox:
                 call = worker.inbox.popleft()
                 if isinstance(call, _CallFromThread):
                     call.refuse()
-            for failure in list(self.failures):
-                if self.main is None or failure is not self.main._error:
-                    failure.report()
-            self.signals.restore()
-        return self._outcome()
+        for failure in list(self.failures):
+            if self.main is None or failure is not self.main._error:
+                failure.report()
 
-    def _work(self):
+    def _start_others(self):
+        for number, worker in enumerate(self.workers[1:], 2):
+            thread = threading.Thread(target=worker.main, name=f"flowcoro worker {number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise RuntimeError(f"only {number - 1} of {len(self.workers)} workers could be started: {error}. Ask for "
+                                   "fewer, or raise the limit of threads (ulimit -u)") from error
+            worker.thread = thread
+
+    def _stop_all(self):
+        for worker in self.workers:
+            worker.stopped = True
+            if worker is not _local.worker:
+                worker.wake()
+
+    def take_asyncgens(self):
+        """Have the thread that calls tell of the async generators that it begins."""
+        sys.set_asyncgen_hooks(firstiter=self._begin_asyncgen, finalizer=self._finalize_asyncgen)
+
+    def alive(self):
+        """How many tasks there are."""
+        return sum(worker.spawned - worker.finished for worker in self.workers)
+
+    def work(self, worker):
         """Let the worker step tasks until none is left, whatever strikes it in the middle of its bookkeeping."""
         blow = None                 # what a signal handler of the user's or his clock has raised; no memory or stack left
         for blows in range(BLOWS):
             try:
                 if blow is not None:
                     self.fatal = self.fatal or blow
-                    self.worker.recover(blow)
+                    worker.recover(blow)
                     self.cancel_all()
                     if blows > 1:
                         self.drop_shields()
-                return self.worker.work()
+                return worker.work()
             except _Forked:
                 raise
             except BaseException as error:
                 blow = error
-        for task in list(self.all_tasks()):
-            self._close_by_force(task)
+        self._close_all(worker)
+        while worker.others and not worker.stopped:     # the others bring theirs to an end
+            time.sleep(TICK)
+
+    @_guarded
+    def _close_all(self, worker):
+        worker.ready.clear()
+        for _ in range(BLOWS):              # what they spawn in their cleanup as well
+            for task in list(self.all_tasks()):
+                if task._worker is worker and task._state != DONE:      # the others' may be in the middle of a step
+                    _close_by_force(task)
 
     def _outcome(self):
         main, signals = self.main, self.signals
@@ -2246,20 +2719,32 @@ class _Kernel:
 
     def wind_up(self):
         """The last task has ended: close the async generators that are left, in a cancelled region, then stop."""
-        left = list(self.asyncgens)
+        left = [*self.asyncgens, *self.dropped]
         self.asyncgens.clear()
+        self.dropped.clear()
         self.root._late = 0                     # whatever spawned so many has come to an end
         for asyncgen in left:
             self.root.spawn(_close_asyncgen(asyncgen))
         if not left:
-            self.worker.stopped = True
+            self.root._open = False             # a call from a thread, on another worker, would spawn what nobody steps
+            self._stop_all()
 
     def _begin_asyncgen(self, asyncgen):
         self.asyncgens[asyncgen] = None
 
     def _finalize_asyncgen(self, asyncgen):
         """The garbage collector, in whatever thread, has found a suspended async generator."""
-        self.worker.post(lambda: self.root.spawn(_close_asyncgen(asyncgen)))
+        self.dropped.append(asyncgen)
+        self.worker.post(self._close_dropped)
+
+    @_guarded
+    def _close_dropped(self):
+        try:
+            while self.dropped:                 # else wind_up() has them
+                asyncgen = self.dropped.popleft()
+                self.root.spawn(_close_asyncgen(asyncgen))
+        except RuntimeError as error:           # too many were spawned since the end of main
+            _report(error, "an async generator could not be closed", asyncgen)
 
     def all_tasks(self):
         """Every task, parents before children."""
@@ -2270,11 +2755,13 @@ class _Kernel:
             for group in _groups(task):
                 pending.extend(group._tasks)
 
+    @_guarded
     def cancel_all(self):
         self.root._doomed = True
         for task in list(self.root._tasks):
             _interrupt_inside(task, None)
 
+    @_guarded
     def drop_shields(self):
         """Those who were asked and do not come: cancel them inside their shields as well."""
         for task in list(self.all_tasks()):
@@ -2296,6 +2783,13 @@ class _Kernel:
             if self.root._doomed or task._cancel_called:
                 _interrupt_inside(task, None)
 
+    def park_until_stop(self, task):
+        if self.stop_asked:
+            _reschedule(task)
+        else:
+            self.stop_lot._park(task)
+
+    @_guarded
     def request_stop(self):
         if not self.stop_asked:
             self.stop_asked = True
@@ -2333,10 +2827,17 @@ class _Kernel:
             threads = len(os.listdir("/proc/self/task"))        # also those that never ran Python yet
         except OSError:
             threads = len(sys._current_frames())
-        if threads > 1 + len(_ThreadPool.idle) or threading.current_thread() is not threading.main_thread():
+        if threads > len(self.workers) + len(_ThreadPool.idle) or not self.in_main_thread or self.main is None:
             return True
         # Last, for a thread may have done its work and ended while all this was looked at.
-        return bool(self.worker.ready or self.worker.inbox or self.worker.timers.heap)
+        return any(worker.ready or worker.inbox or worker.timers.heap for worker in self.workers)
+
+    @_guarded
+    def is_quiet(self, worker):
+        """Whether all workers but this one sleep, and none of them waits for anything that will come by itself."""
+        return all((each is worker or each.sleeping) and not (
+            each.ready or each.inbox or each.timers.heap or each.sleepers or each.io_parked or each.thread_calls)
+            for each in self.workers)
 
     def break_deadlock(self):
         """Cancel everybody; if that ends in a deadlock as well, inside the shields too; at last close the coroutines."""
@@ -2344,51 +2845,29 @@ class _Kernel:
         if self.deadlocks == 1:
             self.fatal = self.fatal or Deadlock(
                 "no task can ever run again: there is no timer, file descriptor, thread or signal handler left that could "
-                "wake one.\n" + self.dump())
+                "wake one.\n" + _dump(self))
             self.cancel_all()
         elif self.deadlocks == 2:
             self.drop_shields()
         else:
             for task in list(self.all_tasks()):
                 if task._state == PARKED:       # else another's end has just woken it, and it has its turn (I1)
-                    self._close_by_force(task)
+                    _close_by_force(task)
 
-    def _close_by_force(self, task):
-        _report(RuntimeError("it could not be cancelled:\n" + "\n".join(_await_chain(task))),
-                "a task was closed by force", task)
-        self.worker.task = task         # what its cleanup releases is its own
-        undo = [task.coro.close] if task.abort_function is None else [functools.partial(task.abort_function, task),
-                                                                      task.coro.close]
-        for call in undo:
-            try:
-                call()
-            except BaseException as error:
-                _report(error, "closing a task by force", task)
-        self.worker.task = None
-        if task._state != DONE:
-            self.worker._finish(task, None, Cancelled())
-
-    # -- hooks and dumps
+    # -- hooks
 
     def fire(self, name, *args):
-        for _, call in self.hooks.get(name, ()):
+        for _, call in (self.hooks or {}).get(name, ()):        # another worker may have removed the last
             try:
                 call(*args)
             except BaseException as error:      # a SystemExit too: it would leave tasks behind
                 _report(error, f"a {name} hook failed", call)
 
-    def dump(self):
-        lines = []
-        pending = [(task, "") for task in reversed(list(self.root._tasks))]
-        while pending:
-            task, indent = pending.pop()
-            lines.append(f"{indent}{task.name}: {task.state}{_why(task)}")
-            if task is not self.worker.task:
-                lines += [f"{indent}    at {line}" for line in _await_chain(task)]
-            for group in reversed(_groups(task)):
-                pending += [(child, indent + "  | ") for child in reversed(list(group._tasks))]
-        return "\n".join(lines + _cycle(self.all_tasks()))
-
+    @_guarded
+    def set_hooks(self, change):
+        self.hooks = change(self.hooks or {}) or None
+        for worker in self.workers:
+            worker.hooks = self.hooks
 
 _kernels = weakref.WeakSet()        # those that run, in this process
 _STEPPERS = {_Worker.work.__code__, Task._raise_error.__code__,
@@ -2435,6 +2914,20 @@ def _cycle(tasks):
     return []
 
 
+@_guarded_function
+def _dump(kernel):
+    lines = []
+    pending = [(task, "") for task in reversed(list(kernel.root._tasks))]
+    while pending:
+        task, indent = pending.pop()
+        lines.append(f"{indent}{task.name}: {task.state}{_why(task)}")
+        if task is not task._worker.task:       # what runs has no chain to follow
+            lines += [f"{indent}    at {line}" for line in _await_chain(task)]
+        for group in reversed(_groups(task)):
+            pending += [(child, indent + "  | ") for child in reversed(list(group._tasks))]
+    return "\n".join(lines + _cycle(kernel.all_tasks()))
+
+
 # In the child of a fork only the forking thread goes on, and the kernel's descriptors are shared with the parent.
 class _Poison:
     """Lies first in the child's copy of the ready deque: the loop, when it comes back to it, breaks."""
@@ -2447,6 +2940,8 @@ class _Poison:
 
 
 def _after_fork_in_child():
+    global _GUARD
+    _GUARD = threading.RLock()          # another thread may have held it
     _local.worker = _OUTSIDE
     _ThreadPool.idle.clear()
     _ThreadPool.threads.clear()
@@ -2455,14 +2950,15 @@ def _after_fork_in_child():
         if threading.current_thread() is threading.main_thread():
             kernel.signals.release_wakeup_fd()
             kernel.signals.restore()
-        kernel.worker.waker._lock = threading.RLock()
-        kernel.worker.ready.clear()
-        kernel.worker.ready.append(_Poison())
-        kernel.worker.inbox.clear()
-        kernel.worker.timers.heap.clear()       # and no visit to timers or descriptors before it comes to the poison: a
-        kernel.worker.descriptors = 0           # poll would eat the parent's edges
-        kernel.worker.hooks = kernel.hooks = None
-        kernel.worker.sleeping = False          # else a call posted here would wake the parent
+        for worker in kernel.workers:
+            worker.waker._lock = threading.RLock()
+            worker.ready.clear()
+            worker.ready.append(_Poison())
+            worker.inbox.clear()
+            worker.timers.heap.clear()       # and no visit to timers or descriptors before it comes to the poison: a
+            worker.descriptors = 0           # poll would eat the parent's edges
+            worker.hooks = kernel.hooks = None
+            worker.sleeping = False          # else a call posted here would wake the parent
     _kernels.clear()
 
 
@@ -2472,36 +2968,53 @@ if hasattr(os, "register_at_fork"):
 
 # ---- run and spawn --------------------------------------------------------------------------------------------
 
+def _checked_workers(workers, clock, seed):
+    if workers is None:
+        if clock is not None or seed is not None or _has_gil():
+            return 1
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not isinstance(workers, int) or not 1 <= workers <= MOST_WORKERS:
+        raise ValueError(f"workers={workers!r}: give how many threads are to step tasks, an int from 1 to {MOST_WORKERS}, or "
+                         "None for as many as help")
+    if workers > 1 and (clock is not None or seed is not None):
+        raise ValueError(f"workers={workers}: a clock= or seed= of your own makes runs that can be repeated, and these have "
+                         "one worker")
+    return workers
+
+
 def run(coro, *, workers=None, clock=None, seed=None, grace=10.0):
     """Run the coroutine `coro` and all that it spawns; return its result or raise its error.
 
-    workers: None or 1 (more are not there yet). clock: an object with now() and idle(timeout), see flowcoro_testing.
+    workers: how many threads step tasks, up to 1024; None for 1 with a GIL, else for as many as there are usable cores.
+    clock: an object with now() and idle(timeout), see flowcoro_testing; with this or a seed there is one worker.
     seed: any int or str makes the order of ready tasks random but reproducible. grace: seconds that main has to end
     after request_stop() or SIGTERM before it is cancelled.
 
     What still runs when main has ended is cancelled and joined. In the main thread, where nobody else has installed
     handlers: Ctrl-C cancels main and raises KeyboardInterrupt once all cleanup is done (a second one goes through
     shields, and is raised inside a step that does not come to its next await); SIGTERM asks to stop if somebody awaits
-    stop_requested(), else cancels, and a cancelled main ends in SystemExit(143); SIGQUIT (Ctrl-\\) prints dump_tasks().
+    stop_requested(), else cancels, and a cancelled main ends in SystemExit(143), as does one whose end came before it
+    could be told (its value is lost); a second one goes through shields. SIGQUIT (Ctrl-\\) prints dump_tasks().
 
     Raises Deadlock when no task can ever run again; TaskCancelled when main was cancelled, but not by a signal
     (request_stop() and its grace, cancel()); RuntimeError inside a running kernel; TypeError and ValueError.
-    What a signal handler of yours raises while the kernel waits or works, not a task: all is cancelled and joined first.
+    What a signal handler of yours raises while the kernel waits or works, not a task: all is cancelled and joined first;
+    who does not end after 100 of such errors is closed by force.
     """
     _checked_coro(coro, "run")
     try:
         if _local.worker is not _OUTSIDE:
             raise RuntimeError("run() inside a running kernel: await the coroutine, or spawn() it")
-        if workers is not None and workers != 1:
-            raise ValueError(f"workers={workers!r}: this version runs one worker; give None or 1")
+        workers = _checked_workers(workers, clock, seed)
         if not grace >= 0:
             raise ValueError(f"grace={grace!r}: seconds must be 0 or more; math.inf never cancels")
-        value, error = _Kernel(clock, seed, _as_float(grace)).run(coro)
-    except BaseException:           # also a Ctrl-C before the kernel has taken it over
+        value, error = _Kernel(workers, clock, seed, _as_float(grace)).run(coro)
+    except BaseException as error:  # also a Ctrl-C before the kernel has taken it over
         try:
             coro.close()            # else it would complain that nobody awaited it
-        except KeyboardInterrupt:   # one more: it says the same
-            pass
+        except KeyboardInterrupt:
+            if not isinstance(error, KeyboardInterrupt):
+                raise
         except BaseException as late:
             _report(late, "closing main failed", coro)
         raise
@@ -2513,7 +3026,7 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0):
     return value
 
 
-def spawn(coro, *, name=None):
+def spawn(coro, *, name=None, pinned=False):
     """Start a task that lives until it ends or main does (then it is cancelled and joined). Prefer a TaskGroup.
 
     An error that nobody awaits goes to sys.unraisablehook, at the latest when the run ends; SystemExit and
@@ -2524,7 +3037,7 @@ def spawn(coro, *, name=None):
     except RuntimeError:
         _checked_coro(coro, "spawn").close()    # else it would complain that nobody awaited it
         raise
-    return group.spawn(coro, name=name)
+    return group.spawn(coro, name=name, pinned=pinned)
 
 
 # ---- stopping -------------------------------------------------------------------------------------------------
@@ -2542,7 +3055,7 @@ async def stop_requested():
     task = await _turn()
     kernel = task._worker.kernel
     if not kernel.stop_asked:
-        await kernel.stop_lot.park()
+        await park(kernel.park_until_stop)
 
 
 # ---- locks ----------------------------------------------------------------------------------------------------
@@ -2585,6 +3098,27 @@ class Lock(_AsyncWith):
         else:
             await lot.park()
 
+    @_shared
+    async def _shared_acquire(self):
+        if not self._take(await _turn()):
+            await park(self._park)
+
+    @_guarded
+    def _take(self, task):
+        if self._lot.holder is task:
+            raise RuntimeError(f"{task!r} holds this Lock already, and a Lock is not reentrant")
+        if self._lot.holder is not None:
+            return False
+        self._lot.holder = task
+        return True
+
+    def _park(self, task):
+        if self._take(task):                # released by another worker, in between
+            _reschedule(task)
+        else:
+            self._lot._park(task)
+
+    @_guarded
     def acquire_nowait(self):
         """Acquire at once or raise WouldBlock. RuntimeError if this task holds it already, or where no task runs."""
         task = _local.worker.task or current_task()     # which says that none runs; asked first, it costs 50 ns of 320
@@ -2594,17 +3128,22 @@ class Lock(_AsyncWith):
             raise WouldBlock(f"the Lock is held by {self._lot.holder!r}")
         self._lot.holder = task
 
+    @_guarded
     def release(self):
         """Hand the lock to who has waited longest. RuntimeError if another task holds it, or nobody."""
         lot = self._lot
         if lot.holder is None or lot.holder is not _local.worker.task:
             raise RuntimeError(f"{current_task()!r} cannot release a Lock held by {lot.holder!r}")
+        self._hand_over()
+
+    def _hand_over(self):
+        lot = self._lot
         if not lot._tasks:
             lot.holder = None
             return
         holder, (lot.holder, _) = lot.holder, lot._tasks.popitem(last=False)
         try:
-            reschedule(lot.holder)
+            _reschedule(lot.holder)
         except RecursionError:          # as in ParkingLot.unpark()
             lot._tasks[lot.holder] = None
             lot._tasks.move_to_end(lot.holder, last=False)
@@ -2645,17 +3184,28 @@ class Semaphore(_AsyncWith):
     async def acquire(self):
         """Wait for a permit and take it. Cancelled: none taken."""
         await _turn()
-        if self._value > 0:
-            self._value -= 1
+        if not self._take():
+            await park(self._park)
+
+    @_guarded
+    def _take(self):
+        if self._value <= 0:
+            return False
+        self._value -= 1
+        return True
+
+    def _park(self, task):
+        if self._take():                    # as in Lock
+            _reschedule(task)
         else:
-            await self._lot.park()
+            self._lot._park(task)
 
     def acquire_nowait(self):
         """Take a permit at once or raise WouldBlock."""
-        if self._value <= 0:
+        if not self._take():
             raise WouldBlock("no permit of the Semaphore is free")
-        self._value -= 1
 
+    @_guarded
     def release(self):
         """Give a permit back. Never blocks. ValueError above max_value."""
         if self._max_value is not None and self._value >= self._max_value:
@@ -2686,10 +3236,15 @@ class Event(_Unique):
         """Whether it is set."""
         return self._set
 
+    @_guarded
     def set(self):
         """Set it and wake all that wait. Never blocks."""
-        self._lot.unpark_all()
-        self._set = True
+        before, self._set = self._set, True     # first this: those on other workers go on at once
+        try:
+            self._lot.unpark_all()
+        except RecursionError:                  # where the stack ends; nothing is done
+            self._set = before
+            raise
 
     def clear(self):
         """Unset it; who was woken stays woken."""
@@ -2699,7 +3254,13 @@ class Event(_Unique):
         """Wait until it is set; at once if it is."""
         await _turn()
         if not self._set:
-            await self._lot.park()
+            await park(self._park)
+
+    def _park(self, task):
+        if self._set:                       # as in Lock
+            _reschedule(task)
+        else:
+            self._lot._park(task)
 
     def statistics(self):
         """{"set": bool, "tasks_waiting": int}"""
@@ -2725,22 +3286,30 @@ class Condition(_AsyncWith):
         """Release the lock."""
         self._lock.release()
 
+    async def __aexit__(self, kind, error, trace):
+        if self._lock.owner is current_task():      # else wait() could not get it back
+            self.release()
+
     async def wait(self):
         """Release the lock, wait for notify(), acquire the lock again. RuntimeError without the lock.
 
         Cancelled before a notify: raised with the lock held. After it: returns, and the next checkpoint raises, so
-        that no notify is lost. Only a second Ctrl-C, which goes through shields, can raise without the lock.
+        that no notify is lost. What goes through shields (a second Ctrl-C or SIGTERM) can raise without the lock.
         """
         task = await _turn()
         if self._lock.owner is not task:
             raise RuntimeError("Condition.wait() without holding its lock: use `async with condition:`")
-        self._lock.release()
         try:
-            await self._lot.park()
+            await park(self._park)
         except BaseException:
-            with CancelScope(shield=True):      # not a firm one: the lock's holder may be dead
-                await self._lock.acquire()
+            if self._lock.owner is not task:
+                with CancelScope(shield=True):      # not a firm one: the lock's holder may be dead
+                    await self._lock.acquire()
             raise
+
+    def _park(self, task):
+        self._lot._park(task)               # first this, so that no notify comes in between
+        self._lock._hand_over()
 
     async def wait_for(self, predicate):
         """Wait until predicate() is true; return what it returned. It is called with the lock held."""
@@ -2749,6 +3318,7 @@ class Condition(_AsyncWith):
             await self.wait()
         return result
 
+    @_guarded
     def notify(self, count=1):
         """Let the `count` tasks that have waited longest go on, one after the other as the lock becomes free.
 
@@ -2787,12 +3357,28 @@ class Barrier(_Unique):
     async def wait(self):
         """Wait for the others; return the order of arrival, 0 to parties - 1. Cancelled: counted out again."""
         await _turn()
+        arrived = self._complete()
+        return await park(self._park) if arrived is None else arrived
+
+    @_guarded
+    def _complete(self):
+        """The order of arrival of the one who completes it; None if others have to come."""
         arrived = len(self._lot)
         if arrived + 1 < self.parties:
-            return await self._lot.park()
+            return None
         for index in range(arrived):
-            self._lot.unpark(1, index)
+            try:
+                self._lot.unpark(1, index)
+            except RecursionError:          # where the stack ends; all have come, and the loop wakes who waits
+                _local.worker.inbox.append(functools.partial(self._lot.unpark, 1, index))
         return arrived
+
+    def _park(self, task):
+        arrived = self._complete()
+        if arrived is None:
+            self._lot._park(task)
+        else:
+            _reschedule(task, arrived)
 
     def statistics(self):
         """{"parties": int, "tasks_waiting": int}"""
@@ -2831,14 +3417,17 @@ class RWLock(_Unique):
     def _admits(self, writing):
         return not self._holders or not (writing or self._writing)      # _writing says nothing when nobody holds it
 
-    def _admit(self):
-        """Let in those who wait first, as long as they fit together."""
+    def _admit(self, leaving=None):
+        """Let in those who wait first, as long as they fit together. `leaving` is about to wait no longer."""
         tasks = self._lot._tasks
-        while tasks:
-            task, writing = next(iter(tasks.items()))
+        while len(tasks) > (leaving is not None):
+            first = iter(tasks.items())
+            task, writing = next(first)
+            if task is leaving:
+                task, writing = next(first)
             if not self._admits(writing):
                 break
-            reschedule(task)            # first what may find the end of the stack
+            _reschedule(task)            # first what may find the end of the stack
             del tasks[task]
             self._writing = writing
             self._holders[task] = None
@@ -2846,8 +3435,8 @@ class RWLock(_Unique):
     def _abort(self, task):
         undone = task in self._lot._tasks
         if undone:
+            self._admit(task)           # a writer that gives up lets the readers behind it in
             del self._lot._tasks[task]
-            self._admit()               # a writer that gives up lets the readers behind it in
         return undone
 
     def statistics(self):
@@ -2869,14 +3458,24 @@ class _Side(_AsyncWith):
 
     async def acquire(self):
         """Wait for the lock. Cancelled: not acquired. RuntimeError if this task holds it already."""
-        await _turn()
-        try:
-            return self.acquire_nowait()
-        except WouldBlock:
-            pass                        # and not park here: what it raises would have this for its context
-        await park(self._park)
+        if not self._take(await _turn()):
+            await park(self._park)
+
+    @_guarded
+    def _take(self, task):
+        lock = self._rwlock
+        if task in lock._holders:
+            raise RuntimeError(f"{task!r} holds this RWLock already, and it is not reentrant")
+        if lock._lot._tasks or not lock._admits(self._writing):
+            return False
+        lock._writing = self._writing
+        lock._holders[task] = None
+        return True
 
     def _park(self, task):
+        if self._take(task):                # as in Lock
+            _reschedule(task)
+            return
         lock = self._rwlock
         task.park_reason = "acquire a RWLock to write" if self._writing else "acquire a RWLock to read"
         task.abort_function = lock._abort
@@ -2884,14 +3483,10 @@ class _Side(_AsyncWith):
 
     def acquire_nowait(self):
         """Acquire at once or raise WouldBlock. RuntimeError if this task holds it already, or where no task runs."""
-        lock, task = self._rwlock, current_task()
-        if task in lock._holders:
-            raise RuntimeError(f"{task!r} holds this RWLock already, and it is not reentrant")
-        if lock._lot._tasks or not lock._admits(self._writing):
+        if not self._take(current_task()):
             raise WouldBlock("the RWLock is held, or others wait for it")
-        lock._writing = self._writing
-        lock._holders[task] = None
 
+    @_guarded
     def release(self):
         """Release what this task holds. RuntimeError if it does not hold this side."""
         lock, task = self._rwlock, current_task()
@@ -2909,6 +3504,9 @@ class _Side(_AsyncWith):
 
 
 # ---- channels, select, Broadcast ------------------------------------------------------------------------------
+
+_NOTHING = object()             # what a channel gives that has nothing to give
+
 
 class Channel(_Unique):
     """Go's channel: items go from senders to receivers in order, each to exactly one.
@@ -2945,7 +3543,7 @@ class Channel(_Unique):
             receiver, _ = receivers.popitem(last=False)
             try:
                 if receiver.__class__ is Task:
-                    reschedule(receiver, item)
+                    _reschedule(receiver, item)
                 else:
                     receiver.commit(item)
             except RecursionError:
@@ -2976,8 +3574,26 @@ class Channel(_Unique):
             raise self._end()
         return await self._receivers.park()
 
-    def send_nowait(self, item):
-        """Send at once or raise WouldBlock; ClosedError if it is closed."""
+    @_shared
+    async def _shared_send(self, item):
+        task = await _turn()
+        if not self._put(item):
+            task._item = item
+            try:
+                await park(self._park_sender)
+            finally:
+                task._item = None
+                del task
+
+    @_shared
+    async def _shared_receive(self):
+        await _turn()
+        item = self._get()
+        return await park(self._park_receiver) if item is _NOTHING else item
+
+    @_guarded
+    def _put(self, item):
+        """Whether it could be sent at once."""
         if self._closed:
             raise ClosedError("send on a closed Channel")
         if self._receivers._tasks:
@@ -2985,15 +3601,42 @@ class Channel(_Unique):
         elif len(self._items) < self.capacity:
             self._items.append(item)
         else:
-            raise WouldBlock(f"nobody receives and the Channel of capacity {self.capacity} is full")
+            return False
+        return True
 
-    def receive_nowait(self):
-        """The next item at once, or WouldBlock; EndOfChannel when it is closed and empty."""
+    @_guarded
+    def _get(self):
+        """The next item, or _NOTHING."""
         if self._items or self._senders._tasks:
             return self._take()
         if self._closed:
             raise self._end()
-        raise WouldBlock("the Channel is empty and nobody sends")
+        return _NOTHING
+
+    def _park_sender(self, task):
+        if self._put(task._item):           # there is room, or a receiver, since just now
+            _reschedule(task)
+        else:
+            self._senders._park(task)
+
+    def _park_receiver(self, task):
+        item = self._get()
+        if item is _NOTHING:
+            self._receivers._park(task)
+        else:
+            _reschedule(task, item)
+
+    def send_nowait(self, item):
+        """Send at once or raise WouldBlock; ClosedError if it is closed."""
+        if not self._put(item):
+            raise WouldBlock(f"nobody receives and the Channel of capacity {self.capacity} is full")
+
+    def receive_nowait(self):
+        """The next item at once, or WouldBlock; EndOfChannel when it is closed and empty."""
+        item = self._get()
+        if item is _NOTHING:
+            raise WouldBlock("the Channel is empty and nobody sends")
+        return item
 
     def _can_send(self):
         return self._closed or self._receivers._tasks or len(self._items) < self.capacity
@@ -3008,8 +3651,9 @@ class Channel(_Unique):
             sender, _ = senders.popitem(last=False)     # unpark(), written out too
             try:
                 if sender.__class__ is Task:
-                    reschedule(sender)
-                    items.append(sender._item)
+                    item = sender._item         # first this: a pinned one goes on at once, on its own worker
+                    _reschedule(sender)
+                    items.append(item)
                 else:
                     sender.commit(None)
                     items.append(sender.item)
@@ -3022,14 +3666,19 @@ class Channel(_Unique):
     def _end(self):
         return EndOfChannel("the Channel is closed and all its items have been received", self)
 
+    @_guarded
     def close(self):
         """Nothing more will be sent. Parked senders get ClosedError, parked receivers EndOfChannel. Twice is once."""
         if not self._closed:
-            while self._receivers._tasks:       # each its own error: a traceback belongs to one task
-                self._receivers.unpark(error=self._end())
-            while self._senders._tasks:
-                self._senders.unpark(error=ClosedError("the Channel was closed while this task waited to send"))
-            self._closed = True
+            self._closed = True                 # first this: those on other workers go on at once
+            try:
+                while self._receivers._tasks:   # each its own error: a traceback belongs to one task
+                    self._receivers.unpark(error=self._end())
+                while self._senders._tasks:
+                    self._senders.unpark(error=ClosedError("the Channel was closed while this task waited to send"))
+            except RecursionError:              # where the stack ends; it is not done
+                self._closed = False
+                raise
 
     @property
     def closed(self):
@@ -3071,8 +3720,10 @@ class _Case:
 
     def commit(self, value, error=None):
         """This case it is: exactly one, for the others leave their lots before anybody else can find them."""
-        self.withdraw()
-        reschedule(self.task, (self.index, value), error)
+        siblings = self.siblings[:]         # the task clears them when it goes on: at once, on another worker
+        _reschedule(self.task, (self.index, value), error)
+        for case in siblings:
+            case.lot._tasks.pop(case, None)
 
 
 def _cases(cases):
@@ -3091,6 +3742,7 @@ def _cases(cases):
     return parsed
 
 
+@_guarded_function
 def _select_now(parsed):
     """(index, value) of one of the cases that can go on at once, each as likely as the others; None if there is none."""
     ready = [index for index, (channel, sends, item) in enumerate(parsed)
@@ -3123,6 +3775,10 @@ async def select(*cases):
         return True
 
     def park_in_all(task):
+        done = _select_now(parsed)          # since just now
+        if done is not None:
+            _reschedule(task, done)
+            return
         task.park_reason = f"select of {len(waiting)} channel operations"
         task.abort_function = abort
         for case in waiting:
@@ -3162,6 +3818,7 @@ class Broadcast(_Unique):
         self._senders = ParkingLot("send to a Broadcast")
         self._closed = False
 
+    @_guarded
     def subscribe(self, slow="block"):
         """A Subscription to all that is sent from now on. Close it, or use it with `with`."""
         if slow not in ("block", "drop", "lag"):
@@ -3180,33 +3837,42 @@ class Broadcast(_Unique):
         self._ring[self._sent % self.capacity] = item
         self._sent += 1
         for subscription in list(self._subscriptions):
-            if subscription._lot._tasks:        # it has read all else, so this is its next
-                subscription._next = self._sent
-                subscription._lot.unpark(1, item)
+            try:
+                subscription._wake()
+            except RecursionError:              # where the stack ends; sent it is, and the loop wakes who waits
+                _local.worker.inbox.append(subscription._wake)
 
     async def send(self, item):
         """Send to all subscribers, waiting for those that block. ClosedError. Cancelled or failed: nobody got it."""
         task = await _turn()
-        if self._closed:
+        try:
+            if not self._put(item):
+                task._item = item
+                await park(self._park_sender)
+        finally:
+            task._item = None
             del task
-            raise ClosedError("send on a closed Broadcast")
-        if not self._senders._tasks and self._has_room():
-            self._publish(item)
-        else:
-            task._item = item
-            try:
-                await self._senders.park()
-            finally:
-                task._item = None
-                del task
 
-    def send_nowait(self, item):
-        """Send at once or raise WouldBlock; ClosedError if it is closed."""
+    @_guarded
+    def _put(self, item):
+        """Whether it could be sent at once."""
         if self._closed:
             raise ClosedError("send on a closed Broadcast")
         if self._senders._tasks or not self._has_room():
-            raise WouldBlock("a subscriber that blocks is behind by the whole capacity")
+            return False
         self._publish(item)
+        return True
+
+    def _park_sender(self, task):
+        if self._put(task._item):           # there is room since just now
+            _reschedule(task)
+        else:
+            self._senders._park(task)
+
+    def send_nowait(self, item):
+        """Send at once or raise WouldBlock; ClosedError if it is closed."""
+        if not self._put(item):
+            raise WouldBlock("a subscriber that blocks is behind by the whole capacity")
 
     def _let_senders_in(self):
         while self._senders._tasks and self._has_room():
@@ -3215,6 +3881,7 @@ class Broadcast(_Unique):
             self._senders.unpark()
             self._publish(item)
 
+    @_guarded
     def close(self):
         """Nothing more will be sent: subscribers get what is left, then EndOfChannel; parked senders ClosedError."""
         if not self._closed:
@@ -3244,11 +3911,27 @@ class Subscription(_Unique):
         self._lot = ParkingLot("receive from a Broadcast")
         self._closed = False
 
+    @_guarded
+    def _wake(self):
+        """Those who wait here have read all that was sent before."""
+        broadcast = self._broadcast
+        while self._lot._tasks and self._next < broadcast._sent:
+            self._lot.unpark(1, broadcast._ring[self._next % broadcast.capacity])
+            self._next += 1
+
     def _end(self):
         return EndOfChannel("the Broadcast is closed and all its items have been received", self)
 
     def receive_nowait(self):
         """The next item at once, or WouldBlock; else as receive()."""
+        item = self._get()
+        if item is _NOTHING:
+            raise WouldBlock("nothing new was sent")
+        return item
+
+    @_guarded
+    def _get(self):
+        """The next item, or _NOTHING."""
         broadcast = self._broadcast
         if self._closed:
             raise ClosedError("receive on a closed Subscription")
@@ -3261,11 +3944,15 @@ class Subscription(_Unique):
         if self._next < broadcast._sent:
             item = broadcast._ring[self._next % broadcast.capacity]
             self._next += 1
-            broadcast._let_senders_in()
+            try:
+                broadcast._let_senders_in()
+            except RecursionError:              # the caller's stack ends here: as if nothing had been done
+                self._next -= 1
+                raise
             return item
         if broadcast._closed:
             raise self._end()
-        raise WouldBlock("nothing new was sent")
+        return _NOTHING
 
     async def receive(self):
         """The next item, waiting for one. EndOfChannel after the last, Lagged (slow="lag"), ClosedError.
@@ -3273,12 +3960,17 @@ class Subscription(_Unique):
         Cancelled: not received.
         """
         await _turn()
-        try:
-            return self.receive_nowait()
-        except WouldBlock:
-            pass                        # and not park here: what it raises would have this for its context
-        return await self._lot.park()
+        item = self._get()
+        return await park(self._park) if item is _NOTHING else item
 
+    def _park(self, task):
+        item = self._get()
+        if item is _NOTHING:
+            self._lot._park(task)
+        else:
+            _reschedule(task, item)          # it was sent since just now
+
+    @_guarded
     def close(self):
         """Unsubscribe: nobody waits for it any more; tasks that receive here get ClosedError."""
         if not self._closed:
@@ -3347,15 +4039,26 @@ class Promise(_Unique):
             raise RuntimeError("this Promise is set already; it can be set once") from None
         self._value, self._error = value, failure
         self._done = True               # I5: first this, then look who waits; who comes later looks at this
+        try:
+            self._wake_all()
+        except RecursionError:          # the caller's stack ends here: as if nothing had been done
+            self._value, self._error, self._done = None, None, False
+            if failure is not None:
+                failure.seen = True
+            self._unset += [None]
+            raise
+
+    def _wake_all(self):
         for worker in {task._worker for task in list(self._lot._tasks)}:
             if worker is _local.worker:
                 self._wake(worker)
             else:
                 worker.post(functools.partial(self._wake, worker))
 
+    @_guarded
     def _wake(self, worker):
         for task in [task for task in self._lot._tasks if task._worker is worker]:
-            reschedule(task)
+            _reschedule(task)
             del self._lot._tasks[task]
 
     def done(self):
@@ -3449,6 +4152,10 @@ class as_completed(_Unique):
         self._finished = deque()
         _checked_coros(coros, "as_completed")
         self._lot = ParkingLot("wait for the next task to end", self._left)
+        self._begin(coros)
+
+    @_guarded
+    def _begin(self, coros):
         root = _local.worker.kernel.root
         for coro in coros:
             task = root.spawn(coro)
@@ -3465,18 +4172,38 @@ class as_completed(_Unique):
     async def __anext__(self):
         try:
             await _turn()
-            while not self._finished:
-                if not self._left:
-                    raise StopAsyncIteration
-                await self._lot.park()
+            while (task := self._next()) is None:
+                await park(self._park)
         except BaseException:
             self._cancel()
             with _firm_shield():
                 while self._left:
-                    await self._lot.park()
+                    await park(self._park_until_the_last)
             raise
-        return self._finished.popleft()
+        return task
 
+    @_guarded
+    def _next(self):
+        """One that has ended, None if none has; StopAsyncIteration at the end."""
+        if self._finished:
+            return self._finished.popleft()
+        if not self._left:
+            raise StopAsyncIteration
+        return None
+
+    def _park(self, task):
+        if self._finished:
+            _reschedule(task)
+        else:
+            self._park_until_the_last(task)
+
+    def _park_until_the_last(self, task):
+        if self._left:
+            self._lot._park(task)
+        else:
+            _reschedule(task)
+
+    @_guarded
     def _cancel(self):
         for task in list(self._left):
             task.cancel()
@@ -3525,23 +4252,25 @@ class _ThreadPool:
         except IndexError:
             slot = cls(call)
             cls.threads.add(slot)
+            # Daemons: a thread that hangs in somebody's code must not keep the interpreter from ending.
+            thread = threading.Thread(target=slot.main, name=f"flowcoro thread {next(cls.serial)}", daemon=True)
             try:
-                # Daemons: a thread that hangs in somebody's code must not keep the interpreter from ending.
-                threading.Thread(target=slot.main, name=f"flowcoro thread {next(cls.serial)}", daemon=True).start()
-            except BaseException:
-                cls.threads.discard(slot)
-                raise
+                thread.start()
+            finally:
+                call.begun = thread.ident is not None   # also when a signal handler raises while start() waits for it
+                if not call.begun:
+                    cls.threads.discard(slot)
         else:
-            slot.call = call
+            slot.call, call.begun = call, True
             slot.lock.release()
 
     def main(self):
-        call, offered = None, False
+        call, offered, process = None, False, os.getpid()
         try:
             while True:
                 call, self.call = self.call, None
                 call.work()
-                if self not in self.threads:    # the child of a fork, which has but this thread and no kernel
+                if os.getpid() != process:      # the child of a fork, which has but this thread and no kernel
                     _report(call.error or RuntimeError("the child has nobody to return to: it may exec or os._exit()"),
                             "this process was forked in a function of to_thread(), and the function has come to its end")
                     os._exit(1)
@@ -3595,14 +4324,19 @@ class _ThreadCall:
         task.park_reason = "wait for a thread"
         task.abort_function = self.abort
         self.task, self.worker = task, task._worker
-        _ThreadPool.start(self)
-        self.begun = True
-        self.worker.thread_calls += 1
+        try:
+            _ThreadPool.start(self)
+        finally:
+            self.worker.thread_calls += self.begun
+
+    def let_go(self):
+        """The task waits no longer, but a thread has the call."""
+        self.task = None
+        self.worker.abandoned.add(self)
 
     def abort(self, task):
         if self.abandon:
-            self.task = None
-            self.worker.abandoned.add(self)
+            self.let_go()
         else:
             self.cancelled = True
             for child in list(self.holder):
@@ -3621,22 +4355,25 @@ class _ThreadCall:
         if not self.finished:
             self.worker.post(self.finish)
 
+    @_guarded
     def finish(self):
         worker = self.worker            # which stays: an abandoned function may still ask for its kernel
         if self.finished:               # a thread that was killed says it twice
             return
-        self.finished = True
-        worker.thread_calls -= 1
         worker.abandoned.discard(self)
-        if self.task is not None:
+        if self.task is not None and self.task.abort_function == self.abort:
             error = self.error
             if isinstance(error, StopIteration):        # it would look like the end of the coroutine
                 error = RuntimeError("the function called by to_thread raised StopIteration")
                 error.__cause__ = self.error
-            value, self.value, self.error = self.value, None, None
-            reschedule(self.task, value, error)
-        self.value = None               # the thread may hold on to this call for a moment
-        self.limiter.release()
+            _reschedule(self.task, self.value, error)
+        self.value = self.error = self.task = None      # the thread may hold on to this call for a moment
+        worker.thread_calls -= 1
+        self.finished = True
+        try:
+            self.limiter.release()
+        except ValueError as error:
+            _report(error, "the limiter of a to_thread call was released too often", self.limiter)
 
 
 def _checked_function(function, caller):
@@ -3653,7 +4390,8 @@ async def to_thread(function, /, *args, abandon_on_cancel=False, limiter=None):
     when cancelled, this waits for the function all the same and returns its result (the next checkpoint raises), or
     with abandon_on_cancel=True raises at once and drops the result; so does a second Ctrl-C. What the function waits for
     in run_from_thread() is cancelled too, unless it is abandoned. When the run ends, permits of abandoned calls go back.
-    RuntimeError when no thread can be started or it was killed. (functools.partial gives keyword arguments.)
+    RuntimeError when no thread can be started or it was killed. (functools.partial gives keyword arguments.) A child that the
+    function forks ends with status 1 when the function returns there: it may exec or os._exit().
     """
     _checked_function(function, "to_thread")
     if limiter is None:
@@ -3667,6 +4405,8 @@ async def to_thread(function, /, *args, abandon_on_cancel=False, limiter=None):
     except BaseException:
         if not call.begun:              # cancelled before, or no thread to be had: nobody else gives the permit back
             limiter.release()
+        elif not call.finished:
+            call.let_go()
         raise
 
 
@@ -3718,7 +4458,7 @@ class _RunFromThread(_CallFromThread):
             self.function.close()
             self.fail(error)
             return
-        if caller is not None and caller.worker is _local.worker:       # else another kernel was named, or it has ended
+        if caller is not None and caller.worker.kernel is _local.worker.kernel:     # else another one was named, or has ended
             caller.holder[task] = None
             if caller.cancelled:
                 task.cancel()
@@ -3935,21 +4675,30 @@ def dump_tasks():
 
     RuntimeError outside a kernel.
     """
-    return _local.worker.kernel.dump()
+    return _dump(_local.worker.kernel)
+
+
+@_guarded_function
+def _statistics(kernel):
+    def total(name):
+        return sum(getattr(worker, name) for worker in kernel.workers)
+
+    return {"tasks": {"alive": kernel.alive(), "ready": sum(len(worker.ready) for worker in kernel.workers),
+                      "spawned": total("spawned"), "finished": total("finished")},
+            "steps": total("steps"), "polls": total("polls"),
+            "timers": sum(worker.timers.entries for worker in kernel.workers), "descriptors": total("descriptors"),
+            "io_waiting": total("io_parked"), "thread_calls": total("thread_calls"),
+            "threads": len(_ThreadPool.threads)}
 
 
 def statistics():
-    """Numbers of the kernel that runs here, as a dict.
+    """Numbers of the kernel that runs here, of all its workers together, as a dict.
 
     tasks: alive, ready, spawned, finished · steps: made so far (up to date between batches) · polls · timers: entries
     in the heap, stale ones included · descriptors · io_waiting: tasks parked on them · thread_calls: of to_thread under
     way, abandoned ones too · threads: of to_thread, in the whole process. RuntimeError outside a kernel.
     """
-    worker = _local.worker
-    return {"tasks": {"alive": worker.spawned - worker.finished, "ready": len(worker.ready), "spawned": worker.spawned,
-                      "finished": worker.finished},
-            "steps": worker.steps, "polls": worker.polls, "timers": worker.timers.entries, "descriptors": worker.descriptors,
-            "io_waiting": worker.io_parked, "thread_calls": worker.thread_calls, "threads": len(_ThreadPool.threads)}
+    return _statistics(_local.worker.kernel)
 
 
 def runtime_info():
@@ -3958,7 +4707,7 @@ def runtime_info():
     inside = worker is not _OUTSIDE
     gil = getattr(sys, "_is_gil_enabled", lambda: True)()
     return {"flowcoro": __version__, "python": sys.version.split()[0], "implementation": sys.implementation.name,
-            "gil": gil, "platform": sys.platform, "workers": 1 if inside else 0,
+            "gil": gil, "platform": sys.platform, "workers": len(worker.kernel.workers) if inside else 0,
             "selector": (type(worker.poller).__name__.strip("_") if inside else None),
             "clock": type(worker.clock).__name__ if inside and worker.clock is not None else "time.monotonic",
             "seed": worker.kernel.seed if inside else None}
@@ -3977,18 +4726,16 @@ def add_hooks(hooks):
     found = [(name, getattr(hooks, name)) for name in _HOOKS if hasattr(hooks, name)]
     if not found:
         raise TypeError(f"add_hooks({hooks!r}): it has none of the methods {', '.join(_HOOKS)}")
-    kernel.hooks = kernel.hooks or {}
-    for name, call in found:
-        kernel.hooks[name] = [*kernel.hooks.get(name, ()), (hooks, call)]
-    kernel.worker.hooks = kernel.hooks
+    kernel.set_hooks(lambda old: {**old, **{name: [*old.get(name, ()), (hooks, call)] for name, call in found}})
 
 
 def remove_hooks(hooks):
     """The opposite of add_hooks(). Harmless when they were not added. RuntimeError outside a kernel."""
-    kernel = _local.worker.kernel
-    left = {name: [(source, call) for source, call in calls if source is not hooks]
-            for name, calls in (kernel.hooks or {}).items()}
-    kernel.hooks = kernel.worker.hooks = {name: calls for name, calls in left.items() if calls} or None
+    def without(old):
+        left = {name: [(source, call) for source, call in calls if source is not hooks] for name, calls in old.items()}
+        return {name: calls for name, calls in left.items() if calls}
+
+    _local.worker.kernel.set_hooks(without)
 
 
 # ---- command line ---------------------------------------------------------------------------------------------

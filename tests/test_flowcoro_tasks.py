@@ -2167,8 +2167,8 @@ def test_the_error_of_run_is_not_hidden_by_one_in_closing_main(reports):
         def __await__(self):
             return iter(())
 
-    with pytest.raises(ValueError, match="workers=7"):
-        flowcoro.run(Strange(), workers=7)
+    with pytest.raises(ValueError, match="workers=-7"):
+        flowcoro.run(Strange(), workers=-7)
     assert [repr(error) for _, error in reports] == ["OSError('in close')"]
 
 
