@@ -198,10 +198,16 @@ class ReadPipe(_Pipe):
         """The next bytes from the system, b"" at the end. Cancelled: nothing consumed."""
         while True:
             await self._pollable.wait_readable()
+            self._pollable.readable = False     # first this, then read: no edge is lost
             try:
-                return os.read(self._pollable.fd, CHUNK)
+                data = os.read(self._pollable.fd, CHUNK)
             except BlockingIOError:
-                self._pollable.readable = False
+                continue
+            except OSError:
+                self._pollable.readable = True
+                raise
+            self._pollable.readable = True
+            return data
 
     async def read(self, max_bytes=CHUNK):
         """From 1 to `max_bytes` bytes, as soon as there are any; b"" only at the end. ValueError if max_bytes < 1."""
@@ -281,13 +287,16 @@ class WritePipe(_Pipe):
         with self._alone("written"):
             while True:
                 await self._pollable.wait_writable()
+                self._pollable.writable = False     # first this, then write
                 try:
                     rest = rest[os.write(self._pollable.fd, rest):]
                 except BlockingIOError:
-                    self._pollable.writable = False
+                    continue
                 except BrokenPipeError as error:
+                    self._pollable.writable = True
                     raise BrokenPipeError(
                         errno.EPIPE, f"{self._name}: the process has closed it, or has ended") from error
+                self._pollable.writable = True
                 if not rest:
                     return
 
@@ -490,7 +499,8 @@ def open_process(args, *, stdin=PIPE, stdout=PIPE, stderr=None, shell=False, cwd
     When the block is done, the pipes are closed and the process waited for. When the block is left by an error or
     cancelled, and when that wait is: SIGTERM, after `grace` seconds SIGKILL, and the process has ended before the error
     goes on. group=True puts it into a process group of its own (start_new_session=True: also into a session): signals
-    go to the whole group, so to its children too, and what is left of the group at the end of the block is killed.
+    go to the whole group, so to its children too, and what is left of the group at the end of the block is killed (not if
+    somebody else has fetched the status of the process: then the number may be that of another group).
     limit: bytes of a line, see ReadPipe.read_until().
 
     On entry: FileNotFoundError (no such program, or cwd), PermissionError (it may not be run), other OSErrors; nothing
@@ -602,6 +612,8 @@ async def run_process(args, *, input=None, stdin=None, stdout=None, stderr=None,
         if stdin is not None:
             raise ValueError("input= and stdin= exclude each other: give one of them")
         input = memoryview(input).cast("B")     # a TypeError for a str comes before anything is started
+    elif stdin == PIPE:
+        input = memoryview(b"")                 # nobody could write to it: closed at once
     if not limit >= 0:
         raise ValueError(f"limit={limit!r}: bytes must be 0 or more; math.inf sets no limit")
     if not drain >= 0:
@@ -694,14 +706,15 @@ class signals:
             self._pending = OrderedDict()
 
     def _close(self):
-        for number, previous in self._previous.items():
-            if signal.getsignal(number) == self._handle:    # else somebody has put another one there
-                signal.signal(number, previous)
-        if self._pollable is not None:
-            self._pollable.close()
-        os.close(self._read)
-        write, self._write = self._write, None
-        os.close(write)
+        write, self._write = self._write, None      # first this: who has chained to our handler may call it at any time
+        with contextlib.ExitStack() as all_of_them:
+            all_of_them.callback(os.close, write)
+            all_of_them.callback(os.close, self._read)
+            if self._pollable is not None:
+                all_of_them.callback(self._pollable.close)
+            for number, previous in self._previous.items():
+                if signal.getsignal(number) == self._handle:    # else somebody has put another one there
+                    all_of_them.callback(signal.signal, number, previous)
 
     def __aiter__(self):
         return self
@@ -799,9 +812,12 @@ class _Opening:
     """What open_file() returns: opens on entry, closes on exit."""
 
     def __init__(self, *args):
-        self._args, self._file = args, None
+        self._args, self._file, self._entered = args, None, False
 
     async def __aenter__(self):
+        if self._entered:
+            raise RuntimeError("an open_file() serves one `async with`; make a new one")
+        self._entered = True
         self._file = File(await flowcoro.to_thread(open, *self._args))
         return self._file
 

@@ -1184,3 +1184,22 @@ def test_each_asking_method_is_one_of_pathlib_and_says_so():
     for name, member in vars(flowcoro_os.Path).items():
         if not name.startswith("_") and not isinstance(member, classmethod) and name != "open":
             assert hasattr(pathlib.Path, name) and f"pathlib.Path.{name}()" in member.__doc__
+
+
+# ---- what has one use -----------------------------------------------------------------------------------------
+
+def test_run_process_closes_a_stdin_that_nobody_could_write_to():
+    async def main():
+        return await flowcoro_os.run_process(["cat"], stdin=flowcoro_os.PIPE, timeout=60)
+
+    assert flowcoro.run(main()).stdout == b""
+
+
+def test_an_open_file_serves_one_block(tmp_path):
+    async def main():
+        opening = flowcoro_os.open_file(tmp_path / "notes", "w")
+        async with opening:
+            with pytest.raises(RuntimeError, match="serves one"):
+                await opening.__aenter__()
+
+    flowcoro.run(main())
