@@ -1050,16 +1050,139 @@ async def test_event_set_and_channel_close_that_find_no_stack_can_be_done_again(
     assert len(ended) == 9
 
 
+@pytest.mark.parametrize("waits", ["sleep", "RWLock", "Lock", "scope"])
 @run_in_kernel
-async def test_cancel_that_finds_no_stack_loses_no_task():
+async def test_cancel_that_finds_no_stack_is_done_by_the_loop_or_can_be_done_again(waits):
+    lock, rwlock = flowcoro.Lock(), flowcoro.RWLock()
+    await lock.acquire()
+    await rwlock.read.acquire()
+    scopes = []
+
+    async def in_a_scope():
+        with flowcoro.CancelScope() as scope:
+            scopes.append(scope)
+            await flowcoro.sleep(math.inf)
+
     async with flowcoro.TaskGroup() as group:
-        tasks = await parked(group, *(flowcoro.sleep(math.inf) for _ in range(200)))
-        left = list(tasks)
+        for depth in range(60):
+            task, = await parked(group, {"sleep": lambda: flowcoro.sleep(math.inf), "RWLock": rwlock.write.acquire,
+                                         "Lock": lock.acquire, "scope": in_a_scope}[waits]())
+            cancel = scopes[-1].cancel if scopes else task.cancel
 
-        def cancel():
-            left[-1].cancel()
-            left.pop()
+            def dive(left):
+                return dive(left - 1) if left else cancel()
 
-        at_the_end_of_the_stack(cancel)
-        group.cancel()
-    assert all(task.cancelled() for task in tasks)
+            try:
+                dive(sys.getrecursionlimit() - depth - frames())
+            except RecursionError:
+                cancel()
+            await wait_all_tasks_parked()
+            assert task.done()
+    assert not lock.statistics()["tasks_waiting"] and not rwlock.statistics()["tasks_waiting"]
+
+
+def frames():
+    """How many there are, the caller's included."""
+    frame, count = sys._getframe(1), 0
+    while frame is not None:
+        frame, count = frame.f_back, count + 1
+    return count
+
+
+@run_in_kernel
+async def test_select_that_is_woken_without_stack_waits_on_in_all_its_channels():
+    for depth in range(60):
+        first, second = flowcoro.Channel(), flowcoro.Channel()
+        async with flowcoro.TaskGroup() as group:
+            task, = await parked(group, flowcoro.select(first, second))
+
+            def dive(left):
+                return dive(left - 1) if left else first.send_nowait("first")
+
+            try:
+                dive(sys.getrecursionlimit() - depth - frames())
+            except RecursionError:
+                second.send_nowait("second")
+                assert await task == (1, "second")
+            else:
+                assert await task == (0, "first")
+
+
+@run_in_kernel
+async def test_promise_that_is_set_without_stack_is_set_or_can_be_set_again():
+    for depth in range(60):
+        promise = flowcoro.Promise()
+        async with flowcoro.TaskGroup() as group:
+
+            async def wait():
+                return await promise
+
+            tasks = await parked(group, wait(), wait())
+
+            def dive(left):
+                return dive(left - 1) if left else promise.set_result("set")
+
+            try:
+                dive(sys.getrecursionlimit() - depth - frames())
+            except RecursionError:
+                if not promise.done():
+                    promise.set_result("set")
+            assert [await task for task in tasks] == ["set", "set"]
+
+
+@run_in_kernel
+async def test_broadcast_and_barrier_lose_nothing_where_the_stack_ends():
+    for depth in range(60):
+        broadcast, got = flowcoro.Broadcast(1), []
+        subscription = broadcast.subscribe()
+
+        async def send():
+            for item in range(3):
+                await broadcast.send(item)
+            broadcast.close()
+
+        def dive(left, operation):
+            return dive(left - 1, operation) if left else got.append(operation())
+
+        async with flowcoro.TaskGroup() as group:
+            await parked(group, send())
+            try:
+                dive(sys.getrecursionlimit() - depth - frames(), subscription.receive_nowait)
+            except RecursionError:
+                pass
+            async for item in subscription:
+                got.append(item)
+        assert got == [0, 1, 2]
+
+
+@run_in_kernel
+async def test_unpark_with_an_error_that_finds_no_stack_leaves_nothing_of_it():
+    for depth in range(60):
+        lot = flowcoro.ParkingLot()
+        task = flowcoro.spawn(lot.park())
+        await wait_all_tasks_parked()
+
+        def dive(left):
+            return dive(left - 1) if left else lot.unpark(error=KeyError("the error"))
+
+        try:
+            dive(sys.getrecursionlimit() - depth - frames())
+        except RecursionError:
+            lot.unpark(value="value")
+            assert await task == "value"
+        else:
+            with pytest.raises(KeyError, match="the error"):
+                await task
+
+
+@run_in_kernel
+async def test_a_park_function_that_fails_after_it_has_stored_the_task_leaves_it_nowhere():
+    lot = flowcoro.ParkingLot()
+
+    def fails(task):
+        lot._park(task)
+        raise OSError("too late")
+
+    with pytest.raises(OSError, match="too late"):
+        await flowcoro.park(fails)
+    assert len(lot) == 0

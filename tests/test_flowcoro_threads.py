@@ -939,7 +939,7 @@ def test_what_a_thread_waits_for_in_run_from_thread_is_cancelled_with_the_task_t
 
     async def main():
         async def ask():
-            with flowcoro.move_on_after(0.05 if cancel == "deadline" else math.inf) as scope:
+            with flowcoro.CancelScope() as scope:
                 scopes.append(scope)
                 await flowcoro.to_thread(function)
                 log.append("not reached")
@@ -955,6 +955,8 @@ def test_what_a_thread_waits_for_in_run_from_thread_is_cancelled_with_the_task_t
         else:
             if cancel == "scope":
                 scopes[0].cancel()
+            else:
+                scopes[0].deadline = flowcoro.now()
             assert await task
         assert log == ["cleaned up", flowcoro.Cancelled]
 
@@ -1744,3 +1746,30 @@ def test_a_child_that_is_forked_in_a_thread_and_returns_says_so_and_ends_at_once
         assert time.monotonic() - began < flowcoro.THREAD_IDLE_SECONDS
     """)
     assert output == "True True\n"
+
+
+def test_an_error_that_strikes_while_a_thread_is_started_leaves_the_call_to_the_thread(monkeypatch):
+    class Struck(Exception):
+        pass
+
+    def start(thread):
+        begin(thread)
+        if thread.name.startswith("flowcoro thread"):
+            raise Struck                                # as a signal handler does that comes while start() waits
+
+    async def main():
+        limiter = flowcoro.Semaphore(1, max_value=1)
+        with pytest.raises(Struck):
+            await flowcoro.to_thread(time.sleep, 0.01, limiter=limiter)
+        await until(lambda: limiter.value == 1)         # once the thread is done, and not before
+        assert flowcoro.statistics()["thread_calls"] == 0
+
+    run(drain_idle_threads)
+    begin = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
+    run(main)
+
+
+async def drain_idle_threads():
+    """Give each idle thread something to do, so that the next call needs a new one."""
+    flowcoro._ThreadPool.idle.clear()
