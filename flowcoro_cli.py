@@ -857,10 +857,15 @@ def _vendor_command(arguments):
 # ---- bench -------------------------------------------------------------------------------------------------
 
 def _bench_command(arguments):
-    """`bench …`: run benchmarks/kernel.py with these arguments, as if it had been started itself."""
-    script = HERE / "benchmarks" / "kernel.py"
-    if not script.exists():
-        raise UsageError(f"the benchmarks come with a clone of the repository; there is no {script}")
+    """`bench …`: run benchmarks/kernel.py, or `bench NAME …`: benchmarks/NAME.py, as if it had been started itself."""
+    folder = HERE / "benchmarks"
+    if not folder.is_dir():
+        raise UsageError(f"the benchmarks come with a clone of the repository; there is no {folder}")
+    name = "kernel"
+    if arguments and not arguments[0].startswith("-"):
+        name, *arguments = arguments
+    _look_up("benchmark", name, sorted(script.stem for script in folder.glob("*.py")))
+    script = folder / f"{name}.py"
     sys.argv[:] = [str(script), *arguments]
     sys.path[:0] = [str(script.parent), str(HERE)]
     runpy.run_path(str(script), run_name="__main__")        # ends in SystemExit with its status, or returns

@@ -723,6 +723,15 @@ def test_bench_runs_the_benchmark_with_its_arguments_and_gives_its_exit_status(c
     assert cli("bench", "--quick", "switch") == (3, "['--quick', 'switch']\n", "")
 
 
+def test_bench_runs_another_benchmark_that_is_named(cli, tree, monkeypatch):
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    tree({"benchmarks/kernel.py": "", "benchmarks/workers.py": "import sys\nprint(sys.argv[1:])\nsys.exit(4)\n"})
+    assert cli("bench", "workers", "--repeat", "1") == (4, "['--repeat', '1']\n", "")
+    status, out, err = cli("bench", "worker")
+    assert (status, out) == (2, "") and "did you mean workers?" in err and "known: kernel, workers" in err
+
+
 def test_bench_without_the_folder_says_where_the_benchmarks_are(cli, tree):
     tree({"flowcoro.py": ""})
     status, out, err = cli("bench")
