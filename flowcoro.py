@@ -2335,11 +2335,15 @@ class _OneOfSeveral(_Worker):
                     task = victim.ready.pop()
                 except IndexError:
                     break
-                (pinned if task._pinned else stolen).append(task)
-            victim.ready.extend(reversed(pinned))
-            for task in reversed(stolen):
-                task._worker = self
-                self.ready.append(task)
+                if task._pinned:
+                    pinned.append(task)
+                else:
+                    task._worker = self         # at once: recover() finds it by that
+                    stolen.append(task)
+            if pinned:
+                victim.ready.extend(reversed(pinned))
+                victim.wake()                   # it may have looked while they were away
+            self.ready.extend(reversed(stolen))
             self.stolen += len(stolen)
             if self.hooks is not None:
                 for task in stolen:
