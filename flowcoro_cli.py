@@ -18,7 +18,7 @@ Example:
         assert (copies / "flowcoro.py").exists() and (copies / "__init__.py").exists()
         assert flowcoro_cli.main(["vendor", "--check", str(copies)]) == 0
 
-Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the five scenes ·
+Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the six scenes ·
 demo · vendor · bench · the command line.
 
 How it works:
@@ -93,6 +93,7 @@ SCENES = {              # scene, in the order of the demo: (module, function(scr
     "pipeline": ("flowcoro_cli", "_scene_pipeline", "channels: counting the words of the standard library"),
     "echo": ("flowcoro_cli", "_scene_echo", "a TCP echo server with 1,000 live clients, in one thread"),
     "timeouts": ("flowcoro_cli", "_scene_timeouts", "who is cancelled when, drawn as a time-line"),
+    "workers": ("flowcoro_cli", "_scene_workers", "three workers: who ran what, and what becomes of a blocked one"),
     "deadlock": ("flowcoro_cli", "_scene_deadlock", "two tasks lock each other out: caught, and explained"),
 }
 
@@ -650,6 +651,96 @@ def _scene_deadlock(screen):
     screen.say("How to read it: `there` and `back` each wait for a lock, and the other one holds it.")
     flowcoro.run(_two_transfers(same_order=True))
     screen.say("The cure, both taking the locks in the same order, has just run to its end.", "green")
+
+
+# ---- Scene: workers ----------------------------------------------------------------------------------------
+
+class _Lanes:
+    """Who ran what: tasks that sleep and compute by turns, one that blocks its worker, and a lane for each worker."""
+
+    WIDTH = 60          # characters for the whole time
+    WORKERS = 3
+    PATIENCE = 10.0     # seconds that the thoughtless task waits for the others to take over
+
+    def __init__(self, progress):
+        self.progress = progress
+        self.start = flowcoro.now()
+        self.lanes = {}                                 # {thread: [(from, until, character), …]}, in order of appearance
+        self.thread_of = {}                             # {letter: the thread of its last step}
+        self.blocked = None                             # the thread that is
+        self.taken_over = 0                             # steps made elsewhere while it is
+
+    def ran(self, began, character):
+        """The running task has computed since `began`."""
+        thread = threading.get_ident()
+        moved = self.thread_of.get(character, thread) != thread
+        self.thread_of[character] = thread
+        self.lanes.setdefault(thread, []).append(
+            (began - self.start, flowcoro.now() - self.start, character.upper() if moved else character))
+        if self.blocked not in (None, thread):
+            self.taken_over += 1
+
+    async def busy(self, letter):
+        """A step of some milliseconds, a pause, a step …"""
+        for _ in range(12):
+            began = flowcoro.now()
+            while flowcoro.now() < began + 0.005:
+                pass
+            self.ran(began, letter)
+            await flowcoro.sleep(0.03)
+
+    async def thoughtless(self):
+        """Blocks its whole worker, as a call of a library does that knows nothing of tasks."""
+        await flowcoro.sleep(0.1)
+        began = flowcoro.now()
+        self.blocked = threading.get_ident()
+        while flowcoro.now() < began + 0.25 or not self.taken_over and flowcoro.now() < began + self.PATIENCE:
+            time.sleep(0.01)
+        self.blocked = None
+        self.ran(began, "x")
+
+    async def run(self):
+        """Everything begins on one worker; returns self."""
+        async with flowcoro.TaskGroup() as group:
+            tasks = [group.spawn(self.thoughtless(), pinned=True)]
+            tasks += [group.spawn(self.busy(letter)) for letter in "abcde"]
+            for number, task in enumerate(tasks, 1):
+                await task
+                self.progress(number, len(tasks))
+        return self
+
+    def draw(self, colour):
+        """One line of text per worker; with `colour` the steps of each task have their own."""
+        scale = self.WIDTH / max(until for lane in self.lanes.values() for _, until, _ in lane)
+        for number, lane in enumerate(self.lanes.values(), 1):
+            row = ["."] * (self.WIDTH + 1)
+            for began, until, character in lane:
+                for place in range(int(scale * began), int(scale * until) + 1):
+                    row[place] = character
+            text = "".join(row)
+            if colour:
+                text = re.sub("[a-e]+|x+", lambda found: f"\x1b[{31 + 'xabcde'.index(found[0][0].lower())}m{found[0]}\x1b[0m",
+                              text, flags=re.IGNORECASE)
+            yield f"worker {number}  {text}"
+
+
+async def _lanes(progress):
+    return await _Lanes(progress).run()
+
+
+def _scene_workers(screen):
+    """Three workers, one of them blocked by a thoughtless task, drawn as they ran."""
+    screen.say("Look at the x: that worker is blocked, and the others go on with its tasks.\n"
+               "(A capital letter: this task has just changed its worker.)")
+    screen.progress(0, 6)
+    lanes = flowcoro.run(_lanes(screen.progress), workers=_Lanes.WORKERS)
+    for row in lanes.draw(screen.colour):
+        screen.say(row)
+    screen.check(lanes.taken_over, "nobody took over the tasks of the blocked worker")
+    gil = flowcoro.runtime_info()["gil"]
+    screen.say("This Python has a GIL: only one worker computes at a time, but none waits for a blocked one." if gil else
+               "This Python has no GIL: the workers compute at the same time.")
+    screen.say(f"While it was blocked, {lanes.taken_over} steps of its tasks were made elsewhere.", "green")
 
 
 # ---- demo --------------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def test_the_whole_demo_runs_in_a_pipe():
     done = python("-m", "flowcoro", "demo")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\r" not in done.stdout and "\x1b" not in done.stdout
-    places = [done.stdout.index(f"/5 {name}: {line}") for name, (_, _, line) in flowcoro_cli.SCENES.items()]
+    places = [done.stdout.index(f"/{len(flowcoro_cli.SCENES)} {name}: {line}") for name, (_, _, line) in flowcoro_cli.SCENES.items()]
     assert places == sorted(places)
     assert done.stdout.count("Look at ") == len(flowcoro_cli.SCENES)
     assert "FAILED" not in done.stdout
@@ -377,6 +377,14 @@ def test_the_timeouts_scene_draws_a_row_per_task(cli):
                 r"nested +=+x .* the outer of two timeouts", r"cancelled +=+x .* cancelled with its group",
                 r"careful +=+~+\| .* shielded cleanup"]:
         assert re.search(row, out)
+
+
+def test_the_workers_scene_draws_a_lane_per_worker_and_the_tasks_that_leave_the_blocked_one(cli):
+    status, out, _ = cli("demo", "workers")
+    lanes = re.findall(r"^  worker \d  (\S+)$", out, re.MULTILINE)
+    assert status == 0 and len(lanes) >= 2
+    assert sum("xx" in lane for lane in lanes) == 1
+    assert any(re.search("[A-E]", lane) for lane in lanes if "xx" not in lane)
 
 
 def test_the_deadlock_scene_shows_the_report():
