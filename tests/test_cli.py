@@ -196,7 +196,8 @@ def test_the_whole_demo_runs_in_a_pipe():
     done = python("-m", "flowcoro", "demo")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\r" not in done.stdout and "\x1b" not in done.stdout
-    places = [done.stdout.index(f"/{len(flowcoro_cli.SCENES)} {name}: {line}") for name, (_, _, line) in flowcoro_cli.SCENES.items()]
+    count = len(flowcoro_cli.SCENES)
+    places = [done.stdout.index(f"/{count} {name}: {line}") for name, (_, _, line) in flowcoro_cli.SCENES.items()]
     assert places == sorted(places)
     assert done.stdout.count("Look at ") == len(flowcoro_cli.SCENES)
     assert "FAILED" not in done.stdout
