@@ -446,3 +446,64 @@ def test_a_task_that_is_stolen_while_its_owner_takes_the_next_one_is_stepped_by_
 def test_a_steal_that_looks_before_it_takes_doubles_a_task(thieves):
     with pytest.raises(Fault, match="two places|does not belong"):
         explore(stealing(thieves, atomic=False))
+
+
+def giving_back(*, with_wake_up=True):
+    """A thief pops the pinned task of one who is about to sleep, and gives it back: meanwhile its queue looks empty."""
+    def make():
+        world = World(ready=[], hand=[], sleeping=False, bytes=0, stepped=0)
+
+        def victim():
+            while True:
+                yield "popleft", always
+                if world.ready:
+                    world.ready.pop(0)
+                    world.stepped += 1
+                    return
+                yield "announce", always
+                world.sleeping = True
+                yield from take_guard(world, 0, "deadline")     # _until_deadline()
+                yield "look", always
+                world.guard = None
+                yield "look again", always
+                if not world.ready:
+                    yield "epoll_wait", lambda: world.bytes > 0
+                    world.bytes = 0
+                yield "awake", always
+                world.sleeping = False
+
+        def wake():
+            if world.sleeping:
+                world.bytes += 1
+
+        def waker():
+            yield "append", always
+            world.ready.append("pinned")
+            yield "who sleeps", always
+            wake()
+
+        def thief():
+            yield from take_guard(world, 1, "steal")
+            yield "pop", always
+            if world.ready:
+                world.hand.append(world.ready.pop())
+                yield "give back", always
+                world.ready.append(world.hand.pop())
+                if with_wake_up:
+                    yield "who sleeps", always
+                    wake()
+            yield "done", always
+            world.guard = None
+
+        def check(world):
+            assert len(world.ready) + len(world.hand) + world.stepped <= 1, "the task is in two places"
+
+        return world, [victim(), waker(), thief()], check, ends
+
+    return make
+
+
+def test_a_pinned_task_that_a_thief_has_had_in_its_hand_is_given_back_with_a_wake_up():
+    assert explore(giving_back()) > 15
+    with pytest.raises(Fault, match="epoll_wait"):
+        explore(giving_back(with_wake_up=False))
