@@ -2019,6 +2019,22 @@ class _Worker:
             if self.inbox:              # else this is the child of a fork in there
                 self.inbox.popleft()
 
+    @_shared
+    def _shared__take_calls(self):
+        """The same where another worker may stand in for this one: each call is made by one of the two."""
+        for _ in range(len(self.inbox)):
+            if self.stopped:
+                break
+            try:
+                call = self.inbox.popleft()
+            except IndexError:
+                break
+            try:
+                call()
+            except BaseException:               # as above
+                self.inbox.appendleft(call)
+                raise
+
     def pick(self, count):
         """A number below `count`, random but reproducible: which of several ready cases select() takes."""
         self.luck = (self.luck * 1103515245 + 12345) & 0x7FFFFFFF       # C's rand(); its low bits have short periods
@@ -2372,6 +2388,7 @@ class _OneOfSeveral(_Worker):
 
     def _stand_in_for(self, victim):
         """Somebody's long step keeps it from all else: do that here."""
+        victim._take_calls()
         victim.timers.expire(self.now())
         if victim.descriptors:
             for pollable, bits in victim.poller.wait(0):
