@@ -175,7 +175,7 @@ def test_items_go_whole_between_tasks_pinned_to_different_workers(workers, capac
 @SEVERAL
 def test_closing_a_channel_wakes_all_who_wait_on_any_worker(workers):
     async def main():
-        for _ in range(10):
+        for _ in range(4):
             channel, seen = flowcoro.Channel(), []
 
             async def receiver(number):
@@ -439,7 +439,7 @@ def test_a_semaphore_never_lets_more_in_than_it_has_permits(workers):
 @MANY
 def test_an_event_set_on_one_worker_wakes_all_and_is_seen_set_by_them(workers):
     async def main():
-        for _ in range(10):
+        for _ in range(4):
             event, seen = flowcoro.Event(), []
 
             async def wait(number):
@@ -542,7 +542,7 @@ def test_a_promise_set_by_a_task_on_another_worker_wakes_those_who_wait(workers)
 @MANY
 def test_only_one_of_many_can_set_a_promise(workers):
     async def main():
-        for _ in range(10):
+        for _ in range(4):
             promise, won = flowcoro.Promise(), []
 
             async def settle(number):
@@ -746,7 +746,7 @@ def test_a_deadline_moved_by_a_task_on_another_worker_is_kept(workers):
                 scopes.pop().deadline = flowcoro.now() + 0.001
 
         scopes = []
-        for _ in range(10):
+        for _ in range(4):
             assert (await spread(workers, use))[0]
 
     run(main, workers=workers)
@@ -1151,6 +1151,74 @@ def test_descriptors_of_a_stuck_worker_are_polled_by_others(workers):
     run(main, workers=workers)
 
 
+async def awaits_a_function(gate):
+    await flowcoro.to_thread(time.sleep, 0.001)
+    gate.set()
+
+
+async def awaits_a_promise(gate):
+    promise = flowcoro.Promise()
+    threading.Timer(0.001, promise.set_result, [None]).start()
+    await promise
+    gate.set()
+
+
+async def lets_a_thread_call(gate):
+    threading.Timer(0.001, flowcoro.call_from_thread, [gate.set], {"kernel": flowcoro.current_kernel()}).start()
+
+
+async def lets_a_thread_run_a_coroutine(gate):
+    async def open_it():
+        await flowcoro.checkpoint()
+        gate.set()
+
+    threading.Timer(0.001, flowcoro.run_from_thread, [open_it()], {"kernel": flowcoro.current_kernel()}).start()
+
+
+@SEVERAL
+@pytest.mark.parametrize("opens", [awaits_a_function, awaits_a_promise, lets_a_thread_call, lets_a_thread_run_a_coroutine])
+def test_what_threads_have_for_a_stuck_worker_is_taken_by_others(workers, opens):
+    async def main():
+        for _ in range(3):
+            gate = threading.Event()
+            async with flowcoro.TaskGroup() as group:
+                task = group.spawn(opens(gate))
+                while task.state not in ("parked", "done"):
+                    await flowcoro.checkpoint()
+                assert gate.wait(PATIENCE)
+
+    threads = strangers()
+    run(main, workers=workers)
+    for thread in strangers() - threads:        # the timers, which have had their answers
+        thread.join(PATIENCE)
+
+
+@SEVERAL
+def test_ctrl_c_cancels_the_tasks_of_others_while_main_is_stuck(workers):
+    gate = threading.Event()
+
+    async def wait(number):
+        try:
+            await flowcoro.sleep(PATIENCE)
+        finally:
+            gate.set()
+
+    async def main():
+        async with flowcoro.TaskGroup() as group:
+            task = group.spawn(wait(0))
+            while task.state != "parked":
+                await flowcoro.checkpoint()
+            timer.start()
+            assert gate.wait(PATIENCE)
+            stuck.append(threading.current_thread())
+
+    stuck, timer = [], threading.Timer(0.01, os.kill, [os.getpid(), signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt):
+        flowcoro.run(main(), workers=workers)
+    timer.join()
+    assert len(stuck) == 1
+
+
 @pytest.mark.parametrize("workers", [3, 8])
 def test_when_all_but_one_are_stuck_the_last_one_serves_all(workers):
     async def main():
@@ -1470,13 +1538,13 @@ def test_a_worker_that_is_about_to_sleep_when_the_last_task_ends_does_not_sleep(
 
 
 @SEVERAL
-def test_a_hundred_short_runs_leave_no_thread_and_no_descriptor(workers):
+def test_short_runs_one_after_the_other_leave_no_thread_and_no_descriptor(workers):
     async def main():
         await flowcoro.when_all(*(flowcoro.checkpoint() for _ in range(3)))
         return flowcoro.now()
 
     threads, files = strangers(), descriptors()
-    for _ in range(30):
+    for _ in range(10):
         run(main, workers=workers)
         assert strangers() == threads and descriptors() == files
 
