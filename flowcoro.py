@@ -4578,7 +4578,7 @@ class ObjectPool(_Unique):
     """Keeps up to `capacity` used objects for reuse. When it is empty, acquire() makes a fresh one and never waits.
 
     factory() makes an object; reset(object) cleans one as it is returned (if it fails, the object is dropped and the
-    error raised). debug=True finds objects returned twice or to the wrong pool (PoolError) and used after their return
+    error raised). Neither may block: other workers wait meanwhile. debug=True finds objects returned twice or to the wrong pool (PoolError) and used after their return
     (ReferenceError): what acquire() then gives is a weak proxy that dies on return, and nothing is reused. Objects of
     types without weak references (list, dict) are given as they are, and only their returns are checked.
     """
@@ -4594,6 +4594,7 @@ class ObjectPool(_Unique):
         self._free = []
         self._made = self._reused = self._returned = self._dropped = 0
 
+    @_guarded
     def acquire(self):
         """An object, used before or fresh. Give it back with release(), or use `with pool.borrow() as object:`."""
         if self._free:
@@ -4608,6 +4609,7 @@ class ObjectPool(_Unique):
             return given
         return thing
 
+    @_guarded
     def release(self, thing):
         """Take it back, or drop it if `capacity` are kept."""
         if self._lent is not None:
