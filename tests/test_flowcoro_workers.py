@@ -1077,6 +1077,36 @@ def test_several_workers_do_with_a_selector_that_knows_no_edges(workers, monkeyp
     run(main, workers=workers)
 
 
+# ---- pools ----------------------------------------------------------------------------------------------------
+
+@MANY
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_pool_lends_each_object_to_one_task_at_a_time_and_counts_right(workers, debug):
+    class Thing:
+        user = None
+
+    async def main():
+        pool = flowcoro.ObjectPool(Thing, 2, debug=debug)
+
+        async def use(number):
+            for _ in range(150):
+                with pool.borrow() as thing:
+                    assert thing.user is None
+                    thing.user = number
+                    other = pool.acquire()
+                    assert thing.user == number
+                    pool.release(other)
+                    thing.user = None
+
+        await spread(workers, use)
+        statistics = pool.statistics()
+        assert statistics["in_use"] == 0
+        assert statistics["made"] + statistics["reused"] == 300 * workers
+        assert statistics["made"] == statistics["dropped"] + statistics["free"]
+
+    run(main, workers=workers)
+
+
 # ---- stuck workers, pinned tasks ------------------------------------------------------------------------------
 
 @SEVERAL
