@@ -4728,9 +4728,8 @@ def runtime_info():
     """What runs here, as a dict: versions, the interpreter and whether it has a GIL, the selector, the clock."""
     worker = _local.worker
     inside = worker is not _OUTSIDE
-    gil = getattr(sys, "_is_gil_enabled", lambda: True)()
     return {"flowcoro": __version__, "python": sys.version.split()[0], "implementation": sys.implementation.name,
-            "gil": gil, "platform": sys.platform, "workers": len(worker.kernel.workers) if inside else 0,
+            "gil": _has_gil(), "platform": sys.platform, "workers": len(worker.kernel.workers) if inside else 0,
             "selector": (type(worker.poller).__name__.strip("_") if inside else None),
             "clock": type(worker.clock).__name__ if inside and worker.clock is not None else "time.monotonic",
             "seed": worker.kernel.seed if inside else None}
