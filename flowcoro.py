@@ -3598,13 +3598,13 @@ class Channel(_Unique):
     @_shared
     async def _shared_send(self, item):
         task = await _turn()
-        if not self._put(item):
-            task._item = item
-            try:
+        try:
+            if not self._put(item):
+                task._item = item
                 await park(self._park_sender)
-            finally:
-                task._item = None
-                del task
+        finally:
+            task._item = None
+            del task
 
     @_shared
     async def _shared_receive(self):
