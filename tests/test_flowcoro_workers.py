@@ -496,6 +496,53 @@ def test_all_subscribers_of_a_broadcast_get_all_items_in_the_same_order(workers)
     run(main, workers=workers)
 
 
+def test_a_task_woken_on_another_worker_may_go_on_before_its_waker_does(monkeypatch):
+    """Whoever wakes a pinned task is held up, in the middle of that, until the task has gone on."""
+    armed, went_on = [], threading.Event()
+
+    class Slow(flowcoro._Ready):
+        def append(self, task):
+            super().append(task)
+            if armed and self.worker is not flowcoro._local.worker:
+                went_on.wait(0.1)       # in vain if its worker wants the guard before it comes to the task
+
+    async def main():
+        async def meet(number, wait, wake):
+            if number == 0:
+                waiters.append(flowcoro.current_task())
+                outcome = await wait()
+                went_on.set()
+                return outcome
+            while not waiters or waiters[0].state != "parked":
+                await flowcoro.checkpoint()
+            armed.append(True)
+            try:
+                return wake()
+            finally:
+                armed.clear()
+                waiters.clear()
+                went_on.clear()
+
+        async def wait_for_event():
+            await event.wait()
+            return event.is_set()
+
+        async def wait_for_end():
+            with pytest.raises(flowcoro.EndOfChannel):
+                await channel.receive()
+            return channel.closed
+
+        waiters, event, channel, other = [], flowcoro.Event(), flowcoro.Channel(), flowcoro.Channel()
+        assert await spread(2, meet, lambda: channel.send("item"), channel.receive_nowait) == [None, "item"]
+        assert await spread(2, meet, lambda: flowcoro.select(channel, other), lambda: channel.send_nowait(1)) == [(0, 1), None]
+        assert other.statistics()["receivers_waiting"] == 0
+        assert await spread(2, meet, wait_for_event, event.set) == [True, None]
+        assert await spread(2, meet, wait_for_end, channel.close) == [True, None]
+
+    monkeypatch.setattr(flowcoro, "_Ready", Slow)
+    run(main, workers=2)
+
+
 # ---- promises, combinations, groups ---------------------------------------------------------------------------
 
 @MANY
@@ -887,6 +934,48 @@ def test_threads_that_ask_while_the_run_ends_get_an_answer_all_the_same(workers)
     for thread in threads:
         thread.join(PATIENCE)
         assert not thread.is_alive()
+
+
+@SEVERAL
+def test_what_a_thread_asks_for_as_the_last_task_ends_elsewhere_is_refused(workers, monkeypatch):
+    stop_all, called, stopped, outcome = flowcoro._Kernel._stop_all, threading.Event(), threading.Event(), []
+
+    def stop(self):
+        stop_all(self)
+        stopped.set()
+
+    def call():
+        called.set()
+        assert stopped.wait(PATIENCE)
+        return flowcoro.spawn(never())
+
+    async def never():
+        raise AssertionError("it ran")
+
+    def ask(kernel):
+        with pytest.raises(RuntimeError) as caught:
+            flowcoro.call_from_thread(call, kernel=kernel)
+        outcome.append(str(caught.value))
+
+    async def leave(number):
+        if threading.current_thread() is not threading.main_thread():
+            await flowcoro.sleep(0.001)
+
+    async def main():
+        while threading.current_thread() is threading.main_thread():       # who ends last takes this task along
+            await spread(workers, leave)
+        thread.append(threading.Thread(target=ask, args=[flowcoro.current_kernel()]))
+        thread[0].start()
+        wait_until(called.is_set)
+
+    async def run_main():
+        await main()
+
+    thread = []
+    monkeypatch.setattr(flowcoro._Kernel, "_stop_all", stop)
+    flowcoro.run(run_main(), workers=workers)
+    thread[0].join(PATIENCE)
+    assert outcome and "not open" in outcome[0]
 
 
 # ---- descriptors ----------------------------------------------------------------------------------------------
