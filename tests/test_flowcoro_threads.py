@@ -1758,18 +1758,19 @@ def test_an_error_that_strikes_while_a_thread_is_started_leaves_the_call_to_the_
             raise Struck                                # as a signal handler does that comes while start() waits
 
     async def main():
-        limiter = flowcoro.Semaphore(1, max_value=1)
-        with pytest.raises(Struck):
-            await flowcoro.to_thread(time.sleep, 0.01, limiter=limiter)
+        limiter, goes_on = flowcoro.Semaphore(1, max_value=1), threading.Event()
+        async with flowcoro.TaskGroup() as group:
+            try:
+                for _ in range(len(flowcoro._ThreadPool.idle)):         # so that the call needs a new thread
+                    group.spawn(flowcoro.to_thread(goes_on.wait, PATIENCE, limiter=flowcoro.Semaphore(1)))
+                await until(lambda: not flowcoro._ThreadPool.idle)
+                monkeypatch.setattr(threading.Thread, "start", start)
+                with pytest.raises(Struck):
+                    await flowcoro.to_thread(time.sleep, 0.01, limiter=limiter)
+            finally:
+                goes_on.set()
         await until(lambda: limiter.value == 1)         # once the thread is done, and not before
         assert flowcoro.statistics()["thread_calls"] == 0
 
-    run(drain_idle_threads)
     begin = threading.Thread.start
-    monkeypatch.setattr(threading.Thread, "start", start)
     run(main)
-
-
-async def drain_idle_threads():
-    """Give each idle thread something to do, so that the next call needs a new one."""
-    flowcoro._ThreadPool.idle.clear()
