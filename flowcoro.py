@@ -1634,7 +1634,7 @@ class TaskGroup(_Unique):
 
     Cancelled from outside: the tasks are cancelled and joined, and Cancelled is raised if that has cut the body or a task
     short. If all came to their ends all the same, the block ends normally and the next checkpoint raises. A task that was
-    cancelled by its own cancel() ends only itself.
+    cancelled by its own cancel() ends only itself. pinned=True: as if said to each spawn().
     """
 
     __slots__ = ("scope", "_tasks", "_owner", "_doomed", "_cut", "_errors", "_lot", "_open", "_late", "_pinned")
@@ -1670,7 +1670,8 @@ class TaskGroup(_Unique):
         """Start a task in the group, from any of the kernel's tasks. RuntimeError once the group has ended.
 
         TypeError for what is no coroutine object, and a name that is no str; RuntimeError for a coroutine that was started
-        before, and when 100,000 were spawned here since this was cancelled.
+        before, and when 100,000 were spawned here since this was cancelled. pinned: it stays with the worker it begins on,
+        in one thread; others may be stolen by idle workers, if there are several.
         """
         worker = _local.worker
         hooks = worker.hooks            # RuntimeError in another thread, before anything is done
@@ -2019,22 +2020,6 @@ class _Worker:
             if self.inbox:              # else this is the child of a fork in there
                 self.inbox.popleft()
 
-    @_shared
-    def _shared__take_calls(self):
-        """The same where another worker may stand in for this one: each call is made by one of the two."""
-        for _ in range(len(self.inbox)):
-            if self.stopped:
-                break
-            try:
-                call = self.inbox.popleft()
-            except IndexError:
-                break
-            try:
-                call()
-            except BaseException:               # as above
-                self.inbox.appendleft(call)
-                raise
-
     def pick(self, count):
         """A number below `count`, random but reproducible: which of several ready cases select() takes."""
         self.luck = (self.luck * 1103515245 + 12345) & 0x7FFFFFFF       # C's rand(); its low bits have short periods
@@ -2295,6 +2280,21 @@ class _OneOfSeveral(_Worker):
         self.thread = None          # all but the first start one
         self.stolen = 0             # tasks
         self.seen = {}              # worker -> (its `looked`, when that was first seen)
+
+    def _take_calls(self):
+        """The same where another worker may stand in for this one: each call is made by one of the two."""
+        for _ in range(len(self.inbox)):
+            if self.stopped:
+                break
+            try:
+                call = self.inbox.popleft()
+            except IndexError:
+                break
+            try:
+                call()
+            except BaseException:               # as above
+                self.inbox.appendleft(call)
+                raise
 
     def _park_among_others(self, task, trap):
         with _GUARD:
@@ -3051,7 +3051,7 @@ def spawn(coro, *, name=None, pinned=False):
     """Start a task that lives until it ends or main does (then it is cancelled and joined). Prefer a TaskGroup.
 
     An error that nobody awaits goes to sys.unraisablehook, at the latest when the run ends; SystemExit and
-    KeyboardInterrupt end the run.
+    KeyboardInterrupt end the run. pinned and errors as for TaskGroup.spawn().
     """
     try:
         group = _local.worker.kernel.root
@@ -4578,9 +4578,10 @@ class ObjectPool(_Unique):
     """Keeps up to `capacity` used objects for reuse. When it is empty, acquire() makes a fresh one and never waits.
 
     factory() makes an object; reset(object) cleans one as it is returned (if it fails, the object is dropped and the
-    error raised). Neither may block: other workers wait meanwhile. debug=True finds objects returned twice or to the wrong pool (PoolError) and used after their return
-    (ReferenceError): what acquire() then gives is a weak proxy that dies on return, and nothing is reused. Objects of
-    types without weak references (list, dict) are given as they are, and only their returns are checked.
+    error raised). Neither may block: other workers wait meanwhile. debug=True finds objects returned twice or to the
+    wrong pool (PoolError) and used after their return (ReferenceError): what acquire() then gives is a weak proxy
+    that dies on return, and nothing is reused. Objects of types without weak references (list, dict) are given as
+    they are, and only their returns are checked.
     """
 
     def __init__(self, factory, capacity, *, reset=None, debug=False):

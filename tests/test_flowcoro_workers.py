@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Seconds after which something that should have happened counts as hanging: only a failing test takes so long.
 PATIENCE = 30.0
 
-MANY = pytest.mark.parametrize("workers", [1, 2, 3, 8])
-SEVERAL = pytest.mark.parametrize("workers", [2, 3, 8])
+MANY = pytest.mark.parametrize("workers", [1, 2, 8])
+SEVERAL = pytest.mark.parametrize("workers", [2, 8])
 
 variable = contextvars.ContextVar("variable", default="unset")
 
