@@ -4069,6 +4069,7 @@ class Promise(_Unique):
             self._unset += [None]
             raise
 
+    @_guarded
     def _wake_all(self):
         for worker in {task._worker for task in list(self._lot._tasks)}:
             if worker is _local.worker:

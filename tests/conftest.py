@@ -28,6 +28,12 @@ def one_worker_takes_no_guard():
         flowcoro._MARKED.extend(MARKED)
 
 
+def pytest_collection_finish(session):
+    """Thousands of tests look for garbage, or for a deadlock: spare each of them what pytest itself has gathered so far."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def reports(monkeypatch):
     """What was reported to sys.unraisablehook: a list of (message, error)."""
