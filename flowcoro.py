@@ -1840,7 +1840,7 @@ class _Timers:
     @_guarded
     def prune(self):
         """Drop the stale entries if they are most of all: O(log n) for each that was made since, and mostly less."""
-        if self.entries <= 2 * self.worker.kernel.alive() + 64:
+        if self.entries <= 64 or self.entries <= 2 * self.worker.kernel.alive() + 64:     # mostly the first, which calls nothing
             return
         old, self.tasks, self.entries = self.tasks, {}, 0
         self.heap.clear()
@@ -2297,6 +2297,7 @@ class _OneOfSeveral(_Worker):
                 raise
 
     def _park_among_others(self, task, trap):
+        """What work() does with a park function, under the guard; there it is written out, to save one worker the call."""
         with _GUARD:
             if task._resume is not task._send:
                 if task._resume == task._step_then_cancel:      # another worker took it for one that waits for its step
@@ -3906,12 +3907,16 @@ class Broadcast(_Unique):
     def close(self):
         """Nothing more will be sent: subscribers get what is left, then EndOfChannel; parked senders ClosedError."""
         if not self._closed:
-            while self._senders._tasks:
-                self._senders.unpark(error=ClosedError("the Broadcast was closed while this task waited to send"))
-            for subscription in list(self._subscriptions):
-                while subscription._lot._tasks:
-                    subscription._lot.unpark(error=subscription._end())
-            self._closed = True
+            self._closed = True                 # as in Channel.close()
+            try:
+                while self._senders._tasks:
+                    self._senders.unpark(error=ClosedError("the Broadcast was closed while this task waited to send"))
+                for subscription in list(self._subscriptions):
+                    while subscription._lot._tasks:
+                        subscription._lot.unpark(error=subscription._end())
+            except RecursionError:
+                self._closed = False
+                raise
 
     def statistics(self):
         """{"capacity", "sent", "subscribers", "senders_waiting": int, "closed": bool}"""
