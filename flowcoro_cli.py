@@ -285,16 +285,20 @@ def _in_child(function, count):
     program = f"import json, {__name__} as cli; print(json.dumps(cli.{function}({count})))"
     root = pathlib.Path(__file__).resolve().parents[__name__.count(".")]
     search_path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    try:
-        child = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": search_path},
-                               capture_output=True, text=True, errors="replace",
-                               timeout=CHILD_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise SceneFailed(f"{function}({count}) was not ready after {CHILD_TIMEOUT} seconds") from None
+    with subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": search_path}, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, errors="replace") as child:
+        try:
+            out, err = child.communicate(timeout=CHILD_TIMEOUT)
+        except BaseException as error:
+            child.kill()
+            child.wait()                # after a Ctrl-C nobody else would
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise SceneFailed(f"{function}({count}) was not ready after {CHILD_TIMEOUT} seconds") from None
     if child.returncode != 0:
-        last_words = child.stderr.strip().rpartition("\n")[2]
+        last_words = err.strip().rpartition("\n")[2]
         raise SceneFailed(f"{function}({count}) ended with {child.returncode}: {last_words}")
-    return json.loads(child.stdout)
+    return json.loads(out)
 
 
 def _scene_threads(screen):

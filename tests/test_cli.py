@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import types
 
 import pytest
@@ -268,11 +269,23 @@ def test_a_scene_whose_file_is_missing_exits_2_when_asked_for(cli, monkeypatch):
     assert (status, out) == (2, "") and "flowcoro_nowhere.py" in err
 
 
+def wait_for_child(process):
+    """Until it measures in a process of its own: a Ctrl-C inside of Popen() leaves a pipe open, and a warning of that."""
+    tasks = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + PATIENCE
+    while not any(b"_measure_" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes() for child in tasks.read_text().split()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.05)            # from the child's exec to the end of Popen()
+
+
 @pytest.mark.parametrize("scene", ["threads", "echo", "timeouts"])
 def test_ctrl_c_ends_the_demo_with_130_and_one_line(scene):
     with start("demo", scene, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while "Look at" not in process.stdout.readline():
             assert process.poll() is None
+        if scene == "threads":
+            wait_for_child(process)
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (130, "\nflowcoro: interrupted\n")

@@ -552,9 +552,8 @@ def start_sender(plan):
                 blocked = True
             except KeyboardInterrupt:
                 pass
-        if owed:
-            os.read(back, 1)        # not to be interrupted when it has read
-            owed.clear()
+        while owed:
+            del owed[:len(os.read(back, len(owed)))]        # not to be interrupted when it has read
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {SIGNAL})
         except KeyboardInterrupt:
@@ -1118,7 +1117,9 @@ def test_sigquit_at_any_moment_disturbs_nothing():
 
             async with flowcoro.TaskGroup() as group:
                 group.spawn(send())
-                return [item async for item in channel] == list(range(60000))
+                result = [item async for item in channel] == list(range(60000))
+            settle()                    # one that came after the run would end the process
+            return result
 
         ask, settle = start_sender(lambda luck: [luck.random() * 0.0005])
         say(flowcoro.run(main()))

@@ -557,6 +557,10 @@ def test_a_cancellation_that_races_with_the_thread_loses_nothing(abandon):
 @pytest.fixture
 def mortal_threads(monkeypatch):
     """Threads of to_thread for one test alone, whose death is no news."""
+    deadline = time.monotonic() + PATIENCE
+    while len(flowcoro._ThreadPool.idle) < len(flowcoro._ThreadPool.threads):       # those of other tests, still at work
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
     monkeypatch.setattr(flowcoro._ThreadPool, "idle", [])
     monkeypatch.setattr(flowcoro._ThreadPool, "threads", set())
     monkeypatch.setattr(flowcoro, "THREAD_IDLE_SECONDS", 0.02)
