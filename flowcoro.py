@@ -129,6 +129,16 @@ MOST_WORKERS = 1024
 # steps turn out to be long.
 STEPS_PER_LOOK = 15
 
+# Seconds that one step may take before run(watchdog=True) reports it.
+WATCHDOG_LIMIT = 1.0
+
+# Looks of the watchdog at the workers within its limit: a report is late by two of them at most.
+WATCHDOG_LOOKS = 8
+
+# Seconds between two samples of step times and latencies that the watchdog takes of a worker: they cost 0.02 % then. A pass
+# of the loop (up to 60 steps) that took longer counts as one step.
+SECONDS_PER_SAMPLE = 0.01
+
 # Operations that a task may complete without waiting before one of them gives the others a turn (tokio: 128).
 BUDGET = 128
 
@@ -160,6 +170,10 @@ BLOWS = 100
 LONGEST_POLL = 3600.0
 
 _INF = math.inf
+
+# How many steps a pass makes between looks at the clock: all at first, fewer and fewer while steps are long.
+_PLANS = tuple((range(STEPS_PER_LOOK >> level),) * (STEPS_PER_POLL // STEPS_PER_LOOK)
+               for level in range(STEPS_PER_LOOK.bit_length()))
 
 # The budget of a new task and of one that was rescheduled: something waits to be sent in. The loop sets BUDGET at each
 # checkpoint, and every operation counts down from here, so the one store tells both (a second one cost 5 ns a step).
@@ -1968,6 +1982,8 @@ class _Worker:
         self.sleeping = False       # I5
         self.looked = 0.0           # when it was last between two steps, as of time.monotonic(), give or take 15 steps
         self.hooks = None           # kernel.hooks while there are any
+        self.meter = _Meter(self) if kernel.watchdog is not None else None
+        self.thread_id = None
         self.descriptors = 0        # Pollables
         self.io_parked = 0          # tasks parked on them
         self.thread_calls = 0       # to_thread calls under way
@@ -2034,10 +2050,11 @@ class _Worker:
         # Bound methods and ints in locals: together 60 ns of the 250 of a step (CPython 3.11).
         popleft, append, monotonic, real = ready.popleft, ready.append, time.monotonic, self.clock is None
         several = bool(self.others)
-        turn, batch, looks, polled = BUDGET, range(STEPS_PER_LOOK), range(STEPS_PER_POLL // STEPS_PER_LOOK), monotonic()
+        turn, plan, level, began = BUDGET, _PLANS[0], 0, monotonic()
+        polled, due = began, 0.0 if self.meter is not None else _INF         # when to measure a pass
         while not self.stopped:
-            for look in looks:
-                for step in batch:
+            for batch in plan:
+                for step in batch:          # the watchdog reads `step`
                     try:
                         self.task = task = popleft()
                     except IndexError:
@@ -2072,16 +2089,17 @@ class _Worker:
                     self.looked = moment = monotonic()
                     if moment - polled > SECONDS_PER_POLL:
                         # Long steps: fewer of them before the next look, so that it is late by one of them at most.
-                        batch = range(max(1, len(batch) // 2))
+                        level = min(level + 1, len(_PLANS) - 1)
                         break
                     continue
                 self.steps += step
                 break
             else:
-                if len(batch) < STEPS_PER_LOOK:
-                    batch = range(min(STEPS_PER_LOOK, len(batch) * 2))
+                if level:
+                    level -= 1
+            plan = _PLANS[level]
             self.task = None        # nobody is being stepped: a cancel now must not take the last one for running
-            polled = monotonic()
+            ended = polled = monotonic()
             if inbox:
                 self._take_calls()
             if heap and (several or heap[0] <= (polled if real else self.now())):     # several: another may just take it
@@ -2096,6 +2114,10 @@ class _Worker:
                 if several:
                     self._offer_work()
             self.looked = polled
+            if ended > due:
+                plan, due = self.meter.measure(began, ended, plan, polled is not ended)
+                polled = monotonic()
+            began = polled
 
     @_guarded
     def recover(self, error):
@@ -2233,8 +2255,8 @@ class _Worker:
             timeout = self._until_deadline()    # the hook may have moved one
         if timeout is None and not self.sleepers and not self.io_parked and not self.thread_calls:
             # Only another thread or a signal could go on from here; if there is neither, nobody ever will.
-            if self.kernel.is_deadlocked():
-                self.kernel.break_deadlock()
+            if self.kernel.deadlocks.is_one():
+                self.kernel.deadlocks.break_one()
             else:
                 self._poll(1.0)                 # the last thread may end without a word: look again
         elif timeout and self.clock is not None and not self.thread_calls:
@@ -2412,10 +2434,10 @@ class _OneOfSeveral(_Worker):
             if self.ready:
                 return
             timeout = self._until_deadline()
-        if timeout is None and kernel.is_quiet(self) and kernel.is_deadlocked():
+        if timeout is None and kernel.deadlocks.is_quiet(self) and kernel.deadlocks.is_one():
             with _GUARD:
-                if kernel.is_quiet(self):
-                    kernel.break_deadlock()
+                if kernel.deadlocks.is_quiet(self):
+                    kernel.deadlocks.break_one()
             return
         keeper = False
         try:
@@ -2448,9 +2470,180 @@ def _unknown_trap(trap):
     return TypeError(f"a task yielded {trap!r} to the kernel: {guess}")
 
 
+# ---- the watchdog ---------------------------------------------------------------------------------------------
+# run(watchdog=) has two parts. A meter in each worker measures how long steps take, and how long ready tasks wait for theirs:
+# few of them, to cost little. And a thread looks at the workers, for one that is stuck in a step cannot say so itself.
+
+class _Histogram:
+    """How many durations there were of each size. Sizes double, from a microsecond on."""
+
+    def __init__(self):
+        self.counts = [0] * 40
+        self.sum = self.max = 0.0
+
+    def add(self, seconds):
+        self.counts[min(int(seconds * 1e6).bit_length(), len(self.counts) - 1)] += 1
+        self.sum += seconds
+        self.max = max(self.max, seconds)
+
+    @staticmethod
+    def together(histograms):
+        """What statistics() shows of some of them."""
+        sums = [sum(counts) for counts in zip(*(histogram.counts for histogram in histograms))]
+        return {"count": sum(sums), "sum": sum(histogram.sum for histogram in histograms),
+                "max": max(histogram.max for histogram in histograms),
+                "below": {2 ** size / 1e6: count for size, count in enumerate(sums) if count}}
+
+
+class _Meter:
+    """Measures a step of a worker every now and then, and how long the last of those who were ready then has waited."""
+
+    def __init__(self, worker):
+        self.worker = worker
+        self.step_times, self.latencies = _Histogram(), _Histogram()
+        self.since = 0.0        # when somebody was the last of those who were ready
+        self.target = None      # the worker's `steps` when his turn has come; None if he is not waited for
+        self.alone = False      # the pass is one step, which is measured
+
+    def measure(self, began, ended, plan, idled):
+        """After a pass: (the plan of the next one, when to be called after another; 0: the next)."""
+        worker = self.worker
+        if self.alone or ended - began > SECONDS_PER_SAMPLE:
+            self.step_times.add(ended - began)
+            if not self.alone and not idled and self.target is None:
+                self.latencies.add(ended - began)       # of those who are ready behind it
+        if self.alone:
+            self.alone = False
+            return plan, ended + SECONDS_PER_SAMPLE
+        if self.target is None:
+            self.since, self.target = time.monotonic(), worker.steps + len(worker.ready) - 1
+            ended = self.since
+        left = self.target - worker.steps
+        if left > 0 and not idled:
+            full, rest = divmod(left, len(plan[0]))
+            return plan if full >= len(plan) else (*plan[:full], range(rest)), 0.0
+        self.latencies.add(ended - self.since)
+        self.target, self.alone = None, True
+        return (range(1),), 0.0
+
+
+class _Watchdog:
+    """The thread that looks at the workers of a kernel, and reports who is held by one step for longer than `limit` seconds."""
+
+    resting = set()             # those that wait for their next look, of all kernels: they will wake no task
+
+    def __init__(self, kernel, limit):
+        self.kernel, self.limit = kernel, limit
+        self.pause = min(limit / WATCHDOG_LOOKS, threading.TIMEOUT_MAX)     # seconds between two looks
+        self.seen = {}          # worker -> (what it was at, since when, when to report that)
+        self.done = threading.Lock()
+        self.done.acquire()
+        self.thread = None
+
+    def start(self):
+        if self.limit == _INF:
+            return
+        thread = threading.Thread(target=self.main, name="flowcoro watchdog", daemon=True)
+        thread.start()
+        self.thread = thread
+
+    def stop(self):
+        if self.thread is not None:
+            self.done.release()
+            self.thread.join()
+
+    def main(self):
+        moment, used = time.monotonic(), time.process_time()
+        while True:
+            self.resting.add(self)
+            if self.done.acquire(timeout=self.pause):
+                self.resting.discard(self)
+                return
+            self.resting.discard(self)
+            before, used_before, moment, used = moment, used, time.monotonic(), time.process_time()
+            late = moment - before - self.pause
+            computed = used - used_before > late / 2        # C code that kept the GIL, else the whole process was stopped
+            for worker in self.kernel.workers:
+                try:
+                    if late < self.limit or computed:
+                        self.look_at(worker, moment, late > self.limit)
+                    else:
+                        self.seen.clear()
+                except Exception as error:
+                    _report(error, "the watchdog failed to look at a worker")
+
+    def look_at(self, worker, now, late):
+        task, looked = worker.task, worker.looked
+        if worker.sleeping or now - looked < self.pause:
+            self.seen.pop(worker, None)
+            return
+        step, stack = self.live_stack(worker)
+        mark = task, looked, step
+        seen, since, due = self.seen.get(worker, (None, now, 0.0))
+        if seen != mark:        # `looked` is when this step began if it is the first since, or all others were short
+            since = looked if task is not None and (step == 0 or late) else now
+            due = since + self.limit
+        if now >= due:
+            self.alarm(worker, task, now, since, stack)
+            due = now + (now - since)
+        self.seen[worker] = mark, since, due
+
+    def live_stack(self, worker):
+        """(how many steps the worker has made since it looked at the clock, the frames of this one, outermost first)."""
+        if not _has_gil():      # there a frame that is being run must not be read
+            return None, []
+        step, frames = None, []
+        frame = sys._current_frames().get(worker.thread_id)
+        while frame is not None:
+            if frame.f_code is _Worker.work.__code__:
+                step = frame.f_locals.get("step")
+                break
+            frames.append((frame, frame.f_lineno))
+            frame = frame.f_back
+        while frames and frames[-1][0].f_code.co_filename == _HERE:
+            frames.pop()
+        return step, frames[::-1]
+
+    def alarm(self, worker, task, now, since, frames):
+        import traceback
+        kernel = self.kernel
+        who = "something that is no task (a call from another thread, a hook, a collection of garbage)"
+        if task is not None:
+            who = f"task {task.name!r}"
+        stack = "".join(traceback.StackSummary.extract(iter(frames)).format())
+        report = (f"{who} has held worker {kernel.workers.index(worker) + 1} of {len(kernel.workers)} for {now - since:.3g} s, "
+                  f"the limit is {self.limit:g} s. Move what computes or blocks there to to_thread(), or put a checkpoint() "
+                  f"into it\nBehind it wait: {', '.join(self.behind(worker, task)) or 'nobody'}\n"
+                  + (f"It is here:\n{stack}" if stack else "Where it is cannot be told: this Python has no GIL\n"))
+        if "task_stuck" in (kernel.hooks or ()):
+            kernel.fire("task_stuck", task, now - since, report)
+        else:
+            _report(RuntimeError(report), "a step takes too long", task)
+
+    def behind(self, worker, task):
+        """What the worker does not come to, in words."""
+        try:
+            count, first = len(worker.ready), list(itertools.islice(worker.ready, 3))
+            overdue = worker.now() - worker.timers.heap[0] if worker.timers.heap else 0.0
+        except (RuntimeError, IndexError):      # it has just gone on
+            return
+        if count:
+            names = ", ".join(other.name for other in first)
+            yield f"{count} ready ({names}{f' and {count - 3} more' if count > 3 else ''})"
+        if task is not None and task._joiners is not None and len(task._joiners):
+            yield f"{len(task._joiners)} that await it"
+        if overdue > 0:
+            yield f"a deadline that passed {overdue:.3g} s ago"
+        if worker.io_parked:
+            yield f"{worker.io_parked} parked on descriptors"
+        if worker.inbox:
+            yield f"{len(worker.inbox)} calls from other threads"
+
+
 # ---- the kernel -----------------------------------------------------------------------------------------------
 
-_HOOKS = ("task_spawned", "task_parked", "task_rescheduled", "task_stolen", "task_done", "before_poll", "after_poll")
+_HOOKS = ("task_spawned", "task_parked", "task_rescheduled", "task_stolen", "task_done", "task_stuck", "before_poll",
+          "after_poll")
 
 
 class _Signals:
@@ -2590,10 +2783,72 @@ def _close_by_force(task):
         worker._finish(task, None, Cancelled())
 
 
+class _Deadlocks:
+    """How a kernel finds out that no task can ever run again, and what it does then."""
+
+    # Go can say "all goroutines are asleep" because its runtime knows everything that could wake one. So does this one,
+    # but for code that enters from outside: other threads (Python's or not), signal handlers, and finalisers. A false
+    # alarm would be worse than silence, so each doubt means no.
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.broken = 0             # so far, in this run
+
+    def is_one(self):
+        """Nothing is ready and no deadline, descriptor or thread call is pending: can anybody else wake a task?"""
+        if self._may_be_woken():        # as a rule, and a service may wait like this for days: no collection each second
+            return False
+        import gc
+        for _ in range(10):         # a finaliser may hold the key, or start a thread that does, or free another one
+            if not gc.collect():
+                break
+        return not self._may_be_woken()
+
+    def _may_be_woken(self):
+        import signal
+        kernel = self.kernel
+        if len(kernel.stop_lot) and kernel.signals.may_stop():
+            return True
+        if any(kernel.signals.is_foreign(signal.getsignal(number)) for number in signal.valid_signals()):
+            return True
+        try:
+            threads = len(os.listdir("/proc/self/task"))        # also those that never ran Python yet
+        except OSError:
+            threads = len(sys._current_frames())
+        known = len(kernel.workers) + len(_ThreadPool.idle) + len(_Watchdog.resting)
+        if threads > known or not kernel.in_main_thread or kernel.main is None:
+            return True
+        # Last, for a thread may have done its work and ended while all this was looked at.
+        return any(worker.ready or worker.inbox or worker.timers.heap for worker in kernel.workers)
+
+    @_guarded
+    def is_quiet(self, worker):
+        """Whether all workers but this one sleep, and none of them waits for anything that will come by itself."""
+        return all((each is worker or each.sleeping) and not (
+            each.ready or each.inbox or each.timers.heap or each.sleepers or each.io_parked or each.thread_calls)
+            for each in self.kernel.workers)
+
+    def break_one(self):
+        """Cancel everybody; if that ends in a deadlock as well, inside the shields too; at last close the coroutines."""
+        kernel = self.kernel
+        self.broken += 1
+        if self.broken == 1:
+            kernel.fatal = kernel.fatal or Deadlock(
+                "no task can ever run again: there is no timer, file descriptor, thread or signal handler left that could "
+                "wake one.\n" + _dump(kernel))
+            kernel.cancel_all()
+        elif self.broken == 2:
+            kernel.drop_shields()
+        else:
+            for task in list(kernel.all_tasks()):
+                if task._state == PARKED:       # else another's end has just woken it, and it has its turn (I1)
+                    _close_by_force(task)
+
+
 class _Kernel:
     """One run(): its worker, the root of its tasks, its signals, and how it ends."""
 
-    def __init__(self, workers, clock, seed, grace):
+    def __init__(self, workers, clock, seed, grace, watchdog):
         self.clock, self.seed, self.grace = clock, seed, grace
         self.root = _Root(self)
         self.main = None
@@ -2607,9 +2862,10 @@ class _Kernel:
         self.signals = _Signals(self)
         self.stop_asked = False
         self.stop_lot = ParkingLot("wait for a request to stop")
-        self.deadlocks = 0
+        self.deadlocks = _Deadlocks(self)
         self.ended = False
         self.limiter = Semaphore(THREADS)
+        self.watchdog = _Watchdog(self, watchdog) if watchdog is not None else None
         if workers == 1:
             self.workers = [_Worker(self, clock, seed)]
         else:
@@ -2637,6 +2893,8 @@ class _Kernel:
             _kernels.add(self)
             self.take_asyncgens()
             self._start_others()
+            if self.watchdog is not None:
+                self.watchdog.start()
             self.main = self.root.spawn(coro)
             self.work(worker)
         except _Forked:
@@ -2666,6 +2924,8 @@ class _Kernel:
                 call = worker.inbox.popleft()
                 if isinstance(call, _CallFromThread):
                     call.refuse()
+        if self.watchdog is not None:
+            self.watchdog.stop()                # after the calls: a hook in its thread may have made one
         for failure in list(self.failures):
             if self.main is None or failure is not self.main._error:
                 failure.report()
@@ -2696,6 +2956,7 @@ class _Kernel:
 
     def work(self, worker):
         """Let the worker step tasks until none is left, whatever strikes it in the middle of its bookkeeping."""
+        worker.thread_id = threading.get_ident()
         blow = None                 # what a signal handler of the user's or his clock has raised; no memory or stack left
         for blows in range(BLOWS):
             try:
@@ -2823,59 +3084,6 @@ class _Kernel:
         await sleep(self.grace)
         self.main.cancel()
 
-    # -- deadlock
-    #
-    # Go can say "all goroutines are asleep" because its runtime knows everything that could wake one. So does this one,
-    # but for code that enters from outside: other threads (Python's or not), signal handlers, and finalisers. A false
-    # alarm would be worse than silence, so each doubt means no.
-
-    def is_deadlocked(self):
-        """Nothing is ready and no deadline, descriptor or thread call is pending: can anybody else wake a task?"""
-        if self._may_be_woken():        # as a rule, and a service may wait like this for days: no collection each second
-            return False
-        import gc
-        for _ in range(10):         # a finaliser may hold the key, or start a thread that does, or free another one
-            if not gc.collect():
-                break
-        return not self._may_be_woken()
-
-    def _may_be_woken(self):
-        import signal
-        if len(self.stop_lot) and self.signals.may_stop():
-            return True
-        if any(self.signals.is_foreign(signal.getsignal(number)) for number in signal.valid_signals()):
-            return True
-        try:
-            threads = len(os.listdir("/proc/self/task"))        # also those that never ran Python yet
-        except OSError:
-            threads = len(sys._current_frames())
-        if threads > len(self.workers) + len(_ThreadPool.idle) or not self.in_main_thread or self.main is None:
-            return True
-        # Last, for a thread may have done its work and ended while all this was looked at.
-        return any(worker.ready or worker.inbox or worker.timers.heap for worker in self.workers)
-
-    @_guarded
-    def is_quiet(self, worker):
-        """Whether all workers but this one sleep, and none of them waits for anything that will come by itself."""
-        return all((each is worker or each.sleeping) and not (
-            each.ready or each.inbox or each.timers.heap or each.sleepers or each.io_parked or each.thread_calls)
-            for each in self.workers)
-
-    def break_deadlock(self):
-        """Cancel everybody; if that ends in a deadlock as well, inside the shields too; at last close the coroutines."""
-        self.deadlocks += 1
-        if self.deadlocks == 1:
-            self.fatal = self.fatal or Deadlock(
-                "no task can ever run again: there is no timer, file descriptor, thread or signal handler left that could "
-                "wake one.\n" + _dump(self))
-            self.cancel_all()
-        elif self.deadlocks == 2:
-            self.drop_shields()
-        else:
-            for task in list(self.all_tasks()):
-                if task._state == PARKED:       # else another's end has just woken it, and it has its turn (I1)
-                    _close_by_force(task)
-
     # -- hooks
 
     def fire(self, name, *args):
@@ -2967,6 +3175,7 @@ def _after_fork_in_child():
     _local.worker = _OUTSIDE
     _ThreadPool.idle.clear()
     _ThreadPool.threads.clear()
+    _Watchdog.resting.clear()
     for kernel in list(_kernels):
         kernel.ended = True
         if threading.current_thread() is threading.main_thread():
@@ -3004,13 +3213,25 @@ def _checked_workers(workers, clock, seed):
     return workers
 
 
-def run(coro, *, workers=None, clock=None, seed=None, grace=10.0):
+def _checked_watchdog(watchdog):
+    if watchdog is None or watchdog is False:
+        return None
+    limit = WATCHDOG_LIMIT if watchdog is True else _as_float(watchdog)
+    if not limit >= 0.01:
+        raise ValueError(f"watchdog={watchdog!r}: give the seconds that one step may take, from 0.01 up; True for "
+                         f"{WATCHDOG_LIMIT:g}; math.inf only measures")
+    return limit
+
+
+def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None):
     """Run the coroutine `coro` and all that it spawns; return its result or raise its error.
 
     workers: how many threads step tasks, up to 1024; None for 1 with a GIL, else for as many as there are usable cores.
     clock: an object with now() and idle(timeout), see flowcoro_testing; with this or a seed there is one worker.
     seed: any int or str makes the order of ready tasks random but reproducible. grace: seconds that main has to end
-    after request_stop() or SIGTERM before it is cancelled.
+    after request_stop() or SIGTERM before it is cancelled. watchdog: seconds that one step of a task may take, or True for
+    1 second; a thread reports a longer one while it lasts, with its stack and what waits behind it, and again whenever that
+    time has doubled: to the hook task_stuck, else to sys.unraisablehook; statistics() has histograms then.
 
     What still runs when main has ended is cancelled and joined. In the main thread, where nobody else has installed
     handlers: Ctrl-C cancels main and raises KeyboardInterrupt once all cleanup is done (a second one goes through
@@ -3030,7 +3251,7 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0):
         workers = _checked_workers(workers, clock, seed)
         if not grace >= 0:
             raise ValueError(f"grace={grace!r}: seconds must be 0 or more; math.inf never cancels")
-        value, error = _Kernel(workers, clock, seed, _as_float(grace)).run(coro)
+        value, error = _Kernel(workers, clock, seed, _as_float(grace), _checked_watchdog(watchdog)).run(coro)
     except BaseException as error:  # also a Ctrl-C before the kernel has taken it over
         try:
             coro.close()            # else it would complain that nobody awaited it
@@ -4713,12 +4934,17 @@ def _statistics(kernel):
     def total(name):
         return sum(getattr(worker, name) for worker in kernel.workers)
 
-    return {"tasks": {"alive": kernel.alive(), "ready": sum(len(worker.ready) for worker in kernel.workers),
-                      "spawned": total("spawned"), "finished": total("finished")},
-            "steps": total("steps"), "polls": total("polls"),
-            "timers": sum(worker.timers.entries for worker in kernel.workers), "descriptors": total("descriptors"),
-            "io_waiting": total("io_parked"), "thread_calls": total("thread_calls"),
-            "threads": len(_ThreadPool.threads)}
+    numbers = {"tasks": {"alive": kernel.alive(), "ready": sum(len(worker.ready) for worker in kernel.workers),
+                         "spawned": total("spawned"), "finished": total("finished")},
+               "steps": total("steps"), "polls": total("polls"),
+               "timers": sum(worker.timers.entries for worker in kernel.workers), "descriptors": total("descriptors"),
+               "io_waiting": total("io_parked"), "thread_calls": total("thread_calls"),
+               "threads": len(_ThreadPool.threads)}
+    if kernel.watchdog is not None:
+        meters = [worker.meter for worker in kernel.workers]
+        numbers["step_seconds"] = _Histogram.together([meter.step_times for meter in meters])
+        numbers["latency_seconds"] = _Histogram.together([meter.latencies for meter in meters])
+    return numbers
 
 
 def statistics():
@@ -4727,6 +4953,10 @@ def statistics():
     tasks: alive, ready, spawned, finished · steps: made so far (up to date between batches) · polls · timers: entries
     in the heap, stale ones included · descriptors · io_waiting: tasks parked on them · thread_calls: of to_thread under
     way, abandoned ones too · threads: of to_thread, in the whole process. RuntimeError outside a kernel.
+
+    With run(watchdog=) also step_seconds, of steps, and latency_seconds, which a task that had just become ready waited for
+    its step: {"count", "sum", "max", "below": {seconds: how many were shorter, but not shorter than half of that}}. They are
+    samples, a hundred a second at most; but whenever up to 60 steps take 10 ms or more, they are counted as one long step.
     """
     return _statistics(_local.worker.kernel)
 
@@ -4746,6 +4976,8 @@ def add_hooks(hooks):
     """Call the methods of `hooks` as things happen in this kernel; it may have any of these:
 
     task_spawned(task), task_parked(task, reason), task_rescheduled(task), task_stolen(task, victim), task_done(task),
+    task_stuck(task, seconds, report) (run(watchdog=): it has held its worker so long, the report says what waits; called in
+    another thread; task is None if what holds it is none),
     before_poll(timeout) (nothing is ready and the kernel will wait so many seconds, None: without limit; what it
     reschedules is run first), after_poll(events) (their number). They must not block; their errors are reported.
     TypeError if it has none of them, RuntimeError outside a kernel. No task runs in them (current_task() raises), but for
