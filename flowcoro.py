@@ -99,7 +99,7 @@ __all__ = [
     "to_thread", "call_from_thread", "run_from_thread", "current_kernel",
     "ObjectPool", "BufferPool",
     "dump_tasks", "statistics", "runtime_info", "add_hooks", "remove_hooks",
-    "park", "reschedule", "current_task", "ParkingLot", "Pollable",
+    "park", "reschedule", "current_task", "ParkingLot", "atomic", "Pollable",
     "wait_readable", "wait_writable", "notify_closing",
     "FlowCoroError", "Cancelled", "TaskCancelled", "WouldBlock", "ClosedError", "EndOfChannel", "BusyError",
     "Lagged", "PoolError", "Deadlock",
@@ -381,7 +381,8 @@ class _Unique:
 # The marks below cost nothing until a run asks for several workers: then each marked function is replaced for good.
 
 _GUARD = threading.RLock()
-_MARKED = []                    # (where it stands, its name, what takes its place)
+_MARKED = weakref.WeakKeyDictionary()   # class or module -> {name: what takes its place; None: the same under the guard}
+_several = False                        # there was a run with several workers
 
 
 def _under_guard(function):
@@ -393,15 +394,26 @@ def _under_guard(function):
     return guarded
 
 
-class _guarded:
-    """Marks a method that holds the guard where there are several workers."""
+class atomic:
+    """Decorates a method of a primitive, in its class body: with several workers it is one step for all others.
+
+    Nothing that is atomic happens elsewhere while it runs: no other such method, no operation of this module on anything
+    that tasks share, no park or abort function, no predicate of ParkingLot.park(). It may call all of these, and must not
+    block. With one worker the plain function stands in the class, and costs nothing. TypeError if it is async, or no method.
+    """
 
     def __init__(self, function):
+        if not isinstance(function, types.FunctionType) or function.__code__.co_flags & 0x2A0:      # async or a generator
+            raise TypeError(f"@atomic decorates a plain method, got {function!r}: nobody could keep all others waiting for "
+                            "what waits itself. Let an async method call an atomic one, and park if that says so")
         self.function = function
 
     def __set_name__(self, owner, name):
         setattr(owner, name, self.function)
-        _MARKED.append((owner, name, _under_guard(self.function)))
+        _mark(owner, name)
+
+    def __call__(self, *args, **kwargs):
+        raise TypeError(f"@atomic decorates methods, and {self.function.__qualname__} stands in no class body")
 
 
 class _shared:
@@ -412,18 +424,29 @@ class _shared:
 
     def __set_name__(self, owner, name):
         setattr(owner, name, self.function)
-        _MARKED.append((owner, name.removeprefix("_shared_"), self.function))
+        _mark(owner, name.removeprefix("_shared_"), self.function)
 
 
 def _guarded_function(function):
     """Marks a function of this module; all its callers are in here."""
-    _MARKED.append((sys.modules[__name__], function.__name__, _under_guard(function)))
+    _mark(sys.modules[__name__], function.__name__, _under_guard(function))
     return function
 
 
+def _mark(owner, name, substitute=None):
+    _MARKED.setdefault(owner, {})[name] = substitute
+    if _several:
+        _guard_all()
+
+
 def _guard_all():
-    while _MARKED:
-        setattr(*_MARKED.pop())
+    global _several
+    with _GUARD:                        # another thread may start such a run at the same time
+        _several = True
+        for owner, names in list(_MARKED.items()):
+            for name, substitute in names.items():
+                setattr(owner, name, substitute or _under_guard(vars(owner)[name]))
+        _MARKED.clear()
 
 
 # ---- traps ----------------------------------------------------------------------------------------------------
@@ -535,7 +558,7 @@ class CancelScope(_Unique):
         self._firm = False          # the shield holds even when a second Ctrl-C drops shields
         self.cancelled_caught = False
 
-    @_guarded
+    @atomic
     def __enter__(self):
         worker = _local.worker
         task = worker.task or current_task()        # which says that none runs
@@ -553,7 +576,7 @@ class CancelScope(_Unique):
             _refresh(task)
         return self
 
-    @_guarded
+    @atomic
     def __exit__(self, kind, error, trace):
         task = self._task
         if task._scope is not self:
@@ -596,7 +619,7 @@ class CancelScope(_Unique):
                            "nest. Most often an async generator yielded inside `with timeout()` or a TaskGroup; open "
                            "the scope around the loop that consumes it instead")
 
-    @_guarded
+    @atomic
     def _watch(self, worker):
         """See to it that the worker looks at this task at the deadline (now, if that has passed)."""
         if self._deadline <= worker.now():
@@ -606,7 +629,7 @@ class CancelScope(_Unique):
         else:
             worker.timers.set(self._task, self._deadline)
 
-    @_guarded
+    @atomic
     def cancel(self):
         """Cancel everything inside, now and later: each checkpoint raises Cancelled. Twice is once. Never blocks."""
         if not self._cancelled:
@@ -640,7 +663,7 @@ class CancelScope(_Unique):
     def deadline(self, deadline):
         self._move(_checked_deadline(deadline))
 
-    @_guarded
+    @atomic
     def _move(self, deadline):
         self._deadline = deadline
         self._seconds = None if self._task is None else self._seconds
@@ -656,7 +679,7 @@ class CancelScope(_Unique):
     def shield(self, shield):
         self._set_shield(bool(shield))
 
-    @_guarded
+    @atomic
     def _set_shield(self, shield):
         self._shield = shield
         task = self._task
@@ -869,7 +892,7 @@ class Task(_Unique):
             self._resume = self._deliver
         self.budget = 0
 
-    @_guarded
+    @atomic
     def cancel(self):
         """Cancel the whole task: Cancelled is raised at each of its checkpoints. Harmless when done. Never blocks."""
         if self._state != DONE and not self._cancel_called:
@@ -983,7 +1006,7 @@ def _reschedule(task, value=None, error=None):
         if task._resume is task._send:
             task._resume = task._raise_error
     worker = task._worker
-    if worker.others:
+    if worker.beset:
         worker = worker.taken_over(task)
     try:
         if worker.hooks is not None:
@@ -1032,9 +1055,23 @@ class ParkingLot(_Unique):
         self._tasks = OrderedDict()
 
     @types.coroutine
-    def park(self):
-        """Wait here until unpark(); return its value or raise its error."""
-        return (yield self._park)
+    def park(self, *, unless=None):
+        """Wait here until unpark(); return its value or raise its error. Always a checkpoint.
+
+        unless: a function, asked as the last thing before the task is stored, in one atomic step with that: if it
+        returns something true the task goes on at once, and gets that. With several workers what a primitive has seen
+        before may have changed meanwhile.
+        """
+        if unless is None:
+            return (yield self._park)
+
+        def park_unless(task):
+            if answer := unless():
+                _reschedule(task, answer)
+            else:
+                self._park(task)
+
+        return (yield park_unless)
 
     def _park(self, task):
         task.park_reason = self.reason
@@ -1049,7 +1086,7 @@ class ParkingLot(_Unique):
         """The abort function of those who cannot leave."""
         return False
 
-    @_guarded
+    @atomic
     def unpark(self, count=1, value=None, error=None):
         """Wake the `count` (math.inf: all) that have waited longest. Returns how many there were."""
         woken = 0
@@ -1242,7 +1279,7 @@ class Pollable(_Unique):
         self._worker = worker = _local.worker
         self._begin(worker)
 
-    @_guarded
+    @atomic
     def _begin(self, worker):
         self._register(worker.poller)
         worker.descriptors += 1
@@ -1343,7 +1380,7 @@ class Pollable(_Unique):
         return (selectors.EVENT_READ if self._reader is not None else 0) | (
             selectors.EVENT_WRITE if self._writer is not None else 0)
 
-    @_guarded
+    @atomic
     def ready(self, bits):
         """The poller's word that something has changed."""
         if bits & HANGUP:
@@ -1365,7 +1402,7 @@ class Pollable(_Unique):
             self._worker.io_parked -= 1
         self._arm()
 
-    @_guarded
+    @atomic
     def close(self):
         """Stop watching (the descriptor itself stays open); those who wait get ClosedError. Twice is once."""
         if self._closed:
@@ -1427,7 +1464,7 @@ class _PlainFd(Pollable):
             f"file descriptor {self.fd} was closed while this task waited for it, and is another file now; call "
             "notify_closing(fd) before closing"))
 
-    @_guarded
+    @atomic
     def ready(self, bits):
         wanted = _select.POLLIN if self._reader is not None else 0
         if self._writer is not None:
@@ -1495,14 +1532,15 @@ class _WakeUp:
     def __init__(self):
         if hasattr(os, "pipe2"):
             self.fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            self._close = (functools.partial(os.close, self.fd), functools.partial(os.close, self.write_fd))
+            # Files may be closed again if a signal handler's error comes in between.
+            self._ends = open(self.fd, "rb", buffering=0), open(self.write_fd, "wb", buffering=0)
         else:                                   # Windows selects sockets only
             import socket
             near, far = socket.socketpair()
             near.setblocking(False)
             far.setblocking(False)
             self.fd, self.write_fd = near.fileno(), far.fileno()
-            self._close = (near.close, far.close)
+            self._ends = near, far
         # Between call() in other threads and close(): the number may be reused. An RLock, because the garbage collector
         # may post in the middle of call().
         self._lock = threading.RLock()
@@ -1532,8 +1570,8 @@ class _WakeUp:
     def close(self):
         with self._lock:
             self.write_fd = -1
-            for close in self._close:
-                close()
+            for end in self._ends:
+                end.close()
 
 
 # ---- sleeping -------------------------------------------------------------------------------------------------
@@ -1669,7 +1707,7 @@ class TaskGroup(_Unique):
         self._begin()
         return self
 
-    @_guarded
+    @atomic
     def _begin(self):
         if self.scope._entered:
             raise RuntimeError("a TaskGroup serves one `async with`; make a new one")
@@ -1679,7 +1717,7 @@ class TaskGroup(_Unique):
         self.scope._group = self
         self._open = True
 
-    @_guarded
+    @atomic
     def spawn(self, coro, *, name=None, pinned=False):
         """Start a task in the group, from any of the kernel's tasks. RuntimeError once the group has ended.
 
@@ -1758,7 +1796,7 @@ class TaskGroup(_Unique):
         finally:
             del errors, error, body, cut, task      # no circles through the traceback
 
-    @_guarded
+    @atomic
     def _close(self):
         """Whether it is closed now; not while tasks are left."""
         self._open = bool(self._tasks)
@@ -1780,7 +1818,7 @@ class TaskGroup(_Unique):
                                   else error.__cause__)
         raise BaseExceptionGroup("errors in a TaskGroup", errors) from None
 
-    @_guarded
+    @atomic
     def _failed(self, error):
         """The body or a task has ended with `error`."""
         if isinstance(error, Cancelled):
@@ -1835,7 +1873,7 @@ class _Timers:
         self.tasks = {}             # deadline -> the task to look at then, or a list of them
         self.entries = 0            # tasks in there, stale ones included
 
-    @_guarded
+    @atomic
     def set(self, task, deadline):
         """Look at `task` at `deadline`, which is earlier than its entry that counts so far."""
         task._timer = deadline
@@ -1851,7 +1889,7 @@ class _Timers:
         else:
             self.tasks[deadline] = [there, task]
 
-    @_guarded
+    @atomic
     def prune(self):
         """Drop the stale entries if they are most of all: O(log n) for each that was made since, and mostly less."""
         if self.entries <= 64 or self.entries <= 2 * self.worker.kernel.alive() + 64:     # mostly the first, which calls nothing
@@ -1865,7 +1903,7 @@ class _Timers:
                     task._timer = _INF          # the next entry of the same task for the same deadline is one too many
                     self.set(task, deadline)
 
-    @_guarded
+    @atomic
     def expire(self, now):
         heap = self.heap
         due = []
@@ -1917,7 +1955,7 @@ class _Timers:
             scope = scope._outer
         return nearest
 
-    @_guarded
+    @atomic
     def next_deadline(self):
         """The earliest deadline that still means something; what stands before it in the heap is thrown away."""
         self.prune()
@@ -1963,6 +2001,12 @@ def _left_open(task, root):
         group._open = False
 
 
+class _NOWHERE:
+    """Stands for the worker of a task that has got its place by other means."""
+
+    hooks, ready = None, deque(maxlen=0)
+
+
 class _Forked(Exception):
     """In the child of a fork: leave the copy of the parent's loop without touching what it shares with the parent."""
 
@@ -1974,6 +2018,7 @@ class _Worker:
         self.kernel = kernel
         self.clock = clock
         self.others = ()            # the other workers of the run, if there are any
+        self.beset = False          # other threads may reschedule its tasks: it has others, or sleeps
         self.now = time.monotonic if clock is None else clock.now
         self.ready = deque() if seed is None else _ShuffledDeque(seed)
         self.inbox = deque()        # calls that other threads want made in this one
@@ -1988,7 +2033,7 @@ class _Worker:
         self.io_parked = 0          # tasks parked on them
         self.thread_calls = 0       # to_thread calls under way
         self.abandoned = set()      # those that no task waits for
-        self.steps = self.polls = self.spawned = self.finished = 0
+        self.steps = self.polls = self.spawned = self.finished = self.stolen = 0
         self.sleepers = 0           # tasks in sleep(inf), which have no entry in the heap
         self.stopped = False        # leave the loop
         self.luck = 1 if seed is None else self.ready.random.getrandbits(31)
@@ -2119,38 +2164,6 @@ class _Worker:
                 polled = monotonic()
             began = polled
 
-    @_guarded
-    def recover(self, error):
-        """work() was left by `error` in the middle of anything: give each task its place again (I1), and go on."""
-        struck, self.task, kernel = self.task, None, self.kernel
-        placed, timers = set(self.ready), self.timers
-        self.poller.rearm_all()             # the last events may be lost
-        timers.heap.clear()                 # what it had taken out is found again below
-        timers.tasks.clear()
-        timers.entries = 0
-        for task in list(kernel.all_tasks()):
-            if task._worker is self:
-                if task._state == PARKED and task.abort_function is None:
-                    _reschedule(task, error=error)
-                elif task._state == READY and task not in placed:
-                    # It was about to be stepped, or has been: then it has ended, or yielded and is stepped once more.
-                    if _has_ended(task.coro):
-                        self._finish(task, None, error)
-                    else:
-                        self.ready.append(task)
-            deadline, task._timer = timers._nearest(task), _INF
-            if deadline < _INF:
-                timers.set(task, deadline)
-        if struck is not None and struck._state == DONE:        # its end may have been told to nobody yet, or to a part
-            struck._group._tasks.pop(struck, None)
-            if struck._joiners is not None:
-                struck._joiners.unpark_all()
-            failure = struck._error
-            struck._group._child_done(struck, failure.error if isinstance(failure, _Failure) else failure)
-        elif not kernel.root._tasks and kernel.main is not None:
-            kernel.wind_up()
-        self.timers.prune()
-
     def _parked(self, task, trap):
         if task.abort_function is None and task._state == PARKED:
             self._not_parked(task, trap, RuntimeError(
@@ -2184,7 +2197,7 @@ class _Worker:
         _trim(error)
         self._finish(task, None, _without_cancelled(error))
 
-    @_guarded
+    @atomic
     def _finish(self, task, value, error):
         """The coroutine has returned `value` or raised `error`."""
         if task._scope is not None:
@@ -2219,19 +2232,29 @@ class _Worker:
         """Wait for descriptors, other threads and signals, at most `timeout` seconds (None: no limit)."""
         self.polls += 1
         try:
-            self.sleeping = True                # I5: first say it, then look once more
+            self.sleeping = self.beset = True   # I5: first say it, then look once more
             if self.ready or self.inbox:
                 timeout = 0
             elif timeout is None or timeout > LONGEST_POLL:
                 timeout = LONGEST_POLL
             events = self.poller.wait(timeout)
         finally:
-            self.sleeping = False
+            self.sleeping, self.beset = False, bool(self.others)
         for pollable, bits in events:
             pollable.ready(bits)
         if self.hooks is not None:
             self.kernel.fire("after_poll", len(events))
         return events
+
+    def taken_over(self, task):
+        """It sleeps, and somebody has woken its task: a signal handler, or a thread that should not have."""
+        if _local.worker is not self:
+            _report(RuntimeError(
+                f"a thread without a worker has woken task {task.name!r} ({task.park_reason}): what it called is safe there "
+                "with several workers only. Use call_from_thread(function), run_from_thread(coroutine) or a Promise"),
+                "a thread has called what belongs to tasks", task)
+        self.post(functools.partial(self.ready.append, task))
+        return _NOWHERE
 
     def wake(self):
         """End its sleep, if it sleeps. From any thread."""
@@ -2264,6 +2287,39 @@ class _Worker:
                 self._poll(max(0.0, self.clock.idle(timeout)))
         else:
             self._poll(timeout)
+
+
+@_guarded_function
+def _recover(worker, error):
+    """The worker's work() was left by `error` in the middle of anything: give each task its place again (I1), and go on."""
+    struck, worker.task, kernel = worker.task, None, worker.kernel
+    placed, timers = set(worker.ready), worker.timers
+    worker.poller.rearm_all()           # the last events may be lost
+    timers.heap.clear()                 # what it had taken out is found again below
+    timers.tasks.clear()
+    timers.entries = 0
+    for task in list(kernel.all_tasks()):
+        if task._worker is worker:
+            if task._state == PARKED and task.abort_function is None:
+                _reschedule(task, error=error)
+            elif task._state == READY and task not in placed:
+                # It was about to be stepped, or has been: then it has ended, or yielded and is stepped once more.
+                if _has_ended(task.coro):
+                    worker._finish(task, None, error)
+                else:
+                    worker.ready.append(task)
+        deadline, task._timer = timers._nearest(task), _INF
+        if deadline < _INF:
+            timers.set(task, deadline)
+    if struck is not None and struck._state == DONE:        # its end may have been told to nobody yet, or to a part
+        struck._group._tasks.pop(struck, None)
+        if struck._joiners is not None:
+            struck._joiners.unpark_all()
+        failure = struck._error
+        struck._group._child_done(struck, failure.error if isinstance(failure, _Failure) else failure)
+    elif not kernel.root._tasks and kernel.main is not None:
+        kernel.wind_up()
+    worker.timers.prune()
 
 
 class _ShuffledDeque(deque):
@@ -2300,7 +2356,6 @@ class _OneOfSeveral(_Worker):
         super().__init__(kernel, None, None)
         self.ready = _Ready(self)
         self.thread = None          # all but the first start one
-        self.stolen = 0             # tasks
         self.seen = {}              # worker -> (its `looked`, when that was first seen)
 
     def _take_calls(self):
@@ -2549,7 +2604,8 @@ class _Watchdog:
 
     def stop(self):
         if self.thread is not None:
-            self.done.release()
+            if self.done.locked():
+                self.done.release()
             self.thread.join()
 
     def main(self):
@@ -2821,7 +2877,7 @@ class _Deadlocks:
         # Last, for a thread may have done its work and ended while all this was looked at.
         return any(worker.ready or worker.inbox or worker.timers.heap for worker in kernel.workers)
 
-    @_guarded
+    @atomic
     def is_quiet(self, worker):
         """Whether all workers but this one sleep, and none of them waits for anything that will come by itself."""
         return all((each is worker or each.sleeping) and not (
@@ -2873,6 +2929,7 @@ class _Kernel:
             self.workers = [_OneOfSeveral(self) for _ in range(workers)]
             for worker in self.workers:
                 worker.others = tuple(other for other in self.workers if other is not worker)
+                worker.beset = True
         self.worker = self.workers[0]           # that of the thread that called run()
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         self.keeper = threading.Lock()          # held by the idle worker that looks after those who may be stuck
@@ -2902,13 +2959,20 @@ class _Kernel:
                 "this process was forked inside flowcoro.run(), and the child came back into the kernel. A child may run a "
                 "kernel of its own, exec or os._exit(); to start processes use subprocess, or fork before run()")
         finally:
-            try:
-                self._end(asyncgen_hooks)
-            finally:
-                self.signals.restore()
+            blow = None
+            for _ in range(BLOWS):
+                try:
+                    self._end(asyncgen_hooks)
+                    break
+                except BaseException as error:  # a signal handler's: do the rest, and what it has struck again
+                    blow = error
+            self.signals.restore()
+            if blow is not None:
+                raise blow
         return self._outcome()
 
     def _end(self, asyncgen_hooks):
+        """Give back what run() has taken. May be called again when it was struck in the middle."""
         self.signals.release_wakeup_fd()
         sys.set_asyncgen_hooks(*asyncgen_hooks)
         _local.worker = _OUTSIDE
@@ -2922,8 +2986,12 @@ class _Kernel:
             worker.close()
             while worker.inbox:
                 call = worker.inbox.popleft()
-                if isinstance(call, _CallFromThread):
-                    call.refuse()
+                try:
+                    if isinstance(call, _CallFromThread) and call.lock.locked():
+                        call.refuse()
+                except BaseException:
+                    worker.inbox.appendleft(call)
+                    raise
         if self.watchdog is not None:
             self.watchdog.stop()                # after the calls: a hook in its thread may have made one
         for failure in list(self.failures):
@@ -2962,7 +3030,7 @@ class _Kernel:
             try:
                 if blow is not None:
                     self.fatal = self.fatal or blow
-                    worker.recover(blow)
+                    _recover(worker, blow)
                     self.cancel_all()
                     if blows > 1:
                         self.drop_shields()
@@ -2975,7 +3043,7 @@ class _Kernel:
         while worker.others and not worker.stopped:     # the others bring theirs to an end
             time.sleep(TICK)
 
-    @_guarded
+    @atomic
     def _close_all(self, worker):
         worker.ready.clear()
         for _ in range(BLOWS):              # what they spawn in their cleanup as well
@@ -3020,7 +3088,7 @@ class _Kernel:
         self.dropped.append(asyncgen)
         self.worker.post(self._close_dropped)
 
-    @_guarded
+    @atomic
     def _close_dropped(self):
         try:
             while self.dropped:                 # else wind_up() has them
@@ -3038,13 +3106,13 @@ class _Kernel:
             for group in _groups(task):
                 pending.extend(group._tasks)
 
-    @_guarded
+    @atomic
     def cancel_all(self):
         self.root._doomed = True
         for task in list(self.root._tasks):
             _interrupt_inside(task, None)
 
-    @_guarded
+    @atomic
     def drop_shields(self):
         """Those who were asked and do not come: cancel them inside their shields as well."""
         for task in list(self.all_tasks()):
@@ -3072,7 +3140,7 @@ class _Kernel:
         else:
             self.stop_lot._park(task)
 
-    @_guarded
+    @atomic
     def request_stop(self):
         if not self.stop_asked:
             self.stop_asked = True
@@ -3093,7 +3161,7 @@ class _Kernel:
             except BaseException as error:      # a SystemExit too: it would leave tasks behind
                 _report(error, f"a {name} hook failed", call)
 
-    @_guarded
+    @atomic
     def set_hooks(self, change):
         self.hooks = change(self.hooks or {}) or None
         for worker in self.workers:
@@ -3189,7 +3257,7 @@ def _after_fork_in_child():
             worker.timers.heap.clear()       # and no visit to timers or descriptors before it comes to the poison: a
             worker.descriptors = 0           # poll would eat the parent's edges
             worker.hooks = kernel.hooks = None
-            worker.sleeping = False          # else a call posted here would wake the parent
+            worker.sleeping = worker.beset = False          # else a call posted here would wake the parent
     _kernels.clear()
 
 
@@ -3346,7 +3414,7 @@ class Lock(_AsyncWith):
         if not self._take(await _turn()):
             await park(self._park)
 
-    @_guarded
+    @atomic
     def _take(self, task):
         if self._lot.holder is task:
             raise RuntimeError(f"{task!r} holds this Lock already, and a Lock is not reentrant")
@@ -3361,7 +3429,7 @@ class Lock(_AsyncWith):
         else:
             self._lot._park(task)
 
-    @_guarded
+    @atomic
     def acquire_nowait(self):
         """Acquire at once or raise WouldBlock. RuntimeError if this task holds it already, or where no task runs."""
         task = _local.worker.task or current_task()     # which says that none runs; asked first, it costs 50 ns of 320
@@ -3371,7 +3439,7 @@ class Lock(_AsyncWith):
             raise WouldBlock(f"the Lock is held by {self._lot.holder!r}")
         self._lot.holder = task
 
-    @_guarded
+    @atomic
     def release(self):
         """Hand the lock to who has waited longest. RuntimeError if another task holds it, or nobody."""
         lot = self._lot
@@ -3430,7 +3498,7 @@ class Semaphore(_AsyncWith):
         if not self._take():
             await park(self._park)
 
-    @_guarded
+    @atomic
     def _take(self):
         if self._value <= 0:
             return False
@@ -3448,7 +3516,7 @@ class Semaphore(_AsyncWith):
         if not self._take():
             raise WouldBlock("no permit of the Semaphore is free")
 
-    @_guarded
+    @atomic
     def release(self):
         """Give a permit back. Never blocks. ValueError above max_value."""
         if self._max_value is not None and self._value >= self._max_value:
@@ -3479,7 +3547,7 @@ class Event(_Unique):
         """Whether it is set."""
         return self._set
 
-    @_guarded
+    @atomic
     def set(self):
         """Set it and wake all that wait. Never blocks."""
         before, self._set = self._set, True     # first this: those on other workers go on at once
@@ -3561,7 +3629,7 @@ class Condition(_AsyncWith):
             await self.wait()
         return result
 
-    @_guarded
+    @atomic
     def notify(self, count=1):
         """Let the `count` tasks that have waited longest go on, one after the other as the lock becomes free.
 
@@ -3603,7 +3671,7 @@ class Barrier(_Unique):
         arrived = self._complete()
         return await park(self._park) if arrived is None else arrived
 
-    @_guarded
+    @atomic
     def _complete(self):
         """The order of arrival of the one who completes it; None if others have to come."""
         arrived = len(self._lot)
@@ -3704,7 +3772,7 @@ class _Side(_AsyncWith):
         if not self._take(await _turn()):
             await park(self._park)
 
-    @_guarded
+    @atomic
     def _take(self, task):
         lock = self._rwlock
         if task in lock._holders:
@@ -3729,7 +3797,7 @@ class _Side(_AsyncWith):
         if not self._take(current_task()):
             raise WouldBlock("the RWLock is held, or others wait for it")
 
-    @_guarded
+    @atomic
     def release(self):
         """Release what this task holds. RuntimeError if it does not hold this side."""
         lock, task = self._rwlock, current_task()
@@ -3834,7 +3902,7 @@ class Channel(_Unique):
         item = self._get()
         return await park(self._park_receiver) if item is _NOTHING else item
 
-    @_guarded
+    @atomic
     def _put(self, item):
         """Whether it could be sent at once."""
         if self._closed:
@@ -3847,7 +3915,7 @@ class Channel(_Unique):
             return False
         return True
 
-    @_guarded
+    @atomic
     def _get(self):
         """The next item, or _NOTHING."""
         if self._items or self._senders._tasks:
@@ -3909,7 +3977,7 @@ class Channel(_Unique):
     def _end(self):
         return EndOfChannel("the Channel is closed and all its items have been received", self)
 
-    @_guarded
+    @atomic
     def close(self):
         """Nothing more will be sent. Parked senders get ClosedError, parked receivers EndOfChannel. Twice is once."""
         if not self._closed:
@@ -4061,7 +4129,7 @@ class Broadcast(_Unique):
         self._senders = ParkingLot("send to a Broadcast")
         self._closed = False
 
-    @_guarded
+    @atomic
     def subscribe(self, slow="block"):
         """A Subscription to all that is sent from now on. Close it, or use it with `with`."""
         if slow not in ("block", "drop", "lag"):
@@ -4096,7 +4164,7 @@ class Broadcast(_Unique):
             task._item = None
             del task
 
-    @_guarded
+    @atomic
     def _put(self, item):
         """Whether it could be sent at once."""
         if self._closed:
@@ -4124,7 +4192,7 @@ class Broadcast(_Unique):
             self._senders.unpark()
             self._publish(item)
 
-    @_guarded
+    @atomic
     def close(self):
         """Nothing more will be sent: subscribers get what is left, then EndOfChannel; parked senders ClosedError."""
         if not self._closed:
@@ -4158,7 +4226,7 @@ class Subscription(_Unique):
         self._lot = ParkingLot("receive from a Broadcast")
         self._closed = False
 
-    @_guarded
+    @atomic
     def _wake(self):
         """Those who wait here have read all that was sent before."""
         broadcast = self._broadcast
@@ -4176,7 +4244,7 @@ class Subscription(_Unique):
             raise WouldBlock("nothing new was sent")
         return item
 
-    @_guarded
+    @atomic
     def _get(self):
         """The next item, or _NOTHING."""
         broadcast = self._broadcast
@@ -4217,7 +4285,7 @@ class Subscription(_Unique):
         else:
             _reschedule(task, item)          # it was sent since just now
 
-    @_guarded
+    @atomic
     def close(self):
         """Unsubscribe: nobody waits for it any more; tasks that receive here get ClosedError."""
         if not self._closed:
@@ -4295,7 +4363,7 @@ class Promise(_Unique):
             self._unset += [None]
             raise
 
-    @_guarded
+    @atomic
     def _wake_all(self):
         for worker in {task._worker for task in list(self._lot._tasks)}:
             if worker is _local.worker:
@@ -4303,7 +4371,7 @@ class Promise(_Unique):
             else:
                 worker.post(functools.partial(self._wake, worker))
 
-    @_guarded
+    @atomic
     def _wake(self, worker):
         for task in [task for task in self._lot._tasks if task._worker is worker]:
             _reschedule(task)
@@ -4402,7 +4470,7 @@ class as_completed(_Unique):
         self._lot = ParkingLot("wait for the next task to end", self._left)
         self._begin(coros)
 
-    @_guarded
+    @atomic
     def _begin(self, coros):
         root = _local.worker.kernel.root
         for coro in coros:
@@ -4430,7 +4498,7 @@ class as_completed(_Unique):
             raise
         return task
 
-    @_guarded
+    @atomic
     def _next(self):
         """One that has ended, None if none has; StopAsyncIteration at the end."""
         if self._finished:
@@ -4451,7 +4519,7 @@ class as_completed(_Unique):
         else:
             _reschedule(task)
 
-    @_guarded
+    @atomic
     def _cancel(self):
         for task in list(self._left):
             task.cancel()
@@ -4603,7 +4671,7 @@ class _ThreadCall:
         if not self.finished:
             self.worker.post(self.finish)
 
-    @_guarded
+    @atomic
     def finish(self):
         worker = self.worker            # which stays: an abandoned function may still ask for its kernel
         if self.finished:               # a thread that was killed says it twice
@@ -4822,7 +4890,7 @@ class ObjectPool(_Unique):
         self._free = []
         self._made = self._reused = self._returned = self._dropped = 0
 
-    @_guarded
+    @atomic
     def acquire(self):
         """An object, used before or fresh. Give it back with release(), or use `with pool.borrow() as object:`."""
         if self._free:
@@ -4837,7 +4905,7 @@ class ObjectPool(_Unique):
             return given
         return thing
 
-    @_guarded
+    @atomic
     def release(self, thing):
         """Take it back, or drop it if `capacity` are kept."""
         if self._lent is not None:
@@ -4939,7 +5007,9 @@ def _statistics(kernel):
                "steps": total("steps"), "polls": total("polls"),
                "timers": sum(worker.timers.entries for worker in kernel.workers), "descriptors": total("descriptors"),
                "io_waiting": total("io_parked"), "thread_calls": total("thread_calls"),
-               "threads": len(_ThreadPool.threads)}
+               "threads": len(_ThreadPool.threads),
+               "workers": {"count": len(kernel.workers), "asleep": sum(worker.sleeping for worker in kernel.workers),
+                           "stolen": total("stolen")}}
     if kernel.watchdog is not None:
         meters = [worker.meter for worker in kernel.workers]
         numbers["step_seconds"] = _Histogram.together([meter.step_times for meter in meters])
@@ -4952,7 +5022,8 @@ def statistics():
 
     tasks: alive, ready, spawned, finished · steps: made so far (up to date between batches) · polls · timers: entries
     in the heap, stale ones included · descriptors · io_waiting: tasks parked on them · thread_calls: of to_thread under
-    way, abandoned ones too · threads: of to_thread, in the whole process. RuntimeError outside a kernel.
+    way, abandoned ones too · threads: of to_thread, in the whole process · workers: their count, how many of them are asleep,
+    and how many tasks they have stolen so far. RuntimeError outside a kernel.
 
     With run(watchdog=) also step_seconds, of steps, and latency_seconds, which a task that had just become ready waited for
     its step: {"count", "sum", "max", "below": {seconds: how many were shorter, but not shorter than half of that}}. They are

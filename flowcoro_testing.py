@@ -106,7 +106,10 @@ class _Quiet:
         self.scope.deadline = max(now + 0.001, math.nextafter(now, math.inf))
 
     def after_poll(self, events):
-        if events == 0 and self.steps == flowcoro.statistics()["steps"]:
+        numbers = flowcoro.statistics()
+        others = numbers["workers"]["count"] - 1
+        if events == 0 and self.steps == numbers["steps"] and numbers["workers"]["asleep"] == others and (
+                not numbers["tasks"]["ready"]):
             self.lot.unpark_all(True)
 
 

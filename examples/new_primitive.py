@@ -4,6 +4,9 @@ All that waits in FlowCoro waits in a `ParkingLot`, a FIFO of parked tasks: lock
 `park()` puts the current task there, `unpark_all()` wakes those who wait. Cancellation and timeouts need
 no line here, because a cancelled task leaves the lot by itself, and the reason given to the lot appears
 in task dumps and deadlock reports.
+
+With several workers others may count down between two lines of wait(). So what changes the latch is
+`atomic`, and `park()` asks once more, in one atomic step with parking, whether there is something to wait for.
 """
 
 import flowcoro
@@ -16,16 +19,18 @@ class Latch:
         self.count = count
         self._lot = flowcoro.ParkingLot("wait for a Latch")
 
+    @flowcoro.atomic
     def count_down(self):
         """Cannot block, so it is a plain function."""
         self.count -= 1
         if self.count == 0:
             self._lot.unpark_all()
 
+    def is_open(self):
+        return self.count <= 0
+
     async def wait(self):
-        await flowcoro.checkpoint()     # also when it need not wait: every operation can be cancelled
-        if self.count > 0:
-            await self._lot.park()
+        await self._lot.park(unless=self.is_open)       # a checkpoint, also when it need not wait
 
 
 async def prepare(dish, seconds, latch):

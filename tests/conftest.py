@@ -10,8 +10,8 @@ import flowcoro
 from flowcoro_testing import wait_all_tasks_parked
 
 # What a run with several workers replaces, as it was before: (where it stands, its name, what stood there).
-MARKED = list(flowcoro._MARKED)
-PLAIN = [(owner, name, vars(owner)[name]) for owner, name, _ in MARKED]
+MARKED = {owner: dict(names) for owner, names in flowcoro._MARKED.items()}
+PLAIN = [(owner, name, vars(owner)[name]) for owner, names in MARKED.items() for name in names]
 
 # FLOWCORO_GUARD=1: all tests as after such a run.
 if os.environ.get("FLOWCORO_GUARD"):
@@ -22,10 +22,11 @@ if os.environ.get("FLOWCORO_GUARD"):
 def one_worker_takes_no_guard():
     """The next test finds the kernel as it is before the first run with several workers."""
     yield
-    if not flowcoro._MARKED and not os.environ.get("FLOWCORO_GUARD"):
+    if flowcoro._several and not os.environ.get("FLOWCORO_GUARD"):
         for place in PLAIN:
             setattr(*place)
-        flowcoro._MARKED.extend(MARKED)
+        flowcoro._MARKED.update({owner: dict(names) for owner, names in MARKED.items()})
+        flowcoro._several = False
 
 
 def pytest_collection_finish(session):
