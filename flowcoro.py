@@ -49,6 +49,9 @@ with nothing ready, sleep in the selector until a deadline.
 the code has left it. An operation that need not wait only looks at `task.budget`: one integer that says both "you
 have had your turn" and "you have been cancelled" (then it is 0), so that neither costs a trip through the loop.
 
+*Atomic* is what is one step for all tasks, on all workers: no other task sees the middle of it. With one worker that is
+everything between two awaits; with several it is what a docstring calls so, and what a method marked @atomic does.
+
 Invariants, each asserted or tested where it could break:
 
     I1  a task is in exactly one place: running, in one ready deque, parked, or done
@@ -539,6 +542,8 @@ class CancelScope(_Unique):
 
     ValueError if the deadline is nan, TypeError if it is no number. RuntimeError when a scope is entered twice, outside a
     kernel, or left while one that was entered later is still open.
+
+    Atomic: entering, leaving, cancel(), and each move of deadline or shield.
     """
 
     __slots__ = ("_deadline", "_seconds", "_shield", "_task", "_outer", "_group", "_cancelled", "_expired", "_raises",
@@ -800,6 +805,8 @@ class Task(_Unique):
 
     `await task` returns the result or raises the task's error, as often as you like, in as many tasks as you like.
     It raises TaskCancelled if the task was cancelled. A cancelled `await` leaves the task running.
+
+    Atomic: its end, and each method.
     """
 
     __slots__ = ("coro", "context", "_name", "_send", "_resume", "_value", "_item", "_error", "_state", "budget",
@@ -1043,6 +1050,8 @@ class ParkingLot(_Unique):
 
     Besides tasks the lot may hold stand-ins with a method commit(value), which wake the task they stand for; that is
     how one task waits in several places (select, as_completed).
+
+    Atomic: unpark(); parking, together with what `unless` says; the leaving of a cancelled task.
     """
 
     # An OrderedDict, as in trio: a deque needs O(n) to take one out of the middle, a plain dict O(n) to pop its first
@@ -1267,6 +1276,8 @@ class Pollable(_Unique):
     Raises OSError when the descriptor is closed or of a kind that is always ready, such as a regular file; BusyError
     when it has a Pollable already, or a task waits in wait_readable() or wait_writable() for it; ValueError for what is no
     descriptor; RuntimeError outside a kernel.
+
+    Atomic: a wait's look at its flag together with parking; an edge; close().
     """
 
     __slots__ = ("fd", "readable", "writable", "hangup", "_reader", "_writer", "_worker", "_closed")
@@ -1687,6 +1698,8 @@ class TaskGroup(_Unique):
     Cancelled from outside: the tasks are cancelled and joined, and Cancelled is raised if that has cut the body or a task
     short. If all came to their ends all the same, the block ends normally and the next checkpoint raises. A task that was
     cancelled by its own cancel() ends only itself. pinned=True: as if said to each spawn().
+
+    Atomic: spawn(), cancel(), and the end of the block, from which on spawn() fails.
     """
 
     __slots__ = ("scope", "_tasks", "_owner", "_doomed", "_cut", "_errors", "_lot", "_open", "_late", "_pinned")
@@ -3387,7 +3400,10 @@ class _AsyncWith(_Unique):
 
 
 class Lock(_AsyncWith):
-    """Mutual exclusion between tasks: `async with lock:`. Not reentrant; only the holder may release it."""
+    """Mutual exclusion between tasks: `async with lock:`. Not reentrant; only the holder may release it.
+
+    Atomic: taking it; releasing it, together with its way to the task that has waited longest.
+    """
 
     __slots__ = ("_lot",)
 
@@ -3479,6 +3495,8 @@ class Semaphore(_AsyncWith):
     """A number of permits: acquire() takes one, release() gives one back, to who has waited longest.
 
     Any task may release. With max_value, to release more than that many is a ValueError.
+
+    Atomic: taking a permit; giving it back, or to who has waited longest.
     """
 
     __slots__ = ("_value", "_max_value", "_lot")
@@ -3535,7 +3553,10 @@ class Semaphore(_AsyncWith):
 
 
 class Event(_Unique):
-    """A flag that tasks wait for. set() wakes all; it stays set until clear()."""
+    """A flag that tasks wait for. set() wakes all; it stays set until clear().
+
+    Atomic: set() with waking all; clear(); a wait's look at the flag together with parking.
+    """
 
     __slots__ = ("_set", "_lot")
 
@@ -3579,7 +3600,10 @@ class Event(_Unique):
 
 
 class Condition(_AsyncWith):
-    """Wait, holding a lock, until another task says that something has changed: `async with condition:`."""
+    """Wait, holding a lock, until another task says that something has changed: `async with condition:`.
+
+    Atomic: notify(); a wait's release of the lock together with parking, so that no notify is missed.
+    """
 
     __slots__ = ("_lock", "_lot")
 
@@ -3655,7 +3679,10 @@ class Condition(_AsyncWith):
 
 
 class Barrier(_Unique):
-    """`await barrier.wait()` returns when `parties` tasks have come; then it is ready for the next round."""
+    """`await barrier.wait()` returns when `parties` tasks have come; then it is ready for the next round.
+
+    Atomic: each coming, and the last one together with waking all.
+    """
 
     __slots__ = ("parties", "_lot")
 
@@ -3701,6 +3728,8 @@ class RWLock(_Unique):
 
     First come, first served: a reader that comes after a waiting writer waits behind it, so neither can starve.
     Not reentrant. read and write each have acquire(), acquire_nowait() and release().
+
+    Atomic: taking either side; releasing it, together with letting in whose turn it is.
     """
 
     __slots__ = ("_holders", "_writing", "_lot")
@@ -3824,6 +3853,8 @@ class Channel(_Unique):
 
     capacity: how many items it holds before send() waits; 0 hands each item from task to task; math.inf never waits.
     close() says that nothing more will come: receivers get what is left, then EndOfChannel, which ends `async for`.
+
+    Atomic: each send and each receive, together with waking whom it concerns; close().
     """
 
     # A parked sender keeps its item in task._item; a parked receiver gets its item in task._value. At least one of the
@@ -4115,6 +4146,8 @@ class Broadcast(_Unique):
 
     The last `capacity` items are kept, once for all. A subscriber that is more than that behind, by its own choice,
     blocks the senders (slow="block"), silently misses the oldest ("drop"), or is told how many it missed ("lag").
+
+    Atomic: each send (all subscribers get the items in one order), subscribe(), close().
     """
 
     __slots__ = ("capacity", "_ring", "_sent", "_subscriptions", "_senders", "_closed")
@@ -4214,7 +4247,10 @@ class Broadcast(_Unique):
 
 
 class Subscription(_Unique):
-    """One subscriber of a Broadcast: `async for`, receive(), and close() or `with`. Made by Broadcast.subscribe()."""
+    """One subscriber of a Broadcast: `async for`, receive(), and close() or `with`. Made by Broadcast.subscribe().
+
+    Atomic: each receive, together with letting senders in; close().
+    """
 
     __slots__ = ("slow", "missed", "_broadcast", "_next", "_lot", "_closed")
 
@@ -4322,6 +4358,8 @@ class Promise(_Unique):
     """A value that will be there later: set once, from any thread, awaited as often as you like by any task.
 
     `await promise` returns the value or raises the error. An error that nobody ever asks for is reported.
+
+    Atomic: setting it, which exactly one of several threads can.
     """
 
     __slots__ = ("_unset", "_value", "_error", "_done", "_lot")
@@ -4459,6 +4497,8 @@ class as_completed(_Unique):
     """`async for task in as_completed(*coros):` gives the tasks as they end; ask each for its result().
 
     Leaving the loop early cancels the rest (they are joined when main ends); being cancelled in it cancels and joins.
+
+    Atomic: taking the next one, which no other loop over the same object gets.
     """
 
     __slots__ = ("_left", "_finished", "_lot", "__weakref__")
@@ -4877,6 +4917,8 @@ class ObjectPool(_Unique):
     wrong pool (PoolError) and used after their return (ReferenceError): what acquire() then gives is a weak proxy
     that dies on return, and nothing is reused. Objects of types without weak references (list, dict) are given as
     they are, and only their returns are checked.
+
+    Atomic: acquire(), with factory(), and release(), with reset().
     """
 
     def __init__(self, factory, capacity, *, reset=None, debug=False):
@@ -4941,6 +4983,8 @@ class BufferPool(ObjectPool):
     """An ObjectPool of bytearrays of `size` bytes, which come back with what was in them. Do not resize them (ValueError).
 
     With debug=True they are given as memoryviews, whose use after the return is a ValueError (slices are not watched).
+
+    Atomic: acquire() and release().
     """
 
     def __init__(self, size, capacity, *, debug=False):

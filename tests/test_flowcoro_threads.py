@@ -9,6 +9,7 @@ import itertools
 import math
 import random
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -1778,3 +1779,42 @@ def test_an_error_that_strikes_while_a_thread_is_started_leaves_the_call_to_the_
 
     begin = threading.Thread.start
     run(main)
+
+
+# ---- what belongs to tasks ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("what", ["Event", "Channel"])
+def test_a_thread_that_wakes_a_task_directly_is_told_what_to_use(what, reports):
+    async def main():
+        def call():
+            while not kernel.worker.sleeping:
+                time.sleep(0.001)
+            event.set() if what == "Event" else channel.send_nowait(True)
+
+        kernel = flowcoro.current_kernel()
+        event, channel = flowcoro.Event(), flowcoro.Channel(1)
+        thread = threading.Thread(target=call)
+        thread.start()
+        with flowcoro.timeout(PATIENCE):
+            await (event.wait() if what == "Event" else channel.receive())
+        thread.join()
+
+    flowcoro.run(main())
+    (message, error), = reports
+    assert "what belongs to tasks" in message
+    assert re.search(r"woken task '.*main' .*Use call_from_thread", str(error))
+
+
+def test_a_signal_handler_may_wake_a_task_directly(reports):
+    async def main():
+        event = flowcoro.Event()
+        before = signal.signal(signal.SIGALRM, lambda number, frame: event.set())
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            with flowcoro.timeout(PATIENCE):
+                await event.wait()
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+    flowcoro.run(main())
+    assert reports == []

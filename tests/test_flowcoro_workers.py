@@ -19,6 +19,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -28,8 +29,11 @@ import flowcoro
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# FLOWCORO_TRANSFERS=1000000: how many items go through the channels of the first test, in each of its cases.
+TRANSFERS = int(os.environ.get("FLOWCORO_TRANSFERS", 150))
+
 # Seconds after which something that should have happened counts as hanging: only a failing test takes so long.
-PATIENCE = 30.0
+PATIENCE = 30.0 + TRANSFERS / 1000
 
 MANY = pytest.mark.parametrize("workers", [1, 2, 8])
 SEVERAL = pytest.mark.parametrize("workers", [2, 8])
@@ -101,6 +105,138 @@ def wait_until(condition):
         time.sleep(0.001)
 
 
+# ---- what is atomic -------------------------------------------------------------------------------------------
+
+PRIMITIVES = ["CancelScope", "Task", "TaskGroup", "ParkingLot", "Pollable", "Lock", "RWLock", "Event", "Condition", "Semaphore",
+              "Barrier", "Channel", "Broadcast", "Subscription", "Promise", "as_completed", "ObjectPool", "BufferPool"]
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_the_docstring_of_each_primitive_says_what_is_atomic(name):
+    assert re.search(r"^    Atomic: ", getattr(flowcoro, name).__doc__, re.MULTILINE)
+
+
+def test_no_class_that_tasks_share_is_missing_from_that_list():
+    public = [thing for name, thing in vars(flowcoro).items() if name in flowcoro.__all__ and isinstance(thing, type)]
+    assert {thing.__name__ for thing in public if issubclass(thing, flowcoro._Unique)} == set(PRIMITIVES)
+
+
+class Gate:
+    """A primitive of somebody's own: the first `places` to come go in, the others wait for one who leaves."""
+
+    def __init__(self, places):
+        self.places, self.inside = places, 0
+        self.lot = flowcoro.ParkingLot("wait at a Gate")
+
+    @flowcoro.atomic
+    def enter_now(self):
+        if self.inside < self.places:
+            inside = self.inside
+            for _ in range(20):                     # time for others to come in between
+                pass
+            self.inside = inside + 1
+            return True
+        return False
+
+    async def enter(self):
+        await self.lot.park(unless=self.enter_now)
+
+    @flowcoro.atomic
+    def leave(self):
+        if not self.lot.unpark():
+            self.inside -= 1
+
+
+@MANY
+def test_a_primitive_of_ones_own_is_safe_on_all_workers(workers):
+    async def main():
+        async def visit(number):
+            for _ in range(40):
+                await gate.enter()
+                inside.append(number)
+                assert len(inside) <= 2
+                await flowcoro.checkpoint()
+                inside.remove(number)
+                gate.leave()
+
+        gate, inside = Gate(2), []
+        await spread(workers, visit)
+        assert (gate.inside, inside, len(gate.lot)) == (0, [], 0)
+
+    run(main, workers=workers)
+
+
+def test_atomic_costs_one_worker_nothing_and_holds_for_classes_made_later():
+    def make():
+        class Counter:
+            @flowcoro.atomic
+            def add(self):
+                """Count."""
+
+        return Counter
+
+    plain = make()
+    assert not hasattr(plain.add, "__wrapped__")
+    flowcoro.run(flowcoro.sleep(0), workers=2)
+    for counter in plain, make():
+        assert counter.add.__wrapped__.__doc__ == counter.add.__doc__ == "Count."
+
+
+@pytest.mark.skipif(not flowcoro.runtime_info()["gil"], reason="the first free-threaded builds keep classes for ever")
+def test_classes_with_atomic_methods_can_be_forgotten():
+    class Short:
+        @flowcoro.atomic
+        def method(self):
+            return super().__repr__()
+
+    short = weakref.ref(Short)
+    del Short
+    gc.collect()
+    assert short() is None
+
+
+async def waits():
+    pass
+
+
+def yields():
+    yield
+
+
+@pytest.mark.parametrize("function", [waits, yields, 7, print, staticmethod(len)])
+def test_only_plain_methods_can_be_atomic(function):
+    with pytest.raises(TypeError, match="decorates a plain method"):
+        flowcoro.atomic(function)
+
+
+def test_a_function_outside_of_a_class_cannot_be_atomic():
+    @flowcoro.atomic
+    def lonely():
+        pass
+
+    with pytest.raises(TypeError, match="lonely stands in no class body"):
+        lonely()
+
+
+@MANY
+def test_park_unless_goes_on_at_once_with_what_the_function_returned(workers):
+    async def main():
+        lot = flowcoro.ParkingLot()
+        assert await lot.park(unless=lambda: "answer") == "answer"
+        assert len(lot) == 0
+        task = flowcoro.spawn(lot.park(unless=lambda: 0))
+        while not lot.unpark(1, "woken"):
+            await flowcoro.checkpoint()
+        assert await task == "woken"
+        with pytest.raises(ZeroDivisionError):
+            await lot.park(unless=lambda: 1 / 0)
+        with flowcoro.move_on_after(0) as scope:
+            await lot.park(unless=lambda: "answer")
+        assert scope.cancelled_caught and len(lot) == 0
+
+    run(main, workers=workers)
+
+
 # ---- channels -------------------------------------------------------------------------------------------------
 
 @MANY
@@ -110,7 +246,7 @@ def test_many_senders_and_receivers_lose_and_double_nothing(workers, capacity):
         channel, received = flowcoro.Channel(capacity), []
 
         async def sender(number):
-            for index in range(25):
+            for index in range(TRANSFERS // 6):
                 await channel.send((number, index))
 
         async def receiver():
@@ -124,7 +260,7 @@ def test_many_senders_and_receivers_lose_and_double_nothing(workers, capacity):
                 for number in range(6):
                     senders.spawn(sender(number))
             channel.close()
-        assert Counter(received) == Counter((number, index) for number in range(6) for index in range(25))
+        assert Counter(received) == Counter((number, index) for number in range(6) for index in range(TRANSFERS // 6))
 
     run(main, workers=workers)
 
@@ -1600,6 +1736,8 @@ def test_statistics_and_runtime_info_speak_of_all_workers(workers):
         assert after["tasks"]["spawned"] == 1 + 2 * workers and after["tasks"]["finished"] == 2 * workers
         assert all(1 <= numbers["tasks"]["alive"] <= 1 + 2 * workers for numbers in seen)
         assert all(numbers["tasks"]["spawned"] - numbers["tasks"]["finished"] >= 1 for numbers in seen)
+        assert after["workers"]["count"] == workers and 0 <= after["workers"]["asleep"] < workers
+        assert after["workers"]["stolen"] >= 0
         assert flowcoro.runtime_info()["workers"] == workers
         with pipe() as (near, far):
             pollable = flowcoro.Pollable(near)
