@@ -3285,7 +3285,7 @@ def _checked_workers(workers, clock, seed):
         if clock is not None or seed is not None or _has_gil():
             return 1
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not isinstance(workers, int) or not 1 <= workers <= MOST_WORKERS:
+    if not isinstance(workers, int) or workers is True or not 1 <= workers <= MOST_WORKERS:
         raise ValueError(f"workers={workers!r}: give how many threads are to step tasks, an int from 1 to {MOST_WORKERS}, or "
                          "None for as many as help")
     if workers > 1 and (clock is not None or seed is not None):

@@ -1904,6 +1904,38 @@ def test_ctrl_c_ends_the_run_after_the_cleanup_on_all_workers(workers):
 
 
 @SEVERAL
+def test_a_second_ctrl_c_goes_through_the_shields_on_all_workers(workers):
+    begun, ended = [], []
+
+    async def work(number):
+        begun.append(number)
+        try:
+            with flowcoro.CancelScope(shield=True):
+                await flowcoro.sleep(PATIENCE)
+        finally:
+            ended.append(number)
+
+    async def main():
+        def interrupt():
+            for interrupts in range(2):
+                wait_until(lambda: len(begun) == workers and kernel.signals.interrupts == interrupts)
+                assert ended == []
+                os.kill(os.getpid(), signal.SIGINT)
+
+        kernel = flowcoro.current_kernel()
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        try:
+            await spread(workers, work)
+        finally:
+            thread.join()
+
+    with pytest.raises(KeyboardInterrupt):
+        flowcoro.run(main(), workers=workers)
+    assert sorted(begun) == sorted(ended) == list(range(workers))
+
+
+@SEVERAL
 def test_ctrl_c_reaches_workers_that_are_all_asleep(workers):
     async def main():
         thread = threading.Thread(target=lambda: (time.sleep(0.05), os.kill(os.getpid(), signal.SIGINT)))
@@ -2056,7 +2088,7 @@ def test_an_error_in_a_worker_s_own_loop_ends_the_run_with_it_and_all_tasks_join
     assert sorted(begun) == sorted(ended) == list(range(workers))
 
 
-@pytest.mark.parametrize("workers", [0, -1, 10 ** 6, 1.5, "2", 2.0, [], float("nan")])
+@pytest.mark.parametrize("workers", [0, -1, 10 ** 6, 1.5, "2", 2.0, [], float("nan"), True, False])
 def test_a_number_of_workers_that_makes_no_sense_is_refused(workers):
     async def main():
         raise AssertionError("it ran")

@@ -40,6 +40,17 @@ class RealClock:
 on_real_clock = run_in_kernel(clock=RealClock, timeout=PATIENCE)
 
 
+@pytest.fixture(params=[1, 4], autouse=True)
+def workers(request, monkeypatch):
+    """All of it with one worker and with several, which have the machine's clock in any case."""
+    run = flowcoro.run
+    if request.param > 1:
+        monkeypatch.setattr(flowcoro, "_has_gil", lambda: False)        # so that they steal
+        monkeypatch.setattr(flowcoro, "run", lambda coro, *, clock=None, seed=None, **options: run(
+            coro, workers=request.param, **options))
+    return request.param
+
+
 def open_descriptors():
     return sorted(os.listdir("/proc/self/fd" if os.path.exists("/proc/self/fd") else "/dev/fd"))
 
