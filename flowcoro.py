@@ -2599,6 +2599,7 @@ class _Watchdog:
     """The thread that looks at the workers of a kernel, and reports who is held by one step for longer than `limit` seconds."""
 
     resting = set()             # those that wait for their next look, of all kernels: they will wake no task
+    told = None                 # where threads write their stacks to, if there is no GIL
 
     def __init__(self, kernel, limit):
         self.kernel, self.limit = kernel, limit
@@ -2673,17 +2674,43 @@ class _Watchdog:
             frames.pop()
         return step, frames[::-1]
 
+    def stack_by_signal(self, worker):
+        """The same as text, without a GIL: the thread writes it itself, in the handler of a signal that it gets for that."""
+        import faulthandler
+        import signal
+        number = getattr(signal, "SIGRTMAX", None)
+        cls = type(self)
+        if cls.told is None:
+            if number is None or signal.getsignal(number) != signal.SIG_DFL:
+                return ""
+            cls.told, tell = os.pipe()          # for good, as the handler: the signal might come late
+            faulthandler.register(number, file=tell, all_threads=False)
+        while _select.select([cls.told], [], [], 0)[0]:             # what came too late last time
+            os.read(cls.told, 65536)
+        signal.pthread_kill(worker.thread_id, number)
+        text = b""
+        while _select.select([cls.told], [], [], 0.1)[0]:
+            text += os.read(cls.told, 65536)
+        lines = [line for line in text.decode(errors="replace").splitlines() if line.startswith("  File ")]
+        for place, line in enumerate(lines):    # innermost first
+            if f'"{_HERE}"' in line and line.endswith(" in work"):
+                del lines[place:]
+                break
+        while lines and f'"{_HERE}"' in lines[-1]:
+            lines.pop()
+        return "".join(f"{line}\n" for line in reversed(lines))
+
     def alarm(self, worker, task, now, since, frames):
         import traceback
         kernel = self.kernel
         who = "something that is no task (a call from another thread, a hook, a collection of garbage)"
         if task is not None:
             who = f"task {task.name!r}"
-        stack = "".join(traceback.StackSummary.extract(iter(frames)).format())
+        stack = "".join(traceback.StackSummary.extract(iter(frames)).format()) or self.stack_by_signal(worker)
         report = (f"{who} has held worker {kernel.workers.index(worker) + 1} of {len(kernel.workers)} for {now - since:.3g} s, "
                   f"the limit is {self.limit:g} s. Move what computes or blocks there to to_thread(), or put a checkpoint() "
                   f"into it\nBehind it wait: {', '.join(self.behind(worker, task)) or 'nobody'}\n"
-                  + (f"It is here:\n{stack}" if stack else "Where it is cannot be told: this Python has no GIL\n"))
+                  + (f"It is here:\n{stack}" if stack else "It does not say where it is\n"))
         if "task_stuck" in (kernel.hooks or ()):
             kernel.fire("task_stuck", task, now - since, report)
         else:
@@ -2701,7 +2728,7 @@ class _Watchdog:
             yield f"{count} ready ({names}{f' and {count - 3} more' if count > 3 else ''})"
         if task is not None and task._joiners is not None and len(task._joiners):
             yield f"{len(task._joiners)} that await it"
-        if overdue > 0:
+        if overdue > 0.001:
             yield f"a deadline that passed {overdue:.3g} s ago"
         if worker.io_parked:
             yield f"{worker.io_parked} parked on descriptors"
