@@ -976,6 +976,11 @@ class Task(_Unique):
         self._name = name
 
     @property
+    def pinned(self):
+        """Whether it stays with its worker, in one thread: main does, and who was spawned so."""
+        return self._pinned
+
+    @property
     def state(self):
         """"ready", "running", "parked" or "done"."""
         if self._state == READY and self is self._worker.task:
@@ -2992,7 +2997,7 @@ class _Kernel:
             self._start_others()
             if self.watchdog is not None:
                 self.watchdog.start()
-            self.main = self.root.spawn(coro)
+            self.main = self.root.spawn(coro, pinned=True)      # to the thread that signal handlers, GUIs … belong to
             self.work(worker)
         except _Forked:
             return None, RuntimeError(
@@ -3335,6 +3340,7 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None)
     """Run the coroutine `coro` and all that it spawns; return its result or raise its error.
 
     workers: how many threads step tasks, up to 1024; None for 1 with a GIL, else for as many as there are usable cores.
+    Main is pinned: it stays in the thread that calls.
     clock: an object with now() and idle(timeout), see flowcoro_testing; with this or a seed there is one worker.
     seed: any int or str makes the order of ready tasks random but reproducible. grace: seconds that main has to end
     after request_stop() or SIGTERM before it is cancelled. watchdog: seconds that one step of a task may take, or True for

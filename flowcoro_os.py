@@ -650,8 +650,8 @@ class signals:
     given out once, so at most one of each is kept. Those not given out by the end are raised again then, for the
     handlers before.
 
-    On entry: RuntimeError outside the main thread (Python has signal handlers only there) or a kernel, when entered
-    twice, and for a handler that was not installed from Python; BusyError when another `signals` block receives one of
+    On entry: RuntimeError outside the main thread (Python has signal handlers only there) or a kernel, with several
+    workers in a task that is not pinned (main is), when entered twice, and for a handler that was not installed from Python; BusyError when another `signals` block receives one of
     them. ValueError for a number that cannot be received, or none. While a block is open the kernel reports no
     Deadlock: a signal may come.
     """
@@ -670,7 +670,10 @@ class signals:
                                "flowcoro.run() in the main thread, and hand what comes to other threads")
         if self._read is not None:
             raise RuntimeError("a `signals` serves one `with`; make a new one")
-        flowcoro.current_task()         # RuntimeError outside a kernel
+        pinned = flowcoro.current_task().pinned         # RuntimeError outside a kernel
+        if not pinned and flowcoro.runtime_info()["workers"] > 1:
+            raise RuntimeError("signals() with several workers in a task that may move to another thread, where Python has no "
+                               "signal handlers: use it in main, or in a task that main has started with pinned=True")
         for number in self._numbers:
             handler = signal.getsignal(number)
             if handler is None:

@@ -1093,23 +1093,28 @@ def test_what_a_thread_asks_for_as_the_last_task_ends_elsewhere_is_refused(worke
             flowcoro.call_from_thread(call, kernel=kernel)
         outcome.append(str(caught.value))
 
-    async def leave(number):
-        if threading.current_thread() is not threading.main_thread():
-            await flowcoro.sleep(0.001)
+    async def last(started):
+        started.set_result(None)
+        try:
+            await flowcoro.sleep(PATIENCE)
+        finally:                                # main has ended
+            thread.append(threading.Thread(target=ask, args=[flowcoro.current_kernel()]))
+            thread[0].start()
+            wait_until(called.is_set)
+
+    async def begin(number, starts):
+        with contextlib.suppress(IndexError):
+            if threading.current_thread() is not threading.main_thread():
+                flowcoro.spawn(last(starts.pop()), pinned=True)
 
     async def main():
-        while threading.current_thread() is threading.main_thread():       # who ends last takes this task along
-            await spread(workers, leave)
-        thread.append(threading.Thread(target=ask, args=[flowcoro.current_kernel()]))
-        thread[0].start()
-        wait_until(called.is_set)
-
-    async def run_main():
-        await main()
+        started = flowcoro.Promise()
+        await spread(workers, begin, [started])
+        await started
 
     thread = []
     monkeypatch.setattr(flowcoro._Kernel, "_stop_all", stop)
-    flowcoro.run(run_main(), workers=workers)
+    flowcoro.run(main(), workers=workers)
     thread[0].join(PATIENCE)
     assert outcome and "not open" in outcome[0]
 
@@ -1595,6 +1600,27 @@ def test_a_pinned_task_waits_for_its_stuck_worker(workers):
 
 
 # ---- what follows a task --------------------------------------------------------------------------------------
+
+@MANY
+def test_main_stays_in_the_thread_that_called_run(workers):
+    async def main():
+        async def other(number):
+            assert flowcoro.current_task().pinned
+            await flowcoro.sleep(0)
+            channel.send_nowait(number)
+
+        channel, here = flowcoro.Channel(workers), threading.current_thread()
+        assert flowcoro.current_task().pinned
+        task = flowcoro.spawn(flowcoro.sleep(0))
+        assert not task.pinned
+        for _ in range(10):
+            await spread(workers, other)
+            for _ in range(workers):
+                await channel.receive()
+                assert threading.current_thread() is here
+
+    flowcoro.run(main(), workers=workers)
+
 
 @MANY
 def test_context_variables_follow_their_task_over_the_workers(workers):

@@ -47,7 +47,7 @@ def workers(request, monkeypatch):
     if request.param > 1:
         monkeypatch.setattr(flowcoro, "_has_gil", lambda: False)        # so that they steal
         monkeypatch.setattr(flowcoro, "run", lambda coro, *, clock=None, seed=None, **options: run(
-            coro, workers=request.param, **options))
+            coro, **{"workers": request.param, **options}))
     return request.param
 
 
@@ -806,6 +806,19 @@ def test_waiting_for_a_signal_alone_is_no_deadlock():
             assert child.returncode == 0
         finally:
             child.kill()
+
+
+def test_signals_are_for_tasks_that_stay_in_the_main_thread():
+    async def receive():
+        with signals(signal.SIGUSR1):
+            pass
+
+    async def main():
+        assert await flowcoro.spawn(receive(), pinned=True) is None
+        with pytest.raises(RuntimeError, match="started with pinned=True"):
+            await flowcoro.spawn(receive())
+
+    flowcoro.run(main(), workers=4)
 
 
 @run_in_kernel
