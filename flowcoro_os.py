@@ -651,9 +651,9 @@ class signals:
     handlers before.
 
     On entry: RuntimeError outside the main thread (Python has signal handlers only there) or a kernel, with several
-    workers in a task that is not pinned (main is), when entered twice, and for a handler that was not installed from Python; BusyError when another `signals` block receives one of
-    them. ValueError for a number that cannot be received, or none. While a block is open the kernel reports no
-    Deadlock: a signal may come.
+    workers in a task that is not pinned (main is), when entered twice, and for a handler that was not installed from
+    Python; BusyError when another `signals` block receives one of them. ValueError for a number that cannot be
+    received, or none. While a block is open the kernel reports no Deadlock: a signal may come.
     """
 
     def __init__(self, *numbers):
