@@ -78,6 +78,7 @@ import functools
 import heapq
 import itertools
 import math
+import operator
 import os
 import select as _select
 import selectors
@@ -2046,6 +2047,7 @@ class _Worker:
         self.looked = 0.0           # when it was last between two steps, as of time.monotonic(), give or take 15 steps
         self.hooks = None           # kernel.hooks while there are any
         self.meter = _Meter(self) if kernel.watchdog is not None else None
+        self.batch, self.remaining = (), iter(())       # the steps until it looks at the clock, and those of them to come
         self.thread_id = None
         self.descriptors = 0        # Pollables
         self.io_parked = 0          # tasks parked on them
@@ -2112,12 +2114,16 @@ class _Worker:
         ready, inbox, timers, heap = self.ready, self.inbox, self.timers, self.timers.heap
         # Bound methods and ints in locals: together 60 ns of the 250 of a step (CPython 3.11).
         popleft, append, monotonic, real = ready.popleft, ready.append, time.monotonic, self.clock is None
-        several = bool(self.others)
+        several, shown = bool(self.others), self.meter is not None and self.kernel.parallel
         turn, plan, level, began = BUDGET, _PLANS[0], 0, monotonic()
         polled, due = began, 0.0 if self.meter is not None else _INF         # when to measure a pass
         while not self.stopped:
             for batch in plan:
-                for step in batch:          # the watchdog reads `step`
+                steps = batch
+                if shown:               # to a watchdog that cannot read `step`
+                    self.batch, self.remaining = batch, iter(batch)
+                    steps = self.remaining
+                for step in steps:
                     try:
                         self.task = task = popleft()
                     except IndexError:
@@ -2604,7 +2610,8 @@ class _Watchdog:
     """The thread that looks at the workers of a kernel, and reports who is held by one step for longer than `limit` seconds."""
 
     resting = set()             # those that wait for their next look, of all kernels: they will wake no task
-    told = None                 # where threads write their stacks to, if there is no GIL
+    told = tell = None          # the pipe into which threads write their stacks, if there is no GIL
+    asking = threading.Lock()   # held while one does
 
     def __init__(self, kernel, limit):
         self.kernel, self.limit = kernel, limit
@@ -2628,16 +2635,16 @@ class _Watchdog:
             self.thread.join()
 
     def main(self):
-        moment, used = time.monotonic(), time.process_time()
         while True:
+            before, used = time.monotonic(), time.process_time()
             self.resting.add(self)
-            if self.done.acquire(timeout=self.pause):
-                self.resting.discard(self)
-                return
+            done = self.done.acquire(timeout=self.pause)
             self.resting.discard(self)
-            before, used_before, moment, used = moment, used, time.monotonic(), time.process_time()
+            if done:
+                return
+            moment = time.monotonic()
             late = moment - before - self.pause
-            computed = used - used_before > late / 2        # C code that kept the GIL, else the whole process was stopped
+            computed = time.process_time() - used > late / 2        # C code that kept the GIL, else the process was stopped
             for worker in self.kernel.workers:
                 try:
                     if late < self.limit or computed:
@@ -2664,9 +2671,9 @@ class _Watchdog:
         self.seen[worker] = mark, since, due
 
     def live_stack(self, worker):
-        """(how many steps the worker has made since it looked at the clock, the frames of this one, outermost first)."""
+        """(how many steps the worker has made since it looked at the clock, [(frame, line)] of this one, outermost first)."""
         if not _has_gil():      # there a frame that is being run must not be read
-            return None, []
+            return len(worker.batch) - 1 - operator.length_hint(worker.remaining), []
         step, frames = None, []
         frame = sys._current_frames().get(worker.thread_id)
         while frame is not None:
@@ -2675,43 +2682,45 @@ class _Watchdog:
                 break
             frames.append((frame, frame.f_lineno))
             frame = frame.f_back
-        while frames and frames[-1][0].f_code.co_filename == _HERE:
-            frames.pop()
         return step, frames[::-1]
 
     def stack_by_signal(self, worker):
-        """The same as text, without a GIL: the thread writes it itself, in the handler of a signal that it gets for that."""
+        """[(file, line, function)] of the same, without a GIL: the thread writes it itself, in the handler of a signal."""
         import faulthandler
+        import re
         import signal
-        number = getattr(signal, "SIGRTMAX", None)
-        cls = type(self)
-        if cls.told is None:
-            if number is None or signal.getsignal(number) != signal.SIG_DFL:
-                return ""
-            cls.told, tell = os.pipe()          # for good, as the handler: the signal might come late
-            faulthandler.register(number, file=tell, all_threads=False)
-        while _select.select([cls.told], [], [], 0)[0]:             # what came too late last time
-            os.read(cls.told, 65536)
-        signal.pthread_kill(worker.thread_id, number)
-        text = b""
-        while _select.select([cls.told], [], [], 0.1)[0]:
-            text += os.read(cls.told, 65536)
-        lines = [line for line in text.decode(errors="replace").splitlines() if line.startswith("  File ")]
-        for place, line in enumerate(lines):    # innermost first
-            if f'"{_HERE}"' in line and line.endswith(" in work"):
-                del lines[place:]
-                break
-        while lines and f'"{_HERE}"' in lines[-1]:
-            lines.pop()
-        return "".join(f"{line}\n" for line in reversed(lines))
+        number = getattr(signal, "SIGURG", None)        # as in Go's runtime: without a handler it does nothing
+        if number is None or signal.getsignal(number) != signal.SIG_DFL:
+            return []
+        cls, text = type(self), b""
+        with cls.asking:
+            if cls.told is None:
+                cls.told, cls.tell = os.pipe()      # for good, as the handler: the signal might come late
+            faulthandler.unregister(number)         # somebody may have put another handler in its place and taken that away
+            faulthandler.register(number, file=cls.tell, all_threads=False)
+            while _select.select([cls.told], [], [], 0)[0]:         # what came too late last time
+                os.read(cls.told, 65536)
+            signal.pthread_kill(worker.thread_id, number)
+            while _select.select([cls.told], [], [], 0.1)[0]:
+                text += os.read(cls.told, 65536)
+        places = re.findall(r'^  File "(.*)", line (\d+) in (.*)$', text.decode(errors="replace"), re.MULTILINE)
+        inside = list(itertools.takewhile(lambda place: place[0] != _HERE or place[2] != "work", places))   # innermost first
+        return [(file, int(line), function) for file, line, function in reversed(inside)]
+
+    @staticmethod
+    def in_words(stack):
+        """The text of [(file, line, function)], outermost first, without the frames of the kernel that come first."""
+        import traceback
+        own = itertools.dropwhile(lambda place: place[0] == _HERE, stack)
+        return "".join(traceback.format_list([(*place, None) for place in own]))
 
     def alarm(self, worker, task, now, since, frames):
-        import traceback
         kernel = self.kernel
         who = "something that is no task (a call from another thread, a hook, a collection of garbage)"
         if task is not None:
             who = f"task {task.name!r}"
-        stack = "".join(traceback.StackSummary.extract(iter(frames)).format()) or self.stack_by_signal(worker)
+        stack = self.in_words([(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in frames]
+                              or self.stack_by_signal(worker))
         report = (f"{who} has held worker {kernel.workers.index(worker) + 1} of {len(kernel.workers)} for {now - since:.3g} s, "
                   f"the limit is {self.limit:g} s. Move what computes or blocks there to to_thread(), or put a checkpoint() "
                   f"into it\nBehind it wait: {', '.join(self.behind(worker, task)) or 'nobody'}\n"
@@ -3289,6 +3298,7 @@ def _after_fork_in_child():
     _ThreadPool.idle.clear()
     _ThreadPool.threads.clear()
     _Watchdog.resting.clear()
+    _Watchdog.asking = threading.Lock()
     for kernel in list(_kernels):
         kernel.ended = True
         if threading.current_thread() is threading.main_thread():
@@ -3329,11 +3339,17 @@ def _checked_workers(workers, clock, seed):
 def _checked_watchdog(watchdog):
     if watchdog is None or watchdog is False:
         return None
-    limit = WATCHDOG_LIMIT if watchdog is True else _as_float(watchdog)
-    if not limit >= 0.01:
-        raise ValueError(f"watchdog={watchdog!r}: give the seconds that one step may take, from 0.01 up; True for "
-                         f"{WATCHDOG_LIMIT:g}; math.inf only measures")
-    return limit
+    wanted = f"watchdog={watchdog!r}: give the seconds that one step may take, from 0.01 up; True for {WATCHDOG_LIMIT:g}; " \
+             "math.inf only measures"
+    if watchdog is True:
+        return WATCHDOG_LIMIT
+    try:
+        enough = watchdog >= 0.01
+    except TypeError:
+        raise TypeError(wanted) from None
+    if not enough:
+        raise ValueError(wanted)
+    return _as_float(watchdog)
 
 
 def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None):
