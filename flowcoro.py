@@ -402,7 +402,7 @@ class atomic:
     """Decorates a method of a primitive, in its class body: with several workers it is one step for all others.
 
     Nothing that is atomic happens elsewhere while it runs: no other such method, no operation of this module on anything
-    that tasks share, no park or abort function, no predicate of ParkingLot.park(). It may call all of these, and must not
+    that tasks share, no park or abort function, no predicate of park_unless(). It may call all of these, and must not
     block. With one worker the plain function stands in the class, and costs nothing. TypeError if it is async, or no method.
     """
 
@@ -1057,7 +1057,7 @@ class ParkingLot(_Unique):
     Besides tasks the lot may hold stand-ins with a method commit(value), which wake the task they stand for; that is
     how one task waits in several places (select, as_completed).
 
-    Atomic: unpark(); parking, together with what `unless` says; the leaving of a cancelled task.
+    Atomic: unpark(); parking, together with the predicate of park_unless(); the leaving of a cancelled task.
     """
 
     # An OrderedDict, as in trio: a deque needs O(n) to take one out of the middle, a plain dict O(n) to pop its first
@@ -1070,23 +1070,23 @@ class ParkingLot(_Unique):
         self._tasks = OrderedDict()
 
     @types.coroutine
-    def park(self, *, unless=None):
-        """Wait here until unpark(); return its value or raise its error. Always a checkpoint.
+    def park(self):
+        """Wait here until unpark(); return its value or raise its error."""
+        return (yield self._park)
 
-        unless: a function, asked as the last thing before the task is stored, in one atomic step with that: if it
-        returns something true the task goes on at once, and gets that. With several workers what a primitive has seen
-        before may have changed meanwhile.
+    async def park_unless(self, predicate):
+        """As park(), unless predicate() returns something true: then the task goes on at once, and gets that.
+
+        It is asked as the last thing before the task is stored, in one atomic step with that: with several workers, what a
+        primitive has seen before may have changed meanwhile. A checkpoint in any case. Its error is raised here.
         """
-        if unless is None:
-            return (yield self._park)
+        return await park(functools.partial(self._park_unless, predicate))
 
-        def park_unless(task):
-            if answer := unless():
-                _reschedule(task, answer)
-            else:
-                self._park(task)
-
-        return (yield park_unless)
+    def _park_unless(self, predicate, task):
+        if answer := predicate():
+            _reschedule(task, answer)
+        else:
+            self._park(task)
 
     def _park(self, task):
         task.park_reason = self.reason

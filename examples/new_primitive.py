@@ -6,7 +6,7 @@ no line here, because a cancelled task leaves the lot by itself, and the reason 
 in task dumps and deadlock reports.
 
 With several workers others may count down between two lines of wait(). So what changes the latch is
-`atomic`, and `park()` asks once more, in one atomic step with parking, whether there is something to wait for.
+`atomic`, and `park_unless()` asks, in one atomic step with parking, whether there is something to wait for.
 """
 
 import flowcoro
@@ -30,7 +30,7 @@ class Latch:
         return self.count <= 0
 
     async def wait(self):
-        await self._lot.park(unless=self.is_open)       # a checkpoint, also when it need not wait
+        await self._lot.park_unless(self.is_open)       # a checkpoint, also when it need not wait
 
 
 async def prepare(dish, seconds, latch):

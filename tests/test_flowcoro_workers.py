@@ -139,7 +139,7 @@ class Gate:
         return False
 
     async def enter(self):
-        await self.lot.park(unless=self.enter_now)
+        await self.lot.park_unless(self.enter_now)
 
     @flowcoro.atomic
     def leave(self):
@@ -222,16 +222,16 @@ def test_a_function_outside_of_a_class_cannot_be_atomic():
 def test_park_unless_goes_on_at_once_with_what_the_function_returned(workers):
     async def main():
         lot = flowcoro.ParkingLot()
-        assert await lot.park(unless=lambda: "answer") == "answer"
+        assert await lot.park_unless(lambda: "answer") == "answer"
         assert len(lot) == 0
-        task = flowcoro.spawn(lot.park(unless=lambda: 0))
+        task = flowcoro.spawn(lot.park_unless(lambda: 0))
         while not lot.unpark(1, "woken"):
             await flowcoro.checkpoint()
         assert await task == "woken"
         with pytest.raises(ZeroDivisionError):
-            await lot.park(unless=lambda: 1 / 0)
+            await lot.park_unless(lambda: 1 / 0)
         with flowcoro.move_on_after(0) as scope:
-            await lot.park(unless=lambda: "answer")
+            await lot.park_unless(lambda: "answer")
         assert scope.cancelled_caught and len(lot) == 0
 
     run(main, workers=workers)
