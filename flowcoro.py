@@ -289,7 +289,7 @@ class _Failure:
     def take(self):
         """The error, with the traceback it came with: raising it again and again would make that longer each time."""
         self.seen = True
-        return self.error.with_traceback(self.traceback)
+        return BaseException.with_traceback(self.error, self.traceback)
 
     def report(self):
         if not self.seen:
@@ -308,7 +308,7 @@ def _trim(error):
     while trace is not None and trace.tb_frame.f_code.co_filename == _HERE:
         trace = trace.tb_next
     if trace is not None:
-        error.__traceback__ = trace
+        BaseException.with_traceback(error, trace)      # not error's own, nor an assignment: it may be a frozen dataclass
 
 
 def _await_chain(task):
@@ -595,7 +595,7 @@ class CancelScope(_Unique):
             _refresh(task)
         elif task._state != DONE and _is_cancelled(task, task._scope):
             task._interrupt()           # another one closes the async generator that holds this scope
-        if not self._cancelled or error is None or task._resume is not task._send:
+        if not self._cancelled or error is None or task._resume is not task._send and not self._shield:
             return False            # the last: the outer scope is cancelled as well, and the outermost one wins
         if isinstance(error, BaseExceptionGroup):
             cancelled, rest = _split_cancelled(error)
@@ -701,9 +701,14 @@ class CancelScope(_Unique):
 
 
 def _checked_seconds(seconds, caller):
-    if not seconds >= 0:            # says no to nan as well
-        raise ValueError(f"{caller}({seconds!r}): seconds must be 0 or more; math.inf waits for ever")
-    return _as_float(seconds)
+    try:
+        if seconds >= 0:            # says no to nan as well
+            return _as_float(seconds)
+    except TypeError:
+        raise TypeError(f"{caller}({seconds!r}): give a number of seconds; math.inf waits for ever") from None
+    except ArithmeticError:         # Decimal("nan")
+        pass
+    raise ValueError(f"{caller}({seconds!r}): seconds must be 0 or more; math.inf waits for ever")
 
 
 def move_on_after(seconds):
@@ -879,21 +884,32 @@ class Task(_Unique):
         if self._state == PARKED:
             if self._resume is not self._send:
                 return                          # parked for good, and told before
+            abort, strike = self.abort_function, None
+            self._resume = self._deliver        # first this: _recover() knows by it who was struck in here
             try:
-                aborted = self.abort_function(self)
+                aborted = abort(self)
             except RecursionError:
+                self._resume = self._send
                 raise
             except BaseException as error:
-                _report(error, f"an abort function failed; {self!r} cannot be cancelled before it is rescheduled", self)
-                aborted = False
+                if getattr(abort, "__func__", abort).__globals__ is globals():
+                    strike, aborted = error, _abort_again(self)     # a signal handler's: ours do not fail
+                else:
+                    _report(error, f"an abort function failed; {self!r} cannot be cancelled before it is rescheduled", self)
+                    aborted = False
             if aborted:
-                self._resume = self._deliver
                 try:
                     _reschedule(self)
-                except RecursionError:          # it has no place to go back to
-                    self._worker.inbox.append(functools.partial(_reschedule, self))
+                except BaseException as error:  # it has no place to go back to
+                    if self._state == PARKED and self._worker.task is not None:     # else it comes out of the loop
+                        self._worker.inbox.append(functools.partial(_reschedule, self))
+                    if not isinstance(error, RecursionError) or self._worker.task is None:
+                        raise
             else:
                 self._resume = self._step_then_cancel
+            if strike is not None:
+                self.budget = 0
+                raise strike
         elif self.budget == WOKEN and self is not self._worker.task:
             self._resume = self._step_then_cancel
         elif self._resume != self._step_then_cancel:
@@ -996,6 +1012,24 @@ class Task(_Unique):
         else:
             how = f": {self.park_reason}" if self._state == PARKED else ""
         return f"<Task {self.name} {self.state}{how}>"
+
+
+def _abort_again(task):
+    """What its abort function says, which was struck in the middle, and of ours may be called twice."""
+    try:
+        return task.abort_function(task)
+    except Exception:               # it had taken the task out
+        return True
+
+
+def _is_lost(task):
+    """Whether a parked task is no longer in the place where it was parked: a signal handler struck who was to wake it."""
+    place = getattr(task.abort_function, "__self__", None)
+    if isinstance(place, RWLock):
+        place = place._lot
+    if isinstance(place, ParkingLot):
+        return task not in place._tasks
+    return isinstance(place, Pollable) and task is not place._reader and task is not place._writer
 
 
 def current_task():
@@ -1112,9 +1146,10 @@ class ParkingLot(_Unique):
                     _reschedule(parked, value, error)
                 else:
                     parked.commit(value, error)
-            except RecursionError:          # the stack ends here, so nothing of ours can be called: back to the front
-                self._tasks[parked] = None
-                self._tasks.move_to_end(parked, last=False)
+            except BaseException as error:  # the stack ends here, so nothing of ours can be called, or a signal handler's
+                if parked._state == PARKED if parked.__class__ is Task else error.__class__ is RecursionError:
+                    self._tasks[parked] = None
+                    self._tasks.move_to_end(parked, last=False)         # back to the front
                 raise
             woken += 1
         return woken
@@ -1314,8 +1349,13 @@ class Pollable(_Unique):
             if plain is None:
                 raise BusyError(f"file descriptor {self.fd} has a Pollable already; close() that first") from error
             if plain.wants():
-                raise BusyError(f"a task waits for file descriptor {self.fd} in wait_readable() or wait_writable(); a Pollable "
-                                "must be made before or after") from error
+                try:
+                    plain._verify(poller.rearm)
+                except FileNotFoundError:
+                    plain._another_file()
+                else:
+                    raise BusyError(f"a task waits for file descriptor {self.fd} in wait_readable() or wait_writable(); a "
+                                    "Pollable must be made before or after") from error
             notify_closing(self.fd)             # what those functions have kept of it
             self._register(poller)
 
@@ -1380,6 +1420,8 @@ class Pollable(_Unique):
             self._reader = None
         elif self._writer is task:
             self._writer = None
+        else:
+            return True                     # it was taken out before, by one who was struck then
         self._worker.io_parked -= 1
         try:
             self._arm()
@@ -2011,13 +2053,16 @@ def _left_open(task, root):
             "a scope was never left", task)
     for group in groups:
         for error in group._errors:
-            _report(error, f"an error in a TaskGroup of task {task.name!r} that was never left", group)
+            if not isinstance(error, GeneratorExit):        # its generator is being closed
+                _report(error, f"an error in a TaskGroup of task {task.name!r} that was never left", group)
         for child in list(group._tasks):
             del group._tasks[child]
             child._group = root
             root._tasks[child] = None
             child.cancel()
         group._open = False
+        if group._lot is not None:              # by another task
+            group._lot.unpark_all()
 
 
 class _NOWHERE:
@@ -2234,7 +2279,7 @@ class _Worker:
         del tasks[task]
         if error is not None:
             if isinstance(error, Cancelled):
-                task._error = error.with_traceback(None)    # frames would live as long as the task
+                task._error = BaseException.with_traceback(error, None)     # frames would live as long as the task
             else:
                 seen = group._owner is not None or (task is self.kernel.main and isinstance(error, KeyboardInterrupt))
                 task._error = _Failure(error, f"task {task.name!r} failed and nobody awaited it", seen)
@@ -2324,8 +2369,14 @@ def _recover(worker, error):
     timers.entries = 0
     for task in list(kernel.all_tasks()):
         if task._worker is worker:
-            if task._state == PARKED and task.abort_function is None:
-                _reschedule(task, error=error)
+            if task._state == PARKED:
+                if task._resume is not task._send and task._resume == task._deliver:
+                    if _abort_again(task):          # struck while it was cancelled
+                        _reschedule(task)
+                    else:
+                        task._resume = task._step_then_cancel
+                elif task.abort_function is None or _is_lost(task):
+                    _reschedule(task, error=error)
             elif task._state == READY and task not in placed:
                 # It was about to be stepped, or has been: then it has ended, or yielded and is stepped once more.
                 if _has_ended(task.coro):
@@ -2343,6 +2394,8 @@ def _recover(worker, error):
         struck._group._child_done(struck, failure.error if isinstance(failure, _Failure) else failure)
     elif not kernel.root._tasks and kernel.main is not None:
         kernel.wind_up()
+    worker.sleepers = sum(task._state == PARKED and task.abort_function is _abort_sleep and task._wake_at == _INF
+                          and task._worker is worker for task in kernel.all_tasks())
     worker.timers.prune()
 
 
@@ -2834,11 +2887,14 @@ class _Signals:
 
     def _in_users_code(self, frame):
         """Whether an error raised in `frame` meets the user's code first, not the kernel's bookkeeping."""
-        if self.kernel.worker.task is None or frame.f_code.co_filename == _HERE:
+        if frame.f_code.co_filename == _HERE:
             return False
         while frame is not None and frame.f_code.co_filename != _HERE:
             frame = frame.f_back
-        return frame is not None and bool(frame.f_code in _STEPPERS or frame.f_code.co_flags & 0x80)    # CO_COROUTINE
+        if frame is not None and frame.f_code in (_Kernel.fire.__code__, _CallFromThread.__call__.__code__):
+            return True                         # a hook, or a call from a thread: both take any error
+        return frame is not None and self.kernel.worker.task is not None and bool(
+            frame.f_code in _STEPPERS or frame.f_code.co_flags & 0x80)    # CO_COROUTINE
 
     def _interrupted(self):
         kernel = self.kernel
@@ -3008,6 +3064,8 @@ class _Kernel:
                 self.watchdog.start()
             self.main = self.root.spawn(coro, pinned=True)      # to the thread that signal handlers, GUIs … belong to
             self.work(worker)
+            if self.ended:                      # this is a child, forked in the last step of all
+                raise _Forked
         except _Forked:
             return None, RuntimeError(
                 "this process was forked inside flowcoro.run(), and the child came back into the kernel. A child may run a "
@@ -3251,17 +3309,20 @@ def _why(task):
 
 def _cycle(tasks):
     """If tasks wait for each other in a circle, one line that says so."""
-    for start in tasks:
-        path, task = [], start
-        while task not in path:
-            path.append(task)
+    seen = set()
+    for task in tasks:
+        path = {}                               # in order
+        while task not in seen:
+            seen.add(task)
+            path[task] = None
             holders = _holders(task)
             if len(holders) != 1:
                 break
             task = holders[0]
         else:
-            if task is start:
-                pairs = zip(path, path[1:] + path[:1])
+            if task in path:
+                circle = list(itertools.dropwhile(lambda first: first is not task, path))
+                pairs = zip(circle, circle[1:] + circle[:1])
                 return ["in a circle: " + ", ".join(f"{a.name} waits for {b.name}" for a, b in pairs)]
     return []
 
@@ -4545,7 +4606,8 @@ async def when_any(*coros):
 class as_completed(_Unique):
     """`async for task in as_completed(*coros):` gives the tasks as they end; ask each for its result().
 
-    Leaving the loop early cancels the rest (they are joined when main ends); being cancelled in it cancels and joins.
+    Leaving the loop early cancels the rest, once nobody holds this object (they are joined when main ends); being cancelled
+    in it cancels and joins.
 
     Atomic: taking the next one, which no other loop over the same object gets.
     """
@@ -4793,8 +4855,9 @@ async def to_thread(function, /, *args, abandon_on_cancel=False, limiter=None):
 
     At most 40 at once, or as many as `limiter` (a Semaphore) allows; the others wait. A thread cannot be interrupted:
     when cancelled, this waits for the function all the same and returns its result (the next checkpoint raises), or
-    with abandon_on_cancel=True raises at once and drops the result; so does a second Ctrl-C. What the function waits for
-    in run_from_thread() is cancelled too, unless it is abandoned. When the run ends, permits of abandoned calls go back.
+    with abandon_on_cancel=True raises at once and drops the result, or the error; so does a second Ctrl-C. What the
+    function waits for in run_from_thread() is cancelled too, unless it is abandoned. When the run ends, permits of
+    abandoned calls go back.
     RuntimeError when no thread can be started or it was killed. (functools.partial gives keyword arguments.) A child that the
     function forks ends with status 1 when the function returns there: it may exec or os._exit().
     """

@@ -944,7 +944,7 @@ def _vendor_command(arguments):
         _vendor(destination, names or ["flowcoro"], package, options.force)
     except BrokenPipeError:             # our own output; main() knows what to do
         raise
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:        # the last: a circle of symbolic links
         raise UsageError(f"cannot use {destination}: {error}") from error
     return 0
 

@@ -1809,3 +1809,20 @@ def test_a_dump_ends_though_an_awaitable_leads_back_to_its_own_coroutine():
         return flowcoro.dump_tasks()
 
     assert "wait in a circle" in flowcoro.run(main())
+
+
+def test_the_report_of_a_long_chain_of_tasks_takes_no_longer_than_one_look_at_each(monkeypatch):
+    async def wait(task):
+        await task
+
+    async def main():
+        task = flowcoro.spawn(flowcoro.Event().wait())
+        for _ in range(300):
+            task = flowcoro.spawn(wait(task))
+        await task
+
+    looks, holders = [], flowcoro._holders
+    monkeypatch.setattr(flowcoro, "_holders", lambda task: looks.append(task) or holders(task))
+    with pytest.raises(flowcoro.Deadlock):
+        flowcoro.run(main())
+    assert len(looks) <= 2 * 303                # one for the tree, one for the circle

@@ -1340,3 +1340,17 @@ def test_a_pollable_cannot_be_made_of_what_wait_readable_waits_for(fds):
         await waiter.task
 
     run(main)
+
+
+def test_a_pollable_can_be_made_where_a_task_waits_for_a_file_that_is_gone(fds):
+    async def main():
+        read, write = fds.pipe()
+        waiter = await settled(lambda: flowcoro.wait_readable(read))
+        other, _ = fds.pipe()
+        os.dup2(other, read)                    # closed behind the kernel's back, and another file now
+        pollable = flowcoro.Pollable(read)
+        await waiter.task
+        assert isinstance(waiter.outcome, flowcoro.ClosedError) and "another file now" in str(waiter.outcome)
+        pollable.close()
+
+    run(main)

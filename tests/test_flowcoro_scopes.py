@@ -5,10 +5,12 @@ The semantics are trio's: where a test states a rule that is not obvious, trio f
 
 import asyncio
 import contextlib
+import decimal
 import gc
 import inspect
 import math
 import random
+import signal
 import threading
 import time
 
@@ -2146,3 +2148,81 @@ async def test_a_task_that_was_cancelled_behind_a_shield_is_told_when_another_ta
     await generator.aclose()
     with flowcoro.timeout(1), pytest.raises(flowcoro.TaskCancelled):
         await task
+
+
+# ---- what a shield hides ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("raises", [False, True])
+@run_in_kernel
+async def test_a_shielded_scope_catches_its_own_cancellation_in_a_cancelled_region(raises):
+    log = []
+    with flowcoro.move_on_after(1) as outer:
+        try:
+            await flowcoro.sleep(10)
+        finally:
+            bounded = flowcoro.timeout(2) if raises else flowcoro.move_on_after(2)
+            bounded.shield = True
+            try:
+                with bounded:
+                    await flowcoro.sleep(10)
+            except TimeoutError:
+                log.append("timeout")
+            log.append(flowcoro.now())
+            with pytest.raises(flowcoro.Cancelled):
+                await flowcoro.checkpoint()
+    assert bounded.cancelled_caught and outer.cancelled_caught
+    assert log == (["timeout", 3.0] if raises else [3.0])
+
+
+@run_in_kernel
+async def test_a_group_with_a_shield_ends_by_its_own_cancel_in_a_cancelled_region():
+    with flowcoro.CancelScope() as outer:
+        outer.cancel()
+        async with flowcoro.TaskGroup() as group:
+            group.scope.shield = True
+            group.spawn(flowcoro.sleep(10))
+            await flowcoro.sleep(1)
+            group.cancel()
+        done = flowcoro.now()
+        await flowcoro.checkpoint()
+    assert done == 1 and outer.cancelled_caught
+
+
+@pytest.mark.parametrize("seconds", [None, "1", [], object()])
+@pytest.mark.parametrize("function", [flowcoro.timeout, flowcoro.move_on_after, flowcoro.sleep])
+def test_what_is_no_number_of_seconds_is_refused_by_name(function, seconds):
+    async def main():
+        with pytest.raises(TypeError, match=rf"{function.__name__}\(.*\): give a number of seconds; math.inf waits for ever"):
+            awaited = function(seconds)
+            if function is flowcoro.sleep:
+                await awaited
+
+    run(main())
+
+
+def test_a_decimal_that_is_no_number_is_refused_as_nan_is():
+    with pytest.raises(ValueError, match="seconds must be 0 or more"):
+        flowcoro.timeout(decimal.Decimal("nan"))
+
+
+@pytest.mark.parametrize("handled", [False, True])
+def test_a_group_in_a_generator_that_is_left_early_lets_the_run_end(handled, reports):
+    async def numbers():
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(flowcoro.sleep(100))
+            yield 1
+            yield 2
+
+    async def main():
+        async for _ in numbers():
+            break
+        await flowcoro.sleep(0.01)
+
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None) if handled else None     # then nobody sees a Deadlock
+    try:
+        with pytest.raises(flowcoro.TaskCancelled):
+            flowcoro.run(main())
+    finally:
+        if handled:
+            signal.signal(signal.SIGUSR1, before)
+    assert ["never left" in str(error) for _, error in reports] == [True]

@@ -1220,6 +1220,110 @@ def test_an_error_of_a_signal_handler_at_any_moment_ends_the_run_and_harms_no_ot
     """)
 
 
+class Struck(Exception):
+    pass
+
+
+@pytest.mark.parametrize("what, caller", [
+    (flowcoro._reschedule, "_interrupt"), (flowcoro._reschedule, "unpark"), (flowcoro._reschedule, "_ring"),
+    (flowcoro._reschedule, "_wake"), (flowcoro.ParkingLot._abort, "_interrupt"), (flowcoro.Pollable._abort, "_interrupt"),
+    (flowcoro.ParkingLot.unpark, "unpark_all"), (flowcoro._interrupt_inside, "cancel")], ids=lambda what: getattr(
+        what, "__qualname__", what))
+def test_an_error_that_strikes_where_the_loop_wakes_or_cancels_a_task_ends_the_run_and_loses_none(what, caller):
+    """A function that raises as it is called stands for a signal handler that Python calls there."""
+    log = []
+
+    def strike(frame, event, argument):
+        if event == "call" and frame.f_code is what.__code__ and frame.f_back.f_code.co_name == caller:
+            sys.settrace(None)
+            raise Struck
+
+    async def late():
+        try:
+            with flowcoro.move_on_after(0.01):
+                await flowcoro.Event().wait()
+        finally:
+            log.append("late")
+
+    async def reads(near):
+        try:
+            with flowcoro.move_on_after(0.01):
+                await flowcoro.wait_readable(near)
+        finally:
+            log.append("reads")
+
+    async def joins(task):
+        try:
+            await task
+        finally:
+            log.append("joins")
+
+    async def serves(near):
+        try:
+            await flowcoro.wait_readable(near)
+            await flowcoro.Event().wait()
+        finally:
+            log.append("serves")
+
+    async def writes(far):
+        await flowcoro.sleep(0.005)
+        os.write(far, b"x")
+
+    async def main():
+        sys.settrace(strike)
+        async with flowcoro.TaskGroup() as group:
+            group.scope.deadline = flowcoro.now() + PATIENCE
+            group.spawn(late())
+            group.spawn(reads(idle[0]))
+            group.spawn(serves(busy[0]))
+            group.spawn(joins(group.spawn(flowcoro.sleep(0.005))))
+            group.spawn(writes(busy[1]))
+
+    idle, busy = os.pipe(), os.pipe()
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)      # whoever is lost is not saved by a Deadlock
+    try:
+        with pytest.raises(Struck):
+            flowcoro.run(main())
+    finally:
+        sys.settrace(None)
+        signal.signal(signal.SIGALRM, before)
+        for fd in idle + busy:
+            os.close(fd)
+    assert sorted(log) == ["joins", "late", "reads", "serves"]
+
+
+@pytest.mark.parametrize("where", ["call", "hook"])
+def test_a_second_ctrl_c_ends_a_call_from_a_thread_and_a_hook_that_do_not_return(where):
+    with Child(f"""
+        class Hooks:
+            def task_spawned(self, task):
+                stuck()
+
+        def stuck():
+            say("stuck")
+            while True:
+                time.sleep(0.01)
+
+        async def main():
+            if "{where}" == "call":
+                await flowcoro.to_thread(flowcoro.call_from_thread, stuck)
+            else:
+                flowcoro.add_hooks(Hooks())
+                flowcoro.spawn(flowcoro.sleep(0))
+                await flowcoro.sleep(1000)
+
+        sys.unraisablehook = lambda got: None
+        try:
+            flowcoro.run(main())
+        except KeyboardInterrupt:
+            say("interrupted")
+    """) as child:
+        child.hears("stuck")
+        child.insist(signal.SIGINT)
+        status, said, errors = child.end()
+    assert (status, said, errors) == (0, ["interrupted"], "")
+
+
 def test_a_clock_that_fails_in_the_loop_ends_the_run_with_cleanup_and_loses_no_task():
     log = []
 

@@ -8,6 +8,7 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import contextvars
+import dataclasses
 import decimal
 import fractions
 import gc
@@ -2212,3 +2213,36 @@ async def test_a_coroutine_given_twice_or_started_before_is_an_error_and_the_oth
         await combined(other, task.coro)
     assert inspect.getcoroutinestate(other) == inspect.CORO_CLOSED
     assert await task == 1                      # whose coroutine was left alone
+
+
+# ---- errors that defend themselves -----------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    key: str
+
+
+class Stubborn(Exception):
+    def with_traceback(self, traceback):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("error", [Frozen("key"), Stubborn()])
+def test_errors_whose_traceback_cannot_be_set_the_usual_way_arrive_like_any_other(error):
+    async def fails():
+        await flowcoro.checkpoint()
+        raise error
+
+    async def main():
+        task = flowcoro.spawn(fails())
+        for _ in range(2):
+            with pytest.raises(type(error)):
+                await task
+        with pytest.raises(ExceptionGroup) as caught:
+            async with flowcoro.TaskGroup() as group:
+                group.spawn(fails())
+        assert caught.value.exceptions == (error,)
+        await fails()
+
+    with pytest.raises(type(error)):
+        flowcoro.run(main())

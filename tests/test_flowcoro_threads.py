@@ -1336,6 +1336,26 @@ def test_the_child_of_a_fork_gets_a_clear_error_and_the_parent_goes_on(seed):
     assert output.split("\n") == ["True"] * 5 + ["the child ended with 3", "the parent goes on", ""]
 
 
+def test_a_child_forked_in_the_last_step_of_all_does_not_leave_run_as_its_parent_does():
+    output = python("""
+        async def main(steps):
+            for _ in range(steps):
+                await flowcoro.checkpoint()
+            return os.fork()
+
+        for steps in range(64):                         # wherever in a batch
+            try:
+                child = flowcoro.run(main(steps))
+            except RuntimeError as error:
+                os._exit(3 if "forked inside" in str(error) else 1)
+            if child == 0:
+                os._exit(2)
+            assert reap(child) == 3, steps
+        print("done")
+    """)
+    assert output == "done\n"
+
+
 def test_a_child_takes_no_event_of_its_parent_wherever_in_a_batch_it_was_forked():
     output = python("""
         async def main():

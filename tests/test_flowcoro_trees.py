@@ -239,6 +239,7 @@ class Tree:
         except flowcoro.Cancelled:
             self.assert_in_danger(outer, "Cancelled has left its scope")
             assert not scope.cancelled_caught
+            assert not (scope.shield and scope.cancel_called), "what was outside is not seen through a shield"
             raise
         except Exception as error:
             assert error is left
@@ -247,7 +248,7 @@ class Tree:
             assert scope.cancelled_caught == (left is not None)
             if left is not None:
                 assert isinstance(left, flowcoro.Cancelled) and region.cancelled
-                assert not outer.in_danger(), "an inner scope has caught the Cancelled of an outer one"
+                assert scope.shield or not outer.in_danger(), "an inner scope has caught the Cancelled of an outer one"
 
     async def group(self, outer, depth):
         """A block in a group with tasks."""
@@ -285,7 +286,7 @@ class Tree:
         else:
             self.left_group(group, body_error, None)
             if isinstance(body_error, flowcoro.Cancelled):
-                assert not outer.in_danger(), "a group has caught the Cancelled of an outer scope"
+                assert region.shield or not outer.in_danger(), "a group has caught the Cancelled of an outer scope"
 
     def left_group(self, group, body_error, error):
         group.open = False
