@@ -904,6 +904,9 @@ def _package_name(folder):
 def _vendor(destination, names, package, force):
     """Copy the modules `names` and what they need, all or none, and say so."""
     files = _sources(names, package)
+    if package and not destination.resolve().name.isidentifier():
+        raise UsageError(f"no program can import a package named {destination.resolve().name!r}: give its folder a name of "
+                         "letters, digits and _, or leave out --package")
     was_package = (destination / "__init__.py").exists()
     if not force:
         _refuse_to_lose(destination, files)

@@ -528,6 +528,19 @@ def test_vendor_into_a_package_makes_it_one_and_its_imports_relative(cli, tmp_pa
     assert (done.returncode, done.stdout) == (0, "42 []\n"), done.stderr
 
 
+def test_a_package_needs_a_name_that_can_be_imported(cli, tmp_path):
+    status, out, err = cli("vendor", tmp_path / "my-lib", "--package")
+    assert (status, out) == (2, "") and "package named 'my-lib'" in err
+    assert not (tmp_path / "my-lib").exists()
+
+
+@pytest.mark.parametrize("name", ["circle", "nul\0"])
+def test_a_folder_that_cannot_be_is_an_error_of_one_line(cli, tmp_path, name):
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    status, out, err = cli("vendor", tmp_path / name)
+    assert (status, out) == (2, "") and "cannot use" in err and "Traceback" not in err
+
+
 def test_the_command_line_works_from_inside_a_package(cli, tmp_path):
     cli("vendor", tmp_path / "vendored", "cli", "--package")
     done = small_demo(package="vendored.", cwd=tmp_path)

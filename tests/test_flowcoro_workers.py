@@ -113,7 +113,7 @@ PRIMITIVES = ["CancelScope", "Task", "TaskGroup", "ParkingLot", "Pollable", "Loc
 
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_the_docstring_of_each_primitive_says_what_is_atomic(name):
-    assert re.search(r"^    Atomic: ", getattr(flowcoro, name).__doc__, re.MULTILINE)
+    assert re.search(r"^ *Atomic: ", getattr(flowcoro, name).__doc__, re.MULTILINE)
 
 
 def test_no_class_that_tasks_share_is_missing_from_that_list():
