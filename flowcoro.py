@@ -2660,7 +2660,12 @@ class _Meter:
 
 
 class _Watchdog:
-    """The thread that looks at the workers of a kernel, and reports who is held by one step for longer than `limit` seconds."""
+    """The thread that looks at the workers of a kernel, and reports who is held by one step for longer than `limit` seconds.
+
+    What a worker is at is known by its task, by when it has looked at the clock, and by how many steps it has made since: as
+    long as all three are the same, it is the same step. That has lasted since it was first seen, or since that look if the
+    watchdog itself was kept away meanwhile.
+    """
 
     resting = set()             # those that wait for their next look, of all kernels: they will wake no task
     told = tell = None          # the pipe into which threads write their stacks, if there is no GIL
@@ -2697,13 +2702,12 @@ class _Watchdog:
                 return
             moment = time.monotonic()
             late = moment - before - self.pause
-            computed = time.process_time() - used > late / 2        # C code that kept the GIL, else the process was stopped
+            computed = time.process_time() - used > late / 2
+            if late > self.pause and not computed:      # else C code kept the GIL: the process was stopped, which is no step
+                self.seen = {worker: (mark, since + late, due + late) for worker, (mark, since, due) in self.seen.items()}
             for worker in self.kernel.workers:
                 try:
-                    if late < self.limit or computed:
-                        self.look_at(worker, moment, late > self.limit)
-                    else:
-                        self.seen.clear()
+                    self.look_at(worker, moment, late > self.limit and computed)
                 except Exception as error:
                     _report(error, "the watchdog failed to look at a worker")
 
@@ -2715,8 +2719,8 @@ class _Watchdog:
         step, stack = self.live_stack(worker)
         mark = task, looked, step
         seen, since, due = self.seen.get(worker, (None, now, 0.0))
-        if seen != mark:        # `looked` is when this step began if it is the first since, or all others were short
-            since = looked if task is not None and (step == 0 or late) else now
+        if seen != mark:
+            since = looked if task is not None and late else now
             due = since + self.limit
         if now >= due:
             self.alarm(worker, task, now, since, stack)
@@ -3405,12 +3409,12 @@ def _checked_watchdog(watchdog):
     if watchdog is True:
         return WATCHDOG_LIMIT
     try:
-        enough = watchdog >= 0.01
+        limit = _as_float(watchdog + 0)         # float() alone would take text
     except TypeError:
         raise TypeError(wanted) from None
-    if not enough:
+    if not limit >= 0.01:
         raise ValueError(wanted)
-    return _as_float(watchdog)
+    return limit
 
 
 def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None):
