@@ -673,6 +673,7 @@ class _Lanes:
         self.thread_of = {}                             # {letter: the thread of its last step}
         self.blocked = None                             # the thread that is
         self.taken_over = 0                             # steps made elsewhere while it is
+        self.report = None                              # what the watchdog says of it
 
     def ran(self, began, character):
         """The running task has computed since `began`."""
@@ -698,15 +699,22 @@ class _Lanes:
         await flowcoro.sleep(0.1)
         began = flowcoro.now()
         self.blocked = threading.get_ident()
-        while flowcoro.now() < began + 0.25 or not self.taken_over and flowcoro.now() < began + self.PATIENCE:
+        while flowcoro.now() < began + 0.25 or (
+                not (self.taken_over and self.report) and flowcoro.now() < began + self.PATIENCE):
             time.sleep(0.01)
         self.blocked = None
         self.ran(began, "x")
 
+    def task_stuck(self, task, seconds, report):
+        """A hook: the watchdog has found the thoughtless task, or another one if the machine is slow today."""
+        if task is not None and task.name == "thoughtless":
+            self.report = self.report or report
+
     async def run(self):
         """Everything begins on one worker; returns self."""
+        flowcoro.add_hooks(self)
         async with flowcoro.TaskGroup() as group:
-            tasks = [group.spawn(self.thoughtless(), pinned=True)]
+            tasks = [group.spawn(self.thoughtless(), name="thoughtless", pinned=True)]
             tasks += [group.spawn(self.busy(letter)) for letter in "abcde"]
             for number, task in enumerate(tasks, 1):
                 await task
@@ -737,10 +745,13 @@ def _scene_workers(screen):
     screen.say("Look at the x: that worker is blocked, and the others go on with its tasks.\n"
                "(A capital letter: this task has just changed its worker.)")
     screen.progress(0, 6)
-    lanes = flowcoro.run(_lanes(screen.progress), workers=_Lanes.WORKERS)
+    lanes = flowcoro.run(_lanes(screen.progress), workers=_Lanes.WORKERS, watchdog=0.1)
     for row in lanes.draw(screen.colour):
         screen.say(row)
     screen.check(lanes.taken_over, "nobody took over the tasks of the blocked worker")
+    screen.check(lanes.report, "the watchdog has said nothing of the task that blocks")
+    stack = [line.strip() for line in lanes.report.splitlines() if line.startswith("  File ")]
+    screen.say(f"The watchdog: {lanes.report.partition('. ')[0]};\n    {stack[-1]}" if stack else lanes.report)
     gil = flowcoro.runtime_info()["gil"]
     screen.say("This Python has a GIL: only one worker computes at a time, but none waits for a blocked one." if gil else
                "This Python has no GIL: the workers compute at the same time.")

@@ -397,6 +397,7 @@ def test_the_workers_scene_draws_a_lane_per_worker_and_the_tasks_that_leave_the_
     status, out, _ = cli("demo", "workers")
     lanes = re.findall(r"^  worker \d  (\S+)$", out, re.MULTILINE)
     assert status == 0 and len(lanes) >= 2
+    assert "The watchdog: task 'thoughtless' has held worker" in out
     assert sum("xx" in lane for lane in lanes) == 1
     assert any(re.search("[A-E]", lane) for lane in lanes if "xx" not in lane)
 
