@@ -2192,6 +2192,34 @@ def test_an_idle_kernel_of_eight_workers_costs_next_to_nothing(what):
     assert run(main, workers=8) < 0.1
 
 
+@MANY
+def test_the_interpreter_ends_while_a_kernel_runs_in_a_daemon_thread(workers):
+    said = child(f"""
+        import flowcoro, threading, time
+
+        async def sleeper():
+            while True:
+                await flowcoro.sleep(0.001)
+
+        async def main():
+            for _ in range(5):
+                flowcoro.spawn(sleeper())
+            await flowcoro.to_thread(ready.set)
+            while True:
+                await flowcoro.checkpoint()
+
+        def serve():
+            flowcoro.run(main(), workers={workers}, watchdog=True)
+
+        ready = threading.Event()
+        threading.Thread(target=serve, daemon=True).start()
+        ready.wait()
+        time.sleep(0.02)
+        print("the end")
+    """)
+    assert said == "the end\n"
+
+
 def test_two_kernels_of_several_workers_run_side_by_side():
     async def main(base):
         async def work(number):
