@@ -1,0 +1,461 @@
+"""The watchdog in the corners: each place of a step in a batch, other workers, hooks, the end of a run, odd limits.
+
+What it reports and measures as a rule is in test_flowcoro_watchdog.py, whose helpers are used here.
+"""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import warnings
+from decimal import Decimal
+from fractions import Fraction
+
+import pytest
+
+import flowcoro
+from test_flowcoro_watchdog import LIMIT, PATIENCE, ROOT, SEVERAL, Alarms, in_group, watched
+
+CALM = 0.3              # seconds of a limit that nobody is to reach, however busy the machine is
+
+
+@pytest.fixture(autouse=True)
+def no_watchdog_is_left():
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name == "flowcoro watchdog"]
+    assert not flowcoro._Watchdog.resting
+
+
+def until(condition):
+    """As no task should: block until `condition()` holds."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.001)
+
+
+def run_program(text):
+    """Start it in a process of its own."""
+    return subprocess.Popen([sys.executable, "-W", "error", "-c", textwrap.dedent(text)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+# ---- reports ---------------------------------------------------------------------------------------------------
+
+def test_a_long_step_is_reported_at_each_place_of_a_batch():
+    async def step(place, long):
+        if long:
+            until(lambda: f"hog {place}" in alarms.tasks)
+
+    async def main():
+        for long in range(flowcoro.STEPS_PER_LOOK):
+            for _ in range(5 * flowcoro.STEPS_PER_POLL):        # short steps: the batches are whole ones again
+                await flowcoro.checkpoint()
+            await flowcoro.sleep(0.001)                         # a batch begins with main, and goes on with these
+            async with flowcoro.TaskGroup() as group:
+                for place in range(flowcoro.STEPS_PER_LOOK):
+                    group.spawn(step(place, place == long), name=f"hog {place}")
+
+    alarms = Alarms()
+    watched(main, alarms=alarms)
+    assert min(alarms.seconds) >= LIMIT
+
+
+@pytest.mark.parametrize("workers", [2, 8])
+def test_other_workers_take_over_what_waits_behind_a_reported_step(workers):
+    async def hog():
+        until(lambda: alarms.reports and len(others) == 5)
+
+    async def other():
+        await flowcoro.checkpoint()
+        others.append(flowcoro.current_task().name)
+
+    async def main():
+        await in_group(hog=hog(), **{f"other {number}": other() for number in range(5)})
+
+    others, alarms = [], Alarms()
+    watched(main, alarms=alarms, workers=workers)
+    assert "hog" in alarms.tasks
+
+
+def test_two_stuck_workers_are_both_reported():
+    async def hog(name):
+        started.append(name)
+        until(lambda: {"first", "second"} <= set(alarms.tasks))
+
+    started, alarms = [], Alarms()
+    watched(lambda: in_group(first=hog("first"), second=hog("second")), alarms=alarms, workers=2)
+    places = {re.search(r"worker (\d) of 2", report)[1] for report in alarms.reports}
+    assert places == {"1", "2"}
+
+
+def test_a_hook_that_blocks_is_reported_as_no_task():
+    class Blocks(Alarms):
+        def before_poll(self, timeout):
+            self.before_poll = None
+            flowcoro.remove_hooks(self)
+            flowcoro.add_hooks(alarms)
+            alarms.wait()
+
+    async def main():
+        await flowcoro.sleep(0.01)
+
+    alarms = Alarms()
+    watched(main, alarms=Blocks())
+    assert alarms.tasks[0] is None and "in before_poll" in alarms.reports[0]
+
+
+def test_each_of_several_hooks_gets_the_report():
+    async def main():
+        flowcoro.add_hooks(second)
+        until(lambda: first.reports and second.reports)
+
+    first, second = Alarms(), Alarms()
+    watched(main, alarms=first)
+    assert first.tasks[0] == second.tasks[0] and first.reports[0] == second.reports[0]
+
+
+def test_once_its_hook_is_removed_the_report_goes_to_the_unraisablehook(reports):
+    async def main():
+        flowcoro.remove_hooks(alarms)
+        until(lambda: reports)
+
+    alarms = Alarms()
+    watched(main, alarms=alarms)
+    assert reports[0][0] == "flowcoro: a step takes too long" and alarms.reports == []
+
+
+def test_a_hook_may_run_a_coroutine_in_the_kernel():
+    class Runs(Alarms):
+        def task_stuck(self, *args):
+            super().task_stuck(*args)
+            result.append(flowcoro.run_from_thread(double(21), kernel=kernel))
+
+    async def double(number):
+        await flowcoro.checkpoint()
+        return 2 * number
+
+    async def main():
+        nonlocal kernel
+        kernel = flowcoro.current_kernel()
+        alarms.wait()
+        while not result:
+            await flowcoro.sleep(0.001)
+
+    kernel, result, alarms = None, [], Runs()
+    watched(main, alarms=alarms)
+    assert result[0] == 42
+
+
+def test_a_hook_that_asks_a_kernel_that_has_ended_is_refused_and_the_run_ends():
+    class Late(Alarms):
+        def task_stuck(self, *args):
+            super().task_stuck(*args)
+            until(lambda: kernel.ended)
+            with pytest.raises(RuntimeError, match="the kernel has ended"):
+                flowcoro.call_from_thread(int, kernel=kernel)
+            refused.append(True)
+
+    async def main():
+        nonlocal kernel
+        kernel = flowcoro.current_kernel()
+        alarms.wait()
+
+    kernel, refused, alarms = None, [], Late()
+    watched(main, alarms=alarms)
+    assert refused == [True]
+
+
+# ---- no false alarms -------------------------------------------------------------------------------------------
+
+def test_a_whole_batch_of_steps_that_are_long_together_is_no_long_step():
+    async def busy():
+        time.sleep(CALM / 7)
+
+    alarms = Alarms()
+    watched(lambda: in_group(**{f"busy {n}": busy() for n in range(flowcoro.STEPS_PER_LOOK)}), alarms=alarms, limit=CALM)
+    assert alarms.reports == []
+
+
+def test_a_step_does_not_answer_for_the_call_from_a_thread_before_it():
+    async def main():
+        kernel = flowcoro.current_kernel()
+        for _ in range(30):                         # until calls are taken after each step
+            time.sleep(0.002)
+            await flowcoro.checkpoint()
+
+        def calls():
+            for _ in range(2):
+                flowcoro.call_from_thread(time.sleep, 0.6 * CALM, kernel=kernel)
+
+        thread = threading.Thread(target=calls)
+        thread.start()
+        while thread.is_alive():
+            time.sleep(0.6 * CALM)
+            await flowcoro.checkpoint()
+
+    alarms = Alarms()
+    watched(main, alarms=alarms, limit=CALM)
+    assert alarms.reports == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_short_step_after_a_long_wait_is_not_stuck(workers):
+    async def main():
+        near, far = os.pipe()
+        threading.Timer(1.2 * limit, os.write, [far, b"x"]).start()
+        await flowcoro.wait_readable(near)
+        time.sleep(limit / 4)
+        await flowcoro.sleep(1.2 * limit)
+        time.sleep(limit / 4)
+        flowcoro.notify_closing(near)
+        os.close(near)
+        os.close(far)
+
+    limit, alarms = CALM / 2, Alarms()
+    watched(main, alarms=alarms, limit=limit, workers=workers)
+    assert alarms.reports == []
+
+
+@SEVERAL
+def test_a_crowd_of_short_steps_is_not_stuck(workers):
+    async def step():
+        for _ in range(10):
+            await flowcoro.checkpoint()
+
+    alarms = Alarms()
+    watched(lambda: in_group(**{str(number): step() for number in range(2000)}), alarms=alarms, limit=2 * CALM, workers=workers)
+    assert alarms.reports == []
+
+
+def test_a_step_that_was_stopped_with_its_process_is_not_long():
+    # It computes for a fraction of the limit, in processor time: what the process was stopped for does not count.
+    with run_program(f"""
+        import flowcoro, time
+
+        async def main():
+            print("ready", flush=True)
+            end = time.monotonic() + 1.2
+            while time.monotonic() < end:
+                end_of_step = time.process_time() + 0.3 * {CALM}
+                while time.process_time() < end_of_step:
+                    pass
+                await flowcoro.checkpoint()
+
+        flowcoro.run(main(), watchdog={CALM})
+    """) as process:
+        assert process.stdout.readline() == "ready\n"
+        for stopped in 1.05, 1.5:                     # times the limit
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(stopped * CALM)
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.077)                                   # to strike the step and the watchdog anywhere
+        assert process.communicate(timeout=PATIENCE) == ("", "")
+
+
+# ---- the end of a run, and deadlocks ---------------------------------------------------------------------------
+
+@SEVERAL
+def test_the_watchdog_ends_with_a_run_that_fails_in_its_report(workers):
+    async def main():
+        alarms.wait()
+        raise LookupError
+
+    alarms = Alarms()
+    with pytest.raises(LookupError):
+        watched(main, alarms=alarms, workers=workers)
+
+
+@SEVERAL
+def test_ctrl_c_ends_a_reported_step_and_the_watchdog(workers):
+    async def main():
+        alarms.wait()
+        signal.raise_signal(signal.SIGINT)
+        await flowcoro.sleep(math.inf)
+
+    alarms = Alarms()
+    with pytest.raises(KeyboardInterrupt):
+        watched(main, alarms=alarms, workers=workers)
+
+
+@SEVERAL
+def test_a_deadlock_after_a_report_is_found(workers):
+    async def main():
+        flowcoro.add_hooks(alarms)
+        alarms.wait()
+        await flowcoro.Event().wait()
+
+    alarms = Alarms()
+    with pytest.raises(flowcoro.Deadlock):
+        flowcoro.run(main(), watchdog=LIMIT, workers=workers)
+
+
+def test_a_deadlock_is_found_once_the_hook_has_returned_and_woken_nobody():
+    class Slow(Alarms):
+        def task_stuck(self, *args):
+            super().task_stuck(*args)
+            until(lambda: event is not None and len(event._lot))
+            time.sleep(0.05)
+            returned.append(True)
+
+    async def main():
+        nonlocal event
+        flowcoro.add_hooks(alarms)
+        alarms.wait()
+        event = flowcoro.Event()
+        try:
+            await event.wait()
+        finally:
+            assert returned
+
+    event, returned, alarms = None, [], Slow()
+    with pytest.raises(flowcoro.Deadlock):
+        flowcoro.run(main(), watchdog=LIMIT)
+
+
+def in_child(function):
+    """What the child of a fork() of this process says of `function()`: its exit status."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                         # of fork() in a process with threads
+        process = os.fork()
+    if process == 0:
+        try:
+            os._exit(function())
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def test_the_child_of_a_fork_may_have_a_watchdog_of_its_own():
+    async def hog():
+        alarms.wait()
+
+    def child():
+        watched(lambda: in_group(hog=hog()), alarms=alarms)
+        return 7 if alarms.tasks[0] == "hog" else 8
+
+    async def main():
+        return in_child(child)
+
+    alarms = Alarms()
+    assert flowcoro.run(main(), watchdog=True) == 7
+
+
+def test_a_child_that_comes_back_into_the_kernel_ends_in_spite_of_the_watchdog():
+    with run_program("""
+        import flowcoro, os, threading, warnings
+
+        async def main():
+            warnings.simplefilter("ignore")
+            return os.fork()
+
+        try:
+            child = flowcoro.run(main(), watchdog=True)
+        except RuntimeError as error:
+            assert "forked" in str(error) and threading.active_count() == 1
+            os._exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """) as process:
+        assert process.communicate(timeout=PATIENCE) == ("7\n", "")
+
+
+def test_one_run_after_the_other_has_a_watchdog():
+    async def main():
+        alarms.wait()
+
+    for _ in range(3):
+        alarms = Alarms()
+        watched(main, alarms=alarms)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("limit", [Decimal("0.01"), Fraction(1, 100), Decimal("0.5"), Decimal("Infinity"), 3600, 1e300])
+def test_any_number_from_a_hundredth_of_a_second_up_is_a_limit(limit):
+    async def main():
+        return flowcoro.current_kernel().watchdog.limit
+
+    assert flowcoro.run(main(), watchdog=limit) == float(limit)
+
+
+@pytest.mark.parametrize("error, limit", [
+    (ValueError, 0), (ValueError, -2), (ValueError, 0.009), (ValueError, math.nan), (ValueError, Decimal("NaN")),
+    (ValueError, Decimal("0.001")), (TypeError, "1"), (TypeError, b"1"), (TypeError, 1j), (TypeError, [1])])
+def test_what_is_no_limit_is_refused_with_its_value_and_the_remedy(error, limit):
+    with pytest.raises(error) as caught:
+        flowcoro.run(flowcoro.sleep(0), watchdog=limit)
+    message = str(caught.value)
+    assert message.startswith(f"watchdog={limit!r}: give the seconds")
+    assert "from 0.01 up" in message and "True for 1" in message and "math.inf only measures" in message
+
+
+# ---- histograms ------------------------------------------------------------------------------------------------
+
+def test_an_exact_power_of_two_is_not_below_itself():
+    for power in range(38):
+        histogram = flowcoro._Histogram()
+        histogram.add(2 ** power / 1e6)
+        assert flowcoro._Histogram.together([histogram])["below"] == {2 ** (power + 1) / 1e6: 1}
+
+
+def test_histograms_of_several_workers_add_up():
+    first, second = flowcoro._Histogram(), flowcoro._Histogram()
+    for seconds in 0.5e-6, 3e-6, 3e-6:
+        first.add(seconds)
+    for seconds in 3e-6, 0.25:
+        second.add(seconds)
+    both = flowcoro._Histogram.together([first, second])
+    assert both == {"count": 5, "sum": pytest.approx(0.2500095), "max": 0.25, "below": {1e-6: 1, 4e-6: 3, 0.262144: 1}}
+
+
+def test_before_anything_was_measured_the_statistics_are_empty():
+    async def main():
+        return flowcoro.statistics()
+
+    numbers = flowcoro.run(main(), watchdog=math.inf)
+    empty = {"count": 0, "sum": 0.0, "max": 0.0, "below": {}}
+    assert numbers["step_seconds"] == numbers["latency_seconds"] == empty
+
+
+@SEVERAL
+def test_the_statistics_are_those_of_all_workers_together(workers):
+    async def step():
+        for _ in range(8):
+            time.sleep(0.002)                       # lets the others have the GIL, so that each has samples
+            await flowcoro.checkpoint()
+
+    async def main():
+        await in_group(**{str(number): step() for number in range(8)})
+        meters = [worker.meter for worker in flowcoro.current_kernel().workers]
+        while True:                                 # the others may be measuring
+            before = [sum(meter.step_times.counts) for meter in meters]
+            numbers = flowcoro.statistics()["step_seconds"]
+            if before == [sum(meter.step_times.counts) for meter in meters]:
+                return numbers, before
+
+    numbers, counts = watched(main, limit=math.inf, workers=workers)
+    assert numbers["count"] == sum(numbers["below"].values()) == sum(counts) > 0
+    assert 0 < numbers["max"] <= numbers["sum"] <= PATIENCE * workers
+
+
+def test_the_last_of_a_thousand_waits_for_all_the_others_and_no_longer():
+    async def step():
+        for _ in range(3):
+            await flowcoro.checkpoint()
+            for _ in range(100):
+                pass
+
+    async def main():
+        began = time.monotonic()
+        await in_group(**{str(number): step() for number in range(1000)})
+        return flowcoro.statistics(), time.monotonic() - began
+
+    numbers, seconds = watched(main, limit=math.inf)
+    assert numbers["latency_seconds"]["count"] >= 1
+    assert 0 < numbers["latency_seconds"]["max"] <= seconds
+    assert numbers["steps"] >= 3000
