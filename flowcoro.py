@@ -24,9 +24,9 @@ Example:
 
     flowcoro.run(main())
 
-Contents: constants and errors · reports · traps · cancel scopes · tasks · parking · readiness · sleeping ·
-task groups · the worker · the kernel · run and spawn · stopping · locks · channels, select, Broadcast · Promise and
-combinations · threads · pools · diagnostics · command line.
+Contents: constants and errors · reports · the guard · traps · cancel scopes · tasks · parking · readiness · sleeping ·
+task groups · the worker · the watchdog · the kernel · run and spawn · stopping · locks · channels, select, Broadcast ·
+Promise and combinations · threads · pools · diagnostics · command line.
 
 How it works:
 
@@ -1452,12 +1452,22 @@ class Pollable(_Unique):
 
     def _wake(self, bits, error=None):
         if bits & READ and self._reader is not None:
-            _reschedule(self._reader, error=error and error())
-            self._reader = None
+            task, self._reader = self._reader, None     # first this: who is lost when this is struck is found by that
+            try:
+                _reschedule(task, error=error and error())
+            except BaseException:
+                if task._state == PARKED:               # the stack ended
+                    self._reader = task
+                raise
             self._worker.io_parked -= 1
         if bits & WRITE and self._writer is not None:
-            _reschedule(self._writer, error=error and error())
-            self._writer = None
+            task, self._writer = self._writer, None
+            try:
+                _reschedule(task, error=error and error())
+            except BaseException:
+                if task._state == PARKED:
+                    self._writer = task
+                raise
             self._worker.io_parked -= 1
         self._arm()
 
@@ -1787,6 +1797,8 @@ class TaskGroup(_Unique):
         in one thread; others may be stolen by idle workers, if there are several.
         """
         worker = _local.worker
+        if worker is _OUTSIDE and coro.__class__ is types.CoroutineType:
+            coro.close()
         hooks = worker.hooks            # RuntimeError in another thread, before anything is done
         if coro.__class__ is not types.CoroutineType:
             _checked_coro(coro, "spawn")
@@ -2271,12 +2283,10 @@ class _Worker:
         """The coroutine has returned `value` or raised `error`."""
         if task._scope is not None:
             _left_open(task, self.kernel.root)
-        self.finished += 1
         task._value = value
         task._timer = _INF                      # whatever the heap holds of it is stale
         group = task._group
         tasks, joiners = group._tasks, task._joiners
-        del tasks[task]
         if error is not None:
             if isinstance(error, Cancelled):
                 task._error = BaseException.with_traceback(error, None)     # frames would live as long as the task
@@ -2286,6 +2296,8 @@ class _Worker:
                 if group._owner is None:
                     self.kernel.failures[task._error] = None
         task._state = DONE                      # after the outcome, for which others do not take the guard
+        self.finished += 1
+        del tasks[task]
         task._resume = task._send = None
         if joiners is not None:
             joiners.unpark_all()
@@ -2383,6 +2395,8 @@ def _recover(worker, error):
                     worker._finish(task, None, error)
                 else:
                     worker.ready.append(task)
+            if task._state != DONE and task._resume is task._send and _is_cancelled(task, task._scope):
+                task._interrupt()               # struck while a scope around it was being cancelled
         deadline, task._timer = timers._nearest(task), _INF
         if deadline < _INF:
             timers.set(task, deadline)
@@ -2683,7 +2697,11 @@ class _Watchdog:
         if self.limit == _INF:
             return
         thread = threading.Thread(target=self.main, name="flowcoro watchdog", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise RuntimeError(f"the watchdog could not be started: {error}. Run without watchdog=, or raise the limit of "
+                               "threads (ulimit -u)") from error
         self.thread = thread
 
     def stop(self):
@@ -2735,7 +2753,10 @@ class _Watchdog:
         frame = sys._current_frames().get(worker.thread_id)
         while frame is not None:
             if frame.f_code is _Worker.work.__code__:
-                step = frame.f_locals.get("step")
+                found = frame.f_locals
+                step = found.get("step")
+                if found.__class__ is dict:     # before 3.13 the frame keeps it, and with it a task and its result
+                    found.clear()
                 break
             frames.append((frame, frame.f_lineno))
             frame = frame.f_back
@@ -3421,7 +3442,8 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None)
     """Run the coroutine `coro` and all that it spawns; return its result or raise its error.
 
     workers: how many threads step tasks, up to 1024; None for 1 with a GIL, else for as many as there are usable cores.
-    Main is pinned: it stays in the thread that calls.
+    Main is pinned: it stays in the thread that calls. After the first run with several, locks and channels take a lock of
+    their own in this process for good, also with one worker.
     clock: an object with now() and idle(timeout), see flowcoro_testing; with this or a seed there is one worker.
     seed: any int or str makes the order of ready tasks random but reproducible. grace: seconds that main has to end
     after request_stop() or SIGTERM before it is cancelled. watchdog: seconds that one step of a task may take, or True for
@@ -3435,7 +3457,9 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None)
     could be told (its value is lost); a second one goes through shields. SIGQUIT (Ctrl-\\) prints dump_tasks().
 
     Raises Deadlock when no task can ever run again; TaskCancelled when main was cancelled, but not by a signal
-    (request_stop() and its grace, cancel()); RuntimeError inside a running kernel; TypeError and ValueError.
+    (request_stop() and its grace, cancel()); RuntimeError inside a running kernel, when not all workers or the watchdog can
+    be started, and in the child of a fork that comes back here; OSError when there are too few descriptors; TypeError and
+    ValueError.
     What a signal handler of yours raises while the kernel waits or works, not a task: all is cancelled and joined first;
     who does not end after 100 of such errors is closed by force.
     """
@@ -4438,12 +4462,18 @@ class Subscription(_Unique):
     @atomic
     def close(self):
         """Unsubscribe: nobody waits for it any more; tasks that receive here get ClosedError."""
-        if not self._closed:
-            self._closed = True
-            self._broadcast._subscriptions.pop(self, None)
+        if self._closed:
+            return
+        self._closed = True
+        self._broadcast._subscriptions.pop(self, None)
+        try:
             while self._lot._tasks:
                 self._lot.unpark(error=ClosedError("the Subscription was closed while this task waited"))
             self._broadcast._let_senders_in()
+        except RecursionError:          # where the stack ends; to be done again
+            self._broadcast._subscriptions[self] = None
+            self._closed = False
+            raise
 
     def __enter__(self):
         return self
@@ -4526,7 +4556,8 @@ class Promise(_Unique):
     @atomic
     def _wake(self, worker):
         for task in [task for task in self._lot._tasks if task._worker is worker]:
-            _reschedule(task)
+            if task._state == PARKED and task.abort_function == self._lot._abort:
+                _reschedule(task)
             del self._lot._tasks[task]
 
     def done(self):
@@ -4832,7 +4863,7 @@ class _ThreadCall:
         if self.finished:               # a thread that was killed says it twice
             return
         worker.abandoned.discard(self)
-        if self.task is not None and self.task.abort_function == self.abort:
+        if self.task is not None and self.task._state == PARKED and self.task.abort_function == self.abort:
             error = self.error
             if isinstance(error, StopIteration):        # it would look like the end of the coroutine
                 error = RuntimeError("the function called by to_thread raised StopIteration")
@@ -4889,11 +4920,15 @@ class _CallFromThread:
         self.function = function
         self.context = contextvars.copy_context()
         self.value = self.error = None
+        self.answered = False
         self.overdue = False            # its thread has given up
         self.lock = threading.Lock()    # held until there is an answer
         self.lock.acquire()
 
     def __call__(self):
+        if self.answered:               # made before, and struck while it told so
+            self.answer(self.value, self.error)
+            return
         try:
             value = self.context.run(self.function)
         except BaseException as error:
@@ -4902,8 +4937,9 @@ class _CallFromThread:
             self.answer(value)
 
     def answer(self, value, error=None):
-        self.value, self.error = value, error
-        self.lock.release()             # first this, then see who is there; _ask() does it the other way round
+        self.value, self.error, self.answered = value, error, True
+        if self.lock.locked():
+            self.lock.release()         # first this, then see who is there; _ask() does it the other way round
 
     def fail(self, error):
         self.answer(None, error)

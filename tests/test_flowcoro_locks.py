@@ -1037,17 +1037,18 @@ async def test_event_set_and_channel_close_that_find_no_stack_can_be_done_again(
     ended = []
 
     async def ends(wait):
-        with contextlib.suppress(flowcoro.EndOfChannel):
+        with contextlib.suppress(flowcoro.ClosedError):
             await wait
         ended.append(True)
 
+    subscription = broadcast.subscribe()
     async with flowcoro.TaskGroup() as group:
-        for wait in (event.wait, channel.receive, broadcast.subscribe().receive):
+        for wait in (event.wait, channel.receive, broadcast.subscribe().receive, subscription.receive):
             await parked(group, *(ends(wait()) for _ in range(3)))
-        for operation in (event.set, channel.close, broadcast.close):
+        for operation in (event.set, channel.close, subscription.close, broadcast.close):
             at_the_end_of_the_stack(operation)
             operation()
-    assert len(ended) == 9
+    assert len(ended) == 12
 
 
 @pytest.mark.parametrize("waits", ["sleep", "RWLock", "Lock", "scope"])

@@ -1292,6 +1292,98 @@ def test_an_error_that_strikes_where_the_loop_wakes_or_cancels_a_task_ends_the_r
     assert sorted(log) == ["joins", "late", "reads", "serves"]
 
 
+def strike_once(function, caller, event="call"):
+    """Raise Struck, as a signal handler might, when `caller` calls the function, or as that returns."""
+    def strike(frame, what, argument):
+        if frame.f_code is function.__code__ and frame.f_back.f_code.co_name == caller:
+            if what == event:
+                sys.settrace(None)
+                raise Struck
+            return strike
+
+    sys.settrace(strike)
+
+
+@pytest.fixture
+def nobody_sees_a_deadlock():
+    """Who is lost is not saved by a Deadlock: the handler might wake somebody."""
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    yield
+    sys.settrace(None)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_task_that_is_struck_at_its_end_is_ended_again(nobody_sees_a_deadlock, reports):
+    async def fails():
+        await flowcoro.checkpoint()
+        raise KeyError("child")
+
+    async def main():
+        async with flowcoro.TaskGroup() as group:
+            group.scope.deadline = flowcoro.now() + PATIENCE
+            group.spawn(fails())
+            strike_once(flowcoro._Failure.__init__, "_finish")
+
+    with pytest.raises(Struck):
+        flowcoro.run(main())
+
+
+def test_a_scope_that_is_struck_as_it_expires_is_cancelled_all_the_same_under_a_shield(nobody_sees_a_deadlock):
+    log = []
+
+    async def main():
+        with flowcoro.CancelScope(shield=True), flowcoro.move_on_after(0.01):
+            strike_once(flowcoro._interrupt_inside, "cancel")
+            await flowcoro.Event().wait()
+        log.append("after the bounded cleanup")
+
+    with pytest.raises(Struck):
+        flowcoro.run(main())
+    assert log == ["after the bounded cleanup"]
+
+
+def test_a_call_from_a_thread_that_is_struck_as_it_answers_is_made_once(nobody_sees_a_deadlock, reports):
+    calls = []
+
+    async def main():
+        strike_once(flowcoro._CallFromThread.answer, "__call__", "return")
+        await flowcoro.to_thread(flowcoro.call_from_thread, calls.append, 1)
+
+    with pytest.raises(Struck):
+        flowcoro.run(main())
+    assert calls == [1] and reports == []
+
+
+def test_a_task_whose_edge_was_struck_is_not_woken_by_it_later(nobody_sees_a_deadlock, reports):
+    slept = []
+
+    async def main():
+        strike_once(flowcoro._reschedule, "_wake", "return")
+        os.write(far, b"x")
+        pollable.readable = False
+        try:
+            await pollable.wait_readable()
+        finally:
+            with flowcoro.CancelScope(shield=True):
+                began = flowcoro.now()
+                await flowcoro.sleep(0.05)
+                slept.append(flowcoro.now() - began)
+
+    async def begin():
+        nonlocal pollable
+        pollable = flowcoro.Pollable(near)
+        await main()
+
+    pollable, (near, far) = None, os.pipe()
+    try:
+        with pytest.raises(Struck):
+            flowcoro.run(begin())
+    finally:
+        os.close(near)
+        os.close(far)
+    assert slept[0] >= 0.05 and reports == []
+
+
 @pytest.mark.parametrize("where", ["call", "hook"])
 def test_a_second_ctrl_c_ends_a_call_from_a_thread_and_a_hook_that_do_not_return(where):
     with Child(f"""

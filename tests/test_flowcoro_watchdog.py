@@ -3,6 +3,7 @@
 Limits are short here, and no test depends on how fast anything is: a step that is to be reported lasts until it was.
 """
 
+import gc
 import math
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from fractions import Fraction
 from pathlib import Path
 
@@ -543,3 +545,23 @@ def test_an_idle_kernel_is_never_late():
 
     numbers = watched(main, limit=math.inf)
     assert numbers["count"] >= 1 and numbers["below"].get(1e-6, 0) >= numbers["count"] - 2
+
+
+def test_a_look_at_a_long_step_keeps_neither_its_task_nor_its_result():
+    class Result:
+        pass
+
+    async def hog():
+        alarms.wait()
+        return Result()
+
+    async def main():
+        task = flowcoro.spawn(hog(), name="hog")
+        result = weakref.ref(await task)
+        task = weakref.ref(task)
+        while result() is not None or task() is not None:       # until the watchdog's next look
+            await flowcoro.sleep(0.005)
+            gc.collect()
+
+    alarms = Alarms()
+    watched(main, alarms=alarms)
