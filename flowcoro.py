@@ -520,10 +520,15 @@ def _as_float(number):
         return _INF if number > 0 else -_INF
 
 
-def _checked_deadline(deadline):
-    if not -_INF <= deadline <= _INF:       # a TypeError if it is no number
-        raise ValueError(f"the deadline of a CancelScope is {deadline!r}; give seconds as of now(), or math.inf for none")
-    return _as_float(deadline)
+def _checked_deadline(deadline, whose="the deadline of a CancelScope is"):
+    try:
+        if -_INF <= deadline <= _INF:
+            return _as_float(deadline)
+    except TypeError:
+        raise TypeError(f"{whose} {deadline!r}; give seconds as of now(), or math.inf for none") from None
+    except ArithmeticError:         # Decimal("nan")
+        pass
+    raise ValueError(f"{whose} {deadline!r}; give seconds as of now(), or math.inf for none")
 
 
 def _split_cancelled(group):
@@ -1667,9 +1672,7 @@ def sleep(seconds):
 def sleep_until(deadline):
     """Wait until now() is `deadline` or later; a deadline that has passed is a checkpoint. ValueError if nan."""
     worker = _local.worker
-    if deadline != deadline:
-        raise ValueError("sleep_until(nan): give seconds as of now(), or math.inf")
-    worker.task._wake_at = deadline = _as_float(deadline)
+    worker.task._wake_at = deadline = _checked_deadline(deadline, "sleep_until() got")
     yield _park_sleep if deadline > worker.now() else None
 
 
@@ -3461,16 +3464,18 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None)
     be started, and in the child of a fork that comes back here; OSError when there are too few descriptors; TypeError and
     ValueError.
     What a signal handler of yours raises while the kernel waits or works, not a task: all is cancelled and joined first;
-    who does not end after 100 of such errors is closed by force.
+    who does not end after 100 of such errors is closed by force. In a task's step it is that task's error, and an operation
+    that it strikes in the middle may be half done.
     """
     _checked_coro(coro, "run")
     try:
         if _local.worker is not _OUTSIDE:
             raise RuntimeError("run() inside a running kernel: await the coroutine, or spawn() it")
         workers = _checked_workers(workers, clock, seed)
-        if not grace >= 0:
-            raise ValueError(f"grace={grace!r}: seconds must be 0 or more; math.inf never cancels")
-        value, error = _Kernel(workers, clock, seed, _as_float(grace), _checked_watchdog(watchdog)).run(coro)
+        grace = _checked_seconds(grace, "run(grace=)")
+        if clock is not None and not (hasattr(clock, "now") and hasattr(clock, "idle")):
+            raise TypeError(f"clock={clock!r}: give an object with now() and idle(timeout), see flowcoro_testing")
+        value, error = _Kernel(workers, clock, seed, grace, _checked_watchdog(watchdog)).run(coro)
     except BaseException as error:  # also a Ctrl-C before the kernel has taken it over
         try:
             coro.close()            # else it would complain that nobody awaited it

@@ -2226,3 +2226,27 @@ def test_a_group_in_a_generator_that_is_left_early_lets_the_run_end(handled, rep
         if handled:
             signal.signal(signal.SIGUSR1, before)
     assert ["never left" in str(error) for _, error in reports] == [True]
+
+
+@pytest.mark.parametrize("deadline, error", [("1", TypeError), (None, TypeError), ([], TypeError), (math.nan, ValueError),
+                                             (decimal.Decimal("nan"), ValueError)])
+def test_what_is_no_deadline_is_refused_with_its_value_and_the_remedy(deadline, error):
+    async def main():
+        with pytest.raises(error, match="the deadline of a CancelScope is .*; give seconds as of now"):
+            flowcoro.CancelScope(deadline=deadline)
+        scope = flowcoro.CancelScope()
+        with pytest.raises(error, match="the deadline of a CancelScope is .*; give seconds as of now"):
+            scope.deadline = deadline
+        with pytest.raises(error, match=r"sleep_until\(\) got .*; give seconds as of now"):
+            await flowcoro.sleep_until(deadline)
+
+    run(main())
+
+
+@pytest.mark.parametrize("options, error, words", [
+    ({"grace": "x"}, TypeError, "grace=.*give a number of seconds"),
+    ({"grace": decimal.Decimal("nan")}, ValueError, "grace=.*0 or more"),
+    ({"grace": -1}, ValueError, "grace=.*0 or more"), ({"clock": 3}, TypeError, "clock=3: give an object with now")])
+def test_options_of_run_that_make_no_sense_are_refused_by_name(options, error, words):
+    with pytest.raises(error, match=words):
+        flowcoro.run(flowcoro.sleep(0), **options)
