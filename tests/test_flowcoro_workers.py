@@ -26,6 +26,7 @@ from pathlib import Path
 import pytest
 
 import flowcoro
+from flowcoro_testing import wait_all_tasks_parked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -1620,6 +1621,24 @@ def test_main_stays_in_the_thread_that_called_run(workers):
                 assert threading.current_thread() is here
 
     flowcoro.run(main(), workers=workers)
+
+
+@MANY
+def test_waiting_until_all_tasks_are_parked_waits_for_steps_on_other_workers(workers):
+    async def main():
+        async def work(number):
+            time.sleep(0.01 * number)
+            stepped.append(number)
+            await event.wait()
+
+        event, stepped = flowcoro.Event(), []
+        task = flowcoro.spawn(spread(workers, work))
+        await wait_all_tasks_parked()
+        assert sorted(stepped) == list(range(workers))
+        event.set()
+        await task
+
+    run(main, workers=workers)
 
 
 @MANY
