@@ -139,7 +139,7 @@ WATCHDOG_LIMIT = 1.0
 # Looks of the watchdog at the workers within its limit: a report is late by two of them at most.
 WATCHDOG_LOOKS = 8
 
-# Seconds between two samples of step times and latencies that the watchdog takes of a worker: they cost 0.02 % then. A pass
+# Seconds between two samples of step times and latencies that the watchdog takes of a worker: two calls of a microsecond. A pass
 # of the loop (up to 60 steps) that took longer counts as one step.
 SECONDS_PER_SAMPLE = 0.01
 
@@ -710,10 +710,15 @@ def _checked_seconds(seconds, caller):
         if seconds >= 0:            # says no to nan as well
             return _as_float(seconds)
     except TypeError:
-        raise TypeError(f"{caller}({seconds!r}): give a number of seconds; math.inf waits for ever") from None
+        raise TypeError(f"{_said(caller, seconds)}: give a number of seconds; math.inf waits for ever") from None
     except ArithmeticError:         # Decimal("nan")
         pass
-    raise ValueError(f"{caller}({seconds!r}): seconds must be 0 or more; math.inf waits for ever")
+    raise ValueError(f"{_said(caller, seconds)}: seconds must be 0 or more; math.inf waits for ever")
+
+
+def _said(caller, value):
+    """What the user has written: a call, or an argument if `caller` ends in =."""
+    return f"{caller}{value!r}" if caller.endswith("=") else f"{caller}({value!r})"
 
 
 def move_on_after(seconds):
@@ -1151,7 +1156,7 @@ class ParkingLot(_Unique):
                     _reschedule(parked, value, error)
                 else:
                     parked.commit(value, error)
-            except BaseException as error:  # the stack ends here, so nothing of ours can be called, or a signal handler's
+            except BaseException as error:  # the stack ends here, or a signal handler has struck (if before: _is_lost())
                 if parked._state == PARKED if parked.__class__ is Task else error.__class__ is RecursionError:
                     self._tasks[parked] = None
                     self._tasks.move_to_end(parked, last=False)         # back to the front
@@ -2332,13 +2337,21 @@ class _Worker:
 
     def taken_over(self, task):
         """It sleeps, and somebody has woken its task: a signal handler, or a thread that should not have."""
-        if _local.worker is not self:
-            _report(RuntimeError(
-                f"a thread without a worker has woken task {task.name!r} ({task.park_reason}): what it called is safe there "
-                "with several workers only. Use call_from_thread(function), run_from_thread(coroutine) or a Promise"),
-                "a thread has called what belongs to tasks", task)
-        self.post(functools.partial(self.ready.append, task))
+        if _local.worker is self:
+            self.waker.call_from_signal()
+            return self
+        _report(RuntimeError(
+            f"a thread without a worker has woken task {task.name!r} ({task.park_reason}): what it called is safe there "
+            "with several workers only. Use call_from_thread(function), run_from_thread(coroutine) or a Promise"),
+            "a thread has called what belongs to tasks", task)
+        if self.hooks is not None:
+            self.kernel.fire("task_rescheduled", task)
+        self.post(functools.partial(self._place, task))
         return _NOWHERE
+
+    def _place(self, task):
+        if task._state == READY and task not in self.ready:     # else _recover() has put it there
+            self.ready.append(task)
 
     def wake(self):
         """End its sleep, if it sleeps. From any thread."""
@@ -3472,7 +3485,7 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None)
         if _local.worker is not _OUTSIDE:
             raise RuntimeError("run() inside a running kernel: await the coroutine, or spawn() it")
         workers = _checked_workers(workers, clock, seed)
-        grace = _checked_seconds(grace, "run(grace=)")
+        grace = _checked_seconds(grace, "grace=")
         if clock is not None and not (hasattr(clock, "now") and hasattr(clock, "idle")):
             raise TypeError(f"clock={clock!r}: give an object with now() and idle(timeout), see flowcoro_testing")
         value, error = _Kernel(workers, clock, seed, grace, _checked_watchdog(watchdog)).run(coro)

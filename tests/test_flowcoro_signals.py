@@ -1384,6 +1384,43 @@ def test_a_task_whose_edge_was_struck_is_not_woken_by_it_later(nobody_sees_a_dea
     assert slept[0] >= 0.05 and reports == []
 
 
+def test_a_handler_that_wakes_a_task_and_then_raises_wakes_it_once():
+    log = []
+
+    class Hooks:
+        def task_rescheduled(self, task):
+            log.append(task.name)
+
+    def handler(number, frame):
+        event.set()
+        raise Struck
+
+    async def waits():
+        await event.wait()
+        with flowcoro.CancelScope(shield=True):
+            began = flowcoro.now()
+            await flowcoro.sleep(0.05)
+            log.append(flowcoro.now() - began)
+
+    async def main():
+        nonlocal event
+        event = flowcoro.Event()
+        flowcoro.spawn(waits(), name="waits")
+        await flowcoro.checkpoint()
+        flowcoro.add_hooks(Hooks())
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        await flowcoro.sleep(PATIENCE)
+
+    event, before = None, signal.signal(signal.SIGALRM, handler)
+    try:
+        with pytest.raises(Struck):
+            flowcoro.run(main())
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert log[0] == "waits"
+    assert min(entry for entry in log if isinstance(entry, float)) >= 0.05
+
+
 @pytest.mark.parametrize("where", ["call", "hook"])
 def test_a_second_ctrl_c_ends_a_call_from_a_thread_and_a_hook_that_do_not_return(where):
     with Child(f"""
