@@ -1825,7 +1825,7 @@ def test_a_worker_that_is_about_to_sleep_when_the_last_task_ends_does_not_sleep(
         if self is self.kernel.workers[-1] and timeout != 0:
             about.set()
             stopped.wait(PATIENCE)
-        return poll(self, flowcoro.LONGEST_POLL)        # as one who does not look after the others
+        return poll(self, timeout and flowcoro.LONGEST_POLL)        # as one who does not look after the others
 
     def stop(self):
         stop_all(self)
