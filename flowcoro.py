@@ -161,6 +161,9 @@ SWALLOWED_LIMIT = 1000
 # tasks that spawn others without ever coming to a checkpoint, where they would be cancelled, would never end.
 LATE_SPAWNS = 100_000
 
+# Calls, one in the other, that the end of a TaskGroup may need: its beginning makes sure that there is room for them.
+CALLS_TO_END = 6
+
 # Seconds since the worker has last looked at the clock, before this step or up to 14 others, from which on a second
 # Ctrl-C takes the step for stuck and raises KeyboardInterrupt in the middle of it, where it may do harm. A step takes
 # microseconds; people press twice in a fifth of a second.
@@ -518,6 +521,11 @@ def _as_float(number):
         return float(number)
     except OverflowError:
         return _INF if number > 0 else -_INF
+
+
+def _is_count(number, least):
+    """Whether it is an int from `least` up. True is none: it mostly stands where another argument was meant."""
+    return isinstance(number, int) and not isinstance(number, bool) and number >= least
 
 
 def _checked_deadline(deadline, whose="the deadline of a CancelScope is"):
@@ -1745,6 +1753,12 @@ def _mark_spawned(coro):
         pass
 
 
+def _make_room(calls):
+    """RecursionError unless the stack has room for so many calls, one in the other: what is begun can also be ended."""
+    if calls:
+        _make_room(calls - 1)
+
+
 def _without_cancelled(error):
     """`error`, but what an ExceptionGroup holds of Cancelled is no error of its own and is left out."""
     if isinstance(error, BaseExceptionGroup):
@@ -1788,6 +1802,7 @@ class TaskGroup(_Unique):
 
     @atomic
     def _begin(self):
+        _make_room(CALLS_TO_END)
         if self.scope._entered:
             raise RuntimeError("a TaskGroup serves one `async with`; make a new one")
         self.scope.__enter__()
@@ -1822,11 +1837,11 @@ class TaskGroup(_Unique):
             raise _no_name(name)
         if coro.__class__ is not types.CoroutineType:
             _mark_spawned(coro)
-        elif coro.__name__ is _SPAWNED or coro.cr_suspended:
+        elif coro.__name__ is _SPAWNED or coro.cr_suspended:        # _mark_spawned() written out: 0.2 us of 2.5
             raise _started_already(coro)
-        else:
-            coro.__name__ = _SPAWNED    # _mark_spawned() written out: 0.2 us of 2.5
         task = Task(coro, self, worker, name, pinned or self._pinned)
+        if coro.__class__ is types.CoroutineType:
+            coro.__name__ = _SPAWNED    # after what may find the end of the stack: it can be spawned elsewhere then
         self._tasks[task] = None
         if self._doomed and _is_cancelled(task, None):
             task.budget = 0
@@ -1854,7 +1869,12 @@ class TaskGroup(_Unique):
             self.scope.cancel()
         while not self._close():            # who awaited the last one may have spawned another
             with _firm_shield():            # the children are told by themselves, and then this wait ends
-                await park(self._park)
+                try:
+                    await park(self._park)
+                except GeneratorExit:       # closed by force
+                    raise
+                except BaseException as struck:     # a signal handler's, in the middle of parking
+                    self._failed(struck)
         self._lot = None
         errors, cut = list({id(error): error for error in self._errors}.values()), self._cut
         self._errors = self._cut = None
@@ -3429,7 +3449,7 @@ def _checked_workers(workers, clock, seed):
         if clock is not None or seed is not None or _has_gil():
             return 1
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not isinstance(workers, int) or workers is True or not 1 <= workers <= MOST_WORKERS:
+    if not _is_count(workers, 1) or workers > MOST_WORKERS:
         raise ValueError(f"workers={workers!r}: give how many threads are to step tasks, an int from 1 to {MOST_WORKERS}, or "
                          "None for as many as help")
     if workers > 1 and (clock is not None or seed is not None):
@@ -3658,10 +3678,11 @@ class Semaphore(_AsyncWith):
     __slots__ = ("_value", "_max_value", "_lot")
 
     def __init__(self, value, *, max_value=None):
-        if not isinstance(value, int) or value < 0:
+        if not _is_count(value, 0):
             raise ValueError(f"Semaphore({value!r}): the number of permits must be an int from 0 up")
-        if max_value is not None and max_value < value:
-            raise ValueError(f"Semaphore({value}, max_value={max_value!r}): max_value must not be below the value")
+        if max_value is not None and not _is_count(max_value, value):
+            raise ValueError(f"Semaphore({value}, max_value={max_value!r}): max_value must be an int, not below the value, or "
+                             "None for no limit")
         self._value = value
         self._max_value = max_value
         self._lot = ParkingLot("acquire a Semaphore")
@@ -3843,7 +3864,7 @@ class Barrier(_Unique):
     __slots__ = ("parties", "_lot")
 
     def __init__(self, parties):
-        if not isinstance(parties, int) or parties < 1:
+        if not _is_count(parties, 1):
             raise ValueError(f"Barrier({parties!r}): the number of parties must be an int from 1 up")
         self.parties = parties
         self._lot = ParkingLot("wait at a Barrier")
@@ -4018,7 +4039,7 @@ class Channel(_Unique):
     __slots__ = ("capacity", "_items", "_senders", "_receivers", "_closed")
 
     def __init__(self, capacity=0):
-        if not (capacity == _INF or isinstance(capacity, int)) or capacity < 0:
+        if capacity != _INF and not _is_count(capacity, 0):
             raise ValueError(f"Channel({capacity!r}): the capacity must be an int from 0 up, or math.inf")
         self.capacity = capacity
         self._items = deque()
@@ -4309,7 +4330,7 @@ class Broadcast(_Unique):
     __slots__ = ("capacity", "_ring", "_sent", "_subscriptions", "_senders", "_closed")
 
     def __init__(self, capacity):
-        if not isinstance(capacity, int) or capacity < 1:
+        if not _is_count(capacity, 1):
             raise ValueError(f"Broadcast({capacity!r}): the capacity must be an int from 1 up")
         self.capacity = capacity
         self._ring = [None] * capacity  # item number n lies at n % capacity
@@ -4944,15 +4965,16 @@ class _CallFromThread:
         self.lock.acquire()
 
     def __call__(self):
-        if self.answered:               # made before, and struck while it told so
-            self.answer(self.value, self.error)
-            return
-        try:
-            value = self.context.run(self.function)
-        except BaseException as error:
-            self.fail(error)
+        if not self.answered:           # else made before, and struck while it told so
+            try:
+                self.value = self.context.run(self.function)
+            except BaseException as error:
+                self.error = error
+            self.answered = True
+        if self.error is None:
+            self.answer(self.value)
         else:
-            self.answer(value)
+            self.fail(self.error)
 
     def answer(self, value, error=None):
         self.value, self.error, self.answered = value, error, True
@@ -5094,7 +5116,7 @@ class ObjectPool(_Unique):
     def __init__(self, factory, capacity, *, reset=None, debug=False):
         if not callable(factory):
             raise TypeError(f"ObjectPool({factory!r}): give a function that makes an object")
-        if not isinstance(capacity, int) or capacity < 0:
+        if not _is_count(capacity, 0):
             raise ValueError(f"capacity={capacity!r}: give how many objects are kept at most, an int from 0 up")
         self.capacity = capacity
         self._factory, self._reset = factory, reset
@@ -5158,7 +5180,7 @@ class BufferPool(ObjectPool):
     """
 
     def __init__(self, size, capacity, *, debug=False):
-        if not isinstance(size, int) or size < 1:
+        if not _is_count(size, 1):
             raise ValueError(f"BufferPool({size!r}): the size must be an int from 1 up, in bytes")
         super().__init__(lambda: bytearray(size), capacity, debug=debug)
         self.size = size

@@ -128,7 +128,7 @@ async def test_unbounded_channel_never_makes_a_sender_wait():
     assert drained(channel) == list(range(1000))
 
 
-@pytest.mark.parametrize("capacity", [-1, 1.5, math.nan, -math.inf, "1", None])
+@pytest.mark.parametrize("capacity", [-1, 1.5, math.nan, -math.inf, "1", None, True])
 def test_channel_of_nonsense_capacity_is_a_value_error(capacity):
     with pytest.raises(ValueError, match="capacity"):
         flowcoro.Channel(capacity)
@@ -775,7 +775,7 @@ async def test_broadcast_and_subscription_statistics():
         "capacity": 2, "sent": 8, "subscribers": 1, "senders_waiting": 0, "closed": True}
 
 
-@pytest.mark.parametrize("capacity", [0, -1, 1.5, math.inf, "1", None])
+@pytest.mark.parametrize("capacity", [0, -1, 1.5, math.inf, "1", None, True])
 def test_broadcast_of_nonsense_capacity_is_a_value_error(capacity):
     with pytest.raises(ValueError, match="capacity"):
         flowcoro.Broadcast(capacity)

@@ -397,7 +397,8 @@ async def test_semaphore_with_a_maximum_refuses_a_release_too_many():
     assert semaphore.statistics() == {"value": 2, "max_value": 2, "tasks_waiting": 0}
 
 
-@pytest.mark.parametrize("value, max_value", [(-1, None), (1.5, None), ("1", None), (3, 2)])
+@pytest.mark.parametrize("value, max_value", [(-1, None), (1.5, None), ("1", None), (True, None), (3, 2),
+                                              (0, "2"), (1, 2.5), (0, True)])
 def test_semaphore_of_nonsense_is_a_value_error(value, max_value):
     with pytest.raises(ValueError, match="Semaphore"):
         flowcoro.Semaphore(value, max_value=max_value)
@@ -523,7 +524,7 @@ async def test_barrier_of_one_never_waits():
     assert await flowcoro.Barrier(1).wait() == 0
 
 
-@pytest.mark.parametrize("parties", [0, -1, 1.5])
+@pytest.mark.parametrize("parties", [0, -1, 1.5, True])
 def test_barrier_of_nonsense_is_a_value_error(parties):
     with pytest.raises(ValueError, match="Barrier"):
         flowcoro.Barrier(parties)
@@ -1174,6 +1175,54 @@ async def test_unpark_with_an_error_that_finds_no_stack_leaves_nothing_of_it():
         else:
             with pytest.raises(KeyError, match="the error"):
                 await task
+
+
+@run_in_kernel
+async def test_a_coroutine_that_is_refused_where_the_stack_ends_can_be_spawned_elsewhere():
+    async def answer():
+        return 42
+
+    for depth in range(60):
+        coro = answer()
+
+        def dive(left):
+            return dive(left - 1) if left else flowcoro.spawn(coro)
+
+        try:
+            task = dive(sys.getrecursionlimit() - depth - frames())
+        except RecursionError:
+            task = flowcoro.spawn(coro)
+        assert await task == 42
+
+
+@pytest.mark.parametrize("body", ["waits for a child", "fails", "returns", "is cancelled"])
+@run_in_kernel
+async def test_a_group_that_can_begin_near_the_end_of_the_stack_can_end_there(body):
+    async def dive(left, group):
+        if left:
+            return await dive(left - 1, group)
+        async with group:
+            begun.append(group)
+            if body == "waits for a child":
+                group.spawn(flowcoro.sleep(1))
+            elif body == "fails":
+                group.spawn(flowcoro.sleep(math.inf))
+                raise KeyError("body")
+
+    begun, outside = [], flowcoro.current_task()._scope
+    for depth in range(60):
+        group = flowcoro.TaskGroup()
+        with flowcoro.CancelScope() as scope:
+            if body == "is cancelled":
+                scope.cancel()
+            try:
+                await dive(sys.getrecursionlimit() - depth - frames(), group)
+            except (RecursionError, ExceptionGroup) as error:
+                if group in begun:
+                    assert body == "fails" and error.split(KeyError)[0]
+        assert flowcoro.statistics()["tasks"]["alive"] == 1
+        assert flowcoro.current_task()._scope is outside
+    assert 10 < len(begun) < 60
 
 
 @run_in_kernel

@@ -262,7 +262,7 @@ def test_a_factory_that_cannot_be_called_is_refused(make):
         make()
 
 
-@pytest.mark.parametrize("capacity", [-1, 1.5, None, float("inf")])
+@pytest.mark.parametrize("capacity", [-1, 1.5, None, float("inf"), True])
 def test_a_capacity_that_is_no_number_of_objects_is_refused(capacity):
     with pytest.raises(ValueError, match="capacity"):
         flowcoro.ObjectPool(Thing, capacity)
@@ -335,7 +335,7 @@ def test_debug_buffers_of_another_pool_are_found():
     other.release(buffer)
 
 
-@pytest.mark.parametrize("size", [0, -1, 1.5, None, "10"])
+@pytest.mark.parametrize("size", [0, -1, 1.5, None, "10", True])
 def test_a_size_that_is_no_number_of_bytes_is_refused(size):
     with pytest.raises(ValueError, match="size"):
         flowcoro.BufferPool(size, 2)

@@ -1313,6 +1313,123 @@ def nobody_sees_a_deadlock():
     signal.signal(signal.SIGALRM, before)
 
 
+def test_an_error_that_strikes_at_any_call_in_the_loop_ends_the_run_and_loses_none():
+    """One run, and a child, for each call that the loop makes beside the tasks' own steps, and each return from C."""
+    with Child("""
+        import threading
+
+        class Struck(Exception):
+            pass
+
+        def in_a_step(frame):
+            while frame is not None and frame.f_code is not flowcoro._Worker.work.__code__:
+                if frame.f_code.co_flags & 0x180:                   # a coroutine: the strike would be its own error
+                    return True
+                frame = frame.f_back
+            return frame is None
+
+        def strike(frame, event, argument):
+            global calls, place
+            if event in ("call", "c_return") and frame.f_code.co_filename == flowcoro.__file__ and not in_a_step(frame):
+                calls += 1
+                if calls == struck:
+                    place = f"{event}, {frame.f_code.co_qualname}:{frame.f_lineno}"
+                    sys.setprofile(None)
+                    raise Struck
+
+        async def shielded(operation):
+            with flowcoro.CancelScope(shield=True):
+                await operation()
+
+        async def sends(channel):
+            for item in range(3):
+                await channel.send(item)
+            channel.close()
+
+        async def receives(channel):
+            assert [item async for item in channel] in ([], [0], [0, 1], [0, 1, 2])
+
+        async def locks(lock):
+            async with lock:
+                await flowcoro.sleep(0.0002)
+
+        async def waits_for_a_while():
+            with flowcoro.move_on_after(0.0005):
+                await flowcoro.Event().wait()
+
+        async def has_children():
+            with flowcoro.move_on_after(0.0003):
+                async with flowcoro.TaskGroup() as group:
+                    group.spawn(flowcoro.sleep(1000))
+                    group.spawn(flowcoro.Event().wait())
+                    await flowcoro.sleep(1000)
+
+        async def writes(far):
+            await flowcoro.sleep(0.0005)
+            os.write(far, b"x")
+
+        async def asks():
+            await flowcoro.to_thread(flowcoro.call_from_thread, asked.append, 1)
+
+        async def main():
+            channel, lock, promise, near, far = flowcoro.Channel(), flowcoro.Lock(), flowcoro.Promise(), *os.pipe()
+
+            async def begins(coro):
+                begun.add(coro)
+                try:
+                    await coro
+                finally:
+                    begun.remove(coro)
+
+            async def promised():
+                await promise
+
+            async with flowcoro.TaskGroup() as group:
+                sys.setprofile(strike)
+                for coro in (sends(channel), receives(channel), locks(lock), locks(lock), promised(), waits_for_a_while(),
+                             flowcoro.wait_readable(near), writes(far), shielded(waits_for_a_while), has_children(),
+                             flowcoro.to_thread(promise.set_result, 1), asks()):
+                    group.spawn(begins(coro))
+
+        def one_run():
+            reports = []
+            sys.unraisablehook = lambda got: reports.append(got.err_msg or "")
+            signal.signal(signal.SIGALRM, lambda number, frame: hang())     # also: no Deadlock saves who is lost
+            signal.alarm(20)
+            try:
+                flowcoro.run(main())
+            except (Struck, BaseExceptionGroup) as error:
+                whole = isinstance(error, Struck) or not error.split(Struck)[1]
+            else:
+                whole = True                        # it was struck in what nobody waits for
+            finally:
+                sys.setprofile(None)
+            said = (["the error is not the strike's"] * (not whole) + [f"not ended: {len(begun)}"] * bool(begun)
+                    + [f"called {len(asked)} times"] * (len(asked) > 1)
+                    + [report for report in reports if "closed by force" in report])
+            if said:
+                say(f"{struck}, {place}: {said}")
+            os._exit(0 if place else 9)             # 9: there are no more calls than this
+
+        def hang():
+            say(f"{struck}, {place}: it hangs")
+            os._exit(1)
+
+        calls, struck, place, begun, asked, children, status = 0, 0, None, set(), [], set(), 0
+        while status != 9 or children:
+            while len(children) < 4 and status != 9:
+                struck += 1
+                if not (child := os.fork()):
+                    one_run()
+                children.add(child)
+            child, ended = os.wait()
+            children.remove(child)
+            status = status if status == 9 else os.waitstatus_to_exitcode(ended)
+        say("done" if struck > 200 else f"only {struck} calls")
+    """) as child:
+        assert child.end()[:2] == (0, ["done"])
+
+
 def test_a_task_that_is_struck_at_its_end_is_ended_again(nobody_sees_a_deadlock, reports):
     async def fails():
         await flowcoro.checkpoint()
