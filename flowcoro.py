@@ -2210,11 +2210,13 @@ class _Worker:
                     steps = self.remaining
                 for step in steps:
                     try:
-                        self.task = task = popleft()
+                        task = popleft()
                     except IndexError:
                         break
+                    resume = task._resume       # first this, then say that it runs: who cancels it in between, on another
+                    self.task = task            # worker, takes its value for one that is still to be sent in (I3)
                     try:
-                        trap = task.context.run(task._resume, task._value)
+                        trap = task.context.run(resume, task._value)
                     except StopIteration as stop:
                         self._finish(task, stop.value, None)
                     except BaseException as error:

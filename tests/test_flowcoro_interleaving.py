@@ -177,6 +177,78 @@ def test_a_task_stored_before_it_has_left_the_stack_is_resumed_while_it_runs(wor
         explore(parking(workers, stored_on_stack=True))
 
 
+def cancelling(*, read_first=True, told_as_it_parks=True):
+    """work() steps a task for which a value has come, and Task._interrupt() on another worker cancels it."""
+    def make():
+        world = World(ready=["task"], running=False, resume="send", woken=True, values=["value"], received=0, cancelled=0)
+
+        def worker():
+            while True:
+                yield "popleft", lambda: world.ready
+                world.ready.pop()
+                resume = None
+                if read_first:
+                    yield "read", always
+                    resume = world.resume
+                yield ("publish", resume), always
+                world.running = True
+                if not read_first:
+                    yield "read", always
+                    resume = world.resume
+                yield ("step", resume), always
+                if resume == "deliver":
+                    assert not world.values, "a value is lost to a cancel that came after it"
+                    world.cancelled += 1
+                    world.running = False
+                    return
+                assert world.values, "its park returns though nobody has woken it"
+                world.received += len(world.values)
+                world.values.clear()
+                world.woken = False                             # the step has used its budget
+                if resume == "step then cancel":
+                    yield from take_guard(world, 0, "refresh")
+                    world.resume = "deliver"
+                    world.guard = None
+                yield from take_guard(world, 0, "park")         # _park_among_others()
+                if world.resume != "send":
+                    if world.resume == "step then cancel" and told_as_it_parks:
+                        world.resume = "deliver"
+                    world.ready.append("task")
+                    world.running = False
+                    world.guard = None
+                else:
+                    world.running = False
+                    world.guard = None
+                    yield "parked", always
+                    return
+
+        def canceller():
+            yield from take_guard(world, 1, "cancel")
+            running = world.running
+            yield ("interrupt", running), always
+            if world.woken and not running:
+                world.resume = "step then cancel"
+            elif world.resume != "step then cancel":
+                world.resume = "deliver"
+            world.guard = None
+
+        def check_end(world, places):
+            assert world.received == 1, "the value is lost"
+            assert world.cancelled or world.resume == "deliver", "the cancel is lost"
+
+        return world, [worker(), canceller()], lambda world: None, check_end
+
+    return make
+
+
+def test_a_value_is_not_lost_to_a_cancel_that_comes_while_its_task_is_taken_up():
+    assert explore(cancelling()) > 15
+    with pytest.raises(Fault, match="a value is lost"):
+        explore(cancelling(read_first=False))
+    with pytest.raises(Fault, match="nobody has woken it"):
+        explore(cancelling(told_as_it_parks=False))
+
+
 # ---- 2: say that one sleeps, look again, sleep; append, look who sleeps ------------------------------------------
 
 def sleeping(wakers, *, announce_first=True, append_first=True, stop=False, stop_looked_at=True):
