@@ -441,9 +441,10 @@ def _guarded_function(function):
 
 
 def _mark(owner, name, substitute=None):
-    _MARKED.setdefault(owner, {})[name] = substitute
-    if _several:
-        _guard_all()
+    with _GUARD:                        # another thread may begin the first run with several workers
+        _MARKED.setdefault(owner, {})[name] = substitute
+        if _several:
+            _guard_all()
 
 
 def _guard_all():
@@ -1013,7 +1014,7 @@ class Task(_Unique):
     @property
     def pinned(self):
         """Whether it stays with its worker, in one thread: main does, and who was spawned so."""
-        return self._pinned
+        return bool(self._pinned)
 
     @property
     def state(self):
@@ -1130,8 +1131,10 @@ class ParkingLot(_Unique):
         """As park(), unless predicate() returns something true: then the task goes on at once, and gets that.
 
         It is asked as the last thing before the task is stored, in one atomic step with that: with several workers, what a
-        primitive has seen before may have changed meanwhile. A checkpoint in any case. Its error is raised here.
+        primitive has seen before may have changed meanwhile. A checkpoint in any case. Its error is raised here. TypeError
+        for an async one.
         """
+        _checked_function(predicate, "park_unless", "it is asked while nobody else can run, and so cannot wait")
         return await park(functools.partial(self._park_unless, predicate))
 
     def _park_unless(self, predicate, task):
@@ -2128,11 +2131,12 @@ class _Worker:
         self.inbox = deque()        # calls that other threads want made in this one
         self.timers = _Timers(self)
         self.task = None            # the one being stepped
+        self.call = None            # the one being made that another thread has posted
         self.sleeping = False       # I5
         self.looked = 0.0           # when it was last between two steps, as of time.monotonic(), give or take 15 steps
         self.hooks = None           # kernel.hooks while there are any
         self.meter = _Meter(self) if kernel.watchdog is not None else None
-        self.batch, self.remaining = (), iter(())       # the steps until it looks at the clock, and those of them to come
+        self.remaining = iter(())   # with a watchdog: the steps to come until it looks at the clock
         self.thread_id = None
         self.descriptors = 0        # Pollables
         self.io_parked = 0          # tasks parked on them
@@ -2181,10 +2185,11 @@ class _Worker:
         for _ in range(len(self.inbox)):        # no more than there are now: threads that go on asking starve nobody
             if self.stopped:
                 break
-            call = self.inbox[0]
+            self.call = call = self.inbox[0]
             call()                      # an error can only be a signal handler's, and then the call is made again
             if self.inbox:              # else this is the child of a fork in there
                 self.inbox.popleft()
+        self.call = None
 
     def pick(self, count):
         """A number below `count`, random but reproducible: which of several ready cases select() takes."""
@@ -2199,15 +2204,14 @@ class _Worker:
         ready, inbox, timers, heap = self.ready, self.inbox, self.timers, self.timers.heap
         # Bound methods and ints in locals: together 60 ns of the 250 of a step (CPython 3.11).
         popleft, append, monotonic, real = ready.popleft, ready.append, time.monotonic, self.clock is None
-        several, shown = bool(self.others), self.meter is not None and self.kernel.parallel
+        several, shown = bool(self.others), self.meter is not None
         turn, plan, level, began = BUDGET, _PLANS[0], 0, monotonic()
         polled, due = began, 0.0 if self.meter is not None else _INF         # when to measure a pass
         while not self.stopped:
             for batch in plan:
                 steps = batch
-                if shown:               # to a watchdog that cannot read `step`
-                    self.batch, self.remaining = batch, iter(batch)
-                    steps = self.remaining
+                if shown:               # to the watchdog: a step of 250 ns becomes 2 ns longer
+                    self.remaining = steps = iter(batch)
                 for step in steps:
                     try:
                         task = popleft()
@@ -2411,7 +2415,7 @@ class _Worker:
 @_guarded_function
 def _recover(worker, error):
     """The worker's work() was left by `error` in the middle of anything: give each task its place again (I1), and go on."""
-    struck, worker.task, kernel = worker.task, None, worker.kernel
+    struck, worker.task, worker.call, kernel = worker.task, None, None, worker.kernel
     placed, timers = set(worker.ready), worker.timers
     worker.poller.rearm_all()           # the last events may be lost
     timers.heap.clear()                 # what it had taken out is found again below
@@ -2489,11 +2493,12 @@ class _OneOfSeveral(_Worker):
 
     def _take_calls(self):
         """The same where another worker may stand in for this one: each call is made by one of the two."""
+        here = _local.worker
         for _ in range(len(self.inbox)):
             if self.stopped:
                 break
             try:
-                call = self.inbox.popleft()
+                here.call = call = self.inbox.popleft()
             except IndexError:
                 break
             try:
@@ -2501,6 +2506,7 @@ class _OneOfSeveral(_Worker):
             except BaseException:               # as above
                 self.inbox.appendleft(call)
                 raise
+        here.call = None
 
     def _park_among_others(self, task, trap):
         """What work() does with a park function, under the guard; there it is written out, to save one worker the call."""
@@ -2588,7 +2594,7 @@ class _OneOfSeveral(_Worker):
         """Whether it has not come round between two looks of `observer`, that are TICK seconds apart or more."""
         seen, since = observer.seen.get(self, (None, 0.0))
         now = time.monotonic()
-        if self.sleeping or self.task is None or seen != self.looked:
+        if self.sleeping or self.task is None and self.call is None or seen != self.looked:
             observer.seen[self] = self.looked, now
             return False
         return now - since >= TICK
@@ -2687,19 +2693,24 @@ class _Meter:
         self.step_times, self.latencies = _Histogram(), _Histogram()
         self.since = 0.0        # when somebody was the last of those who were ready
         self.target = None      # the worker's `steps` when his turn has come; None if he is not waited for
-        self.alone = False      # the pass is one step, which is measured
+        self.alone = None       # the pass is one step, which is measured: the worker's `steps` before it; else None
 
     def measure(self, began, ended, plan, idled):
         """After a pass: (the plan of the next one, when to be called after another; 0: the next)."""
         worker = self.worker
-        if self.alone or ended - began > SECONDS_PER_SAMPLE:
+        if self.alone is not None:
+            if self.alone == worker.steps:              # nobody was ready after all
+                return (range(1),), 0.0
             self.step_times.add(ended - began)
-            if not self.alone and not idled and self.target is None:
-                self.latencies.add(ended - began)       # of those who are ready behind it
-        if self.alone:
-            self.alone = False
+            self.alone = None
             return plan, ended + SECONDS_PER_SAMPLE
+        if ended - began > SECONDS_PER_SAMPLE:
+            self.step_times.add(ended - began)
+            if not idled and self.target is None:
+                self.latencies.add(ended - began)       # of those who are ready behind it
         if self.target is None:
+            if not worker.ready:
+                return plan, 0.0
             self.since, self.target = time.monotonic(), worker.steps + len(worker.ready) - 1
             ended = self.since
         left = self.target - worker.steps
@@ -2707,7 +2718,7 @@ class _Meter:
             full, rest = divmod(left, len(plan[0]))
             return plan if full >= len(plan) else (*plan[:full], range(rest)), 0.0
         self.latencies.add(ended - self.since)
-        self.target, self.alone = None, True
+        self.target, self.alone = None, worker.steps
         return (range(1),), 0.0
 
 
@@ -2769,39 +2780,31 @@ class _Watchdog:
 
     def look_at(self, worker, now, late):
         task, looked = worker.task, worker.looked
-        if worker.sleeping or now - looked < self.pause:
+        if worker.sleeping or now - looked < self.pause or worker.thread_id is None:
             self.seen.pop(worker, None)
             return
-        step, stack = self.live_stack(worker)
-        mark = task, looked, step
+        mark = task or worker.call, looked, operator.length_hint(worker.remaining)
         seen, since, due = self.seen.get(worker, (None, now, 0.0))
         if seen != mark:
             since = looked if task is not None and late else now
             due = since + self.limit
         if now >= due:
-            self.alarm(worker, task, now, since, stack)
+            self.alarm(worker, mark[0], now, since)
             due = now + (now - since)
         self.seen[worker] = mark, since, due
 
     def live_stack(self, worker):
-        """(how many steps the worker has made since it looked at the clock, [(frame, line)] of this one, outermost first)."""
+        """[(file, line, function)] of the step that a worker makes, outermost first."""
         if not _has_gil():      # there a frame that is being run must not be read
-            return len(worker.batch) - 1 - operator.length_hint(worker.remaining), []
-        step, frames = None, []
-        frame = sys._current_frames().get(worker.thread_id)
-        while frame is not None:
-            if frame.f_code is _Worker.work.__code__:
-                found = frame.f_locals
-                step = found.get("step")
-                if found.__class__ is dict:     # before 3.13 the frame keeps it, and with it a task and its result
-                    found.clear()
-                break
-            frames.append((frame, frame.f_lineno))
+            return self.stack_by_signal(worker)
+        stack, frame = [], sys._current_frames().get(worker.thread_id)
+        while frame is not None and frame.f_code is not _Worker.work.__code__:
+            stack.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
             frame = frame.f_back
-        return step, frames[::-1]
+        return stack[::-1]
 
     def stack_by_signal(self, worker):
-        """[(file, line, function)] of the same, without a GIL: the thread writes it itself, in the handler of a signal."""
+        """The same without a GIL: the thread writes it itself, in the handler of a signal."""
         import faulthandler
         import re
         import signal
@@ -2816,6 +2819,8 @@ class _Watchdog:
             faulthandler.register(number, file=cls.tell, all_threads=False)
             while _select.select([cls.told], [], [], 0)[0]:         # what came too late last time
                 os.read(cls.told, 65536)
+            if worker.thread_id is None:                # it has just ended
+                return []
             signal.pthread_kill(worker.thread_id, number)
             while _select.select([cls.told], [], [], 0.1)[0]:
                 text += os.read(cls.told, 65536)
@@ -2830,13 +2835,16 @@ class _Watchdog:
         own = itertools.dropwhile(lambda place: place[0] == _HERE, stack)
         return "".join(traceback.format_list([(*place, None) for place in own]))
 
-    def alarm(self, worker, task, now, since, frames):
-        kernel = self.kernel
-        who = "something that is no task (a call from another thread, a hook, a collection of garbage)"
-        if task is not None:
-            who = f"task {task.name!r}"
-        stack = self.in_words([(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in frames]
-                              or self.stack_by_signal(worker))
+    def alarm(self, worker, held_by, now, since):
+        kernel, task = self.kernel, None
+        if isinstance(held_by, Task):
+            task, who = held_by, f"task {held_by.name!r}"
+        elif isinstance(held_by, _CallFromThread):
+            function = getattr(held_by.function, "func", held_by.function)
+            who = f"call_from_thread({getattr(function, '__qualname__', repr(function))})"
+        else:
+            who = "something that is no task (a hook, a collection of garbage)"
+        stack = self.in_words(self.live_stack(worker))
         report = (f"{who} has held worker {kernel.workers.index(worker) + 1} of {len(kernel.workers)} for {now - since:.3g} s, "
                   f"the limit is {self.limit:g} s. Move what computes or blocks there to to_thread(), or put a checkpoint() "
                   f"into it\nBehind it wait: {', '.join(self.behind(worker, task)) or 'nobody'}\n"
@@ -2944,11 +2952,14 @@ class _Signals:
     def _on_interrupt(self, number, frame):
         self.interrupts += 1
         self._post(self._interrupted)
-        stuck = time.monotonic() - self.kernel.worker.looked > STUCK_SECONDS
-        if stuck and self.interrupts > 1 and self._in_users_code(frame):
+        if self.interrupts > 1 and self._is_stuck(self.kernel.worker, frame):
             raise KeyboardInterrupt
 
-    def _in_users_code(self, frame):
+    def _is_stuck(self, worker, frame):
+        return time.monotonic() - worker.looked > STUCK_SECONDS and self._in_users_code(worker, frame)
+
+    @staticmethod
+    def _in_users_code(worker, frame):
         """Whether an error raised in `frame` meets the user's code first, not the kernel's bookkeeping."""
         if frame.f_code.co_filename == _HERE:
             return False
@@ -2956,17 +2967,28 @@ class _Signals:
             frame = frame.f_back
         if frame is not None and frame.f_code in (_Kernel.fire.__code__, _CallFromThread.__call__.__code__):
             return True                         # a hook, or a call from a thread: both take any error
-        return frame is not None and self.kernel.worker.task is not None and bool(
+        return frame is not None and worker.task is not None and bool(
             frame.f_code in _STEPPERS or frame.f_code.co_flags & 0x80)    # CO_COROUTINE
 
     def _interrupted(self):
         kernel = self.kernel
         if self.interrupts > 1:
             kernel.drop_shields()
+            for worker in kernel.worker.others:
+                self._interrupt_step(worker)
         if kernel.main.done():
             kernel.cancel_all()
         else:
             kernel.main.cancel()
+
+    def _interrupt_step(self, worker):
+        """What the handler does for the first worker, for one in another thread: it is raised once that runs Python code."""
+        frame = sys._current_frames().get(worker.thread_id) if _has_gil() else None     # else it must not be read
+        if self._is_stuck(worker, frame) if frame is not None else (
+                worker.task is not None and time.monotonic() - worker.looked > STUCK_SECONDS):
+            with contextlib.suppress(ImportError):
+                import ctypes
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.thread_id), ctypes.py_object(KeyboardInterrupt))
 
     def _on_terminate(self, number, frame):
         again, self.terminate = self.terminate is not None, number
@@ -3209,14 +3231,18 @@ class _Kernel:
                     self.cancel_all()
                     if blows > 1:
                         self.drop_shields()
-                return worker.work()
+                worker.work()
+                break
             except _Forked:
                 raise
             except BaseException as error:
                 blow = error
-        self._close_all(worker)
-        while worker.others and not worker.stopped:     # the others bring theirs to an end
-            time.sleep(TICK)
+        else:
+            self._close_all(worker)
+            while worker.others and not worker.stopped:     # the others bring theirs to an end
+                time.sleep(TICK)
+        with _Watchdog.asking:      # which sends signals to this thread
+            worker.thread_id = None
 
     @atomic
     def _close_all(self, worker):
@@ -4919,10 +4945,9 @@ class _ThreadCall:
             _report(error, "the limiter of a to_thread call was released too often", self.limiter)
 
 
-def _checked_function(function, caller):
+def _checked_function(function, caller, remedy="a coroutine goes to spawn(), or from a thread to run_from_thread()"):
     if not callable(function) or getattr(getattr(function, "__code__", None), "co_flags", 0) & 0x80:      # CO_COROUTINE
-        raise TypeError(f"{caller}() takes a plain function and its arguments, got {function!r}; a coroutine goes to spawn(), "
-                        "or from a thread to run_from_thread()")
+        raise TypeError(f"{caller}() takes a plain function, not called yet, got {function!r}; {remedy}")
     return function
 
 

@@ -156,14 +156,26 @@ class _Pipe:
     @contextlib.contextmanager
     def _alone(self, verb):
         """Two tasks that read or write in turns would each get pieces of what belongs together."""
-        if self._user is not None:
-            raise flowcoro.BusyError(f"{self._name} is being {verb} by {self._user!r} already; one task at a time")
-        self._user = flowcoro.current_task()
+        self._begin(verb)
         try:
             yield
         finally:
             self._user = None
 
+    @flowcoro.atomic
+    def _begin(self, verb):
+        if self._user is not None:
+            raise flowcoro.BusyError(f"{self._name} is being {verb} by {self._user!r} already; one task at a time")
+        self._user = flowcoro.current_task()
+
+    @flowcoro.atomic
+    def _transfer(self, system_call, argument):
+        """os.read or os.write, while nobody closes the pipe: the number might be another file's by then."""
+        if self.closed:
+            raise flowcoro.ClosedError(f"{self._name} has been closed here")
+        return system_call(self._pollable.fd, argument)
+
+    @flowcoro.atomic
     def close(self):
         """Close our end; a task that waits for it gets ClosedError. Never blocks. Twice is once."""
         self._pollable.close()
@@ -200,7 +212,7 @@ class ReadPipe(_Pipe):
             await self._pollable.wait_readable()
             self._pollable.readable = False     # first this, then read: no edge is lost
             try:
-                data = os.read(self._pollable.fd, CHUNK)
+                data = self._transfer(os.read, CHUNK)
             except BlockingIOError:
                 continue
             except OSError:
@@ -226,10 +238,8 @@ class ReadPipe(_Pipe):
             raise ValueError(f"read_nowait({max_bytes!r}): max_bytes must be 1 or more")
         with self._alone("read"):
             if not self._buffer:
-                if self.closed:
-                    raise flowcoro.ClosedError(f"{self._name} has been closed here")
                 try:
-                    self._buffer += os.read(self._pollable.fd, CHUNK)
+                    self._buffer += self._transfer(os.read, CHUNK)
                 except BlockingIOError:
                     raise flowcoro.WouldBlock(f"{self._name} has nothing to read yet") from None
             return self._take(min(max_bytes, len(self._buffer)))
@@ -289,7 +299,7 @@ class WritePipe(_Pipe):
                 await self._pollable.wait_writable()
                 self._pollable.writable = False     # first this, then write
                 try:
-                    rest = rest[os.write(self._pollable.fd, rest):]
+                    rest = rest[self._transfer(os.write, rest):]
                 except BlockingIOError:
                     continue
                 except BrokenPipeError as error:

@@ -205,6 +205,73 @@ def test_a_step_does_not_answer_for_the_call_from_a_thread_before_it():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+def test_many_short_calls_from_threads_that_are_long_together_are_no_long_one(workers):
+    def ask():
+        flowcoro.call_from_thread(time.sleep, CALM / 4, kernel=kernel)
+
+    async def main():
+        nonlocal kernel
+        kernel = flowcoro.current_kernel()
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(kernel.worker.inbox) == len(threads) or workers > 1)      # others may have begun to stand in
+        while any(thread.is_alive() for thread in threads):
+            await flowcoro.sleep(0.001)
+
+    kernel, alarms = None, Alarms()
+    watched(main, alarms=alarms, limit=CALM, workers=workers)
+    assert alarms.reports == []
+
+
+def test_workers_that_have_ended_are_not_stuck_while_another_one_is_late():
+    class Late(Alarms):
+        def after_poll(self, count):
+            if ending and threading.current_thread().name == "flowcoro worker 2":
+                self.wait(3)
+
+    async def main():
+        await flowcoro.sleep(0.02)
+        ending.append(True)
+
+    ending, alarms = [], Late()
+    flowcoro.run(hooked(alarms, main), workers=4, watchdog=LIMIT)
+    assert {re.search(r"worker (\d) of 4", report)[1] for report in alarms.reports} <= {"2"}
+
+
+async def hooked(hooks, function):
+    flowcoro.add_hooks(hooks)
+    await function()
+
+
+def test_a_trace_function_in_the_loop_is_not_disturbed():
+    def trace(frame, event, argument):
+        return local if frame.f_code is flowcoro._Worker.work.__code__ else None
+
+    def local(frame, event, argument):          # while this runs, the interpreter keeps the frame's variables in a dict
+        lines.append(frame.f_lineno)
+        if len(lines) == 200:
+            alarms.wait()
+        return local
+
+    async def step():
+        for _ in range(20):
+            await flowcoro.checkpoint()
+        return "fine"
+
+    async def main():
+        return await flowcoro.when_all(*(step() for _ in range(10)))
+
+    lines, alarms, before = [], Alarms(), sys.gettrace()
+    sys.settrace(trace)
+    try:
+        assert watched(main, alarms=alarms) == ["fine"] * 10
+    finally:
+        sys.settrace(before)
+    assert alarms.reports
+
+
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_short_step_after_a_long_wait_is_not_stuck(workers):
     async def main():
         near, far = os.pipe()
@@ -420,6 +487,18 @@ def test_before_anything_was_measured_the_statistics_are_empty():
     numbers = flowcoro.run(main(), watchdog=math.inf)
     empty = {"count": 0, "sum": 0.0, "max": 0.0, "below": {}}
     assert numbers["step_seconds"] == numbers["latency_seconds"] == empty
+
+
+@SEVERAL
+def test_nothing_is_counted_where_no_step_is_made_and_nobody_waits(workers):
+    async def main():
+        for _ in range(5):
+            await flowcoro.sleep(0.03)
+        return flowcoro.statistics()
+
+    numbers = watched(main, limit=math.inf, workers=workers)
+    for name in "step_seconds", "latency_seconds":
+        assert numbers[name]["count"] <= numbers["steps"] <= 12
 
 
 @SEVERAL

@@ -1728,6 +1728,36 @@ def test_an_error_of_main_is_not_lost_to_a_sigterm_that_comes_after_it():
         flowcoro.run(main())
 
 
+def test_a_second_ctrl_c_ends_a_step_that_another_worker_is_stuck_in():
+    with Child("""
+        import threading
+
+        async def stuck():
+            say(threading.current_thread().name)
+            try:
+                while True:
+                    time.sleep(0.001)
+            finally:
+                say("cleaned up")
+
+        async def main():
+            flowcoro.spawn(stuck())
+            time.sleep(0.2)                             # until another worker has taken that one over
+            while flowcoro.statistics()["tasks"]["ready"]:
+                time.sleep(0.01)
+            say("ready")
+            await flowcoro.sleep(1000)
+
+        flowcoro.run(main(), workers=2)
+    """) as child:
+        child.hears("flowcoro worker 2")
+        child.hears("ready")
+        child.insist(signal.SIGINT)
+        status, said, errors = child.end()
+    assert (status, said) == (-signal.SIGINT, ["cleaned up"]), errors
+    assert "KeyboardInterrupt" in errors
+
+
 @pytest.mark.parametrize("notified", [False, True])
 def test_ctrl_c_ends_those_who_wait_for_the_lock_of_a_condition_whose_holder_is_dead(notified):
     with Child(f"""

@@ -273,14 +273,15 @@ def test_the_hook_is_called_in_the_watchdog_s_thread_and_may_call_the_kernel():
     assert alarms.threads[0] == "flowcoro watchdog" and result[0] == 7
 
 
-def test_what_is_no_task_can_hold_the_worker_too():
+@SEVERAL
+def test_a_call_from_another_thread_can_hold_the_worker_too(workers):
     async def main():
         await flowcoro.to_thread(flowcoro.call_from_thread, alarms.wait)
 
     alarms = Alarms()
-    watched(main, alarms=alarms)
+    watched(main, alarms=alarms, workers=workers)
     assert alarms.tasks[0] is None
-    assert alarms.reports[0].startswith("something that is no task")
+    assert alarms.reports[0].startswith("call_from_thread(Alarms.wait) has held worker 1 of")
     assert "in wait" in alarms.reports[0]
 
 
