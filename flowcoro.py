@@ -126,6 +126,9 @@ TICK = 0.01
 # The same while all sleep: what a worker may be stuck unnoticed at most when it begins to work after that.
 IDLE_TICK = 0.1
 
+# Pinned tasks in a row among another's ready ones, after which a worker gives up to look for some to steal.
+MOST_PINNED = 16
+
 # Workers at most: more threads than any machine has cores are a mistake in a number.
 MOST_WORKERS = 1024
 
@@ -385,28 +388,29 @@ class _Unique:
 # One lock for all, because a select waits in several channels, a cancel walks through the tasks of all workers, and an abort
 # function is called from there: with a lock for each object all this would need an order of locks, and find deadlocks.
 #
-# The marks below cost nothing until a run asks for several workers: then each marked function is replaced for good.
+# The marks below cost nothing until a run asks for several workers: then each marked function becomes, for good and for all
+# who hold it (a bound method, say), one that takes the guard.
 
 _GUARD = threading.RLock()
-_MARKED = weakref.WeakKeyDictionary()   # class or module -> {name: what takes its place; None: the same under the guard}
-_several = False                        # there was a run with several workers
+_MARKED = []            # (function, the one that it is to become; None: itself, under the guard)
+_UNGUARDED = {}         # its qualified name -> what such a function did before
+_several = False        # there was a run with several workers, or is no GIL
 
 
-def _under_guard(function):
-    @functools.wraps(function)
-    def guarded(*args, **kwargs):
-        with _GUARD:
-            return function(*args, **kwargs)
-
-    return guarded
+def _under_guard(*args, **kwargs):
+    """What a marked function becomes, with its name for `name`."""
+    name = "its qualified name"
+    with _GUARD:
+        return _UNGUARDED[name](*args, **kwargs)
 
 
 class atomic:
     """Decorates a method of a primitive, in its class body: with several workers it is one step for all others.
 
     Nothing that is atomic happens elsewhere while it runs: no other such method, no operation of this module on anything
-    that tasks share, no park or abort function, no predicate of park_unless(). It may call all of these, and must not
-    block. With one worker the plain function stands in the class, and costs nothing. TypeError if it is async, or no method.
+    that tasks share, no park or abort function, no predicate of park_unless(), no hook. It may call all of these, and must not
+    block, nor take a lock that somebody may hold who calls this module. With one worker it is a plain method, 50 ns slower.
+    TypeError if it is async, or no method.
     """
 
     def __init__(self, function):
@@ -416,45 +420,58 @@ class atomic:
         self.function = function
 
     def __set_name__(self, owner, name):
-        setattr(owner, name, self.function)
-        _mark(owner, name)
+        function = self.function
+        if function.__globals__ is globals():
+            _MARKED.append((function, None))
+            setattr(owner, name, function)
+            return
+
+        @functools.wraps(function)
+        def method(*args, **kwargs):
+            if not _several:
+                return function(*args, **kwargs)
+            with _GUARD:
+                return function(*args, **kwargs)
+
+        setattr(owner, name, method)
 
     def __call__(self, *args, **kwargs):
         raise TypeError(f"@atomic decorates methods, and {self.function.__qualname__} stands in no class body")
 
 
 class _shared:
-    """Marks a method that takes the place of the one named, where there are several workers."""
+    """Marks a method _shared_…, which the one named becomes where there are several workers."""
 
     def __init__(self, function):
         self.function = function
 
     def __set_name__(self, owner, name):
+        _MARKED.append((vars(owner)[name.removeprefix("_shared_")], self.function))
         setattr(owner, name, self.function)
-        _mark(owner, name.removeprefix("_shared_"), self.function)
 
 
 def _guarded_function(function):
-    """Marks a function of this module; all its callers are in here."""
-    _mark(sys.modules[__name__], function.__name__, _under_guard(function))
+    """As @atomic for a method."""
+    _MARKED.append((function, None))
     return function
-
-
-def _mark(owner, name, substitute=None):
-    with _GUARD:                        # another thread may begin the first run with several workers
-        _MARKED.setdefault(owner, {})[name] = substitute
-        if _several:
-            _guard_all()
 
 
 def _guard_all():
     global _several
     with _GUARD:                        # another thread may start such a run at the same time
         _several = True
-        for owner, names in list(_MARKED.items()):
-            for name, substitute in names.items():
-                setattr(owner, name, substitute or _under_guard(vars(owner)[name]))
-        _MARKED.clear()
+        while _MARKED:
+            function, shared = _MARKED.pop()
+            if shared is None:
+                name = function.__qualname__
+                _UNGUARDED[name] = function.__wrapped__ = types.FunctionType(
+                    function.__code__, globals(), function.__name__, function.__defaults__, function.__closure__)
+                _UNGUARDED[name].__kwdefaults__ = function.__kwdefaults__
+                code = _under_guard.__code__
+                function.__code__ = code.replace(co_consts=tuple(
+                    name if constant == "its qualified name" else constant for constant in code.co_consts))
+            else:
+                function.__code__ = shared.__code__
 
 
 # ---- traps ----------------------------------------------------------------------------------------------------
@@ -558,7 +575,7 @@ class CancelScope(_Unique):
     ValueError if the deadline is nan, TypeError if it is no number. RuntimeError when a scope is entered twice, outside a
     kernel, or left while one that was entered later is still open.
 
-    Atomic: entering, leaving, cancel(), and each move of deadline or shield.
+    Atomic: entering, leaving, cancel(), cancel_called, and each move of deadline or shield.
     """
 
     __slots__ = ("_deadline", "_seconds", "_shield", "_task", "_outer", "_group", "_cancelled", "_expired", "_raises",
@@ -669,10 +686,15 @@ class CancelScope(_Unique):
     @property
     def cancel_called(self):
         """Whether the scope is cancelled, by cancel() or by its deadline, even if nothing was awaited since."""
+        if not self._cancelled and self._deadline < _INF:
+            self._look_at_the_time()
+        return self._cancelled
+
+    @atomic
+    def _look_at_the_time(self):
         if not self._cancelled and self._task is not None and self._deadline <= self._task._worker.now():
             self._expired = True
             self.cancel()
-        return self._cancelled
 
     @property
     def deadline(self):
@@ -1610,8 +1632,17 @@ async def wait_writable(fd):
 
 
 def notify_closing(fd):
-    """Say, before closing it, that the descriptor is about to be closed: those who wait for it get ClosedError."""
-    plain = _local.worker.kernel.plain.pop(_fileno(fd), None)
+    """Say, before closing it, that the descriptor is about to be closed: those who wait for it get ClosedError.
+
+    With several workers a task on another one may begin to wait for the number after this, and before it is closed or when it
+    is another file's: pin those who share a descriptor, or share a Pollable, which knows that it is closed.
+    """
+    _close_plain_fd(_local.worker.kernel, _fileno(fd))
+
+
+@_guarded_function
+def _close_plain_fd(kernel, number):
+    plain = kernel.plain.pop(number, None)
     if plain is not None:
         plain.close()
 
@@ -2490,6 +2521,7 @@ class _OneOfSeveral(_Worker):
         self.ready = _Ready(self)
         self.thread = None          # all but the first start one
         self.seen = {}              # worker -> (its `looked`, when that was first seen)
+        self.no_offer = 0.0         # until then it has nothing to give: a thief has found pinned tasks only
 
     def _take_calls(self):
         """The same where another worker may stand in for this one: each call is made by one of the two."""
@@ -2549,17 +2581,20 @@ class _OneOfSeveral(_Worker):
 
     def _offer_work(self):
         """Wake one of those who sleep if more is ready than this one comes round to soon, or nobody looks after the others."""
-        if not self.kernel.keeper.locked() or self.kernel.parallel and len(self.ready) > 1:
+        if not self.kernel.keeper.locked() or self.kernel.parallel and len(self.ready) > 1 and self.looked >= self.no_offer:
             for other in self.others:
                 if other.sleeping:
                     other.waker.call()
                     return
 
-    def _steal(self, victim, count):
-        """Take over `count` ready tasks of another worker, from the far end, where those lie that would wait longest."""
+    def _steal(self, victim, count, most_pinned=_INF):
+        """Take over `count` ready tasks of another worker, from the far end, where those lie that would wait longest.
+
+        Pinned ones stay; after `most_pinned` of them it gives up.
+        """
         with _GUARD:
             stolen, pinned = [], []
-            while len(stolen) < count:
+            while len(stolen) < count and len(pinned) <= most_pinned:
                 try:
                     task = victim.ready.pop()
                 except IndexError:
@@ -2572,6 +2607,8 @@ class _OneOfSeveral(_Worker):
             if pinned:
                 victim.ready.extend(reversed(pinned))
                 victim.wake()                   # it may have looked while they were away
+                if not stolen:
+                    victim.no_offer = victim.looked + TICK
             self.ready.extend(reversed(stolen))
             self.stolen += len(stolen)
             if self.hooks is not None:
@@ -2581,14 +2618,19 @@ class _OneOfSeveral(_Worker):
 
     def _find_work(self):
         """Whether there is something to step now: half of what another one has too much of, or all of one that is stuck."""
-        for victim in self.others:
-            if victim.is_stuck(self):
-                self._stand_in_for(victim)
-            elif self.kernel.parallel and len(victim.ready) > 1:
-                self._steal(victim, len(victim.ready) // 2)
-            if self.ready:
-                return True
-        return False
+        searches = self.kernel.parallel and self.kernel.searchers.acquire(blocking=False)
+        try:
+            for victim in self.others:
+                if victim.is_stuck(self):
+                    self._stand_in_for(victim)
+                elif searches and len(victim.ready) > 1:
+                    self._steal(victim, len(victim.ready) // 2, MOST_PINNED)
+                if self.ready:
+                    return True
+            return False
+        finally:
+            if searches:
+                self.kernel.searchers.release()
 
     def is_stuck(self, observer):
         """Whether it has not come round between two looks of `observer`, that are TICK seconds apart or more."""
@@ -2828,6 +2870,17 @@ class _Watchdog:
         inside = list(itertools.takewhile(lambda place: place[0] != _HERE or place[2] != "work", places))   # innermost first
         return [(file, int(line), function) for file, line, function in reversed(inside)]
 
+    @classmethod
+    def let_go(cls):
+        """Leave the pipe to the parent of a fork."""
+        if cls.told is not None:
+            import faulthandler
+            import signal
+            faulthandler.unregister(signal.SIGURG)
+            os.close(cls.told)
+            os.close(cls.tell)
+            cls.told = cls.tell = None
+
     @staticmethod
     def in_words(stack):
         """The text of [(file, line, function)], outermost first, without the frames of the kernel that come first."""
@@ -2844,13 +2897,16 @@ class _Watchdog:
             who = f"call_from_thread({getattr(function, '__qualname__', repr(function))})"
         else:
             who = "something that is no task (a hook, a collection of garbage)"
-        stack = self.in_words(self.live_stack(worker))
+        stack = self.live_stack(worker)
+        if stack and stack[-1][0] == _HERE and stack[-1][2] in ("_under_guard", "_park_among_others", "_steal"):
+            return                      # it waits for the guard, and who holds that is reported
+        stack = self.in_words(stack)
         report = (f"{who} has held worker {kernel.workers.index(worker) + 1} of {len(kernel.workers)} for {now - since:.3g} s, "
                   f"the limit is {self.limit:g} s. Move what computes or blocks there to to_thread(), or put a checkpoint() "
                   f"into it\nBehind it wait: {', '.join(self.behind(worker, task)) or 'nobody'}\n"
                   + (f"It is here:\n{stack}" if stack else "It does not say where it is\n"))
         if "task_stuck" in (kernel.hooks or ()):
-            kernel.fire("task_stuck", task, now - since, report)
+            kernel.call_hooks("task_stuck", task, now - since, report)     # without the guard, which the step may hold
         else:
             _report(RuntimeError(report), "a step takes too long", task)
 
@@ -2965,7 +3021,7 @@ class _Signals:
             return False
         while frame is not None and frame.f_code.co_filename != _HERE:
             frame = frame.f_back
-        if frame is not None and frame.f_code in (_Kernel.fire.__code__, _CallFromThread.__call__.__code__):
+        if frame is not None and frame.f_code in (_Kernel.call_hooks.__code__, _CallFromThread.__call__.__code__):
             return True                         # a hook, or a call from a thread: both take any error
         return frame is not None and worker.task is not None and bool(
             frame.f_code in _STEPPERS or frame.f_code.co_flags & 0x80)    # CO_COROUTINE
@@ -3117,10 +3173,11 @@ class _Kernel:
         self.ended = False
         self.limiter = Semaphore(THREADS)
         self.watchdog = _Watchdog(self, watchdog) if watchdog is not None else None
+        if workers > 1 or not _has_gil():       # without one, no field is safe from a Promise set in another thread
+            _guard_all()
         if workers == 1:
             self.workers = [_Worker(self, clock, seed)]
         else:
-            _guard_all()
             self.workers = [_OneOfSeveral(self) for _ in range(workers)]
             for worker in self.workers:
                 worker.others = tuple(other for other in self.workers if other is not worker)
@@ -3129,6 +3186,7 @@ class _Kernel:
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         self.keeper = threading.Lock()          # held by the idle worker that looks after those who may be stuck
         self.parallel = not _has_gil()
+        self.searchers = threading.Semaphore(max(1, workers // 2))      # at most half of them search at a time
 
     # -- beginning and end
 
@@ -3355,7 +3413,12 @@ class _Kernel:
 
     # -- hooks
 
+    @atomic
     def fire(self, name, *args):
+        """Call the hooks of that name: with several workers one at a time, as with one."""
+        self.call_hooks(name, *args)
+
+    def call_hooks(self, name, *args):
         for _, call in (self.hooks or {}).get(name, ()):        # another worker may have removed the last
             try:
                 call(*args)
@@ -3449,6 +3512,7 @@ def _after_fork_in_child():
     _ThreadPool.threads.clear()
     _Watchdog.resting.clear()
     _Watchdog.asking = threading.Lock()
+    _Watchdog.let_go()
     for kernel in list(_kernels):
         kernel.ended = True
         if threading.current_thread() is threading.main_thread():
@@ -5108,7 +5172,8 @@ def _kernel_to_ask(kernel):
 def call_from_thread(function, /, *args, kernel=None, timeout=None):
     """From another thread: have the kernel's thread call function(*args); wait, return its result, raise its error.
 
-    The function must not block; it is no task, so it can hold no lock and enter no scope. In threads of to_thread the
+    The function must not block; it is no task, so it can hold no lock and enter no scope. With several workers any of
+    their threads may call it: what needs that of main belongs into a task with pinned=True. In threads of to_thread the
     kernel is known; elsewhere it is the only one that runs, or `kernel`. RuntimeError when it has ended, or in the kernel's
     own thread; TypeError for an async function. timeout: seconds to wait (TimeoutError), from 0 up (ValueError).
     """
@@ -5315,7 +5380,8 @@ def add_hooks(hooks):
     before_poll(timeout) (nothing is ready and the kernel will wait so many seconds, None: without limit; what it
     reschedules is run first), after_poll(events) (their number). They must not block; their errors are reported.
     TypeError if it has none of them, RuntimeError outside a kernel. No task runs in them (current_task() raises), but for
-    the task_… that a task itself causes.
+    the task_… that a task itself causes. With several workers they are called in the thread of any, one at a time, and all
+    operations of tasks wait meanwhile: a hook must not take a lock that somebody may hold who calls this module.
     """
     kernel = _local.worker.kernel
     found = [(name, getattr(hooks, name)) for name in _HOOKS if hasattr(hooks, name)]

@@ -59,7 +59,7 @@ import pathlib
 import signal
 import subprocess
 import threading
-from collections import OrderedDict
+import time
 
 import flowcoro
 
@@ -388,11 +388,14 @@ class Process:
             if not self._has_ended() or self._group:
                 with contextlib.suppress(PermissionError):
                     self.send_signal(signal.SIGKILL)
-            self._popen.wait(BLOCKING_SECONDS)
+            deadline, pause = time.monotonic() + BLOCKING_SECONDS, FIRST_LOOK
+            while not self._reap():
+                if time.monotonic() > deadline:
+                    raise ProcessError(f"process {self.pid} ({self.args!r}) has not ended after SIGKILL: it hangs inside the "
+                                       "operating system, or belongs to another user. It stays behind")
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_LOOK)
             self._has_ended()
-        except subprocess.TimeoutExpired:
-            raise ProcessError(f"process {self.pid} ({self.args!r}) has not ended after SIGKILL: it hangs inside the "
-                               "operating system, or belongs to another user. It stays behind") from None
         finally:
             self._close_output()
             if self.stdin is not None:
@@ -411,6 +414,12 @@ class Process:
             if pipe is not None:
                 pipe.close()
 
+    @flowcoro.atomic
+    def _reap(self):
+        """Give its number back if it has ended; nobody sends a signal there meanwhile."""
+        return self._popen.poll() is not None
+
+    @flowcoro.atomic
     def _has_ended(self):
         """Look, without reaping it (where the system can do that)."""
         if self._status is None:
@@ -464,6 +473,7 @@ class Process:
                                "for its own children only")
         return self._status
 
+    @flowcoro.atomic
     def send_signal(self, number):
         """Send a signal, to all of its group with group=True. Nothing happens when it has ended and the block is left.
 
@@ -670,7 +680,7 @@ class signals:
         if not numbers:
             raise ValueError("signals(): give at least one signal, such as signal.SIGHUP")
         self._numbers = tuple(dict.fromkeys(map(_as_signal, numbers)))
-        self._pending = OrderedDict()   # its methods are atomic for handlers; first come, first out
+        self._pending = {}              # what handlers and tasks do to it is atomic; first come, first out
         self._previous = {}             # number: the handler to restore
         self._pollable = self._read = self._write = None
 
@@ -716,7 +726,7 @@ class signals:
         with contextlib.ExitStack() as all_of_them:         # also when a handler raises
             for number in reversed(self._pending):
                 all_of_them.callback(signal.raise_signal, number)
-            self._pending = OrderedDict()
+            self._pending = {}
 
     def _close(self):
         write, self._write = self._write, None      # first this: who has chained to our handler may call it at any time
@@ -739,8 +749,9 @@ class signals:
             raise RuntimeError("signals() is received inside its block: `with signals(…) as received:`")
         while True:
             await self._pollable.wait_readable()
-            if self._pending:
-                return _as_signal(self._pending.popitem(last=False)[0])
+            for number in list(self._pending):
+                if self._pending.pop(number, self) is None:
+                    return _as_signal(number)
             self._pollable.readable = False     # first this, then drain, then look once more: no edge is lost
             with contextlib.suppress(BlockingIOError):
                 while os.read(self._read, CHUNK):

@@ -9,9 +9,9 @@ import pytest
 import flowcoro
 from flowcoro_testing import wait_all_tasks_parked
 
-# What a run with several workers replaces, as it was before: (where it stands, its name, what stood there).
-MARKED = {owner: dict(names) for owner, names in flowcoro._MARKED.items()}
-PLAIN = [(owner, name, vars(owner)[name]) for owner, names in MARKED.items() for name in names]
+# What a run with several workers changes, as it was before.
+MARKED = list(flowcoro._MARKED)
+PLAIN = [(function, function.__code__) for function, _ in MARKED]
 
 # FLOWCORO_GUARD=1: all tests as after such a run.
 if os.environ.get("FLOWCORO_GUARD"):
@@ -23,9 +23,9 @@ def one_worker_takes_no_guard():
     """The next test finds the kernel as it is before the first run with several workers."""
     yield
     if flowcoro._several and not os.environ.get("FLOWCORO_GUARD"):
-        for place in PLAIN:
-            setattr(*place)
-        flowcoro._MARKED.update({owner: dict(names) for owner, names in MARKED.items()})
+        for function, code in PLAIN:
+            function.__code__ = code
+        flowcoro._MARKED[:] = MARKED
         flowcoro._several = False
 
 

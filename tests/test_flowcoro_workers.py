@@ -9,6 +9,7 @@ import contextvars
 import faulthandler
 import functools
 import gc
+import inspect
 import itertools
 import os
 import re
@@ -167,20 +168,37 @@ def test_a_primitive_of_ones_own_is_safe_on_all_workers(workers):
     run(main, workers=workers)
 
 
-def test_atomic_costs_one_worker_nothing_and_holds_for_classes_made_later():
+def test_atomic_takes_the_guard_with_several_workers_only_and_for_methods_taken_before_too():
+    class StandIn:
+        def commit(self, value, error=None):
+            self.guarded = flowcoro._GUARD._is_owned()
+
     def make():
-        class Counter:
+        class Primitive:
             @flowcoro.atomic
-            def add(self):
-                """Count."""
+            def method(self, *, answer=None):
+                """Say what."""
+                return flowcoro._GUARD._is_owned(), answer
 
-        return Counter
+        assert Primitive.method.__doc__ == "Say what."
+        return Primitive().method
 
-    plain = make()
-    assert not hasattr(plain.add, "__wrapped__")
+    def unpark_of_a_lot():
+        lot, stand_in = flowcoro.ParkingLot(), StandIn()
+        lot._tasks[stand_in] = None
+        unpark = lot.unpark
+        return lambda: (unpark(1, value=7), stand_in.guarded)
+
+    without_gil = not flowcoro.runtime_info()["gil"]
+    before, first, second = make(), unpark_of_a_lot(), unpark_of_a_lot()
+    if not os.environ.get("FLOWCORO_GUARD"):
+        assert before(answer=42) == (without_gil and flowcoro._several, 42)
+        assert first() == (1, without_gil and flowcoro._several)
+    signature = inspect.signature(flowcoro.ParkingLot.unpark)
     flowcoro.run(flowcoro.sleep(0), workers=2)
-    for counter in plain, make():
-        assert counter.add.__wrapped__.__doc__ == counter.add.__doc__ == "Count."
+    assert before(answer=42) == make()(answer=42) == (True, 42)
+    assert second() == unpark_of_a_lot()() == (1, True)
+    assert inspect.signature(flowcoro.ParkingLot.unpark) == signature
 
 
 @pytest.mark.skipif(not flowcoro.runtime_info()["gil"], reason="the first free-threaded builds keep classes for ever")
