@@ -15,7 +15,7 @@ import types
 import pytest
 
 import flowcoro
-from conftest import PLAIN
+from conftest import MARKED, PLAIN
 from test_flowcoro_workers import PATIENCE, descriptors, pipe, run, spread, strangers, wait_until
 
 
@@ -185,3 +185,118 @@ def test_a_wait_for_a_descriptor_of_another_worker_ends_its_sleep_where_the_sele
     pollables, sleepers, armed, over = [], [], [], flowcoro.Event()
     with pipe() as (near, far):
         pair(sleeps, waits)
+
+
+# ---- who is struck, cancelled or ended at the wrong moment ------------------------------------------------------
+
+def test_a_cancel_that_comes_as_its_task_is_taken_up_arrives_at_the_next_park():
+    class Paused(flowcoro._OneOfSeveral):
+        @property
+        def task(self):
+            return self.__dict__["task"]
+
+        @task.setter
+        def task(self, task):
+            if task in woken and not taken_up.is_set():     # it has read how the step begins, and not said whose it is
+                taken_up.set()
+                assert cancelled.wait(PATIENCE)
+            self.__dict__["task"] = task
+
+    async def receives():
+        here().__class__ = Paused
+        with flowcoro.CancelScope() as scope:
+            found.append((flowcoro.current_task(), scope))
+            values.append(await lot.park())
+            values.append(await lot.park())
+        assert values == ["value"], "its second park returns though nobody has woken it"
+        assert scope.cancelled_caught
+
+    async def cancels():
+        wait_until(lambda: found and found[0][0].state == "parked")
+        task, scope = found[0]
+        woken.append(task)
+        lot.unpark(1, "value")
+        wait_until(taken_up.is_set)
+        scope.cancel()
+        cancelled.set()
+
+    lot, found, woken, values = flowcoro.ParkingLot(), [], [], []
+    taken_up, cancelled = threading.Event(), threading.Event()
+    pair(receives, cancels)
+    assert len(lot) == 0
+
+
+def test_a_call_from_a_thread_that_is_struck_as_it_is_taken_is_made_again(monkeypatch):
+    """By a signal handler's error, before the call has begun to take errors."""
+    class Strike(Exception):
+        pass
+
+    def struck(self):
+        if not strikes:
+            strikes.append(threading.current_thread())
+            raise Strike
+        make(self)
+
+    def ask():
+        answers.append(flowcoro.call_from_thread(lambda: 42, kernel=kernel, timeout=PATIENCE))
+
+    async def main():
+        nonlocal kernel
+        kernel = flowcoro.current_kernel()
+        thread = threading.Thread(target=ask)
+        thread.start()
+        with flowcoro.CancelScope(shield=True):
+            while thread.is_alive():
+                await flowcoro.sleep(0.001)
+
+    kernel, strikes, answers, make = None, [], [], flowcoro._CallFromThread.__call__
+    monkeypatch.setattr(flowcoro._CallFromThread, "__call__", struck)
+    with pytest.raises(Strike):
+        flowcoro.run(main(), workers=2)
+    assert answers == [42]
+
+
+def test_a_ctrl_c_that_comes_when_a_deadlock_has_been_seen_is_heard_instead(monkeypatch):
+    faulthandler.cancel_dump_traceback_later()      # its thread might wake somebody, for all the kernel knows
+
+    def is_one(self):
+        if not look(self):
+            return False
+        kernel = self.kernel
+        if not kernel.signals.interrupts:
+            signal.raise_signal(signal.SIGINT)
+            wait_until(lambda: kernel.worker.inbox or kernel.main.state != "parked")
+        return True
+
+    async def main():
+        await flowcoro.Event().wait()
+
+    look = flowcoro._Deadlocks.is_one
+    monkeypatch.setattr(flowcoro._Deadlocks, "is_one", is_one)
+    with pytest.raises(KeyboardInterrupt):
+        flowcoro.run(main(), workers=2)
+
+
+@pytest.mark.skipif(bool(os.environ.get("FLOWCORO_GUARD")), reason="all functions are guarded already")
+def test_when_two_threads_start_runs_at_once_both_find_every_function_guarded(guard, monkeypatch):
+    def slow(*args):
+        if not begun.is_set():
+            guard.let_in(begun)
+        return types.FunctionType(*args)
+
+    def second():
+        assert begun.wait(PATIENCE)
+        flowcoro._guard_all()
+        plain.extend(function.__qualname__ for function, code in PLAIN if function.__code__ is code)
+        guard.told.set()
+
+    begun, plain = threading.Event(), []
+    for function, code in PLAIN:                    # without a GIL an earlier run has guarded them
+        function.__code__ = code
+    flowcoro._MARKED[:] = MARKED
+    monkeypatch.setattr(flowcoro, "types", types.SimpleNamespace(**{**vars(types), "FunctionType": slow}))
+    thread = threading.Thread(target=second)
+    thread.start()
+    flowcoro._guard_all()
+    thread.join()
+    assert plain == []
