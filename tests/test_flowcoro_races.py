@@ -4,7 +4,6 @@ Where a thread pauses it waits until the other one has done its part, or waits f
 either of them is. What random schedules have to show is in test_flowcoro_workers.py, whose helpers are used here.
 """
 
-import contextlib
 import faulthandler
 import os
 import signal
@@ -300,3 +299,296 @@ def test_when_two_threads_start_runs_at_once_both_find_every_function_guarded(gu
     flowcoro._guard_all()
     thread.join()
     assert plain == []
+
+
+# ---- what is read or closed here while it is used there ---------------------------------------------------------
+
+def test_a_scope_that_another_worker_leaves_while_its_deadline_is_looked_at_is_not_marked_expired_afterwards(guard):
+    async def leaves():
+        with flowcoro.move_on_after(PATIENCE) as scope:
+            scopes.append(scope)
+            wait_until(begun.is_set)
+        left.append(scope.cancel_called)
+        guard.told.set()
+
+    async def looks():
+        wait_until(lambda: scopes)
+        scope, reader = scopes[0], here()
+        owner = scope._task._worker
+        clock = owner.now
+
+        def late():
+            if flowcoro._local.worker is not reader:
+                return clock()
+            guard.let_in(begun)
+            return scope.deadline
+
+        owner.now = late
+        seen.append(scope.cancel_called)
+        wait_until(lambda: left)
+        assert scope.cancel_called == left[0]
+
+    scopes, left, seen, begun = [], [], [], threading.Event()
+    pair(leaves, looks)
+    assert len(seen) == 1
+
+
+def test_a_scope_that_another_worker_leaves_before_its_deadline_is_looked_at_has_not_expired(monkeypatch):
+    async def leaves():
+        with flowcoro.move_on_after(PATIENCE) as scope:
+            scopes.append(scope)
+            wait_until(begun.is_set)
+        left.set()
+
+    async def looks():
+        wait_until(lambda: scopes)
+        assert not scopes[0].cancel_called
+
+    def late_look(self):
+        begun.set()
+        assert left.wait(PATIENCE)
+        self._deadline = 0.0
+        look(self)
+
+    look = flowcoro.CancelScope._look_at_the_time
+    monkeypatch.setattr(flowcoro.CancelScope, "_look_at_the_time", late_look)
+    scopes, begun, left = [], threading.Event(), threading.Event()
+    pair(leaves, looks)
+
+
+def test_a_wait_that_begins_while_another_worker_tells_of_the_closing_of_its_descriptor_waits_anew(guard, monkeypatch):
+    async def closes():
+        os.write(far, b"x")
+        await flowcoro.wait_readable(near)          # from here on the kernel keeps something of it
+        os.read(near, 10)
+        kernel = flowcoro.current_kernel()
+        plain = kernel.plain[near]
+        monkeypatch.setattr(flowcoro._PlainFd, "close", slow_close)
+        flowcoro.notify_closing(near)
+        assert kernel.plain.get(near) is not plain
+        os.write(far, b"x")
+
+    def slow_close(self):
+        if not begun.is_set():
+            guard.let_in(begun)                     # it has been taken out of the table
+        close(self)
+
+    async def waits():
+        wait_until(begun.is_set)
+        try:
+            await flowcoro.wait_readable(near)
+        finally:
+            guard.told.set()
+        flowcoro.notify_closing(near)
+
+    begun, close = threading.Event(), flowcoro._PlainFd.close
+    with pipe() as (near, far):
+        pair(closes, waits)
+
+
+def test_hooks_of_two_workers_are_called_one_at_a_time_and_may_take_a_lock_and_look_at_the_statistics(guard, reports):
+    class Recorder:
+        def __init__(self):
+            self.lock, self.seen = threading.Lock(), []
+
+        def record(self, name):
+            assert self.lock.acquire(blocking=False), "two hooks at a time"
+            try:
+                if name == "before_poll":
+                    guard.let_in(begun)
+                self.seen.append((name, flowcoro.statistics()["tasks"]["alive"]))
+            finally:
+                self.lock.release()
+
+        def before_poll(self, timeout):
+            if idle and not begun.is_set():
+                self.record("before_poll")
+
+        def task_rescheduled(self, task):
+            if begun.is_set() and task is idle[0]:
+                guard.told.set()
+                self.record("task_rescheduled")
+
+    async def becomes_idle():
+        idle.append(flowcoro.current_task())
+        await event.wait()
+
+    async def wakes():
+        flowcoro.add_hooks(recorder)
+        wait_until(begun.is_set)
+        event.set()
+        flowcoro.remove_hooks(recorder)
+
+    idle, begun, event, recorder = [], threading.Event(), flowcoro.Event(), Recorder()
+    pair(becomes_idle, wakes)
+    assert reports == []
+    assert [name for name, alive in recorder.seen] == ["before_poll", "task_rescheduled"]
+
+
+# ---- what idle workers look at ----------------------------------------------------------------------------------
+
+def test_a_thief_gives_up_after_a_row_of_pinned_tasks(monkeypatch):
+    def count_looks(self, victim, *args):
+        looks.clear()
+        found = steal(self, victim, *args)
+        most.append(len(looks))
+        return found
+
+    async def main():
+        victim = here()
+        pop = victim.ready.pop
+
+        def look():
+            looks.append(True)
+            return pop()
+
+        async with flowcoro.TaskGroup(pinned=True) as group:
+            with flowcoro._GUARD:                   # no thief comes before all are there
+                for _ in range(10 * flowcoro.MOST_PINNED):
+                    group.spawn(flowcoro.checkpoint())
+                victim.ready.pop = look
+                most.clear()
+            wait_until(lambda: len(most) > 2)
+            assert set(most) == {flowcoro.MOST_PINNED + 1}
+
+    looks, most, steal = [], [], flowcoro._OneOfSeveral._steal
+    monkeypatch.setattr(flowcoro._OneOfSeveral, "_steal", count_looks)
+    monkeypatch.setattr(flowcoro._OneOfSeveral, "is_stuck", lambda self, observer: False)
+    run(main, workers=2)
+
+
+def test_a_worker_with_pinned_tasks_only_wakes_no_thief_until_some_time_has_passed():
+    async def main():
+        victim = here()
+        thief, = victim.others
+        sleeper = Sleeper(thief)
+        wait_until(sleeper.about.is_set)
+        async with flowcoro.TaskGroup(pinned=True) as group:
+            for _ in range(5):
+                group.spawn(flowcoro.checkpoint())
+            thief.waker.ready(flowcoro.READ)
+            assert not thief._steal(victim, 2, flowcoro.MOST_PINNED)
+            victim._offer_work()
+            assert not has_been_called(thief)
+            victim.looked = victim.no_offer         # a moment later
+            victim._offer_work()
+            assert has_been_called(thief)
+            sleeper.go.set()
+
+    def has_been_called(worker):
+        try:
+            return bool(os.read(worker.waker.fd, 100))
+        except BlockingIOError:
+            return False
+
+    run(main, workers=2)
+
+
+def test_a_task_behind_many_pinned_ones_of_a_stuck_worker_is_stepped_by_another():
+    async def main():
+        gate = threading.Event()
+
+        async def free():
+            gate.set()
+
+        async with flowcoro.TaskGroup() as group:
+            with flowcoro._GUARD:                   # no thief comes before all are there
+                group.spawn(free())
+                for _ in range(5 * flowcoro.MOST_PINNED):
+                    group.spawn(flowcoro.checkpoint(), pinned=True)
+            assert gate.wait(PATIENCE)
+
+    run(main, workers=2)
+
+
+@pytest.mark.parametrize("workers", [2, 4, 5])
+def test_at_most_half_of_the_workers_search_at_a_time(workers, monkeypatch):
+    def steal_slowly(self, victim, count, *most_pinned):
+        if searching and most_pinned:
+            inside.add(self)
+            most.append(len(inside))
+            came(self)
+            assert all_came.wait(PATIENCE)
+            inside.discard(self)
+        return steal(self, victim, count, *most_pinned)
+
+    def find_work(self):
+        began = bool(searching)
+        found = find(self)
+        if began:
+            came(self)
+        return found
+
+    def came(worker):
+        known.add(worker)
+        if len(known) == workers - 1:
+            all_came.set()
+
+    async def main():
+        with flowcoro._GUARD:
+            tasks = [flowcoro.spawn(flowcoro.checkpoint()) for _ in range(100)]
+            searching.append(True)
+        for other in here().others:
+            other.waker.call()
+        wait_until(all_came.is_set)
+        searching.clear()
+        for task in tasks:
+            await task
+
+    inside, most, known, searching, all_came = set(), [], set(), [], threading.Event()
+    find, steal = flowcoro._OneOfSeveral._find_work, flowcoro._OneOfSeveral._steal
+    monkeypatch.setattr(flowcoro._OneOfSeveral, "_find_work", find_work)
+    monkeypatch.setattr(flowcoro._OneOfSeveral, "_steal", steal_slowly)
+    monkeypatch.setattr(flowcoro._OneOfSeveral, "is_stuck", lambda self, observer: False)
+    run(main, workers=workers)
+    assert 1 <= max(most) <= workers // 2
+
+
+# ---- calls from threads that block ------------------------------------------------------------------------------
+
+def test_ready_tasks_of_a_worker_in_a_call_from_a_thread_that_blocks_are_stepped_by_another():
+    def block():
+        event.set()
+        assert gate.wait(PATIENCE)
+
+    async def opens():
+        await event.wait()
+        gate.set()
+
+    async def main():
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(opens())
+            await flowcoro.to_thread(flowcoro.call_from_thread, block)
+
+    event, gate = flowcoro.Event(), threading.Event()
+    run(main, workers=2)
+
+
+def test_timers_of_a_worker_in_a_call_from_a_thread_that_blocks_are_kept_by_another():
+    class Hooks:
+        def task_rescheduled(self, task):
+            if task is sleeper:
+                gate.set()
+
+    def block():
+        workers.append(flowcoro._local.worker)
+        sleeps_on.append(sleeper._worker)
+        scope.deadline = flowcoro.now() + 0.005
+        assert gate.wait(PATIENCE)
+
+    async def sleep():
+        with scope:
+            await flowcoro.sleep(PATIENCE)
+
+    async def main():
+        nonlocal sleeper
+        flowcoro.add_hooks(Hooks())
+        async with flowcoro.TaskGroup(pinned=True) as group:
+            sleeper = group.spawn(sleep())
+            while sleeper.state != "parked":
+                await flowcoro.checkpoint()
+            await flowcoro.to_thread(flowcoro.call_from_thread, block)
+
+    sleeper, scope, gate, workers, sleeps_on = None, flowcoro.CancelScope(), threading.Event(), [], []
+    run(main, workers=2)
+    assert workers == sleeps_on
