@@ -254,7 +254,7 @@ def test_a_worker_that_waits_for_one_that_blocks_in_an_atomic_step_is_not_report
         waiting.append(flowcoro.current_task())
         await begin.wait()
         if how == "wakes":
-            begin.clear()
+            begin.set()
         else:
             await flowcoro.sleep(0.001)
 
