@@ -1612,8 +1612,8 @@ def test_pinned_tasks_stay_in_one_thread_and_others_move(workers):
 def test_whether_a_task_is_pinned_is_true_or_false_whatever_was_given(workers):
     async def main():
         async with flowcoro.TaskGroup(pinned="in this group") as pinning, flowcoro.TaskGroup(pinned=None) as group:
-            tasks = [flowcoro.current_task(), pinning.spawn(flowcoro.checkpoint()), group.spawn(flowcoro.checkpoint(), pinned=1),
-                     group.spawn(flowcoro.checkpoint(), pinned=[]), flowcoro.spawn(flowcoro.checkpoint(), pinned=0)]
+            tasks = [flowcoro.current_task(), pinning.spawn(flowcoro.sleep(0)), group.spawn(flowcoro.sleep(0), pinned=1),
+                     group.spawn(flowcoro.sleep(0), pinned=[]), flowcoro.spawn(flowcoro.sleep(0), pinned=0)]
             assert [task.pinned for task in tasks] == [True, True, True, False, False]
             assert {type(task.pinned) for task in tasks} == {bool}
 
