@@ -104,7 +104,7 @@ def test_a_pinned_task_that_a_thief_gives_back_wakes_its_worker_which_did_not_se
     async def steals():
         wait_until(lambda: victims)
         victim = victims[0]
-        until_deadline, extend = victim._until_deadline, victim.ready.extend
+        until_deadline = victim._until_deadline
         idle, ready, announced, taken = (threading.Event() for _ in range(4))
 
         def paused_until_deadline():    # called before it says that it sleeps, and after
@@ -119,10 +119,11 @@ def test_a_pinned_task_that_a_thief_gives_back_wakes_its_worker_which_did_not_se
             return seconds
 
         def paused_extend(tasks):
+            del victim.ready.extend
             sleeper.about.clear()
             taken.set()
             wait_until(sleeper.about.is_set)        # so it has looked
-            extend(tasks)
+            victim.ready.extend(tasks)
 
         victim._until_deadline = paused_until_deadline
         victim.waker.call()
@@ -157,11 +158,12 @@ def test_a_wait_for_a_descriptor_of_another_worker_ends_its_sleep_where_the_sele
         wait_until(lambda: pollables)
         pollable, = pollables
         owner = pollable._worker
-        sleeper, arm = Sleeper(owner), owner.poller.arm
+        sleeper = Sleeper(owner)
         sleepers.append(sleeper)
 
         def quiet_arm(pollable):
-            arm(pollable)
+            del owner.poller.arm
+            owner.poller.arm(pollable)
             owner.waker.ready(flowcoro.READ)        # whatever has woken it before
             armed.append(True)
 
@@ -547,9 +549,16 @@ def test_at_most_half_of_the_workers_search_at_a_time(workers, monkeypatch):
 
 # ---- calls from threads that block ------------------------------------------------------------------------------
 
+def rouse_others():
+    """One of them looks after this worker from now on."""
+    for other in flowcoro._local.worker.others:
+        other.waker.call()
+
+
 def test_ready_tasks_of_a_worker_in_a_call_from_a_thread_that_blocks_are_stepped_by_another():
     def block():
         event.set()
+        rouse_others()
         assert gate.wait(PATIENCE)
 
     async def opens():
@@ -575,6 +584,7 @@ def test_timers_of_a_worker_in_a_call_from_a_thread_that_blocks_are_kept_by_anot
         workers.append(flowcoro._local.worker)
         sleeps_on.append(sleeper._worker)
         scope.deadline = flowcoro.now() + 0.005
+        rouse_others()
         assert gate.wait(PATIENCE)
 
     async def sleep():
