@@ -123,7 +123,7 @@ SECONDS_PER_POLL = 0.001
 # stuck, and the idle one stands in for it. Go's monitor looks every 10 ms too.
 TICK = 0.01
 
-# The same while all sleep: what a worker may be stuck unnoticed at most when it begins to work after that.
+# The same once all have slept for that long: what a worker may be stuck unnoticed at most when it begins to work then.
 IDLE_TICK = 0.1
 
 # Pinned tasks in a row among another's ready ones, after which a worker gives up to look for some to steal.
@@ -384,6 +384,11 @@ class _Unique:
 #   groups: open, spawn, a task's end, close            inboxes (append and popleft are atomic)
 #   every take and give of a lock, a channel, …         task.budget: a count-down may overwrite the 0 of a cancel, which
 #   timers, steals, task._worker                        task._resume remembers, so that it is noticed at the next yield
+#                                                       flags of a Pollable: unset before the operation, set by an edge
+#
+# Read by all without it: an outcome that is written before what says that it is there (Task._state, Promise._done), and the
+# marks and counts of a worker, which its own thread writes (task, call, looked, sleeping, steps, io_parked, …), and `stopped`,
+# which is set once. Who decides by an old one has to look again, or is asked to (I5, is_quiet(), _interrupt()).
 #
 # One lock for all, because a select waits in several channels, a cancel walks through the tasks of all workers, and an abort
 # function is called from there: with a lock for each object all this would need an order of locks, and find deadlocks.
@@ -415,8 +420,9 @@ class atomic:
 
     def __init__(self, function):
         if not isinstance(function, types.FunctionType) or function.__code__.co_flags & 0x2A0:      # async or a generator
-            raise TypeError(f"@atomic decorates a plain method, got {function!r}: nobody could keep all others waiting for "
-                            "what waits itself. Let an async method call an atomic one, and park if that says so")
+            raise TypeError(f"@atomic decorates a plain method, got {function!r}: it goes below no other decorator, and what "
+                            "waits cannot keep all others waiting. Let an async method call an atomic one, and park if that "
+                            "says so")
         self.function = function
 
     def __set_name__(self, owner, name):
@@ -436,7 +442,8 @@ class atomic:
         setattr(owner, name, method)
 
     def __call__(self, *args, **kwargs):
-        raise TypeError(f"@atomic decorates methods, and {self.function.__qualname__} stands in no class body")
+        raise TypeError(f"@atomic decorates methods, and {self.function.__qualname__} stands in no class body, or below another "
+                        "decorator: @atomic comes first")
 
 
 class _shared:
@@ -2521,6 +2528,7 @@ class _OneOfSeveral(_Worker):
         self.ready = _Ready(self)
         self.thread = None          # all but the first start one
         self.seen = {}              # worker -> (its `looked`, when that was first seen)
+        self.steps_seen = 0         # of the others, when it kept watch
         self.no_offer = 0.0         # until then it has nothing to give: a thief has found pinned tasks only
 
     def _take_calls(self):
@@ -2602,7 +2610,7 @@ class _OneOfSeveral(_Worker):
                 if task._pinned:
                     pinned.append(task)
                 else:
-                    task._worker = self         # at once: recover() finds it by that
+                    task._worker = self         # at once: _recover() finds it by that
                     stolen.append(task)
             if pinned:
                 victim.ready.extend(reversed(pinned))
@@ -2677,8 +2685,10 @@ class _OneOfSeveral(_Worker):
             keeper = kernel.keeper.acquire(blocking=False)
             timeout = 0.0 if self.stopped else self._until_deadline()
             if keeper:
-                awake = any(not other.sleeping for other in self.others)
-                timeout = min(_INF if timeout is None else timeout, TICK if awake else IDLE_TICK)
+                steps = sum(other.steps for other in self.others)
+                active = steps != self.steps_seen or any(not other.sleeping for other in self.others)
+                self.steps_seen = steps
+                timeout = min(_INF if timeout is None else timeout, TICK if active else IDLE_TICK)
             self._poll(timeout)
         finally:
             self.sleeping = False
@@ -3153,7 +3163,7 @@ class _Deadlocks:
 
 
 class _Kernel:
-    """One run(): its worker, the root of its tasks, its signals, and how it ends."""
+    """One run(): its workers, the root of its tasks, its signals, and how it ends."""
 
     def __init__(self, workers, clock, seed, grace, watchdog):
         self.clock, self.seed, self.grace = clock, seed, grace
@@ -3576,11 +3586,13 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None)
     seed: any int or str makes the order of ready tasks random but reproducible. grace: seconds that main has to end
     after request_stop() or SIGTERM before it is cancelled. watchdog: seconds that one step of a task may take, or True for
     1 second; a thread reports a longer one while it lasts, with its stack and what waits behind it, and again whenever that
-    time has doubled: to the hook task_stuck, else to sys.unraisablehook; statistics() has histograms then.
+    time has doubled: to the hook task_stuck, else to sys.unraisablehook; statistics() has histograms then. Without a GIL the
+    stack comes by the signal SIGURG, through faulthandler, unless signal.signal() has given that a handler.
 
     What still runs when main has ended is cancelled and joined. In the main thread, where nobody else has installed
     handlers: Ctrl-C cancels main and raises KeyboardInterrupt once all cleanup is done (a second one goes through
-    shields, and is raised inside a step that does not come to its next await); SIGTERM asks to stop if somebody awaits
+    shields, and is raised inside a step that does not come to its next await, on other workers as soon as that runs Python
+    code again); SIGTERM asks to stop if somebody awaits
     stop_requested(), else cancels, and a cancelled main ends in SystemExit(143), as does one whose end came before it
     could be told (its value is lost); a second one goes through shields. SIGQUIT (Ctrl-\\) prints dump_tasks().
 

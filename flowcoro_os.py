@@ -728,6 +728,7 @@ class signals:
                 all_of_them.callback(signal.raise_signal, number)
             self._pending = {}
 
+    @flowcoro.atomic
     def _close(self):
         write, self._write = self._write, None      # first this: who has chained to our handler may call it at any time
         with contextlib.ExitStack() as all_of_them:
@@ -753,11 +754,18 @@ class signals:
                 if self._pending.pop(number, self) is None:
                     return _as_signal(number)
             self._pollable.readable = False     # first this, then drain, then look once more: no edge is lost
-            with contextlib.suppress(BlockingIOError):
-                while os.read(self._read, CHUNK):
-                    pass
+            self._drain()
             if self._pending:
                 self._pollable.readable = True
+
+    @flowcoro.atomic
+    def _drain(self):
+        """Read what the handler has written, while nobody closes the pipe: the number might be another file's by then."""
+        if self._write is None:
+            raise flowcoro.ClosedError("the block of signals() has been left")
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._read, CHUNK):
+                pass
 
     def __repr__(self):
         return f"<signals {', '.join(map(str, map(int, self._numbers)))}>"
