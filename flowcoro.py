@@ -2243,7 +2243,7 @@ class _Worker:
         # Bound methods and ints in locals: together 60 ns of the 250 of a step (CPython 3.11).
         popleft, append, monotonic, real = ready.popleft, ready.append, time.monotonic, self.clock is None
         several, shown = bool(self.others), self.meter is not None
-        turn, plan, level, began = BUDGET, _PLANS[0], 0, monotonic()
+        turn, plan, level, most, began = BUDGET, _PLANS[0], 0, len(_PLANS) - 1, monotonic()
         polled, due = began, 0.0 if self.meter is not None else _INF         # when to measure a pass
         while not self.stopped:
             for batch in plan:
@@ -2286,18 +2286,18 @@ class _Worker:
                     self.steps += len(batch)
                     self.looked = moment = monotonic()
                     if moment - polled > SECONDS_PER_POLL:
-                        # Long steps: fewer of them before the next look, so that it is late by one of them at most.
-                        level = min(level + 1, len(_PLANS) - 1)
                         break
                     continue
                 self.steps += step
                 break
             else:
-                if level:
+                if level and plan is _PLANS[level]:         # not one of the meter's
                     level -= 1
-            plan = _PLANS[level]
             self.task = None        # nobody is being stepped: a cancel now must not take the last one for running
-            ended = polled = monotonic()
+            ended = monotonic()
+            if ended - polled > SECONDS_PER_POLL and level < most:
+                level += 1          # long steps: fewer of them before the next look, so that it is late by one of them at most
+            plan, polled = _PLANS[level], ended
             if inbox:
                 self._take_calls()
             if heap and (several or heap[0] <= (polled if real else self.now())):     # several: another may just take it
@@ -2871,9 +2871,10 @@ class _Watchdog:
             faulthandler.register(number, file=cls.tell, all_threads=False)
             while _select.select([cls.told], [], [], 0)[0]:         # what came too late last time
                 os.read(cls.told, 65536)
-            if worker.thread_id is None:                # it has just ended
+            thread = worker.thread_id
+            if thread is None:                          # it is about to end
                 return []
-            signal.pthread_kill(worker.thread_id, number)
+            signal.pthread_kill(thread, number)
             while _select.select([cls.told], [], [], 0.1)[0]:
                 text += os.read(cls.told, 65536)
         places = re.findall(r'^  File "(.*)", line (\d+) in (.*)$', text.decode(errors="replace"), re.MULTILINE)
@@ -3309,8 +3310,9 @@ class _Kernel:
             self._close_all(worker)
             while worker.others and not worker.stopped:     # the others bring theirs to an end
                 time.sleep(TICK)
-        with _Watchdog.asking:      # which sends signals to this thread
-            worker.thread_id = None
+        worker.thread_id = None
+        with _Watchdog.asking:      # who has begun to send signals to this thread has to be done before it ends
+            pass
 
     @atomic
     def _close_all(self, worker):
