@@ -2188,6 +2188,13 @@ class _Worker:
 
     def open(self):
         """Take the descriptors, once the kernel's signal handlers are in place: a Ctrl-C in between would lose some."""
+        try:
+            self._open()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}: a kernel needs three descriptors for each of its workers, and this "
+                          f"one is to have {len(self.kernel.workers)}. Close some, or raise the limit (ulimit -n)") from None
+
+    def _open(self):
         with contextlib.ExitStack() as undo:    # no descriptor is left when there are too few of them
             self.poller = _new_poller()
             undo.callback(self.poller.close)
