@@ -1550,15 +1550,16 @@ class _PlainFd(Pollable):
     __slots__ = ("_inode",)
 
     def __init__(self, fd):
+        self._inode = self._current_inode(fd)       # first what fails if another thread has closed it
         super().__init__(fd)
-        self._inode = self._current_inode()
 
-    def _current_inode(self):
-        status = os.fstat(self.fd)
+    @staticmethod
+    def _current_inode(fd):
+        status = os.fstat(fd)
         return status.st_dev, status.st_ino
 
     def _verify(self, witness):
-        inode = self._current_inode()
+        inode = self._current_inode(self.fd)
         if inode != self._inode:
             self._inode = inode
             raise FileNotFoundError(errno.ENOENT, "another file")
