@@ -1550,16 +1550,19 @@ class _PlainFd(Pollable):
     __slots__ = ("_inode",)
 
     def __init__(self, fd):
-        self._inode = self._current_inode(fd)       # first what fails if another thread has closed it
         super().__init__(fd)
+        try:
+            self._inode = self._current_inode()
+        except OSError:                     # another thread has closed it since
+            self.close()
+            raise
 
-    @staticmethod
-    def _current_inode(fd):
-        status = os.fstat(fd)
+    def _current_inode(self):
+        status = os.fstat(self.fd)
         return status.st_dev, status.st_ino
 
     def _verify(self, witness):
-        inode = self._current_inode(self.fd)
+        inode = self._current_inode()
         if inode != self._inode:
             self._inode = inode
             raise FileNotFoundError(errno.ENOENT, "another file")

@@ -128,7 +128,7 @@ def reset(sock):
 
 def run(function, *args, **options):
     async def main():
-        with flowcoro.timeout(30):
+        with flowcoro.timeout(PATIENCE):
             return await function(*args)
 
     return flowcoro.run(main(), **options)
@@ -1267,19 +1267,19 @@ def test_run_takes_descriptors_and_gives_all_back():
 
 
 def test_a_descriptor_that_another_thread_closes_as_a_wait_begins_leaves_nothing_registered(monkeypatch):
-    def closes(fd):
-        os.close(fd)
+    def closes(plain):
+        os.close(plain.fd)
         raise OSError(errno.EBADF, "closed by another thread")
 
     async def main():
         near, far = os.pipe()
         with monkeypatch.context() as patch, pytest.raises(OSError, match="closed by another thread"):
-            patch.setattr(flowcoro._PlainFd, "_current_inode", staticmethod(closes))
+            patch.setattr(flowcoro._PlainFd, "_current_inode", closes)
             await flowcoro.wait_readable(near)
         os.close(far)
         near, far = os.pipe()                   # the same numbers
         os.write(far, b"x")
-        with flowcoro.timeout(30):
+        with flowcoro.timeout(PATIENCE):
             await flowcoro.wait_readable(near)
         flowcoro.notify_closing(near)
         os.close(near)
