@@ -278,7 +278,7 @@ def _report(error, what, source=None):
             sys.unraisablehook(types.SimpleNamespace(
                 exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__, err_msg=what, object=source))
     except BaseException:   # the user's hook is broken or exits, or stderr is closed: nobody is left to tell
-        pass
+        worker.inbox.append(functools.partial(_close_plain_fd, worker.kernel, number, False))
 
 
 class _Failure:
@@ -560,7 +560,7 @@ def _checked_deadline(deadline, whose="the deadline of a CancelScope is"):
     except TypeError:
         raise TypeError(f"{whose} {deadline!r}; give seconds as of now(), or math.inf for none") from None
     except ArithmeticError:         # Decimal("nan")
-        pass
+        worker.inbox.append(functools.partial(_close_plain_fd, worker.kernel, number, False))
     raise ValueError(f"{whose} {deadline!r}; give seconds as of now(), or math.inf for none")
 
 
@@ -750,7 +750,7 @@ def _checked_seconds(seconds, caller):
     except TypeError:
         raise TypeError(f"{_said(caller, seconds)}: give a number of seconds; math.inf waits for ever") from None
     except ArithmeticError:         # Decimal("nan")
-        pass
+        worker.inbox.append(functools.partial(_close_plain_fd, worker.kernel, number, False))
     raise ValueError(f"{_said(caller, seconds)}: seconds must be 0 or more; math.inf waits for ever")
 
 
@@ -1610,14 +1610,23 @@ class _PlainFd(Pollable):
 
 
 async def _wait_for_fd(fd, bit):
-    kernel = (await _turn())._worker.kernel
-    plain = _plain_fd(kernel, _fileno(fd))
+    worker = (await _turn())._worker
+    kernel, number = worker.kernel, _fileno(fd)
+    plain = _plain_fd(kernel, number)
+    wait = plain._park_reader if bit == READ else plain._park_writer
     try:
-        await park(plain._park_reader if bit == READ else plain._park_writer)
+        await park(functools.partial(_park_if_open, fd, number, wait) if worker.others else wait)
     except OSError:             # closed, or of a kind that cannot be waited for
         if plain.wants() == 0 and kernel.plain.get(plain.fd) is plain:
             notify_closing(plain.fd)
         raise
+
+
+def _park_if_open(fd, number, wait, task):
+    """Another worker may have closed it in between, and the number be another file's."""
+    if not isinstance(fd, int) and fd.fileno() != number:
+        raise ClosedError(f"file descriptor {number} has been closed here")
+    wait(task)
 
 
 @_guarded_function
@@ -1645,10 +1654,13 @@ async def wait_writable(fd):
 def notify_closing(fd):
     """Say, before closing it, that the descriptor is about to be closed: those who wait for it get ClosedError.
 
-    With several workers a task on another one may begin to wait for the number after this, and before it is closed or when it
-    is another file's: pin those who share a descriptor, or share a Pollable, which knows that it is closed.
+    Close it without an await in between. With several workers give objects, not numbers, which may be another file's by the
+    time that another worker takes them up.
     """
-    _close_plain_fd(_local.worker.kernel, _fileno(fd))
+    worker, number = _local.worker, _fileno(fd)
+    _close_plain_fd(worker.kernel, number)
+    if worker.others:
+        worker.inbox.append(functools.partial(_look_after_close, worker, number, worker.task))
 
 
 @_guarded_function
@@ -1656,6 +1668,16 @@ def _close_plain_fd(kernel, number):
     plain = kernel.plain.pop(number, None)
     if plain is not None:
         plain.close()
+
+
+@_guarded_function
+def _look_after_close(worker, number, task):
+    """After the step of `task`: has anybody, on another worker, begun to wait for it before it was closed?"""
+    plain = worker.kernel.plain.get(number)
+    if worker.task is task is not None:         # who stands in for that worker makes the call
+        worker.inbox.append(functools.partial(_look_after_close, worker, number, task))
+    elif plain is not None:
+        plain.ready(0)
 
 
 class _WakeUp:
@@ -1795,7 +1817,7 @@ def _mark_spawned(coro):
     try:
         coro.__name__ = _SPAWNED
     except AttributeError:              # of another make, with slots: it has to know by itself
-        pass
+        worker.inbox.append(functools.partial(_close_plain_fd, worker.kernel, number, False))
 
 
 def _make_room(calls):
