@@ -278,7 +278,7 @@ def _report(error, what, source=None):
             sys.unraisablehook(types.SimpleNamespace(
                 exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__, err_msg=what, object=source))
     except BaseException:   # the user's hook is broken or exits, or stderr is closed: nobody is left to tell
-        worker.inbox.append(functools.partial(_close_plain_fd, worker.kernel, number, False))
+        pass
 
 
 class _Failure:
@@ -560,7 +560,7 @@ def _checked_deadline(deadline, whose="the deadline of a CancelScope is"):
     except TypeError:
         raise TypeError(f"{whose} {deadline!r}; give seconds as of now(), or math.inf for none") from None
     except ArithmeticError:         # Decimal("nan")
-        worker.inbox.append(functools.partial(_close_plain_fd, worker.kernel, number, False))
+        pass
     raise ValueError(f"{whose} {deadline!r}; give seconds as of now(), or math.inf for none")
 
 
@@ -750,7 +750,7 @@ def _checked_seconds(seconds, caller):
     except TypeError:
         raise TypeError(f"{_said(caller, seconds)}: give a number of seconds; math.inf waits for ever") from None
     except ArithmeticError:         # Decimal("nan")
-        worker.inbox.append(functools.partial(_close_plain_fd, worker.kernel, number, False))
+        pass
     raise ValueError(f"{_said(caller, seconds)}: seconds must be 0 or more; math.inf waits for ever")
 
 
@@ -1817,7 +1817,7 @@ def _mark_spawned(coro):
     try:
         coro.__name__ = _SPAWNED
     except AttributeError:              # of another make, with slots: it has to know by itself
-        worker.inbox.append(functools.partial(_close_plain_fd, worker.kernel, number, False))
+        pass
 
 
 def _make_room(calls):
