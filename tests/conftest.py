@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import threading
 
 import pytest
 
@@ -42,6 +43,34 @@ def reports(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", lambda got: found.append((got.err_msg or "", got.exc_value)))
     yield found
     gc.collect()
+
+
+class Guard:
+    """The kernel's guard, which tells when a thread has to wait for it: by this a test knows how far another thread came."""
+
+    def __init__(self):
+        self.lock, self.told = threading.RLock(), threading.Event()
+
+    def __enter__(self):
+        if not self.lock.acquire(blocking=False):
+            self.told.set()
+            self.lock.acquire()
+
+    def __exit__(self, *error):
+        self.lock.release()
+
+    def let_in(self, begun):
+        """Stop here and let another thread begin, until it says that it is through (told.set()) or waits for the guard."""
+        self.told.clear()
+        begun.set()
+        assert self.told.wait(30), "the other thread has not come"
+
+
+@pytest.fixture
+def guard(monkeypatch):
+    guard = Guard()
+    monkeypatch.setattr(flowcoro, "_GUARD", guard)
+    return guard
 
 
 async def parked(group, *coros):

@@ -6,6 +6,7 @@ What it reports and measures as a rule is in test_flowcoro_watchdog.py, whose he
 import math
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import time
 import warnings
 from decimal import Decimal
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 
 import flowcoro
 from test_flowcoro_watchdog import LIMIT, PATIENCE, ROOT, SEVERAL, Alarms, in_group, watched
+from test_flowcoro_workers import spread
 
 CALM = 0.3              # seconds of a limit that nobody is to reach, however busy the machine is
 
@@ -171,7 +174,95 @@ def test_a_hook_that_asks_a_kernel_that_has_ended_is_refused_and_the_run_ends():
     assert refused == [True]
 
 
+@pytest.mark.parametrize("task, late, since", [("hog", True, 7.0), ("hog", False, 10.0), (None, True, 10.0)])
+def test_a_step_has_lasted_since_it_was_first_seen_or_since_before_it_if_the_watchdog_came_late(task, late, since):
+    def look(now, late):
+        watchdog.look_at(worker, now, late)
+
+    class worker:
+        call, looked, sleeping, thread_id, remaining = None, 7.0, False, 1, iter(())
+
+    worker.task = task
+    watchdog, alarms = flowcoro._Watchdog(None, 5.0), []
+    watchdog.alarm = lambda worker, held_by, now, since: alarms.append((held_by, now, since))
+    look(10.0, late)
+    look(since + 4.9, False)
+    assert alarms == []
+    look(since + 5.0, False)
+    assert alarms == [(task, since + 5.0, since)]
+
+
+def test_a_step_that_holds_what_all_others_wait_for_is_told_to_the_hook():
+    async def main():
+        await flowcoro.ParkingLot().park_unless(lambda: alarms.wait() or True)
+
+    alarms = Alarms()
+    watched(main, alarms=alarms, workers=2)
+    assert " in wait\n" in alarms.reports[0]
+
+
+# A thread that signals itself writes its stack before it goes on: nothing here depends on how long that takes.
+
+def stack_of_this_thread():
+    return flowcoro._Watchdog(None, LIMIT).stack_by_signal(SimpleNamespace(thread_id=threading.get_ident()))
+
+
+def test_a_thread_that_writes_its_stack_names_each_place_from_the_outermost_on():
+    def deep():
+        return stack_of_this_thread()
+
+    file, line, function = deep()[-3]
+    assert file == __file__ and function == "deep" and [place[2] for place in deep()][-2:] == [
+        "stack_of_this_thread", "stack_by_signal"]
+    assert line == deep.__code__.co_firstlineno + 1
+
+
+def test_a_thread_writes_its_stack_after_somebody_has_had_the_signal_in_between():
+    assert stack_of_this_thread()
+    before = signal.signal(signal.SIGURG, lambda number, frame: None)
+    assert stack_of_this_thread() == []
+    signal.signal(signal.SIGURG, before)
+    assert stack_of_this_thread()
+
+
+def test_a_stack_that_came_too_late_is_not_taken_for_that_of_the_next_step():
+    first = stack_of_this_thread()
+    os.write(flowcoro._Watchdog.tell, b'Current thread:\n  File "late.py", line 1 in late\n')
+    assert [place[2] for place in stack_of_this_thread()] == [place[2] for place in first]
+
+
 # ---- no false alarms -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("how", ["wakes", "parks"])
+def test_a_worker_that_waits_for_one_that_blocks_in_an_atomic_step_is_not_reported_but_that_one_is(how, reports, monkeypatch):
+    def alarm(self, worker, *args):
+        report(self, worker, *args)
+        asked.add(worker)
+
+    def block():
+        asked.clear()
+        begin.set()                                 # in the thread of the other one, which comes no further than to the guard
+        until(lambda: len(asked) == 2)
+        return True
+
+    async def blocks():
+        while not (waiting and waiting[0].state == "parked"):
+            await flowcoro.sleep(0.001)
+        await flowcoro.ParkingLot().park_unless(block)
+
+    async def waits():
+        waiting.append(flowcoro.current_task())
+        await begin.wait()
+        if how == "wakes":
+            begin.set()
+        else:
+            await flowcoro.sleep(0.001)
+
+    asked, waiting, begin, report = set(), [], flowcoro.Event(), flowcoro._Watchdog.alarm
+    monkeypatch.setattr(flowcoro._Watchdog, "alarm", alarm)
+    watched(lambda: spread(2, lambda number: (blocks, waits)[number]()), workers=2)
+    assert reports and all(" in block\n" in str(error) for message, error in reports)
+
 
 def test_a_whole_batch_of_steps_that_are_long_together_is_no_long_step():
     async def busy():
@@ -413,6 +504,26 @@ def test_the_child_of_a_fork_may_have_a_watchdog_of_its_own():
     assert flowcoro.run(main(), watchdog=True) == 7
 
 
+def test_the_child_of_a_fork_writes_its_stacks_into_a_pipe_of_its_own():
+    def child():
+        if flowcoro._Watchdog.told is not None:
+            return 8
+        near, far = os.pipe()
+        os.dup2(far, number)
+        signal.raise_signal(signal.SIGURG)          # neither the parent nor who has the number now hears of this
+        if select.select([near], [], [], 0)[0]:
+            return 6
+        stack = stack_of_this_thread()
+        return 7 if stack[-3][2] == "child" and os.fstat(flowcoro._Watchdog.tell).st_ino != inode else 9
+
+    stack_of_this_thread()
+    number = flowcoro._Watchdog.tell
+    inode = os.fstat(number).st_ino
+    assert in_child(child) == 7
+    assert select.select([flowcoro._Watchdog.told], [], [], 0)[0] == []
+    assert stack_of_this_thread()
+
+
 def test_a_child_that_comes_back_into_the_kernel_ends_in_spite_of_the_watchdog():
     with run_program("""
         import flowcoro, os, threading, warnings
@@ -462,6 +573,25 @@ def test_what_is_no_limit_is_refused_with_its_value_and_the_remedy(error, limit)
 
 
 # ---- histograms ------------------------------------------------------------------------------------------------
+
+PLAN = (range(15),)
+
+
+def test_a_long_pass_is_what_those_have_waited_who_were_ready_behind_it():
+    for idled, waited in (False, 0.5), (True, 0.0):
+        meter = flowcoro._Meter(SimpleNamespace(steps=15, ready=["first", "last"]))
+        meter.measure(1.0, 1.5, PLAN, idled)
+        assert (meter.step_times.max, meter.latencies.max) == (0.5, waited)
+
+
+def test_a_step_that_was_measured_alone_is_the_last_one_for_a_while():
+    worker = SimpleNamespace(steps=15, ready=["last"])
+    meter = flowcoro._Meter(worker)
+    assert meter.measure(1.0, 1.00001, PLAN, False) == ((range(1),), 0.0)
+    worker.steps += 1
+    assert meter.measure(2.0, 2.25, PLAN, False) == (PLAN, 2.25 + flowcoro.SECONDS_PER_SAMPLE)
+    assert (meter.step_times.sum, meter.latencies.sum) == (0.25, 0.0)
+
 
 def test_an_exact_power_of_two_is_not_below_itself():
     for power in range(38):

@@ -252,7 +252,7 @@ def test_a_value_is_not_lost_to_a_cancel_that_comes_while_its_task_is_taken_up()
 # ---- 2: say that one sleeps, look again, sleep; append, look who sleeps ------------------------------------------
 
 def sleeping(wakers, *, announce_first=True, append_first=True, stop=False, stop_looked_at=True):
-    """_Worker._idle_among_others() and _poll(), against _Ready.append(), post() and _stop_all() of others."""
+    """_OneOfSeveral._idle() and _Worker._poll(), against _Ready.append(), post() and _stop_all() of others."""
     def make():
         world = World(ready=[], sleeping=False, bytes=0, stopped=False, done=[])
 
@@ -443,10 +443,10 @@ def test_the_watch_over_stuck_workers_goes_from_who_begins_to_work_to_one_who_sl
 # ---- 3: steal from the right, popleft by the owner ---------------------------------------------------------------
 
 def stealing(thieves, *, atomic=True, guarded=True):
-    """_Worker._steal() of one or two others, while the owner steps its tasks and one yields and comes back."""
+    """_OneOfSeveral._find_work() and _steal() of one or two others, while the owner steps its tasks and one comes back."""
     def make():
-        world = World(ready={0: ["a", "b", "c"], **{number: [] for number in range(1, thieves + 1)}},
-                      hand={number: [] for number in range(thieves + 1)}, home=dict.fromkeys("abc", 0),
+        world = World(ready={0: ["a", "b", "c", "d"], **{number: [] for number in range(1, thieves + 1)}},
+                      hand={number: [] for number in range(thieves + 1)}, home=dict.fromkeys("abcd", 0),
                       stepped=[])
 
         def pop(queue, index, number, *place):
@@ -480,10 +480,12 @@ def stealing(thieves, *, atomic=True, guarded=True):
         def thief(number):
             victims = [0] if number == 1 else [1, 0]
             for victim in victims:
-                if guarded:
-                    yield from take_guard(world, number, "steal", victim)
                 yield ("len", victim), always
-                count = (len(world.ready[victim]) + 1) // 2
+                count = len(world.ready[victim]) // 2           # may be fewer by the time that it takes them
+                if count == 0:
+                    continue
+                if guarded:
+                    yield from take_guard(world, number, "steal", victim, count)
                 for index in range(count):
                     yield from pop(world.ready[victim], -1, number, "steal", victim, count, index)
                 while world.hand[number]:
@@ -501,7 +503,7 @@ def stealing(thieves, *, atomic=True, guarded=True):
 
         def check_end(world, places):
             ends(world, places)
-            assert sorted(world.stepped) == ["a", "a", "b", "c"], f"stepped: {world.stepped}"
+            assert sorted(world.stepped) == ["a", "a", "b", "c", "d"], f"stepped: {world.stepped}"
             assert not any(world.ready.values()), "a task was left behind"
 
         return world, [step(0), *(thief(number) for number in range(1, thieves + 1))], check, check_end

@@ -256,6 +256,18 @@ def test_park_unless_goes_on_at_once_with_what_the_function_returned(workers):
     run(main, workers=workers)
 
 
+@MANY
+@pytest.mark.parametrize("predicate", [waits, 7, None])
+def test_park_unless_refuses_what_is_no_plain_function_and_parks_nobody(workers, predicate):
+    async def main():
+        lot = flowcoro.ParkingLot()
+        with pytest.raises(TypeError, match=r"park_unless\(\) takes a plain function, .*cannot wait"):
+            await lot.park_unless(predicate)
+        assert len(lot) == 0
+
+    run(main, workers=workers)
+
+
 # ---- channels -------------------------------------------------------------------------------------------------
 
 @MANY
@@ -1635,6 +1647,18 @@ def test_pinned_tasks_stay_in_one_thread_and_others_move(workers):
             await flowcoro.checkpoint()
         assert [len(mine) for mine in pinned_threads] == [1, 1, 1]
         assert len(threads) == workers
+
+    run(main, workers=workers)
+
+
+@MANY
+def test_whether_a_task_is_pinned_is_true_or_false_whatever_was_given(workers):
+    async def main():
+        async with flowcoro.TaskGroup(pinned="in this group") as pinning, flowcoro.TaskGroup(pinned=None) as group:
+            tasks = [flowcoro.current_task(), pinning.spawn(flowcoro.sleep(0)), group.spawn(flowcoro.sleep(0), pinned=1),
+                     group.spawn(flowcoro.sleep(0), pinned=[]), flowcoro.spawn(flowcoro.sleep(0), pinned=0)]
+            assert [task.pinned for task in tasks] == [True, True, True, False, False]
+            assert {type(task.pinned) for task in tasks} == {bool}
 
     run(main, workers=workers)
 

@@ -26,6 +26,7 @@ from conftest import parked
 from flowcoro_os import (DEVNULL, PIPE, STDOUT, LimitError, ProcessError, ProcessFailed, open_process, run_process,
                          signals)
 from flowcoro_testing import assert_checkpoints, run_in_kernel
+from test_flowcoro_workers import pipe, spread, wait_until
 
 PATIENCE = 60.0         # seconds until a wait that should have ended counts as hanging: only a failing test takes them
 HANG = "1000"           # seconds that a child sleeps which has to be killed
@@ -50,6 +51,9 @@ def workers(request, monkeypatch):
         monkeypatch.setattr(flowcoro, "run", lambda coro, *, clock=None, seed=None, **options: run(
             coro, **{"workers": request.param, **options}))
     return request.param
+
+
+SEVERAL = pytest.mark.parametrize("workers", [4], indirect=True)
 
 
 def open_descriptors():
@@ -248,6 +252,25 @@ async def test_a_child_that_holds_the_pipes_is_an_error_that_names_the_remedy():
 
 
 @on_real_clock
+async def test_one_that_writes_for_ever_into_the_pipes_does_not_keep_run_process(monkeypatch):
+    def read_on(pipe):
+        reads.append(pipe)
+        assert len(reads) < 1000, "it reads for ever"
+        try:
+            return read(pipe)
+        except flowcoro.WouldBlock:
+            return b"x"
+
+    reads, read = [], flowcoro_os.ReadPipe.read_nowait
+    monkeypatch.setattr(flowcoro_os.ReadPipe, "read_nowait", read_on)
+    with pytest.raises(ProcessError, match="group=True") as caught:
+        await run_process(["sh", "-c", f"sleep {HANG} & echo $!"], drain=0.01, stderr=DEVNULL)
+    output = caught.value.result.stdout
+    assert len(reads) == 16                     # as many as find all that a pipe can hold
+    os.kill(int(output.rstrip(b"x")), signal.SIGKILL)
+
+
+@on_real_clock
 async def test_with_no_time_to_drain_the_output_is_whole_all_the_same():
     data = bytes(200_000)
     assert (await run_process(["cat"], input=data, drain=0)).stdout == data
@@ -422,6 +445,202 @@ async def test_closing_a_pipe_ends_the_wait_for_it():
         with pytest.raises(flowcoro.ClosedError):
             await process.stdin.write(b"x")
         process.kill()
+
+
+def stream(verb, fd):
+    return (flowcoro_os.ReadPipe(open(fd, "rb", buffering=0), "the pipe", 100) if verb == "read" else
+            flowcoro_os.WritePipe(open(fd, "wb", buffering=0), "the pipe"))
+
+
+@pytest.mark.parametrize("verb", ["read", "write"])
+@run_in_kernel
+async def test_a_pipe_closed_after_it_has_woken_a_task_and_before_its_turn_is_touched_no_more(verb):
+    ends = os.pipe()
+    mine, its = stream(verb, ends[verb == "write"]), ends[verb == "read"]
+    number = mine.fileno()
+    with pipe() as strangers:
+        os.write(strangers[1], b"precious")
+        async with flowcoro.TaskGroup(pinned=True) as group:        # it has its turn when this one awaits
+            task, = await parked(group, error_of(mine.read() if verb == "read" else mine.write(bytes(200_000))))
+            mine._pollable.ready(flowcoro.READ | flowcoro.WRITE)
+            mine.close()
+            os.dup2(strangers[verb == "write"], number)
+        assert isinstance(task.result(), flowcoro.ClosedError)
+        assert os.read(strangers[0], 100_000) == b"precious"
+    os.close(number)
+    os.close(its)
+
+
+@SEVERAL
+@pytest.mark.parametrize("verb", ["read", "write"])
+def test_a_pipe_is_not_closed_in_the_middle_of_a_transfer_on_another_worker(verb, guard, monkeypatch):
+    def slow(fd, argument):
+        if fd == number and not begun.is_set():
+            guard.let_in(begun)
+            assert not mine.closed
+        return transfer(fd, argument)
+
+    async def transfers():
+        if verb == "read":
+            assert await mine.read() == b"x"
+        else:
+            await mine.write(b"x")
+
+    async def closes():
+        wait_until(begun.is_set)
+        mine.close()
+        guard.told.set()
+
+    async def main():
+        nonlocal mine
+        mine = stream(verb, number)
+        monkeypatch.setattr(os, verb, slow)
+        await spread(2, lambda index: (transfers, closes)[index]())
+
+    near, far = os.pipe()
+    os.write(far, b"x")
+    number, its = (near, far) if verb == "read" else (far, near)
+    mine, begun, transfer = None, threading.Event(), getattr(os, verb)
+    flowcoro.run(main())
+    assert begun.is_set() and mine.closed
+    os.close(its)
+
+
+@SEVERAL
+def test_no_transfer_begins_in_the_middle_of_closing_a_pipe_on_another_worker(guard, monkeypatch):
+    class File:
+        """The pipe's file, whose close() takes its time."""
+
+        def __init__(self, file):
+            self.file = file
+
+        closed = property(lambda self: self.file.closed)
+
+        def close(self):
+            if not begun.is_set():
+                guard.let_in(begun)
+                closed_in_transfer.append(in_transfer.is_set())
+            self.file.close()
+
+    def read(fd, count):
+        if fd == near and begun.is_set():
+            in_transfer.set()
+            guard.told.set()
+            wait_until(lambda: closed_in_transfer)
+        return transfer(fd, count)
+
+    async def main():
+        async def reads():
+            wait_until(begun.is_set)
+            with pytest.raises(flowcoro.ClosedError):
+                mine.read_nowait()
+
+        async def closes():
+            mine.close()
+
+        mine = stream("read", near)
+        mine._file = File(mine._file)
+        monkeypatch.setattr(os, "read", read)
+        await spread(2, lambda index: (closes, reads)[index]())
+
+    near, far = os.pipe()
+    os.write(far, b"x")
+    begun, in_transfer, closed_in_transfer, transfer = threading.Event(), threading.Event(), [], os.read
+    flowcoro.run(main())
+    assert closed_in_transfer == [False]
+    os.close(far)
+
+
+@SEVERAL
+def test_of_two_tasks_that_begin_to_read_at_once_on_two_workers_one_is_refused(guard):
+    class Slow(flowcoro_os.ReadPipe):
+        user = None
+
+        @property
+        def _user(self):
+            return self.user
+
+        @_user.setter
+        def _user(self, task):                      # nobody has been there, and it is about to say that it is
+            if task is not None:
+                came.append(task)
+                if len(came) == 1:
+                    guard.let_in(begun)
+                else:
+                    guard.told.set()
+            self.user = task
+
+    async def main():
+        async def first():
+            return await mine.read()
+
+        async def second():
+            wait_until(begun.is_set)
+            error = await error_of(mine.read())
+            os.write(far, b"x")
+            return error
+
+        mine = Slow(open(near, "rb", buffering=0), "the pipe", 100)
+        data, error = await spread(2, lambda index: (first, second)[index]())
+        assert data == b"x" and isinstance(error, flowcoro.BusyError) and str(error).startswith("the pipe is being read by")
+        mine.close()
+
+    near, far = os.pipe()
+    came, begun = [], threading.Event()
+    flowcoro.run(main())
+    os.close(far)
+
+
+@SEVERAL
+@pytest.mark.parametrize("group", [False, True])
+def test_no_signal_goes_to_the_number_of_a_process_that_another_worker_has_just_reaped(group, guard, monkeypatch):
+    def slow_reap(process):
+        reaping.set()
+        wait_until(begun.is_set)
+        try:
+            return reap(process)
+        finally:
+            guard.told.set()
+
+    def slow_kill(pid, number):
+        if number == 0:
+            guard.let_in(begun)
+            reaped.append(process._popen.returncode is not None)
+        else:
+            kill(pid, number)
+
+    async def main():
+        async def leaves():
+            nonlocal process
+            async with open_process(["true"], group=group) as process:
+                pass
+
+        async def signals():
+            wait_until(reaping.is_set)
+            process.send_signal(0)
+
+        await spread(2, lambda index: (leaves, signals)[index]())
+        process.send_signal(0)                      # nothing happens
+
+    process, reaping, begun, reaped, reap = None, threading.Event(), threading.Event(), [], flowcoro_os.Process._reap
+    name = "killpg" if group else "kill"
+    kill = getattr(os, name)
+    monkeypatch.setattr(flowcoro_os.Process, "_reap", slow_reap)
+    monkeypatch.setattr(os, name, slow_kill)
+    flowcoro.run(main())
+    assert reaped == [False]
+
+
+@on_real_clock
+async def test_who_waits_for_a_process_that_is_reaped_meanwhile_gets_its_status(watched_by):
+    async with flowcoro.TaskGroup() as group:
+        with pytest.raises(LookupError):
+            async with open_process(["sh", "-c", "read line; exit 3"]) as process:
+                task, = await parked(group, process.wait())
+                process.stdin.close()
+                wait_until(lambda: process.returncode is not None)      # in this step, so that nobody hears of it
+                raise LookupError
+        assert await task == 3
 
 
 @run_in_kernel
