@@ -2337,6 +2337,7 @@ class _Worker:
                 timers.expire(self.now())
             timers.prune()
             if not ready:
+                task = trap = resume = None     # who was last, and his result, may have been forgotten by all others
                 self._idle()
                 polled = monotonic()
             else:

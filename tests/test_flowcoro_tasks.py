@@ -1066,6 +1066,27 @@ async def test_cancellation_is_delivered_in_the_tasks_own_context():
     assert seen == ["child's"]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_idle_worker_holds_no_task_that_has_ended(workers):
+    class Hooks:
+        def before_poll(self, timeout):
+            if task() is not None:
+                held.append(task().name)
+
+    async def ends():
+        return bytearray(10 ** 6)
+
+    async def main():
+        nonlocal task
+        flowcoro.add_hooks(Hooks())
+        task = weakref.ref(flowcoro.spawn(ends()))
+        await flowcoro.sleep(0.01)                      # in which the worker is idle
+
+    held, task = [], lambda: None
+    flowcoro.run(main(), workers=workers)
+    assert held == []
+
+
 # ---- async generators --------------------------------------------------------------------------------------
 
 def test_async_generators_that_are_left_are_closed_when_the_run_ends():
