@@ -105,7 +105,7 @@ def test_a_pinned_task_that_a_thief_gives_back_wakes_its_worker_which_did_not_se
         wait_until(lambda: victims)
         victim = victims[0]
         until_deadline, extend = victim._until_deadline, victim.ready.extend
-        idle, ready, taken = threading.Event(), threading.Event(), threading.Event()
+        idle, ready, announced, taken = (threading.Event() for _ in range(4))
 
         def paused_until_deadline():    # called before it says that it sleeps, and after
             seconds = until_deadline()
@@ -114,6 +114,7 @@ def test_a_pinned_task_that_a_thief_gives_back_wakes_its_worker_which_did_not_se
                     idle.set()
                     assert ready.wait(PATIENCE)
                 elif victim.sleeping and idle.is_set():
+                    announced.set()
                     assert taken.wait(PATIENCE)
             return seconds
 
@@ -131,7 +132,7 @@ def test_a_pinned_task_that_a_thief_gives_back_wakes_its_worker_which_did_not_se
         sleeper = Sleeper(victim)
         victim.waker.ready(flowcoro.READ)
         ready.set()
-        wait_until(lambda: victim.sleeping)
+        wait_until(announced.is_set)
         victim.ready.extend = paused_extend
         assert not here()._steal(victim, 1)
         sleeper.go.set()
