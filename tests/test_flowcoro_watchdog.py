@@ -157,8 +157,12 @@ def test_the_signal_of_another_is_not_taken_for_that(monkeypatch):
 
 def test_the_report_says_who_waits_behind_it():
     async def hog(near):
-        flowcoro.spawn(sleeper())
-        await flowcoro.sleep(LIMIT)
+        while len(flowcoro.current_task()._joiners or ()) < 3 or not flowcoro.statistics()["io_waiting"]:
+            await flowcoro.checkpoint()
+        sleeper = None
+        while sleeper is None or sleeper.state != "parked":     # else its deadline has passed before this step
+            sleeper = flowcoro.spawn(flowcoro.sleep(LIMIT / 2))
+            await flowcoro.sleep(0)
         for number in range(5):
             flowcoro.spawn(flowcoro.sleep(0), name=f"ready {number}")
         thread = threading.Thread(target=flowcoro.call_from_thread, args=[int], kwargs={"kernel": kernel})
@@ -166,9 +170,6 @@ def test_the_report_says_who_waits_behind_it():
         alarms.wait()
         thread.join(0)
         threads.append(thread)
-
-    async def sleeper():
-        await flowcoro.sleep(LIMIT + 0.01)
 
     async def main():
         nonlocal kernel
