@@ -364,19 +364,24 @@ def test_a_trace_function_in_the_loop_is_not_disturbed():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_short_step_after_a_long_wait_is_not_stuck(workers):
+    def write(far):
+        time.sleep(1.2 * CALM)
+        os.write(far, b"x")
+
     async def main():
         near, far = os.pipe()
-        threading.Timer(1.2 * limit, os.write, [far, b"x"]).start()
+        writes = flowcoro.spawn(flowcoro.to_thread(write, far))
         await flowcoro.wait_readable(near)
-        time.sleep(limit / 4)
-        await flowcoro.sleep(1.2 * limit)
-        time.sleep(limit / 4)
+        time.sleep(CALM / 4)
+        await writes
+        await flowcoro.sleep(1.2 * CALM)
+        time.sleep(CALM / 4)
         flowcoro.notify_closing(near)
         os.close(near)
         os.close(far)
 
-    limit, alarms = CALM / 2, Alarms()
-    watched(main, alarms=alarms, limit=limit, workers=workers)
+    alarms = Alarms()
+    watched(main, alarms=alarms, limit=CALM, workers=workers)
     assert alarms.reports == []
 
 
