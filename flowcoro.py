@@ -308,6 +308,14 @@ class _Failure:
 _HERE = _report.__code__.co_filename
 
 
+def _shown(thing):
+    """repr(), also of what has none that works."""
+    try:
+        return repr(thing)
+    except Exception:
+        return object.__repr__(thing)
+
+
 def _trim(error):
     """Leave the kernel's own frames out of the head of the traceback, so that it begins with the user's lines."""
     trace = error.__traceback__
@@ -623,7 +631,11 @@ class CancelScope(_Unique):
     @atomic
     def __exit__(self, kind, error, trace):
         task = self._task
-        if task._scope is not self:
+        try:
+            innermost = task._scope
+        except AttributeError:          # (to ask first would cost 10 ns of 200)
+            raise RuntimeError("a CancelScope is left that is not entered, or a second time; use it with `with`") from None
+        if innermost is not self:
             self._leave_out_of_order()
         task._scope = self._outer
         self._task = None
@@ -940,7 +952,7 @@ class Task(_Unique):
                 self._resume = self._send
                 raise
             except BaseException as error:
-                if getattr(abort, "__func__", abort).__globals__ is globals():
+                if getattr(getattr(abort, "__func__", abort), "__globals__", None) is globals():
                     strike, aborted = error, _abort_again(self)     # a signal handler's: ours do not fail
                 else:
                     _report(error, f"an abort function failed; {self!r} cannot be cancelled before it is rescheduled", self)
@@ -1056,7 +1068,7 @@ class Task(_Unique):
         if self._state == DONE:
             error = self._error
             how = ("" if error is None else ": cancelled" if isinstance(error, Cancelled)
-                   else f": failed with {error.error!r}")
+                   else f": failed with {_shown(error.error)}")
         else:
             how = f": {self.park_reason}" if self._state == PARKED else ""
         return f"<Task {self.name} {self.state}{how}>"
@@ -1349,7 +1361,7 @@ def _new_poller():
 
 
 def _fileno(fd):
-    number = fd if isinstance(fd, int) else fd.fileno() if hasattr(fd, "fileno") else None
+    number = fd.fileno() if hasattr(fd, "fileno") else fd if isinstance(fd, int) and not isinstance(fd, bool) else None
     if number is None or not 0 <= number < 2**31:
         raise ValueError(f"{fd!r} is not an open file descriptor: give a number from 0 up, or an object whose fileno() "
                          "is one")
@@ -2327,8 +2339,7 @@ class _Worker:
                 if level and plan is _PLANS[level]:         # not one of the meter's
                     level -= 1
             self.task = None        # nobody is being stepped: a cancel now must not take the last one for running
-            ended = monotonic()
-            if ended - polled > SECONDS_PER_POLL and level < most:
+            if (ended := monotonic()) - polled > SECONDS_PER_POLL and level < most:
                 level += 1          # long steps: fewer of them before the next look, so that it is late by one of them at most
             plan, polled = _PLANS[level], ended
             if inbox:
@@ -2354,7 +2365,7 @@ class _Worker:
     def _parked(self, task, trap):
         if task.abort_function is None and task._state == PARKED:
             self._not_parked(task, trap, RuntimeError(
-                f"the park function {trap!r} set no abort_function: nobody could cancel the task"))
+                f"the park function {_shown(trap)} set no abort_function: nobody could cancel the task"))
         elif self.hooks is not None and task._state == PARKED:      # else it was woken already, and that was told
             self.kernel.fire("task_parked", task, task.park_reason)
 
@@ -2733,7 +2744,7 @@ class _OneOfSeveral(_Worker):
 
 
 def _unknown_trap(trap):
-    home = type(trap).__module__.split(".")[0].lstrip("_")
+    home = str(type(trap).__module__).split(".")[0].lstrip("_")
     known = {"asyncio": "asyncio", "uvloop": "asyncio", "concurrent": "asyncio", "trio": "trio", "curio": "curio",
              "gevent": "gevent", "outcome": "trio"}
     if home in known:
@@ -2743,7 +2754,7 @@ def _unknown_trap(trap):
     else:
         guess = ("FlowCoro understands None and park functions: another framework's function was awaited here, or a "
                  "generator yields values where it should `yield from` an operation")
-    return TypeError(f"a task yielded {trap!r} to the kernel: {guess}")
+    return TypeError(f"a task yielded {_shown(trap)} to the kernel: {guess}")
 
 
 # ---- the watchdog ---------------------------------------------------------------------------------------------
@@ -3583,6 +3594,8 @@ if hasattr(os, "register_at_fork"):
 # ---- run and spawn --------------------------------------------------------------------------------------------
 
 def _checked_workers(workers, clock, seed):
+    if seed is not None and not isinstance(seed, (int, str, bytes, float)):
+        raise TypeError(f"seed={seed!r}: give an int or a str, which makes the order of tasks random and yet the same each time")
     if workers is None:
         if clock is not None or seed is not None or _has_gil():
             return 1
@@ -3646,7 +3659,7 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None)
             raise RuntimeError("run() inside a running kernel: await the coroutine, or spawn() it")
         workers = _checked_workers(workers, clock, seed)
         grace = _checked_seconds(grace, "grace=")
-        if clock is not None and not (hasattr(clock, "now") and hasattr(clock, "idle")):
+        if clock is not None and (isinstance(clock, type) or not (hasattr(clock, "now") and hasattr(clock, "idle"))):
             raise TypeError(f"clock={clock!r}: give an object with now() and idle(timeout), see flowcoro_testing")
         value, error = _Kernel(workers, clock, seed, grace, _checked_watchdog(watchdog)).run(coro)
     except BaseException as error:  # also a Ctrl-C before the kernel has taken it over
@@ -3927,7 +3940,7 @@ class Condition(_AsyncWith):
     def __init__(self, lock=None):
         if lock is not None and not isinstance(lock, Lock):
             raise TypeError(f"Condition({lock!r}): the lock must be a flowcoro.Lock")
-        self._lock = lock or Lock()
+        self._lock = Lock() if lock is None else lock
         self._lot = ParkingLot("wait for a Condition")
 
     async def acquire(self):
@@ -3964,7 +3977,8 @@ class Condition(_AsyncWith):
         self._lock._hand_over()
 
     async def wait_for(self, predicate):
-        """Wait until predicate() is true; return what it returned. It is called with the lock held."""
+        """Wait until predicate() is true; return what it returned. It is called with the lock held, and TypeError if async."""
+        _checked_function(predicate, "wait_for", "a plain one is asked, with the lock held")
         await _turn()
         while not (result := predicate()):
             await self.wait()
@@ -3974,8 +3988,10 @@ class Condition(_AsyncWith):
     def notify(self, count=1):
         """Let the `count` tasks that have waited longest go on, one after the other as the lock becomes free.
 
-        RuntimeError without the lock.
+        RuntimeError without the lock, ValueError if the count is no int from 0 up.
         """
+        if count != _INF and not _is_count(count, 0):
+            raise ValueError(f"notify({count!r}): the number of tasks must be an int from 0 up")
         lock_lot = self._lock._lot
         if lock_lot.holder is not current_task():
             raise RuntimeError("Condition.notify() without holding its lock: use `async with condition:`")
@@ -5256,6 +5272,8 @@ class ObjectPool(_Unique):
     def __init__(self, factory, capacity, *, reset=None, debug=False):
         if not callable(factory):
             raise TypeError(f"ObjectPool({factory!r}): give a function that makes an object")
+        if reset is not None and not callable(reset):
+            raise TypeError(f"ObjectPool(reset={reset!r}): give a function that cleans an object, or None")
         if not _is_count(capacity, 0):
             raise ValueError(f"capacity={capacity!r}: give how many objects are kept at most, an int from 0 up")
         self.capacity = capacity

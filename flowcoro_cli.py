@@ -958,7 +958,7 @@ def _vendor_command(arguments):
     parser = _parser("vendor", "Copies FlowCoro's files, and what they need, into a project.")
     parser.epilog = f"modules: {', '.join(_known_modules())}; the flowcoro_ may be left out"
     parser.add_argument("destination", metavar="DEST", type=pathlib.Path, help="a folder, made if need be")
-    parser.add_argument("modules", metavar="module", nargs="*", help="modules to copy (default: flowcoro)")
+    parser.add_argument("modules", metavar="module", nargs="*", default=[], help="modules to copy (default: flowcoro)")
     parser.add_argument("--package", action="store_true",
                         help="relative imports, for a package; DEST is one if it has an __init__.py")
     parser.add_argument("--check", action="store_true", help="copy nothing, say what differs from here")

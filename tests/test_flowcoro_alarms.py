@@ -298,19 +298,22 @@ def test_a_step_does_not_answer_for_the_call_from_a_thread_before_it():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_many_short_calls_from_threads_that_are_long_together_are_no_long_one(workers):
     def ask():
+        begun.wait()
         flowcoro.call_from_thread(time.sleep, CALM / 4, kernel=kernel)
 
     async def main():
         nonlocal kernel
         kernel = flowcoro.current_kernel()
-        threads = [threading.Thread(target=ask) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        until(lambda: len(kernel.worker.inbox) == len(threads) or workers > 1)      # others may have begun to stand in
+        begun.set()
+        if workers == 1:                            # else others may begin to stand in
+            until(lambda: len(kernel.worker.inbox) == len(threads))
         while any(thread.is_alive() for thread in threads):
             await flowcoro.sleep(0.001)
 
-    kernel, alarms = None, Alarms()
+    kernel, begun, alarms = None, threading.Event(), Alarms()
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
     watched(main, alarms=alarms, limit=CALM, workers=workers)
     assert alarms.reports == []
 
