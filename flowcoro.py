@@ -123,7 +123,7 @@ SECONDS_PER_POLL = 0.001
 # stuck, and the idle one stands in for it. Go's monitor looks every 10 ms too.
 TICK = 0.01
 
-# The same while all sleep: what a worker may be stuck unnoticed at most when it begins to work after that.
+# The same once all have slept for that long: what a worker may be stuck unnoticed at most when it begins to work then.
 IDLE_TICK = 0.1
 
 # Pinned tasks in a row among another's ready ones, after which a worker gives up to look for some to steal.
@@ -308,6 +308,14 @@ class _Failure:
 _HERE = _report.__code__.co_filename
 
 
+def _shown(thing):
+    """repr(), also of what has none that works."""
+    try:
+        return repr(thing)
+    except Exception:
+        return object.__repr__(thing)
+
+
 def _trim(error):
     """Leave the kernel's own frames out of the head of the traceback, so that it begins with the user's lines."""
     trace = error.__traceback__
@@ -384,6 +392,11 @@ class _Unique:
 #   groups: open, spawn, a task's end, close            inboxes (append and popleft are atomic)
 #   every take and give of a lock, a channel, …         task.budget: a count-down may overwrite the 0 of a cancel, which
 #   timers, steals, task._worker                        task._resume remembers, so that it is noticed at the next yield
+#                                                       flags of a Pollable: unset before the operation, set by an edge
+#
+# Read by all without it: an outcome that is written before what says that it is there (Task._state, Promise._done), and the
+# marks and counts of a worker, which its own thread writes (task, call, looked, sleeping, steps, io_parked, …), and `stopped`,
+# which is set once. Who decides by an old one has to look again, or is asked to (I5, is_quiet(), _interrupt()).
 #
 # One lock for all, because a select waits in several channels, a cancel walks through the tasks of all workers, and an abort
 # function is called from there: with a lock for each object all this would need an order of locks, and find deadlocks.
@@ -415,8 +428,9 @@ class atomic:
 
     def __init__(self, function):
         if not isinstance(function, types.FunctionType) or function.__code__.co_flags & 0x2A0:      # async or a generator
-            raise TypeError(f"@atomic decorates a plain method, got {function!r}: nobody could keep all others waiting for "
-                            "what waits itself. Let an async method call an atomic one, and park if that says so")
+            raise TypeError(f"@atomic decorates a plain method, got {function!r}: it goes below no other decorator, and what "
+                            "waits cannot keep all others waiting. Let an async method call an atomic one, and park if that "
+                            "says so")
         self.function = function
 
     def __set_name__(self, owner, name):
@@ -436,7 +450,8 @@ class atomic:
         setattr(owner, name, method)
 
     def __call__(self, *args, **kwargs):
-        raise TypeError(f"@atomic decorates methods, and {self.function.__qualname__} stands in no class body")
+        raise TypeError(f"@atomic decorates methods, and {self.function.__qualname__} stands in no class body, or below another "
+                        "decorator: @atomic comes first")
 
 
 class _shared:
@@ -616,7 +631,11 @@ class CancelScope(_Unique):
     @atomic
     def __exit__(self, kind, error, trace):
         task = self._task
-        if task._scope is not self:
+        try:
+            innermost = task._scope
+        except AttributeError:          # (to ask first would cost 10 ns of 200)
+            raise RuntimeError("a CancelScope is left that is not entered, or a second time; use it with `with`") from None
+        if innermost is not self:
             self._leave_out_of_order()
         task._scope = self._outer
         self._task = None
@@ -933,7 +952,7 @@ class Task(_Unique):
                 self._resume = self._send
                 raise
             except BaseException as error:
-                if getattr(abort, "__func__", abort).__globals__ is globals():
+                if getattr(getattr(abort, "__func__", abort), "__globals__", None) is globals():
                     strike, aborted = error, _abort_again(self)     # a signal handler's: ours do not fail
                 else:
                     _report(error, f"an abort function failed; {self!r} cannot be cancelled before it is rescheduled", self)
@@ -1049,7 +1068,7 @@ class Task(_Unique):
         if self._state == DONE:
             error = self._error
             how = ("" if error is None else ": cancelled" if isinstance(error, Cancelled)
-                   else f": failed with {error.error!r}")
+                   else f": failed with {_shown(error.error)}")
         else:
             how = f": {self.park_reason}" if self._state == PARKED else ""
         return f"<Task {self.name} {self.state}{how}>"
@@ -1342,7 +1361,7 @@ def _new_poller():
 
 
 def _fileno(fd):
-    number = fd if isinstance(fd, int) else fd.fileno() if hasattr(fd, "fileno") else None
+    number = fd.fileno() if hasattr(fd, "fileno") else fd if isinstance(fd, int) and not isinstance(fd, bool) else None
     if number is None or not 0 <= number < 2**31:
         raise ValueError(f"{fd!r} is not an open file descriptor: give a number from 0 up, or an object whose fileno() "
                          "is one")
@@ -1544,7 +1563,11 @@ class _PlainFd(Pollable):
 
     def __init__(self, fd):
         super().__init__(fd)
-        self._inode = self._current_inode()
+        try:
+            self._inode = self._current_inode()
+        except OSError:                     # another thread has closed it since
+            self.close()
+            raise
 
     def _current_inode(self):
         status = os.fstat(self.fd)
@@ -1599,14 +1622,23 @@ class _PlainFd(Pollable):
 
 
 async def _wait_for_fd(fd, bit):
-    kernel = (await _turn())._worker.kernel
-    plain = _plain_fd(kernel, _fileno(fd))
+    worker = (await _turn())._worker
+    kernel, number = worker.kernel, _fileno(fd)
+    plain = _plain_fd(kernel, number)
+    wait = plain._park_reader if bit == READ else plain._park_writer
     try:
-        await park(plain._park_reader if bit == READ else plain._park_writer)
+        await park(functools.partial(_park_if_open, fd, number, wait) if worker.others else wait)
     except OSError:             # closed, or of a kind that cannot be waited for
         if plain.wants() == 0 and kernel.plain.get(plain.fd) is plain:
             notify_closing(plain.fd)
         raise
+
+
+def _park_if_open(fd, number, wait, task):
+    """Another worker may have closed it in between, and the number be another file's."""
+    if not isinstance(fd, int) and fd.fileno() != number:
+        raise ClosedError(f"file descriptor {number} has been closed here")
+    wait(task)
 
 
 @_guarded_function
@@ -1634,10 +1666,13 @@ async def wait_writable(fd):
 def notify_closing(fd):
     """Say, before closing it, that the descriptor is about to be closed: those who wait for it get ClosedError.
 
-    With several workers a task on another one may begin to wait for the number after this, and before it is closed or when it
-    is another file's: pin those who share a descriptor, or share a Pollable, which knows that it is closed.
+    Close it without an await in between. With several workers give objects, not numbers, which may be another file's by the
+    time that another worker takes them up.
     """
-    _close_plain_fd(_local.worker.kernel, _fileno(fd))
+    worker, number = _local.worker, _fileno(fd)
+    _close_plain_fd(worker.kernel, number)
+    if worker.others:
+        worker.inbox.append(functools.partial(_look_after_close, worker, number, worker.task))
 
 
 @_guarded_function
@@ -1645,6 +1680,16 @@ def _close_plain_fd(kernel, number):
     plain = kernel.plain.pop(number, None)
     if plain is not None:
         plain.close()
+
+
+@_guarded_function
+def _look_after_close(worker, number, task):
+    """After the step of `task`: has anybody, on another worker, begun to wait for it before it was closed?"""
+    plain = worker.kernel.plain.get(number)
+    if worker.task is task is not None:         # who stands in for that worker makes the call
+        worker.inbox.append(functools.partial(_look_after_close, worker, number, task))
+    elif plain is not None:
+        plain.ready(0)
 
 
 class _WakeUp:
@@ -2181,6 +2226,13 @@ class _Worker:
 
     def open(self):
         """Take the descriptors, once the kernel's signal handlers are in place: a Ctrl-C in between would lose some."""
+        try:
+            self._open()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}: a kernel needs three descriptors for each of its workers, and this "
+                          f"one is to have {len(self.kernel.workers)}. Close some, or raise the limit (ulimit -n)") from None
+
+    def _open(self):
         with contextlib.ExitStack() as undo:    # no descriptor is left when there are too few of them
             self.poller = _new_poller()
             undo.callback(self.poller.close)
@@ -2236,7 +2288,7 @@ class _Worker:
         # Bound methods and ints in locals: together 60 ns of the 250 of a step (CPython 3.11).
         popleft, append, monotonic, real = ready.popleft, ready.append, time.monotonic, self.clock is None
         several, shown = bool(self.others), self.meter is not None
-        turn, plan, level, began = BUDGET, _PLANS[0], 0, monotonic()
+        turn, plan, level, most, began = BUDGET, _PLANS[0], 0, len(_PLANS) - 1, monotonic()
         polled, due = began, 0.0 if self.meter is not None else _INF         # when to measure a pass
         while not self.stopped:
             for batch in plan:
@@ -2279,24 +2331,24 @@ class _Worker:
                     self.steps += len(batch)
                     self.looked = moment = monotonic()
                     if moment - polled > SECONDS_PER_POLL:
-                        # Long steps: fewer of them before the next look, so that it is late by one of them at most.
-                        level = min(level + 1, len(_PLANS) - 1)
                         break
                     continue
                 self.steps += step
                 break
             else:
-                if level:
+                if level and plan is _PLANS[level]:         # not one of the meter's
                     level -= 1
-            plan = _PLANS[level]
             self.task = None        # nobody is being stepped: a cancel now must not take the last one for running
-            ended = polled = monotonic()
+            if (ended := monotonic()) - polled > SECONDS_PER_POLL and level < most:
+                level += 1          # long steps: fewer of them before the next look, so that it is late by one of them at most
+            plan, polled = _PLANS[level], ended
             if inbox:
                 self._take_calls()
             if heap and (several or heap[0] <= (polled if real else self.now())):     # several: another may just take it
                 timers.expire(self.now())
             timers.prune()
             if not ready:
+                task = trap = resume = None     # who was last, and his result, may have been forgotten by all others
                 self._idle()
                 polled = monotonic()
             else:
@@ -2313,7 +2365,7 @@ class _Worker:
     def _parked(self, task, trap):
         if task.abort_function is None and task._state == PARKED:
             self._not_parked(task, trap, RuntimeError(
-                f"the park function {trap!r} set no abort_function: nobody could cancel the task"))
+                f"the park function {_shown(trap)} set no abort_function: nobody could cancel the task"))
         elif self.hooks is not None and task._state == PARKED:      # else it was woken already, and that was told
             self.kernel.fire("task_parked", task, task.park_reason)
 
@@ -2521,6 +2573,7 @@ class _OneOfSeveral(_Worker):
         self.ready = _Ready(self)
         self.thread = None          # all but the first start one
         self.seen = {}              # worker -> (its `looked`, when that was first seen)
+        self.steps_seen = 0         # of the others, when it kept watch
         self.no_offer = 0.0         # until then it has nothing to give: a thief has found pinned tasks only
 
     def _take_calls(self):
@@ -2602,7 +2655,7 @@ class _OneOfSeveral(_Worker):
                 if task._pinned:
                     pinned.append(task)
                 else:
-                    task._worker = self         # at once: recover() finds it by that
+                    task._worker = self         # at once: _recover() finds it by that
                     stolen.append(task)
             if pinned:
                 victim.ready.extend(reversed(pinned))
@@ -2677,8 +2730,10 @@ class _OneOfSeveral(_Worker):
             keeper = kernel.keeper.acquire(blocking=False)
             timeout = 0.0 if self.stopped else self._until_deadline()
             if keeper:
-                awake = any(not other.sleeping for other in self.others)
-                timeout = min(_INF if timeout is None else timeout, TICK if awake else IDLE_TICK)
+                steps = sum(other.steps for other in self.others)
+                active = steps != self.steps_seen or any(not other.sleeping for other in self.others)
+                self.steps_seen = steps
+                timeout = min(_INF if timeout is None else timeout, TICK if active else IDLE_TICK)
             self._poll(timeout)
         finally:
             self.sleeping = False
@@ -2689,7 +2744,7 @@ class _OneOfSeveral(_Worker):
 
 
 def _unknown_trap(trap):
-    home = type(trap).__module__.split(".")[0].lstrip("_")
+    home = str(type(trap).__module__).split(".")[0].lstrip("_")
     known = {"asyncio": "asyncio", "uvloop": "asyncio", "concurrent": "asyncio", "trio": "trio", "curio": "curio",
              "gevent": "gevent", "outcome": "trio"}
     if home in known:
@@ -2699,7 +2754,7 @@ def _unknown_trap(trap):
     else:
         guess = ("FlowCoro understands None and park functions: another framework's function was awaited here, or a "
                  "generator yields values where it should `yield from` an operation")
-    return TypeError(f"a task yielded {trap!r} to the kernel: {guess}")
+    return TypeError(f"a task yielded {_shown(trap)} to the kernel: {guess}")
 
 
 # ---- the watchdog ---------------------------------------------------------------------------------------------
@@ -2861,9 +2916,10 @@ class _Watchdog:
             faulthandler.register(number, file=cls.tell, all_threads=False)
             while _select.select([cls.told], [], [], 0)[0]:         # what came too late last time
                 os.read(cls.told, 65536)
-            if worker.thread_id is None:                # it has just ended
+            thread = worker.thread_id
+            if thread is None:                          # it is about to end
                 return []
-            signal.pthread_kill(worker.thread_id, number)
+            signal.pthread_kill(thread, number)
             while _select.select([cls.told], [], [], 0.1)[0]:
                 text += os.read(cls.told, 65536)
         places = re.findall(r'^  File "(.*)", line (\d+) in (.*)$', text.decode(errors="replace"), re.MULTILINE)
@@ -3153,7 +3209,7 @@ class _Deadlocks:
 
 
 class _Kernel:
-    """One run(): its worker, the root of its tasks, its signals, and how it ends."""
+    """One run(): its workers, the root of its tasks, its signals, and how it ends."""
 
     def __init__(self, workers, clock, seed, grace, watchdog):
         self.clock, self.seed, self.grace = clock, seed, grace
@@ -3299,8 +3355,9 @@ class _Kernel:
             self._close_all(worker)
             while worker.others and not worker.stopped:     # the others bring theirs to an end
                 time.sleep(TICK)
-        with _Watchdog.asking:      # which sends signals to this thread
-            worker.thread_id = None
+        worker.thread_id = None
+        with _Watchdog.asking:      # who has begun to send signals to this thread has to be done before it ends
+            pass
 
     @atomic
     def _close_all(self, worker):
@@ -3537,6 +3594,8 @@ if hasattr(os, "register_at_fork"):
 # ---- run and spawn --------------------------------------------------------------------------------------------
 
 def _checked_workers(workers, clock, seed):
+    if seed is not None and not isinstance(seed, (int, str, bytes, float)):
+        raise TypeError(f"seed={seed!r}: give an int or a str, which makes the order of tasks random and yet the same each time")
     if workers is None:
         if clock is not None or seed is not None or _has_gil():
             return 1
@@ -3576,11 +3635,13 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None)
     seed: any int or str makes the order of ready tasks random but reproducible. grace: seconds that main has to end
     after request_stop() or SIGTERM before it is cancelled. watchdog: seconds that one step of a task may take, or True for
     1 second; a thread reports a longer one while it lasts, with its stack and what waits behind it, and again whenever that
-    time has doubled: to the hook task_stuck, else to sys.unraisablehook; statistics() has histograms then.
+    time has doubled: to the hook task_stuck, else to sys.unraisablehook; statistics() has histograms then. Without a GIL the
+    stack comes by the signal SIGURG, through faulthandler, unless signal.signal() has given that a handler.
 
     What still runs when main has ended is cancelled and joined. In the main thread, where nobody else has installed
     handlers: Ctrl-C cancels main and raises KeyboardInterrupt once all cleanup is done (a second one goes through
-    shields, and is raised inside a step that does not come to its next await); SIGTERM asks to stop if somebody awaits
+    shields, and is raised inside a step that does not come to its next await, on other workers as soon as that runs Python
+    code again); SIGTERM asks to stop if somebody awaits
     stop_requested(), else cancels, and a cancelled main ends in SystemExit(143), as does one whose end came before it
     could be told (its value is lost); a second one goes through shields. SIGQUIT (Ctrl-\\) prints dump_tasks().
 
@@ -3598,7 +3659,7 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None)
             raise RuntimeError("run() inside a running kernel: await the coroutine, or spawn() it")
         workers = _checked_workers(workers, clock, seed)
         grace = _checked_seconds(grace, "grace=")
-        if clock is not None and not (hasattr(clock, "now") and hasattr(clock, "idle")):
+        if clock is not None and (isinstance(clock, type) or not (hasattr(clock, "now") and hasattr(clock, "idle"))):
             raise TypeError(f"clock={clock!r}: give an object with now() and idle(timeout), see flowcoro_testing")
         value, error = _Kernel(workers, clock, seed, grace, _checked_watchdog(watchdog)).run(coro)
     except BaseException as error:  # also a Ctrl-C before the kernel has taken it over
@@ -3879,7 +3940,7 @@ class Condition(_AsyncWith):
     def __init__(self, lock=None):
         if lock is not None and not isinstance(lock, Lock):
             raise TypeError(f"Condition({lock!r}): the lock must be a flowcoro.Lock")
-        self._lock = lock or Lock()
+        self._lock = Lock() if lock is None else lock
         self._lot = ParkingLot("wait for a Condition")
 
     async def acquire(self):
@@ -3916,7 +3977,8 @@ class Condition(_AsyncWith):
         self._lock._hand_over()
 
     async def wait_for(self, predicate):
-        """Wait until predicate() is true; return what it returned. It is called with the lock held."""
+        """Wait until predicate() is true; return what it returned. It is called with the lock held, and TypeError if async."""
+        _checked_function(predicate, "wait_for", "a plain one is asked, with the lock held")
         await _turn()
         while not (result := predicate()):
             await self.wait()
@@ -3926,8 +3988,10 @@ class Condition(_AsyncWith):
     def notify(self, count=1):
         """Let the `count` tasks that have waited longest go on, one after the other as the lock becomes free.
 
-        RuntimeError without the lock.
+        RuntimeError without the lock, ValueError if the count is no int from 0 up.
         """
+        if count != _INF and not _is_count(count, 0):
+            raise ValueError(f"notify({count!r}): the number of tasks must be an int from 0 up")
         lock_lot = self._lock._lot
         if lock_lot.holder is not current_task():
             raise RuntimeError("Condition.notify() without holding its lock: use `async with condition:`")
@@ -5208,6 +5272,8 @@ class ObjectPool(_Unique):
     def __init__(self, factory, capacity, *, reset=None, debug=False):
         if not callable(factory):
             raise TypeError(f"ObjectPool({factory!r}): give a function that makes an object")
+        if reset is not None and not callable(reset):
+            raise TypeError(f"ObjectPool(reset={reset!r}): give a function that cleans an object, or None")
         if not _is_count(capacity, 0):
             raise ValueError(f"capacity={capacity!r}: give how many objects are kept at most, an int from 0 up")
         self.capacity = capacity

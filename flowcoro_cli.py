@@ -188,7 +188,7 @@ class Screen:
         code = {"bold": 1, "green": 32, "red": 31}.get(style) if self.colour else None
         for line in text.splitlines() or [""]:
             line = f"  {line}".rstrip()
-            print(f"\x1b[{code}m{line}\x1b[0m" if code else line, file=self.stream, flush=True)
+            print(f"\x1b[{code}m{line}\x1b[0m" if code and line else line, file=self.stream, flush=True)
 
     def progress(self, done, total):
         """Draw the bar at `done` of `total`; next to no work if it looks as it did, or without a terminal."""
@@ -454,7 +454,8 @@ async def _call(address, number, everybody, reply_arrived):
             sock.connect(address)
         except BlockingIOError:                 # under way: it is done when the socket is writable
             await flowcoro.wait_writable(sock.fileno())
-            sock.getpeername()                  # raises OSError if the connection was refused
+            if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise OSError(code, os.strerror(code)) from None        # a ConnectionRefusedError, say
         await everybody.wait()
         for message in range(MESSAGES):
             sent, start, reply = b"client %d, message %d\n" % (number, message), time.perf_counter(), b""
@@ -507,9 +508,14 @@ def _scene_echo(screen):
     total = clients * MESSAGES
     if clients < CLIENTS:
         screen.say(f"(The limit on open files allows {clients:,} clients, not {CLIENTS:,}.)")
+    refused = None
     try:
         replies, seconds = flowcoro.run(_echo_session(clients, lambda count: screen.progress(count, total)))
-    except OSError as error:
+    except* OSError as errors:                  # the listener's own, or what has left the groups of tasks
+        refused = errors
+    if refused:                                 # not raised up there: that would make a group of it
+        while isinstance(error := refused.exceptions[0], BaseExceptionGroup):
+            refused = error
         raise SceneFailed(f"no TCP on 127.0.0.1 here: {error}") from error
     right = sum(is_right for _, is_right in replies)
     screen.check(right == total, f"{right:,} of {total:,} messages came back as they were sent")
@@ -651,7 +657,8 @@ def _scene_deadlock(screen):
     except flowcoro.Deadlock as error:
         report = str(error)
     screen.say("\n".join(f"| {line}" for line in report.splitlines()))
-    screen.check("there" in report and "back" in report, "the report does not name both tasks")
+    for name in "there", "back":
+        screen.check(f" {name}: parked: acquire a Lock" in report, f"the report does not say what `{name}` waits for")
     screen.say("How to read it: `there` and `back` each wait for a lock, and the other one holds it.")
     flowcoro.run(_two_transfers(same_order=True))
     screen.say("The cure, both taking the locks in the same order, has just run to its end.", "green")
@@ -664,21 +671,28 @@ class _Lanes:
 
     WIDTH = 60          # characters for the whole time
     WORKERS = 3
+    STEP = 0.01         # seconds that a step computes: more than a character is wide, so that each step is seen
     PATIENCE = 10.0     # seconds that the thoughtless task waits for the others to take over
 
     def __init__(self, progress):
         self.progress = progress
         self.start = flowcoro.now()
-        self.lanes = {}                                 # {thread: [(from, until, character), …]}, in order of appearance
+        self.home = threading.get_ident()               # the thread of worker 1, on which all tasks begin
+        self.report = None                              # what the watchdog says of the blocked worker
+        self.blocked = None                             # the thread that is; set by the thoughtless task alone
+        # What several workers change, in ran() alone, which is atomic:
+        self.lanes = {self.home: []}                    # {thread: [(from, until, character), …]}
         self.thread_of = {}                             # {letter: the thread of its last step}
-        self.blocked = None                             # the thread that is
-        self.taken_over = 0                             # steps made elsewhere while it is
-        self.report = None                              # what the watchdog says of it
+        self.taken_over = 0                             # steps made elsewhere while a worker is blocked
 
+    @flowcoro.atomic
     def ran(self, began, character):
-        """The running task has computed since `began`."""
+        """The running task has computed since `began`.
+
+        One step for all workers: unmarked, two that add 1 at the same time might add 1 together.
+        """
         thread = threading.get_ident()
-        moved = self.thread_of.get(character, thread) != thread
+        moved = self.thread_of.get(character, self.home) != thread
         self.thread_of[character] = thread
         self.lanes.setdefault(thread, []).append(
             (began - self.start, flowcoro.now() - self.start, character.upper() if moved else character))
@@ -687,12 +701,12 @@ class _Lanes:
 
     async def busy(self, letter):
         """A step of some milliseconds, a pause, a step …"""
-        for _ in range(12):
+        for _ in range(6):
             began = flowcoro.now()
-            while flowcoro.now() < began + 0.005:
+            while flowcoro.now() < began + self.STEP:
                 pass
             self.ran(began, letter)
-            await flowcoro.sleep(0.03)
+            await flowcoro.sleep(0.055)
 
     async def thoughtless(self):
         """Blocks its whole worker, as a call of a library does that knows nothing of tasks."""
@@ -725,15 +739,19 @@ class _Lanes:
         """One line of text per worker; with `colour` the steps of each task have their own."""
         scale = self.WIDTH / max(until for lane in self.lanes.values() for _, until, _ in lane)
         for number, lane in enumerate(self.lanes.values(), 1):
-            row = ["."] * (self.WIDTH + 1)
-            for began, until, character in lane:
-                for place in range(int(scale * began), int(scale * until) + 1):
+            row = ["."] * self.WIDTH
+            for began, until, character in sorted(lane, key=lambda step: step[2].isupper()):    # no capital is drawn over
+                first = min(int(scale * began), self.WIDTH - 1)
+                for place in range(first, max(first + 1, int(scale * until))):
                     row[place] = character
             text = "".join(row)
-            if colour:
-                text = re.sub("[a-e]+|x+", lambda found: f"\x1b[{31 + 'xabcde'.index(found[0][0].lower())}m{found[0]}\x1b[0m",
-                              text, flags=re.IGNORECASE)
-            yield f"worker {number}  {text}"
+            yield f"worker {number}  {self._coloured(text) if colour else text}"
+
+    @staticmethod
+    def _coloured(text):
+        """The lane `text` with a colour for each letter, small or capital: a run is of one letter."""
+        return re.sub(r"([a-ex])\1*", lambda run: f"\x1b[{31 + 'xabcde'.index(run[1].lower())}m{run[0]}\x1b[0m", text,
+                      flags=re.IGNORECASE)
 
 
 async def _lanes(progress):
@@ -755,7 +773,7 @@ def _scene_workers(screen):
     gil = flowcoro.runtime_info()["gil"]
     screen.say("This Python has a GIL: only one worker computes at a time, but none waits for a blocked one." if gil else
                "This Python has no GIL: the workers compute at the same time.")
-    screen.say(f"While it was blocked, {lanes.taken_over} steps of its tasks were made elsewhere.", "green")
+    screen.say(f"While it was blocked, the other workers made {lanes.taken_over} steps.", "green")
 
 
 # ---- demo --------------------------------------------------------------------------------------------------
@@ -940,7 +958,7 @@ def _vendor_command(arguments):
     parser = _parser("vendor", "Copies FlowCoro's files, and what they need, into a project.")
     parser.epilog = f"modules: {', '.join(_known_modules())}; the flowcoro_ may be left out"
     parser.add_argument("destination", metavar="DEST", type=pathlib.Path, help="a folder, made if need be")
-    parser.add_argument("modules", metavar="module", nargs="*", help="modules to copy (default: flowcoro)")
+    parser.add_argument("modules", metavar="module", nargs="*", default=[], help="modules to copy (default: flowcoro)")
     parser.add_argument("--package", action="store_true",
                         help="relative imports, for a package; DEST is one if it has an __init__.py")
     parser.add_argument("--check", action="store_true", help="copy nothing, say what differs from here")

@@ -143,6 +143,29 @@ class LimitError(flowcoro.FlowCoroError):
     """A process wrote more than `limit` bytes. The message says where, how many are allowed, and what to do."""
 
 
+def _checked(number, least, said, remedy):
+    """`number`, if it is one from `least` up."""
+    try:
+        if number >= least and not isinstance(number, bool):
+            return number
+    except TypeError:
+        raise TypeError(f"{said}: {remedy}") from None
+    raise ValueError(f"{said}: {remedy}")
+
+
+def _checked_count(number, said):
+    if not isinstance(number, int):
+        raise TypeError(f"{said}: max_bytes must be an int, 1 or more")
+    return _checked(number, 1, said, "max_bytes must be 1 or more")
+
+
+def _as_bytes(data, taker):
+    try:
+        return memoryview(data).cast("B")
+    except TypeError:
+        raise TypeError(f"{taker} takes bytes or the like, got {data!r:.80}; text has to be encoded: text.encode()") from None
+
+
 # ---- pipes ----------------------------------------------------------------------------------------------------
 
 class _Pipe:
@@ -223,8 +246,7 @@ class ReadPipe(_Pipe):
 
     async def read(self, max_bytes=CHUNK):
         """From 1 to `max_bytes` bytes, as soon as there are any; b"" only at the end. ValueError if max_bytes < 1."""
-        if max_bytes < 1:
-            raise ValueError(f"read({max_bytes!r}): max_bytes must be 1 or more")
+        _checked_count(max_bytes, f"read({max_bytes!r})")
         with self._alone("read"):
             if self._buffer:
                 await flowcoro.checkpoint()
@@ -234,8 +256,7 @@ class ReadPipe(_Pipe):
 
     def read_nowait(self, max_bytes=CHUNK):
         """As read(), but WouldBlock when there is nothing yet."""
-        if max_bytes < 1:
-            raise ValueError(f"read_nowait({max_bytes!r}): max_bytes must be 1 or more")
+        _checked_count(max_bytes, f"read_nowait({max_bytes!r})")
         with self._alone("read"):
             if not self._buffer:
                 try:
@@ -250,9 +271,11 @@ class ReadPipe(_Pipe):
         limit: bytes, separator included; by default that given to open_process(). LimitError when they come without a
         separator; nothing is consumed, and read() still gives them. ValueError for an empty separator.
         """
+        if not isinstance(separator, (bytes, bytearray)):
+            raise TypeError(f"read_until({separator!r}): the separator must be bytes, such as b\"\\n\"")
         if not separator:
             raise ValueError("read_until(b\"\"): the separator must have at least one byte")
-        limit = self._limit if limit is None else limit
+        limit = self._limit if limit is None else _checked(limit, 1, f"limit={limit!r}", "bytes must be 1 or more")
         with self._alone("read"):
             await flowcoro.checkpoint()
             searched = 0
@@ -293,7 +316,7 @@ class WritePipe(_Pipe):
 
         BusyError when another task writes, ClosedError after close(). Cancelled: an unknown part was written.
         """
-        rest = memoryview(data).cast("B")
+        rest = _as_bytes(data, "write()")
         with self._alone("written"):
             while True:
                 await self._pollable.wait_writable()
@@ -528,10 +551,8 @@ def open_process(args, *, stdin=PIPE, stdout=PIPE, stderr=None, shell=False, cwd
     TypeError and ValueError at once for wrong arguments. To bound any of it: `with flowcoro.timeout(seconds):` around.
     """
     args = _checked_args(args, shell)
-    if not grace >= 0:
-        raise ValueError(f"grace={grace!r}: seconds must be 0 or more; math.inf never kills")
-    if not limit >= 1:
-        raise ValueError(f"limit={limit!r}: bytes must be 1 or more; math.inf sets no limit")
+    _checked(grace, 0, f"grace={grace!r}", "seconds must be 0 or more; math.inf never kills")
+    _checked(limit, 1, f"limit={limit!r}", "bytes must be 1 or more; math.inf sets no limit")
     if STDOUT in (stdin, stdout):
         raise ValueError("STDOUT is for stderr only: it sends errors to where the output goes")
     for refused in {"text", "universal_newlines", "encoding", "errors", "bufsize"} & popen_options.keys():
@@ -631,13 +652,11 @@ async def run_process(args, *, input=None, stdin=None, stdout=None, stderr=None,
     if input is not None:
         if stdin is not None:
             raise ValueError("input= and stdin= exclude each other: give one of them")
-        input = memoryview(input).cast("B")     # a TypeError for a str comes before anything is started
+        input = _as_bytes(input, "input=")      # a TypeError for a str comes before anything is started
     elif stdin == PIPE:
         input = memoryview(b"")                 # nobody could write to it: closed at once
-    if not limit >= 0:
-        raise ValueError(f"limit={limit!r}: bytes must be 0 or more; math.inf sets no limit")
-    if not drain >= 0:
-        raise ValueError(f"drain={drain!r}: seconds must be 0 or more; math.inf waits as long as it takes")
+    _checked(limit, 0, f"limit={limit!r}", "bytes must be 0 or more; math.inf sets no limit")
+    _checked(drain, 0, f"drain={drain!r}", "seconds must be 0 or more; math.inf waits as long as it takes")
     captured = PIPE if capture_output else None
     process = open_process(
         args, stdin=PIPE if input is not None else DEVNULL if stdin is None else stdin,
@@ -654,6 +673,8 @@ async def run_process(args, *, input=None, stdin=None, stdout=None, stderr=None,
 # ---- signals --------------------------------------------------------------------------------------------------
 
 def _as_signal(number):
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise ValueError(f"{number!r} is no signal: give numbers, one by one, or members of module signal, such as SIGHUP")
     if number not in signal.valid_signals() or number in (signal.SIGKILL, signal.SIGSTOP):
         raise ValueError(f"{number!r} is no signal that can be received; give some of module signal, such as SIGHUP")
     try:
@@ -728,6 +749,7 @@ class signals:
                 all_of_them.callback(signal.raise_signal, number)
             self._pending = {}
 
+    @flowcoro.atomic
     def _close(self):
         write, self._write = self._write, None      # first this: who has chained to our handler may call it at any time
         with contextlib.ExitStack() as all_of_them:
@@ -753,11 +775,18 @@ class signals:
                 if self._pending.pop(number, self) is None:
                     return _as_signal(number)
             self._pollable.readable = False     # first this, then drain, then look once more: no edge is lost
-            with contextlib.suppress(BlockingIOError):
-                while os.read(self._read, CHUNK):
-                    pass
+            self._drain()
             if self._pending:
                 self._pollable.readable = True
+
+    @flowcoro.atomic
+    def _drain(self):
+        """Read what the handler has written, while nobody closes the pipe: the number might be another file's by then."""
+        if self._write is None:
+            raise flowcoro.ClosedError("the block of signals() has been left")
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._read, CHUNK):
+                pass
 
     def __repr__(self):
         return f"<signals {', '.join(map(str, map(int, self._numbers)))}>"

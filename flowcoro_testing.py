@@ -40,11 +40,13 @@ What it does not do: it makes no order that the kernel itself could not make, an
 SPDX-License-Identifier: MIT
 """
 
-import contextlib
+import collections.abc
 import functools
 import inspect
 import math
+import numbers
 import os
+import sys
 
 import flowcoro
 
@@ -67,6 +69,8 @@ class VirtualClock:
     """
 
     def __init__(self, start=0.0):
+        if not isinstance(start, numbers.Real):
+            raise TypeError(f"VirtualClock(start={start!r}): give a number of seconds")
         if not -math.inf < start < math.inf:
             raise ValueError(f"VirtualClock(start={start!r}): give a finite number of seconds")
         self._now = float(start)
@@ -82,6 +86,8 @@ class VirtualClock:
 
     def advance(self, seconds):
         """Let time pass while tasks run, as a slow computation would. ValueError if negative, infinite or nan."""
+        if not isinstance(seconds, numbers.Real):
+            raise TypeError(f"advance({seconds!r}): give a number of seconds")
         if not 0 <= seconds < math.inf:
             raise ValueError(f"advance({seconds!r}): seconds must be 0 or more, and finite")
         self._now += seconds
@@ -131,32 +137,34 @@ async def wait_all_tasks_parked():
 
 # ---- asserting checkpoints ------------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def _watched():
-    """Yields a function that says whether the current task has passed a checkpoint since. A cancel counts as one."""
-    task = flowcoro.current_task()
-    before, task.budget = task.budget, _MARK
-    try:
-        yield lambda: task.budget != _MARK
-    finally:
-        if task.budget == _MARK:
-            task.budget = before
+class _Watched:
+    """A block of which is known whether it has passed a checkpoint. A cancel counts as one."""
+
+    # A class, because what contextlib makes of a function sets the traceback of errors that pass, which may be frozen.
+
+    def __init__(self, expected, complaint):
+        self.expected, self.complaint = expected, complaint
+
+    def __enter__(self):
+        self.task = flowcoro.current_task()
+        self.before, self.task.budget = self.task.budget, _MARK
+
+    def __exit__(self, kind, error, trace):
+        passed = self.task.budget != _MARK
+        if not passed:
+            self.task.budget = self.before
+        if error is None and passed != self.expected:
+            raise AssertionError(self.complaint)
 
 
-@contextlib.contextmanager
 def assert_checkpoints():
     """`with assert_checkpoints():` fails with AssertionError if its block passes no checkpoint (unless it raises)."""
-    with _watched() as passed:
-        yield
-        assert passed(), "the block passed no checkpoint: it could not be cancelled, and gave no other task a turn"
+    return _Watched(True, "the block passed no checkpoint: it could not be cancelled, and gave no other task a turn")
 
 
-@contextlib.contextmanager
 def assert_no_checkpoints():
     """`with assert_no_checkpoints():` fails with AssertionError if its block passes a checkpoint (unless it raises)."""
-    with _watched() as passed:
-        yield
-        assert not passed(), "the block passed a checkpoint: other tasks may have run in between, and it can be cancelled"
+    return _Watched(False, "the block passed a checkpoint: other tasks may have run in between, and it can be cancelled")
 
 
 # ---- running tests in a kernel --------------------------------------------------------------------------------
@@ -176,7 +184,11 @@ def _run(make, repeat, *, clock=None, seed=None, timeout=None, **options):
     except BaseException as error:
         main.close()                # run() may have refused the options and never looked at it
         if seed is not None:
-            error.add_note(f"seed {seed!r}: {repeat} repeats this order of tasks")
+            note = f"seed {seed!r}: {repeat} repeats this order of tasks"
+            try:
+                error.add_note(note)
+            except Exception:       # a frozen dataclass
+                print(note, file=sys.stderr)
         raise
 
 
@@ -208,6 +220,8 @@ def explore(test, seeds=range(100), **options):
     """
     if not inspect.iscoroutinefunction(test):
         raise TypeError(f"explore() takes an async function without arguments, got {test!r}")
+    if not isinstance(seeds, collections.abc.Iterable):
+        raise TypeError(f"explore(seeds={seeds!r}): give several, such as range({seeds!r})")
     count, name = 0, getattr(test, "__name__", repr(test))
     for count, seed in enumerate(seeds, 1):
         _run(test, f"explore({name}, seeds=[{seed!r}])", seed=seed, **options)

@@ -385,6 +385,16 @@ def test_the_echo_scene_fails_if_a_reply_is_wrong(cli, small, monkeypatch):
     assert status == 1 and "FAILED: 0 of 90 messages came back as they were sent" in out
 
 
+def test_the_echo_scene_fails_in_one_line_if_its_clients_are_refused(cli, small, monkeypatch):
+    call = flowcoro_cli._call
+    with flowcoro_cli.socket.socket() as silent:                 # bound, but it does not listen
+        silent.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(flowcoro_cli, "_call", lambda _, *rest: call(silent.getsockname(), *rest))
+        status, out, err = cli("demo", "echo")
+    assert (status, err) == (1, "")
+    assert re.search(r"FAILED: no TCP on 127.0.0.1 here: .*refused$", out, re.MULTILINE)
+
+
 def test_the_timeouts_scene_draws_a_row_per_task(cli):
     _, out, _ = cli("demo", "timeouts")
     for row in [r"quick +=+\| .* finished by itself", r"impatient +=+x .* TimeoutError",
@@ -402,11 +412,67 @@ def test_the_workers_scene_draws_a_lane_per_worker_and_the_tasks_that_leave_the_
     assert any(re.search("[A-E]", lane) for lane in lanes if "xx" not in lane)
 
 
+def lanes(steps):
+    """A _Lanes that is six characters wide, with these (from, until, character) on one worker."""
+    drawn = flowcoro_cli._Lanes(None)
+    drawn.WIDTH, drawn.lanes = 6, {1: steps}
+    return drawn
+
+
+@pytest.mark.parametrize("row", ["aabbcc", "AabBcc"])
+def test_each_task_has_its_colour_in_a_lane_on_a_terminal(monkeypatch, row):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    drawn = lanes([(place, place + 1, letter) for place, letter in enumerate(row)])
+    assert list(drawn.draw(flowcoro_cli.Screen(io.StringIO()).colour)) == [f"worker 1  {row}"]
+    [text] = drawn.draw(flowcoro_cli.Screen(Terminal()).colour)
+    runs = re.findall(r"\x1b\[(\d+)m(\w+)\x1b\[0m", text)
+    assert [letters for _, letters in runs] == [row[:2], row[2:4], row[4:]]
+    assert len({code for code, _ in runs}) == 3
+
+
+def test_a_step_as_wide_as_a_character_is_seen_in_its_lane_and_so_is_a_capital_letter():
+    assert list(lanes([(0.5, 1.9, "a"), (1.9, 3.3, "b"), (3.3, 4.7, "c"), (4.7, 6, "d")]).draw(False)) == ["worker 1  abbcdd"]
+    assert list(lanes([(0, 2, "a"), (2.1, 2.5, "B"), (2.5, 2.9, "c"), (6, 6, "d")]).draw(False)) == ["worker 1  aaB..d"]
+
+
+def test_steps_that_several_workers_note_at_the_same_time_are_all_counted():
+    class Slow(int):
+        """A number to which nothing can be added at once."""
+
+        def __add__(self, other):
+            time.sleep(0.005)
+            return Slow(int(self) + other)
+
+    async def note(lanes, letter):
+        lanes.ran(flowcoro.now(), letter)
+
+    async def main():
+        lanes = flowcoro_cli._Lanes(None)
+        lanes.taken_over, lanes.blocked = Slow(), "the thread of nobody here"
+        async with flowcoro.TaskGroup() as group:
+            for letter in "abcde" * 4:
+                group.spawn(note(lanes, letter))
+        return lanes
+
+    noted = flowcoro.run(main(), workers=3)
+    assert (noted.taken_over, sum(map(len, noted.lanes.values()))) == (20, 20)
+
+
 def test_the_deadlock_scene_shows_the_report():
     done = small_demo("deadlock")
     report = "\n".join(re.findall(r"^  \| (.*)", done.stdout, re.MULTILINE))
-    assert "there" in report and "back" in report
+    assert "there: parked: acquire a Lock" in report and "back: parked: acquire a Lock" in report
     assert "How to read it" in done.stdout
+
+
+def test_the_deadlock_scene_fails_if_the_report_does_not_say_what_the_tasks_wait_for(cli, monkeypatch):
+    def run(coroutine):
+        coroutine.close()
+        raise flowcoro.Deadlock("there is no Traceback")
+    monkeypatch.setattr(flowcoro, "run", run)
+    status, out, _ = cli("demo", "deadlock")
+    assert status == 1 and "FAILED: the report does not say what `there` waits for" in out
 
 
 # ---- the screen --------------------------------------------------------------------------------------------
@@ -433,6 +499,14 @@ def test_a_terminal_gets_a_bar_that_goes_away_and_colour(monkeypatch):
     assert "####]   100%" in drawn.replace("] 100", "]   100")
     last_bar, blank, after = drawn.split("\r")[-3:]
     assert blank.isspace() and len(blank) >= len(last_bar) and after == "  after\n"
+
+
+def test_an_empty_line_has_no_colour(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    stream = Terminal()
+    flowcoro_cli.Screen(stream).say("\ntitle", "bold")
+    assert stream.getvalue() == "\n\x1b[1m  title\x1b[0m\n"
 
 
 def test_the_bar_is_drawn_only_when_it_changes(monkeypatch):

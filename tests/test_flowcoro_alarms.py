@@ -298,19 +298,22 @@ def test_a_step_does_not_answer_for_the_call_from_a_thread_before_it():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_many_short_calls_from_threads_that_are_long_together_are_no_long_one(workers):
     def ask():
+        begun.wait()
         flowcoro.call_from_thread(time.sleep, CALM / 4, kernel=kernel)
 
     async def main():
         nonlocal kernel
         kernel = flowcoro.current_kernel()
-        threads = [threading.Thread(target=ask) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        until(lambda: len(kernel.worker.inbox) == len(threads) or workers > 1)      # others may have begun to stand in
+        begun.set()
+        if workers == 1:                            # else others may begin to stand in
+            until(lambda: len(kernel.worker.inbox) == len(threads))
         while any(thread.is_alive() for thread in threads):
             await flowcoro.sleep(0.001)
 
-    kernel, alarms = None, Alarms()
+    kernel, begun, alarms = None, threading.Event(), Alarms()
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
     watched(main, alarms=alarms, limit=CALM, workers=workers)
     assert alarms.reports == []
 
@@ -364,19 +367,24 @@ def test_a_trace_function_in_the_loop_is_not_disturbed():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_short_step_after_a_long_wait_is_not_stuck(workers):
+    def write(far):
+        time.sleep(1.2 * CALM)
+        os.write(far, b"x")
+
     async def main():
         near, far = os.pipe()
-        threading.Timer(1.2 * limit, os.write, [far, b"x"]).start()
+        writes = flowcoro.spawn(flowcoro.to_thread(write, far))
         await flowcoro.wait_readable(near)
-        time.sleep(limit / 4)
-        await flowcoro.sleep(1.2 * limit)
-        time.sleep(limit / 4)
+        time.sleep(CALM / 4)
+        await writes
+        await flowcoro.sleep(1.2 * CALM)
+        time.sleep(CALM / 4)
         flowcoro.notify_closing(near)
         os.close(near)
         os.close(far)
 
-    limit, alarms = CALM / 2, Alarms()
-    watched(main, alarms=alarms, limit=limit, workers=workers)
+    alarms = Alarms()
+    watched(main, alarms=alarms, limit=CALM, workers=workers)
     assert alarms.reports == []
 
 

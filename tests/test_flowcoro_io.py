@@ -1266,6 +1266,28 @@ def test_run_takes_descriptors_and_gives_all_back():
     assert open_descriptors() == before
 
 
+def test_a_descriptor_that_another_thread_closes_as_a_wait_begins_leaves_nothing_registered(monkeypatch):
+    def closes(plain):
+        os.close(plain.fd)
+        raise OSError(errno.EBADF, "closed by another thread")
+
+    async def main():
+        near, far = os.pipe()
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="closed by another thread"):
+            patch.setattr(flowcoro._PlainFd, "_current_inode", closes)
+            await flowcoro.wait_readable(near)
+        os.close(far)
+        near, far = os.pipe()                   # the same numbers
+        os.write(far, b"x")
+        with flowcoro.timeout(PATIENCE):
+            await flowcoro.wait_readable(near)
+        flowcoro.notify_closing(near)
+        os.close(near)
+        os.close(far)
+
+    flowcoro.run(main())
+
+
 @pytest.mark.parametrize("spare", range(4))
 def test_with_no_descriptor_left_run_raises_and_leaves_nothing_behind(fds, spare):
     """EMFILE, at each of the places where it can come."""
@@ -1283,7 +1305,7 @@ def test_with_no_descriptor_left_run_raises_and_leaves_nothing_behind(fds, spare
         try:
             assert flowcoro.run(nothing()) == "done"
         except OSError as error:
-            assert error.errno == errno.EMFILE
+            assert error.errno == errno.EMFILE and "three descriptors for each of its workers" in str(error)
             assert spare < 3
         coroutine = nothing()
         for fd in held:                         # nothing is left: as many descriptors are free as before

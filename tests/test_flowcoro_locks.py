@@ -1236,3 +1236,25 @@ async def test_a_park_function_that_fails_after_it_has_stored_the_task_leaves_it
     with pytest.raises(OSError, match="too late"):
         await flowcoro.park(fails)
     assert len(lot) == 0
+
+
+@run_in_kernel
+async def test_a_condition_takes_any_lock_and_waits_only_for_plain_functions():
+    class Counted(flowcoro.Lock):
+        def __len__(self):
+            return 0
+
+    async def never():
+        """An async function, of which each call is true."""
+
+    lock = Counted()
+    condition = flowcoro.Condition(lock)
+    async with condition:
+        assert lock.locked()
+        for predicate in never, 5:
+            with pytest.raises(TypeError, match=r"wait_for\(\) takes a plain function"):
+                await condition.wait_for(predicate)
+        for count in -1, 1.5, math.nan, "1", True:
+            with pytest.raises(ValueError, match=r"notify\(.*an int from 0 up"):
+                condition.notify(count)
+        condition.notify(0)

@@ -262,6 +262,11 @@ def test_a_factory_that_cannot_be_called_is_refused(make):
         make()
 
 
+def test_a_reset_that_cannot_be_called_is_refused():
+    with pytest.raises(TypeError, match="reset=5"):
+        flowcoro.ObjectPool(list, 1, reset=5)
+
+
 @pytest.mark.parametrize("capacity", [-1, 1.5, None, float("inf"), True])
 def test_a_capacity_that_is_no_number_of_objects_is_refused(capacity):
     with pytest.raises(ValueError, match="capacity"):

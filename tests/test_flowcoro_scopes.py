@@ -10,6 +10,7 @@ import gc
 import inspect
 import math
 import random
+import re
 import signal
 import threading
 import time
@@ -2250,3 +2251,20 @@ def test_what_is_no_deadline_is_refused_with_its_value_and_the_remedy(deadline, 
 def test_options_of_run_that_make_no_sense_are_refused_by_name(options, error, words):
     with pytest.raises(error, match=words):
         flowcoro.run(flowcoro.sleep(0), **options)
+
+
+@run_in_kernel
+async def test_a_scope_that_is_left_without_having_been_entered_says_so():
+    scope = flowcoro.CancelScope()
+    with pytest.raises(RuntimeError, match="not entered, or a second time"):
+        scope.__exit__(None, None, None)
+    with scope:
+        pass
+    with pytest.raises(RuntimeError, match="not entered, or a second time"):
+        scope.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("options, said", [({"seed": []}, "seed=[]: give an int"), ({"clock": VirtualClock}, "give an object")])
+def test_a_seed_or_clock_that_is_none_is_refused_by_name(options, said):
+    with pytest.raises(TypeError, match=re.escape(said)):
+        flowcoro.run(answer(), **options)

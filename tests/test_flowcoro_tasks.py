@@ -11,6 +11,7 @@ import contextvars
 import dataclasses
 import decimal
 import fractions
+import functools
 import gc
 import inspect
 import math
@@ -1066,6 +1067,27 @@ async def test_cancellation_is_delivered_in_the_tasks_own_context():
     assert seen == ["child's"]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_idle_worker_holds_no_task_that_has_ended(workers):
+    class Hooks:
+        def before_poll(self, timeout):
+            if task() is not None:
+                held.append(task().name)
+
+    async def ends():
+        return bytearray(10 ** 6)
+
+    async def main():
+        nonlocal task
+        flowcoro.add_hooks(Hooks())
+        task = weakref.ref(flowcoro.spawn(ends()))
+        await flowcoro.sleep(0.01)                      # in which the worker is idle
+
+    held, task = [], lambda: None
+    flowcoro.run(main(), workers=workers)
+    assert held == []
+
+
 # ---- async generators --------------------------------------------------------------------------------------
 
 def test_async_generators_that_are_left_are_closed_when_the_run_ends():
@@ -1330,6 +1352,19 @@ async def test_a_park_in_a_cancelled_scope_does_not_call_its_park_function():
         scope.cancel()
         await flowcoro.park(called.append)
     assert scope.cancelled_caught and called == []
+
+
+@run_in_kernel
+async def test_an_abort_function_that_is_no_python_function_may_fail_too(reports):
+    def park(task):
+        task.park_reason = "for ever"
+        task.abort_function = functools.partial(divmod, 1)       # TypeError: a task is no number
+
+    task = flowcoro.spawn(flowcoro.park(park))
+    await flowcoro.checkpoint()
+    task.cancel()
+    assert task.state == "parked" and "an abort function failed" in reports[0][0]
+    flowcoro.reschedule(task)
 
 
 def test_an_abort_function_that_fails_stops_neither_the_cancellation_nor_the_kernel(reports):
@@ -1708,6 +1743,48 @@ async def test_a_yield_where_yield_from_was_meant_is_told_so():
 
     with pytest.raises(TypeError, match="yield from"):
         await forgot_from()
+
+
+class Unspeakable(Exception):
+    """Cannot say what it is."""
+
+    def __repr__(self):
+        raise ZeroDivisionError
+
+    def __call__(self, task):
+        """A park function that sets no abort_function."""
+
+
+class Homeless(Unspeakable):
+    __module__ = 5
+
+
+@pytest.mark.parametrize("rubbish, error", [(Unspeakable(), RuntimeError), (Homeless(), RuntimeError), (Homeless, TypeError)])
+def test_rubbish_that_cannot_say_what_it_is_harms_only_the_task_that_yields_it(rubbish, error):
+    class Awaitable:
+        def __await__(self):
+            yield rubbish
+
+    async def yields():
+        with pytest.raises(error, match="Unspeakable|Homeless"):
+            await Awaitable()
+        return "goes on"
+
+    async def main():
+        return await flowcoro.when_all(yields(), flowcoro.sleep(0.001))
+
+    assert flowcoro.run(main()) == ["goes on", None]
+
+
+@run_in_kernel
+async def test_a_task_whose_error_cannot_say_what_it_is_can_be_shown():
+    async def fails():
+        raise Unspeakable
+
+    task = flowcoro.spawn(fails(), name="fails")
+    with pytest.raises(Unspeakable):
+        await task
+    assert repr(task).startswith("<Task fails done: failed with <") and "Unspeakable object at" in repr(task)
 
 
 @run_in_kernel

@@ -157,18 +157,21 @@ def test_the_signal_of_another_is_not_taken_for_that(monkeypatch):
 
 def test_the_report_says_who_waits_behind_it():
     async def hog(near):
-        flowcoro.spawn(sleeper())
-        await flowcoro.sleep(LIMIT)
+        while len(flowcoro.current_task()._joiners or ()) < 3 or not flowcoro.statistics()["io_waiting"]:
+            await flowcoro.checkpoint()
+        sleeper = None
+        while sleeper is None or sleeper.state != "parked":     # else its deadline has passed before this step
+            sleeper = flowcoro.spawn(flowcoro.sleep(LIMIT / 2))
+            await flowcoro.sleep(0)
         for number in range(5):
             flowcoro.spawn(flowcoro.sleep(0), name=f"ready {number}")
         thread = threading.Thread(target=flowcoro.call_from_thread, args=[int], kwargs={"kernel": kernel})
         thread.start()
-        alarms.wait()
+        while not kernel.worker.inbox:
+            time.sleep(0.001)
+        alarms.wait(len(alarms.reports) + 1)
         thread.join(0)
         threads.append(thread)
-
-    async def sleeper():
-        await flowcoro.sleep(LIMIT + 0.01)
 
     async def main():
         nonlocal kernel
@@ -190,7 +193,7 @@ def test_the_report_says_who_waits_behind_it():
     kernel, threads, alarms = None, [], Alarms()
     watched(main, alarms=alarms)
     threads[0].join()
-    behind = alarms.reports[0].splitlines()[1]
+    behind = alarms.reports[-1].splitlines()[1]
     assert re.fullmatch(r"Behind it wait: 5 ready \(ready 0, ready 1, ready 2 and 2 more\), 3 that await it, a deadline that "
                         r"passed 0\.\d+ s ago, 1 parked on descriptors, 1 calls from other threads", behind)
 

@@ -1338,6 +1338,49 @@ def test_several_workers_do_with_a_selector_that_knows_no_edges(workers, monkeyp
     run(main, workers=workers)
 
 
+@pytest.mark.parametrize("how", ["closed", "another file"])
+def test_a_wait_that_begins_between_notify_closing_and_the_close_on_another_worker_ends(how):
+    async def main():
+        with pipe() as (near, far), pipe() as (other, _):
+            flowcoro.notify_closing(near)
+            task = flowcoro.spawn(flowcoro.wait_readable(near))
+            wait_until(lambda: flowcoro.statistics()["io_waiting"] == 1)        # on another worker: this one is in a step
+            if how == "closed":
+                os.close(near)
+            else:
+                os.dup2(other, near)
+            with pytest.raises((flowcoro.ClosedError, OSError), match="was closed"):
+                await task
+            flowcoro.notify_closing(near)
+            if how == "closed":
+                os.dup2(other, near)            # to be closed at the end
+
+    run(main, workers=2)
+
+
+@MANY
+def test_a_wait_for_an_object_that_was_closed_as_it_began_is_told_so(workers):
+    class File:
+        """Closed by another worker after its number was asked for once."""
+
+        def __init__(self, number):
+            self.numbers = [number]
+
+        def fileno(self):
+            return self.numbers.pop() if self.numbers else -1
+
+    async def main():
+        near, far = os.pipe()
+        with pytest.raises(flowcoro.ClosedError, match="has been closed here"):
+            await flowcoro.wait_readable(File(near))
+        assert flowcoro.statistics()["io_waiting"] == 0
+        flowcoro.notify_closing(near)
+        os.close(near)
+        os.close(far)
+
+    run(main, workers=max(workers, 2))
+
+
 # ---- pools ----------------------------------------------------------------------------------------------------
 
 @MANY

@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import selectors
 import signal
 import subprocess
@@ -1444,5 +1445,37 @@ def test_an_open_file_serves_one_block(tmp_path):
         async with opening:
             with pytest.raises(RuntimeError, match="serves one"):
                 await opening.__aenter__()
+
+    flowcoro.run(main())
+
+
+@pytest.mark.parametrize("error, call, said", [
+    (TypeError, lambda: flowcoro_os.open_process(["true"], grace="1"), "grace='1': seconds must be 0 or more"),
+    (ValueError, lambda: flowcoro_os.open_process(["true"], grace=math.nan), "grace=nan: seconds must be 0 or more"),
+    (TypeError, lambda: flowcoro_os.open_process(["true"], limit=None), "limit=None: bytes must be 1 or more"),
+    (ValueError, lambda: flowcoro_os.open_process(["true"], limit=True), "limit=True: bytes must be 1 or more"),
+    (ValueError, lambda: flowcoro_os.signals(True), "True is no signal"),
+    (ValueError, lambda: flowcoro_os.signals([signal.SIGHUP]), "is no signal: give numbers, one by one")])
+def test_arguments_that_make_no_sense_are_refused_by_name(error, call, said):
+    with pytest.raises(error, match=re.escape(said)):
+        call()
+
+
+@pytest.mark.parametrize("error, call, said", [
+    (TypeError, lambda process: process.stdout.read(None), "read(None): max_bytes must be an int"),
+    (TypeError, lambda process: process.stdout.read(1.5), "read(1.5): max_bytes must be an int"),
+    (ValueError, lambda process: process.stdout.read(True), "read(True): max_bytes must be 1 or more"),
+    (TypeError, lambda process: process.stdout.read_until("\n"), "the separator must be bytes"),
+    (ValueError, lambda process: process.stdout.read_until(limit=0), "limit=0: bytes must be 1 or more"),
+    (TypeError, lambda process: process.stdin.write("text" * 100_000), "text has to be encoded: text.encode()")])
+def test_operations_on_pipes_refuse_what_makes_no_sense_by_name_and_go_on(error, call, said):
+    async def main():
+        async with flowcoro_os.open_process(["cat"]) as process:
+            with pytest.raises(error, match=re.escape(said)) as caught:
+                await call(process)
+            assert len(str(caught.value)) < 300
+            await process.stdin.write(b"whole")
+            process.stdin.close()
+            assert await process.stdout.read() == b"whole"
 
     flowcoro.run(main())

@@ -561,6 +561,7 @@ def prose(path):
     return re.sub(r"`[^`\n]*`", "`code`", text)
 
 
+GUIDE = ROOT / "docs" / "guide.md"
 FENCES = [block for path in DOCUMENTS for block in fences(path)]
 PYTHON_FENCES = [block for block in FENCES if block.language == "python"]
 SHELL_FENCES = [block for block in FENCES if block.language in ("console", "sh", "bash", "shell")]
@@ -626,7 +627,23 @@ def test_python_in_a_document_runs(block, tmp_path):
         return
     program = tmp_path / "block.py"             # a file, so that a traceback can show its lines
     program.write_text(block.text, encoding="utf-8")
-    assert_ran(run_python(program, cwd=tmp_path))
+    done = run_python(program, cwd=tmp_path)
+    assert_ran(done)
+    if block.path == GUIDE:
+        assert done.stdout == shown_output(block)
+
+
+def shown_output(block):
+    """What a document shows right below a program as its output."""
+    text = block.path.read_text(encoding="utf-8").split("\n", block.line - 1)[-1]
+    found = re.match(r"```python\n.*?^```\n(?:\n```text\n(.*?)^```$)?", text, re.MULTILINE | re.DOTALL)
+    return found[1] or ""
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"flowcoro_cli"}))
+def test_the_guide_speaks_of_every_public_name(name):
+    text = GUIDE.read_text(encoding="utf-8")
+    assert [thing for thing in sorted(public_names(name)) if not re.search(rf"\b{thing}\b", text)] == []
 
 
 @pytest.mark.parametrize("block", SHELL_FENCES, ids=str)

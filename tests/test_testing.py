@@ -3,6 +3,7 @@
 That the clock and the seeds drive the kernel as they should is what all other tests rely on.
 """
 
+import dataclasses
 import gc
 import inspect
 import itertools
@@ -901,3 +902,31 @@ def test_waiting_for_quiet_beside_a_descriptor_and_a_busy_task_reports_nothing(r
 
     flowcoro.run(main())
     assert reports == []
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    """An error of which no attribute can be set."""
+
+    number: int
+
+
+def test_a_frozen_error_passes_unharmed_and_its_seed_is_told(capsys):
+    async def test():
+        with assert_checkpoints():
+            raise Frozen(7)
+
+    for run in (lambda: explore(test, [3]), run_in_kernel(seed=3)(test)):
+        with pytest.raises(Frozen) as caught:
+            run()
+        assert caught.value.number == 7
+        assert "seed 3: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", [5, None])
+def test_explore_wants_several_seeds(seeds):
+    async def test():
+        """Never run."""
+
+    with pytest.raises(TypeError, match="give several"):
+        explore(test, seeds)
