@@ -2197,6 +2197,11 @@ class _Forked(Exception):
 class _Worker:
     """One thread that steps tasks: its ready deque, its heap of deadlines, its selector, its inbox."""
 
+    # Slots, for in CPython an object with more than 30 attributes in a dict is slow to access: 2 % of a switch.
+    __slots__ = ("kernel", "clock", "others", "beset", "now", "ready", "inbox", "timers", "task", "call", "sleeping", "looked",
+                 "beat", "hooks", "meter", "remaining", "thread_id", "descriptors", "io_parked", "thread_calls", "abandoned",
+                 "steps", "polls", "spawned", "finished", "stolen", "sleepers", "stopped", "luck", "poller", "waker")
+
     def __init__(self, kernel, clock, seed):
         self.kernel = kernel
         self.clock = clock
@@ -2209,6 +2214,7 @@ class _Worker:
         self.task = None            # the one being stepped
         self.call = None            # the one being made that another thread has posted
         self.sleeping = False       # I5
+        self.beat = 0               # counts passes of the loop, up to 255: small ints are shared by threads at no cost
         self.looked = 0.0           # when it was last between two steps, as of time.monotonic(), give or take 15 steps
         self.hooks = None           # kernel.hooks while there are any
         self.meter = _Meter(self) if kernel.watchdog is not None else None
@@ -2226,13 +2232,6 @@ class _Worker:
 
     def open(self):
         """Take the descriptors, once the kernel's signal handlers are in place: a Ctrl-C in between would lose some."""
-        try:
-            self._open()
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}: a kernel needs three descriptors for each of its workers, and this "
-                          f"one is to have {len(self.kernel.workers)}. Close some, or raise the limit (ulimit -n)") from None
-
-    def _open(self):
         with contextlib.ExitStack() as undo:    # no descriptor is left when there are too few of them
             self.poller = _new_poller()
             undo.callback(self.poller.close)
@@ -2356,7 +2355,7 @@ class _Worker:
                     self._poll(0)
                 if several:
                     self._offer_work()
-            self.looked = polled
+            self.looked, self.beat = polled, self.beat + 1 & 255
             if ended > due:
                 plan, due = self.meter.measure(began, ended, plan, polled is not ended)
                 polled = monotonic()
@@ -2572,13 +2571,15 @@ class _OneOfSeveral(_Worker):
         super().__init__(kernel, None, None)
         self.ready = _Ready(self)
         self.thread = None          # all but the first start one
-        self.seen = {}              # worker -> (its `looked`, when that was first seen)
-        self.steps_seen = 0         # of the others, when it kept watch
+        self.seen = {}              # worker -> (its `beat`, when that was first seen)
+        self.beats_seen = []        # of the others, when it kept watch
         self.no_offer = 0.0         # until then it has nothing to give: a thief has found pinned tasks only
 
     def _take_calls(self):
         """The same where another worker may stand in for this one: each call is made by one of the two."""
         here = _local.worker
+        if self.inbox:
+            here._offer_work()          # a call may block, and then somebody has to look after this one
         for _ in range(len(self.inbox)):
             if self.stopped:
                 break
@@ -2689,10 +2690,10 @@ class _OneOfSeveral(_Worker):
         """Whether it has not come round between two looks of `observer`, that are TICK seconds apart or more."""
         seen, since = observer.seen.get(self, (None, 0.0))
         now = time.monotonic()
-        if self.sleeping or self.task is None and self.call is None or seen != self.looked:
-            observer.seen[self] = self.looked, now
+        if self.sleeping or self.task is None and self.call is None or seen != self.beat:
+            observer.seen[self] = self.beat, now
             return False
-        return now - since >= TICK
+        return now - since >= TICK and now - self.looked >= TICK       # else it has come round 256 times
 
     def _stand_in_for(self, victim):
         """Somebody's long step keeps it from all else: do that here."""
@@ -2730,9 +2731,9 @@ class _OneOfSeveral(_Worker):
             keeper = kernel.keeper.acquire(blocking=False)
             timeout = 0.0 if self.stopped else self._until_deadline()
             if keeper:
-                steps = sum(other.steps for other in self.others)
-                active = steps != self.steps_seen or any(not other.sleeping for other in self.others)
-                self.steps_seen = steps
+                beats = [other.beat for other in self.others]
+                active = beats != self.beats_seen or any(not other.sleeping for other in self.others)
+                self.beats_seen = beats
                 timeout = min(_INF if timeout is None else timeout, TICK if active else IDLE_TICK)
             self._poll(timeout)
         finally:
@@ -2883,7 +2884,7 @@ class _Watchdog:
         mark = task or worker.call, looked, operator.length_hint(worker.remaining)
         seen, since, due = self.seen.get(worker, (None, now, 0.0))
         if seen != mark:
-            since = looked if task is not None and late else now
+            since = looked if mark[0] is not None and late else now
             due = since + self.limit
         if now >= due:
             self.alarm(worker, mark[0], now, since)
@@ -3252,8 +3253,7 @@ class _Kernel:
         asyncgen_hooks = sys.get_asyncgen_hooks()
         try:
             self.signals.install()              # first and last: between, no Ctrl-C can break in
-            for each in self.workers:
-                each.open()
+            self._open_all()
             self.signals.take_wakeup_fd(worker.waker.write_fd)
             _local.worker = worker
             _kernels.add(self)
@@ -3308,6 +3308,14 @@ class _Kernel:
         for failure in list(self.failures):
             if self.main is None or failure is not self.main._error:
                 failure.report()
+
+    def _open_all(self):
+        try:
+            for worker in self.workers:
+                worker.open()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}: a kernel needs three descriptors for each of its workers, and this "
+                          f"one is to have {len(self.workers)}. Close some, or raise the limit (ulimit -n)") from None
 
     def _start_others(self):
         for number, worker in enumerate(self.workers[1:], 2):

@@ -195,14 +195,14 @@ def test_a_cancel_that_comes_as_its_task_is_taken_up_arrives_at_the_next_park():
     class Paused(flowcoro._OneOfSeveral):
         @property
         def task(self):
-            return self.__dict__["task"]
+            return slot.__get__(self)
 
         @task.setter
         def task(self, task):
             if task in woken and not taken_up.is_set():     # it has read how the step begins, and not said whose it is
                 taken_up.set()
                 assert cancelled.wait(PATIENCE)
-            self.__dict__["task"] = task
+            slot.__set__(self, task)
 
     async def receives():
         here().__class__ = Paused
@@ -222,6 +222,7 @@ def test_a_cancel_that_comes_as_its_task_is_taken_up_arrives_at_the_next_park():
         scope.cancel()
         cancelled.set()
 
+    slot = flowcoro._Worker.task
     lot, found, woken, values = flowcoro.ParkingLot(), [], [], []
     taken_up, cancelled = threading.Event(), threading.Event()
     pair(receives, cancels)
@@ -549,16 +550,9 @@ def test_at_most_half_of_the_workers_search_at_a_time(workers, monkeypatch):
 
 # ---- calls from threads that block ------------------------------------------------------------------------------
 
-def rouse_others():
-    """One of them looks after this worker from now on."""
-    for other in flowcoro._local.worker.others:
-        other.waker.call()
-
-
 def test_ready_tasks_of_a_worker_in_a_call_from_a_thread_that_blocks_are_stepped_by_another():
     def block():
         event.set()
-        rouse_others()
         assert gate.wait(PATIENCE)
 
     async def opens():
@@ -584,7 +578,6 @@ def test_timers_of_a_worker_in_a_call_from_a_thread_that_blocks_are_kept_by_anot
         workers.append(flowcoro._local.worker)
         sleeps_on.append(sleeper._worker)
         scope.deadline = flowcoro.now() + 0.005
-        rouse_others()
         assert gate.wait(PATIENCE)
 
     async def sleep():
@@ -603,3 +596,59 @@ def test_timers_of_a_worker_in_a_call_from_a_thread_that_blocks_are_kept_by_anot
     sleeper, scope, gate, workers, sleeps_on = None, flowcoro.CancelScope(), threading.Event(), [], []
     run(main, workers=2)
     assert workers == sleeps_on
+
+
+def test_when_the_call_that_has_woken_the_keeper_blocks_another_one_looks_after_it():
+    async def sleeps_second(first):                 # the other one sleeps by now, and is the keeper
+        wait_until(lambda: first.sleeping and first.kernel.keeper.locked())
+
+    def block():
+        event.set()
+        assert gate.wait(PATIENCE)
+
+    def ask():
+        wait_until(lambda: all(worker.sleeping for worker in kernel.workers))
+        flowcoro.call_from_thread(block, kernel=kernel)
+
+    async def opens():
+        await event.wait()
+        gate.set()
+
+    async def main():
+        nonlocal kernel
+        kernel = flowcoro.current_kernel()
+        first, second = kernel.workers
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(opens())
+            task = group.spawn(sleeps_second(first))
+            wait_until(lambda: second.task is task)
+            await flowcoro.to_thread(ask)
+
+    kernel, event, gate = None, flowcoro.Event(), threading.Event()
+    run(main, workers=2)
+
+
+def test_when_who_stands_in_takes_a_call_that_blocks_a_third_one_looks_after_both():
+    async def stuck():
+        stuck_on.append(here())
+        assert gate.wait(PATIENCE)
+
+    def block():
+        event.set()
+        assert gate.wait(PATIENCE)
+
+    async def opens():
+        await event.wait()
+        gate.set()
+
+    async def main():
+        kernel = flowcoro.current_kernel()
+        flowcoro.spawn(opens())
+        await flowcoro.sleep(0.01)
+        thread = threading.Thread(target=lambda: flowcoro.call_from_thread(block, kernel=kernel))
+        thread.start()
+        assert gate.wait(PATIENCE)                  # this worker, whose call it is, is stuck
+        thread.join()
+
+    stuck_on, event, gate = [], flowcoro.Event(), threading.Event()
+    run(main, workers=3)
