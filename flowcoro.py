@@ -1112,16 +1112,16 @@ def _reschedule(task, value=None, error=None):
         task._error = error
         if task._resume is task._send:
             task._resume = task._raise_error
-    worker = task._worker
-    if worker.beset:
-        worker = worker.taken_over(task)
     try:
+        worker = task._worker
+        if worker.beset:
+            worker = worker.taken_over(task)
         if worker.hooks is not None:
             worker.kernel.fire("task_rescheduled", task)
         worker.ready.append(task)
     except RecursionError:          # the caller's stack ends here; he puts the task back where it was (I2)
         task._state, task._value, task._error = PARKED, None, None
-        if task._resume.__func__ is Task._raise_error:      # (to compare the methods would need stack)
+        if error is not None and task._resume.__func__ is Task._raise_error:    # (to compare the methods would need stack)
             task._resume = task._send
         raise
 
@@ -3076,8 +3076,9 @@ class _Signals:
         """Whether an error raised in `frame` meets the user's code first, not the kernel's bookkeeping."""
         if frame.f_code.co_filename == _HERE:
             return False
-        while frame is not None and frame.f_code.co_filename != _HERE:
-            frame = frame.f_back
+        while frame is not None and (frame.f_code.co_filename != _HERE
+                                     or frame.f_code.co_qualname == "atomic.__set_name__.<locals>.method"):
+            frame = frame.f_back                # (the last stands around methods of the user's)
         if frame is not None and frame.f_code in (_Kernel.call_hooks.__code__, _CallFromThread.__call__.__code__):
             return True                         # a hook, or a call from a thread: both take any error
         return frame is not None and worker.task is not None and bool(

@@ -968,6 +968,28 @@ async def test_unpark_that_finds_no_stack_leaves_the_task_where_it_was():
     await wakes_nobody_in_vain(lambda number: lot.park(), lot.unpark)
 
 
+@pytest.mark.parametrize("workers", [2, 3])
+def test_a_wake_up_that_finds_no_stack_loses_nobody_with_several_workers_either(workers):
+    async def main():
+        with flowcoro.timeout(30):
+            for depth in range(120):
+                event = flowcoro.Event()
+
+                def dive(left):
+                    return dive(left - 1) if left else event.set()
+
+                async with flowcoro.TaskGroup() as group:
+                    task = group.spawn(event.wait())
+                    while task.state != "parked":
+                        await flowcoro.sleep(0.0001)
+                    try:
+                        dive(sys.getrecursionlimit() - depth - frames())
+                    except RecursionError:
+                        event.set()
+
+    flowcoro.run(main(), workers=workers)
+
+
 @run_in_kernel
 async def test_semaphore_release_that_finds_no_stack_has_released_nothing():
     semaphore = flowcoro.Semaphore(0)

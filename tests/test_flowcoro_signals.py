@@ -1728,6 +1728,26 @@ def test_an_error_of_main_is_not_lost_to_a_sigterm_that_comes_after_it():
         flowcoro.run(main())
 
 
+def test_a_second_ctrl_c_ends_a_step_that_is_stuck_in_an_atomic_method():
+    with Child("""
+        class Primitive:
+            @flowcoro.atomic
+            def method(self):
+                say("ready")
+                while True:
+                    time.sleep(0.001)
+
+        async def main():
+            Primitive().method()
+
+        flowcoro.run(main())
+    """) as child:
+        child.hears("ready")
+        child.insist(signal.SIGINT)
+        status, said, errors = child.end()
+    assert (status, said) == (-signal.SIGINT, []), errors
+
+
 def test_a_second_ctrl_c_ends_a_step_that_another_worker_is_stuck_in():
     with Child("""
         import threading
