@@ -382,9 +382,9 @@ class _Unique:
 
 
 # ---- the guard ------------------------------------------------------------------------------------------------
-# With one worker nothing takes a lock. With several, one lock, the guard, is held by whoever touches what tasks of several
-# workers share: the fields of a task that is not running, and the places where tasks wait. Its own fields belong to the
-# running task; a step that only computes takes no lock at all.
+# With one worker and a GIL nothing takes a lock. With several, or without a GIL, one lock, the guard, is held by whoever
+# touches what tasks of several workers share: the fields of a task that is not running, and the places where tasks wait. Its
+# own fields belong to the running task; a step that only computes takes no lock at all.
 #
 #   under the guard                                     without it
 #   park functions, abort functions, reschedule()       a step; popleft() from one's own ready deque, append() to any and
@@ -422,7 +422,8 @@ class atomic:
 
     Nothing that is atomic happens elsewhere while it runs: no other such method, no operation of this module on anything
     that tasks share, no park or abort function, no predicate of park_unless(), no hook. It may call all of these, and must not
-    block, nor take a lock that somebody may hold who calls this module. With one worker it is a plain method, 50 ns slower.
+    block, nor take a lock that somebody may hold who calls this module. With one worker (and a GIL) it is a plain method, 50 ns
+    slower.
     TypeError if it is async, or no method.
     """
 
@@ -472,21 +473,27 @@ def _guarded_function(function):
 
 
 def _guard_all():
-    global _several
     with _GUARD:                        # another thread may start such a run at the same time
-        _several = True
-        while _MARKED:
-            function, shared = _MARKED.pop()
-            if shared is None:
-                name = function.__qualname__
-                _UNGUARDED[name] = function.__wrapped__ = types.FunctionType(
+        _replace_marked()
+
+
+def _replace_marked():
+    global _several
+    _several = True
+    while _MARKED:
+        function, shared = _MARKED[-1]
+        if shared is None:
+            name, code = function.__qualname__, _under_guard.__code__
+            if name not in _UNGUARDED:
+                before = function.__wrapped__ = types.FunctionType(
                     function.__code__, globals(), function.__name__, function.__defaults__, function.__closure__)
-                _UNGUARDED[name].__kwdefaults__ = function.__kwdefaults__
-                code = _under_guard.__code__
-                function.__code__ = code.replace(co_consts=tuple(
-                    name if constant == "its qualified name" else constant for constant in code.co_consts))
-            else:
-                function.__code__ = shared.__code__
+                before.__kwdefaults__ = function.__kwdefaults__
+                _UNGUARDED[name] = before
+            function.__code__ = code.replace(co_consts=tuple(
+                name if constant == "its qualified name" else constant for constant in code.co_consts))
+        else:
+            function.__code__ = shared.__code__
+        _MARKED.pop()                   # last: a Ctrl-C may strike in between
 
 
 # ---- traps ----------------------------------------------------------------------------------------------------
@@ -1113,17 +1120,28 @@ def _reschedule(task, value=None, error=None):
         if task._resume is task._send:
             task._resume = task._raise_error
     try:
-        worker = task._worker
-        if worker.beset:
-            worker = worker.taken_over(task)
-        if worker.hooks is not None:
-            worker.kernel.fire("task_rescheduled", task)
+        try:
+            worker = task._worker
+            if beset := worker.beset:
+                worker = worker.taken_over(task)
+            if worker.hooks is not None:
+                worker.kernel.fire("task_rescheduled", task)
+        except RecursionError:
+            raise
+        except BaseException:       # a signal handler's: it is woken all the same
+            task._worker.ready.append(task)
+            raise
         worker.ready.append(task)
     except RecursionError:          # the caller's stack ends here; he puts the task back where it was (I2)
         task._state, task._value, task._error = PARKED, None, None
         if error is not None and task._resume.__func__ is Task._raise_error:    # (to compare the methods would need stack)
             task._resume = task._send
         raise
+    if beset and worker.sleeping:   # I5: first append, then look who sleeps
+        try:
+            worker.wake()
+        except RecursionError:      # who keeps watch will do it: the task has its place
+            pass
 
 
 def reschedule(task, value=None, error=None):
@@ -1190,7 +1208,7 @@ class ParkingLot(_Unique):
         self._tasks[task] = None
 
     def _abort(self, task):
-        del self._tasks[task]
+        self._tasks.pop(task, None)     # not there: a signal handler has struck who was to wake it
         return True
 
     def _stay(self, task):
@@ -1628,15 +1646,18 @@ async def _wait_for_fd(fd, bit):
     wait = plain._park_reader if bit == READ else plain._park_writer
     try:
         await park(functools.partial(_park_if_open, fd, number, wait) if worker.others else wait)
-    except OSError:             # closed, or of a kind that cannot be waited for
-        if plain.wants() == 0 and kernel.plain.get(plain.fd) is plain:
-            notify_closing(plain.fd)
+    except (OSError, ClosedError):      # of a kind that cannot be waited for
+        _forget_plain_fd(kernel, plain)
         raise
 
 
 def _park_if_open(fd, number, wait, task):
     """Another worker may have closed it in between, and the number be another file's."""
-    if not isinstance(fd, int) and fd.fileno() != number:
+    try:
+        now = fd if isinstance(fd, int) else fd.fileno()
+    except ValueError:              # of a closed file
+        now = -1
+    if now != number:
         raise ClosedError(f"file descriptor {number} has been closed here")
     wait(task)
 
@@ -1676,6 +1697,13 @@ def notify_closing(fd):
 
 
 @_guarded_function
+def _forget_plain_fd(kernel, plain):
+    """Its last wait has failed."""
+    if plain.wants() == 0 and kernel.plain.get(plain.fd) is plain:
+        _close_plain_fd(kernel, plain.fd)
+
+
+@_guarded_function
 def _close_plain_fd(kernel, number):
     plain = kernel.plain.pop(number, None)
     if plain is not None:
@@ -1707,16 +1735,15 @@ class _WakeUp:
             far.setblocking(False)
             self.fd, self.write_fd = near.fileno(), far.fileno()
             self._ends = near, far
-        # Between call() in other threads and close(): the number may be reused. An RLock, because the garbage collector
-        # may post in the middle of call().
-        self._lock = threading.RLock()
 
     def call(self):
-        """From any thread, but not from a signal handler: the thread that it interrupts may hold the lock."""
-        with self._lock:
+        """From any thread. The guard stands between it and close(): the number may be reused. Another lock would need an order:
+        a signal handler that comes while this one is held may want the guard."""
+        with _GUARD:
             self.call_from_signal()
 
     def call_from_signal(self):
+        """From the kernel's own thread, with no need to wait for the guard."""
         if self.write_fd >= 0:
             try:
                 os.write(self.write_fd, b"\0")
@@ -1734,7 +1761,7 @@ class _WakeUp:
             pass
 
     def close(self):
-        with self._lock:
+        with _GUARD:
             self.write_fd = -1
             for end in self._ends:
                 end.close()
@@ -1921,13 +1948,15 @@ class TaskGroup(_Unique):
         task = Task(coro, self, worker, name, pinned or self._pinned)
         if coro.__class__ is types.CoroutineType:
             coro.__name__ = _SPAWNED    # after what may find the end of the stack: it can be spawned elsewhere then
-        self._tasks[task] = None
         if self._doomed and _is_cancelled(task, None):
             task.budget = 0
             task._resume = task._step_then_cancel
             self._late += 1
+        self._tasks[task] = None        # no call from here to the last line of these three: no signal handler strikes between
         worker.spawned += 1
         worker.ready.append(task)
+        if worker.sleeping:             # a signal handler spawns
+            worker.wake()
         if hooks is not None:
             worker.kernel.fire("task_spawned", task)
         return task
@@ -2063,7 +2092,7 @@ class _Timers:
             self.tasks[deadline] = task
             heapq.heappush(self.heap, deadline)
             if self.worker.sleeping:            # then another one calls
-                self.worker.waker.call()
+                self.worker.wake()
         elif there.__class__ is list:
             there.append(task)
         else:
@@ -2187,7 +2216,7 @@ def _left_open(task, root):
 class _NOWHERE:
     """Stands for the worker of a task that has got its place by other means."""
 
-    hooks, ready = None, deque(maxlen=0)
+    hooks, ready, sleeping = None, deque(maxlen=0), False
 
 
 class _Forked(Exception):
@@ -2252,8 +2281,7 @@ class _Worker:
     def post(self, call):
         """Have `call()` made by this worker's thread; False if it has ended. From any thread, but no signal handler."""
         self.inbox.append(call)         # I5: first add, then look who sleeps
-        if self.sleeping:
-            self.waker.call()
+        self.wake()
         if not self.kernel.ended:
             return True
         try:
@@ -2446,7 +2474,6 @@ class _Worker:
     def taken_over(self, task):
         """It sleeps, and somebody has woken its task: a signal handler, or a thread that should not have."""
         if _local.worker is self:
-            self.waker.call_from_signal()
             return self
         _report(RuntimeError(
             f"a thread without a worker has woken task {task.name!r} ({task.park_reason}): what it called is safe there "
@@ -2551,17 +2578,9 @@ class _ShuffledDeque(deque):
         return super().popleft()
 
 
-class _Ready(deque):
-    """The ready deque of one worker of several: who adds to that of another one ends its sleep."""
-
-    def __init__(self, worker):
-        super().__init__()
-        self.worker = worker
-
-    def append(self, task):
-        super().append(task)
-        if self.worker.sleeping:        # I5: first add, then look who sleeps
-            self.worker.waker.call()
+def _move(pop, target):
+    """Append what pop() takes from its place to the target, in C: no signal handler's error comes while it is in neither."""
+    target.extend(itertools.starmap(pop, ((),)))
 
 
 class _OneOfSeveral(_Worker):
@@ -2569,7 +2588,6 @@ class _OneOfSeveral(_Worker):
 
     def __init__(self, kernel):
         super().__init__(kernel, None, None)
-        self.ready = _Ready(self)
         self.thread = None          # all but the first start one
         self.seen = {}              # worker -> (its `beat`, when that was first seen)
         self.beats_seen = []        # of the others, when it kept watch
@@ -2583,14 +2601,17 @@ class _OneOfSeveral(_Worker):
         for _ in range(len(self.inbox)):
             if self.stopped:
                 break
+            calls = []
             try:
-                here.call = call = self.inbox.popleft()
-            except IndexError:
-                break
-            try:
-                call()
+                try:
+                    _move(self.inbox.popleft, calls)
+                except IndexError:
+                    break
+                here.call = calls[0]
+                calls[0]()
+                calls.clear()
             except BaseException:               # as above
-                self.inbox.appendleft(call)
+                self.inbox.extendleft(calls)
                 raise
         here.call = None
 
@@ -2638,37 +2659,54 @@ class _OneOfSeveral(_Worker):
         if not self.kernel.keeper.locked() or self.kernel.parallel and len(self.ready) > 1 and self.looked >= self.no_offer:
             for other in self.others:
                 if other.sleeping:
-                    other.waker.call()
+                    other.wake()
                     return
 
+    @atomic
     def _steal(self, victim, count, most_pinned=_INF):
         """Take over `count` ready tasks of another worker, from the far end, where those lie that would wait longest.
 
         Pinned ones stay; after `most_pinned` of them it gives up.
         """
-        with _GUARD:
-            stolen, pinned = [], []
-            while len(stolen) < count and len(pinned) <= most_pinned:
-                try:
-                    task = victim.ready.pop()
-                except IndexError:
-                    break
-                if task._pinned:
-                    pinned.append(task)
-                else:
-                    task._worker = self         # at once: _recover() finds it by that
-                    stolen.append(task)
-            if pinned:
-                victim.ready.extend(reversed(pinned))
-                victim.wake()                   # it may have looked while they were away
-                if not stolen:
-                    victim.no_offer = victim.looked + TICK
-            self.ready.extend(reversed(stolen))
-            self.stolen += len(stolen)
-            if self.hooks is not None:
-                for task in stolen:
-                    self.kernel.fire("task_stolen", task, victim)
+        taken = []
+        try:
+            stolen = self._take(victim.ready, taken, count, most_pinned)
+            gives_back = len(stolen) < len(taken)
+            self._place_taken(taken, victim)
+        except BaseException:                   # a signal handler's: each has a place all the same
+            self._place_taken(taken, victim)
+            raise
+        if gives_back:
+            victim.wake()                       # it may have looked while they were away
+            if not stolen:
+                victim.no_offer = victim.looked + TICK
+        self.stolen += len(stolen)
+        if self.hooks is not None:
+            for task in stolen:
+                self.kernel.fire("task_stolen", task, victim)
         return bool(stolen)
+
+    @staticmethod
+    def _take(ready, taken, count, most_pinned):
+        """Pop them into `taken`; returns those that are not pinned. Its loops are not in the `try` block above, because CPython
+        3.12 and 3.13 forget some jumps back, where signal handlers are called, when they note what a block covers."""
+        pinned = 0
+        while len(taken) - pinned < count and pinned < most_pinned:
+            try:
+                _move(ready.pop, taken)
+            except IndexError:
+                break
+            pinned += taken[-1]._pinned
+        return [task for task in reversed(taken) if not task._pinned]
+
+    def _place_taken(self, taken, victim):
+        """Pinned tasks go back, the others are this worker's."""
+        while taken:
+            if taken[-1]._pinned:
+                _move(taken.pop, victim.ready)
+            else:
+                taken[-1]._worker = self        # first this: _recover() finds it by that
+                _move(taken.pop, self.ready)
 
     def _find_work(self):
         """Whether there is something to step now: half of what another one has too much of, or all of one that is stuck."""
@@ -2677,6 +2715,8 @@ class _OneOfSeveral(_Worker):
             for victim in self.others:
                 if victim.is_stuck(self):
                     self._stand_in_for(victim)
+                elif victim.sleeping and (victim.ready or victim.inbox):    # a signal handler has struck who was to wake it
+                    victim.wake()
                 elif searches and len(victim.ready) > 1:
                     self._steal(victim, len(victim.ready) // 2, MOST_PINNED)
                 if self.ready:
@@ -2945,6 +2985,18 @@ class _Watchdog:
         own = itertools.dropwhile(lambda place: place[0] == _HERE, stack)
         return "".join(traceback.format_list([(*place, None) for place in own]))
 
+    @staticmethod
+    def waits_for_guard(file, line, function):
+        import linecache
+        return file == _HERE and linecache.getline(file, line).strip().startswith("with _GUARD")
+
+    @staticmethod
+    def guard_owner():
+        """The number of the thread that holds the guard, 0 for none. An RLock tells it in its repr() only."""
+        import re
+        owner = re.search(r"owner=(0x[0-9a-f]+|[0-9]+) ", repr(_GUARD))
+        return int(owner[1], 0) if owner is not None else 0
+
     def alarm(self, worker, held_by, now, since):
         kernel, task = self.kernel, None
         if isinstance(held_by, Task):
@@ -2955,12 +3007,14 @@ class _Watchdog:
         else:
             who = "something that is no task (a hook, a collection of garbage)"
         stack = self.live_stack(worker)
-        if stack and stack[-1][0] == _HERE and stack[-1][2] in ("_under_guard", "_park_among_others", "_steal"):
-            return                      # it waits for the guard, and who holds that is reported
+        waits = bool(stack) and self.waits_for_guard(*stack[-1])
+        if waits and self.guard_owner() in (0, *(other.thread_id for other in kernel.workers)):
+            return                      # who holds it is reported, or has just let go
         stack = self.in_words(stack)
         report = (f"{who} has held worker {kernel.workers.index(worker) + 1} of {len(kernel.workers)} for {now - since:.3g} s, "
                   f"the limit is {self.limit:g} s. Move what computes or blocks there to to_thread(), or put a checkpoint() "
                   f"into it\nBehind it wait: {', '.join(self.behind(worker, task)) or 'nobody'}\n"
+                  + ("It waits for another kernel, or a thread, that holds what all primitives share\n" if waits else "")
                   + (f"It is here:\n{stack}" if stack else "It does not say where it is\n"))
         if "task_stuck" in (kernel.hooks or ()):
             kernel.call_hooks("task_stuck", task, now - since, report)     # without the guard, which the step may hold
@@ -3065,8 +3119,11 @@ class _Signals:
     def _on_interrupt(self, number, frame):
         self.interrupts += 1
         self._post(self._interrupted)
-        if self.interrupts > 1 and self._is_stuck(self.kernel.worker, frame):
-            raise KeyboardInterrupt
+        if self.interrupts > 1:                 # here, for what is stuck may hold the guard, or the loop may have ended
+            for worker in self.kernel.worker.others:
+                self._interrupt_step(worker)
+            if self._is_stuck(self.kernel.worker, frame):
+                raise KeyboardInterrupt
 
     def _is_stuck(self, worker, frame):
         return time.monotonic() - worker.looked > STUCK_SECONDS and self._in_users_code(worker, frame)
@@ -3079,8 +3136,10 @@ class _Signals:
         while frame is not None and (frame.f_code.co_filename != _HERE
                                      or frame.f_code.co_qualname == "atomic.__set_name__.<locals>.method"):
             frame = frame.f_back                # (the last stands around methods of the user's)
-        if frame is not None and frame.f_code in (_Kernel.call_hooks.__code__, _CallFromThread.__call__.__code__):
-            return True                         # a hook, or a call from a thread: both take any error
+        if frame is not None and frame.f_code in (
+                _Kernel.call_hooks.__code__, _CallFromThread.__call__.__code__, _OneOfSeveral._park_among_others.__code__,
+                ParkingLot._park_unless.__code__):
+            return True         # a hook, a call from a thread, a park function or its predicate: they may fail with any error
         return frame is not None and worker.task is not None and bool(
             frame.f_code in _STEPPERS or frame.f_code.co_flags & 0x80)    # CO_COROUTINE
 
@@ -3088,8 +3147,6 @@ class _Signals:
         kernel = self.kernel
         if self.interrupts > 1:
             kernel.drop_shields()
-            for worker in kernel.worker.others:
-                self._interrupt_step(worker)
         if kernel.main.done():
             kernel.cancel_all()
         else:
@@ -3097,12 +3154,13 @@ class _Signals:
 
     def _interrupt_step(self, worker):
         """What the handler does for the first worker, for one in another thread: it is raised once that runs Python code."""
-        frame = sys._current_frames().get(worker.thread_id) if _has_gil() else None     # else it must not be read
-        if self._is_stuck(worker, frame) if frame is not None else (
-                worker.task is not None and time.monotonic() - worker.looked > STUCK_SECONDS):
-            with contextlib.suppress(ImportError):
+        thread = worker.thread_id
+        frame = sys._current_frames().get(thread) if _has_gil() else None       # else it must not be read
+        if thread is not None and (self._is_stuck(worker, frame) if frame is not None else (
+                (worker.task or worker.call) is not None and time.monotonic() - worker.looked > STUCK_SECONDS)):
+            with contextlib.suppress(ImportError, AttributeError):      # the latter: main is just importing it
                 import ctypes
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.thread_id), ctypes.py_object(KeyboardInterrupt))
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
 
     def _on_terminate(self, number, frame):
         again, self.terminate = self.terminate is not None, number
@@ -3552,7 +3610,8 @@ def _dump(kernel):
     while pending:
         task, indent = pending.pop()
         lines.append(f"{indent}{task.name}: {task.state}{_why(task)}")
-        if task is not task._worker.task:       # what runs has no chain to follow
+        # What runs has no chain to follow; without a GIL nor has what another worker may begin to run now.
+        if task is not task._worker.task and not (kernel.parallel and task._worker.others and task._state == READY):
             lines += [f"{indent}    at {line}" for line in _await_chain(task)]
         for group in reversed(_groups(task)):
             pending += [(child, indent + "  | ") for child in reversed(list(group._tasks))]
@@ -3585,7 +3644,6 @@ def _after_fork_in_child():
             kernel.signals.release_wakeup_fd()
             kernel.signals.restore()
         for worker in kernel.workers:
-            worker.waker._lock = threading.RLock()
             worker.ready.clear()
             worker.ready.append(_Poison())
             worker.inbox.clear()
@@ -3638,8 +3696,8 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None)
     """Run the coroutine `coro` and all that it spawns; return its result or raise its error.
 
     workers: how many threads step tasks, up to 1024; None for 1 with a GIL, else for as many as there are usable cores.
-    Main is pinned: it stays in the thread that calls. After the first run with several, locks and channels take a lock of
-    their own in this process for good, also with one worker.
+    Main is pinned: it stays in the thread that calls. After the first run with several (without a GIL: the first at all),
+    locks and channels take a lock of their own in this process for good, also with one worker.
     clock: an object with now() and idle(timeout), see flowcoro_testing; with this or a seed there is one worker.
     seed: any int or str makes the order of ready tasks random but reproducible. grace: seconds that main has to end
     after request_stop() or SIGTERM before it is cancelled. watchdog: seconds that one step of a task may take, or True for
@@ -5450,13 +5508,13 @@ def add_hooks(hooks):
     """Call the methods of `hooks` as things happen in this kernel; it may have any of these:
 
     task_spawned(task), task_parked(task, reason), task_rescheduled(task), task_stolen(task, victim), task_done(task),
-    task_stuck(task, seconds, report) (run(watchdog=): it has held its worker so long, the report says what waits; called in
-    another thread; task is None if what holds it is none),
+    task_stuck(task, seconds, report) (run(watchdog=): it has held its worker so long, the report says what waits; task is None
+    if what holds it is none; called in a thread of the watchdog, and so at any moment, beside other hooks and all tasks),
     before_poll(timeout) (nothing is ready and the kernel will wait so many seconds, None: without limit; what it
     reschedules is run first), after_poll(events) (their number). They must not block; their errors are reported.
     TypeError if it has none of them, RuntimeError outside a kernel. No task runs in them (current_task() raises), but for
-    the task_… that a task itself causes. With several workers they are called in the thread of any, one at a time, and all
-    operations of tasks wait meanwhile: a hook must not take a lock that somebody may hold who calls this module.
+    the task_… that a task itself causes. With several workers all but task_stuck are called in the thread of any, one at a
+    time, and all operations of tasks wait meanwhile: a hook must not take a lock that somebody may hold who calls this module.
     """
     kernel = _local.worker.kernel
     found = [(name, getattr(hooks, name)) for name in _HOOKS if hasattr(hooks, name)]

@@ -252,7 +252,7 @@ def test_a_value_is_not_lost_to_a_cancel_that_comes_while_its_task_is_taken_up()
 # ---- 2: say that one sleeps, look again, sleep; append, look who sleeps ------------------------------------------
 
 def sleeping(wakers, *, announce_first=True, append_first=True, stop=False, stop_looked_at=True):
-    """_OneOfSeveral._idle() and _Worker._poll(), against _Ready.append(), post() and _stop_all() of others."""
+    """_OneOfSeveral._idle() and _Worker._poll(), against _reschedule(), post() and _stop_all() of others."""
     def make():
         world = World(ready=[], sleeping=False, bytes=0, stopped=False, done=[])
 

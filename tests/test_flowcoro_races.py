@@ -118,12 +118,12 @@ def test_a_pinned_task_that_a_thief_gives_back_wakes_its_worker_which_did_not_se
                     assert taken.wait(PATIENCE)
             return seconds
 
-        def paused_extend(tasks):
-            del victim.ready.extend
+        def paused_place_taken(tasks, victim):
+            del thief._place_taken
             sleeper.about.clear()
             taken.set()
             wait_until(sleeper.about.is_set)        # so it has looked
-            victim.ready.extend(tasks)
+            thief._place_taken(tasks, victim)
 
         victim._until_deadline = paused_until_deadline
         victim.waker.call()
@@ -134,8 +134,9 @@ def test_a_pinned_task_that_a_thief_gives_back_wakes_its_worker_which_did_not_se
         victim.waker.ready(flowcoro.READ)
         ready.set()
         wait_until(announced.is_set)
-        victim.ready.extend = paused_extend
-        assert not here()._steal(victim, 1)
+        thief = here()
+        thief._place_taken = paused_place_taken
+        assert not thief._steal(victim, 1)
         sleeper.go.set()
         wait_until(lambda: sleeper.found)
         assert victim.waker in sleeper.found[0]
@@ -297,6 +298,7 @@ def test_when_two_threads_start_runs_at_once_both_find_every_function_guarded(gu
     for function, code in PLAIN:                    # without a GIL an earlier run has guarded them
         function.__code__ = code
     flowcoro._MARKED[:] = MARKED
+    flowcoro._UNGUARDED.clear()
     monkeypatch.setattr(flowcoro, "types", types.SimpleNamespace(**{**vars(types), "FunctionType": slow}))
     thread = threading.Thread(target=second)
     thread.start()
@@ -440,22 +442,21 @@ def test_a_thief_gives_up_after_a_row_of_pinned_tasks(monkeypatch):
 
     async def main():
         victim = here()
-        pop = victim.ready.pop
 
-        def look():
-            looks.append(True)
-            return pop()
+        def look(pop, target):
+            looks.extend([True] * (pop == victim.ready.pop))
+            move(pop, target)
 
         async with flowcoro.TaskGroup(pinned=True) as group:
             with flowcoro._GUARD:                   # no thief comes before all are there
                 for _ in range(10 * flowcoro.MOST_PINNED):
                     group.spawn(flowcoro.checkpoint())
-                victim.ready.pop = look
+                monkeypatch.setattr(flowcoro, "_move", look)
                 most.clear()
             wait_until(lambda: len(most) > 2)
-            assert set(most) == {flowcoro.MOST_PINNED + 1}
+            assert set(most) == {flowcoro.MOST_PINNED}
 
-    looks, most, steal = [], [], flowcoro._OneOfSeveral._steal
+    looks, most, steal, move = [], [], flowcoro._OneOfSeveral._steal, flowcoro._move
     monkeypatch.setattr(flowcoro._OneOfSeveral, "_steal", count_looks)
     monkeypatch.setattr(flowcoro._OneOfSeveral, "is_stuck", lambda self, observer: False)
     run(main, workers=2)

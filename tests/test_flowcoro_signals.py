@@ -1313,7 +1313,8 @@ def nobody_sees_a_deadlock():
     signal.signal(signal.SIGALRM, before)
 
 
-def test_an_error_that_strikes_at_any_call_in_the_loop_ends_the_run_and_loses_none():
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_that_strikes_at_any_call_in_the_loop_ends_the_run_and_loses_none(workers):
     """One run, and a child, for each call that the loop makes beside the tasks' own steps, and each return from C."""
     with Child("""
         import threading
@@ -1397,7 +1398,7 @@ def test_an_error_that_strikes_at_any_call_in_the_loop_ends_the_run_and_loses_no
             signal.signal(signal.SIGALRM, lambda number, frame: hang())     # also: no Deadlock saves who is lost
             signal.alarm(20)
             try:
-                flowcoro.run(main())
+                flowcoro.run(main(), workers=WORKERS)
             except (Struck, BaseExceptionGroup) as error:
                 whole = isinstance(error, Struck) or not error.split(Struck)[1]
             else:
@@ -1426,7 +1427,7 @@ def test_an_error_that_strikes_at_any_call_in_the_loop_ends_the_run_and_loses_no
             children.remove(child)
             status = status if status == 9 else os.waitstatus_to_exitcode(ended)
         say("done" if struck > 200 else f"only {struck} calls")
-    """) as child:
+    """.replace("WORKERS", str(workers))) as child:
         assert child.end()[:2] == (0, ["done"])
 
 

@@ -4,6 +4,7 @@ The interpreter is told to switch threads as often as it can, and the kernel tha
 steal. No test depends on how fast anything is: where one has to happen before the other, the other waits for it.
 """
 
+import collections
 import contextlib
 import contextvars
 import faulthandler
@@ -667,11 +668,15 @@ def test_a_task_woken_on_another_worker_may_go_on_before_its_waker_does(monkeypa
     """Whoever wakes a pinned task is held up, in the middle of that, until the task has gone on."""
     armed, went_on = [], threading.Event()
 
-    class Slow(flowcoro._Ready):
+    class Slow(collections.deque):
         def append(self, task):
             super().append(task)
-            if armed and self.worker is not flowcoro._local.worker:
+            if armed and self is not flowcoro._local.worker.ready:
                 went_on.wait(0.1)       # in vain if its worker wants the guard before it comes to the task
+
+    def with_slow_deque(self, kernel, init=flowcoro._OneOfSeveral.__init__):
+        init(self, kernel)
+        self.ready = Slow()
 
     async def main():
         async def meet(number, wait, wake):
@@ -706,7 +711,7 @@ def test_a_task_woken_on_another_worker_may_go_on_before_its_waker_does(monkeypa
         assert await spread(2, meet, wait_for_event, event.set) == [True, None]
         assert await spread(2, meet, wait_for_end, channel.close) == [True, None]
 
-    monkeypatch.setattr(flowcoro, "_Ready", Slow)
+    monkeypatch.setattr(flowcoro._OneOfSeveral, "__init__", with_slow_deque)
     run(main, workers=2)
 
 

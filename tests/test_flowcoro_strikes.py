@@ -1,0 +1,481 @@
+"""An error of a signal handler, with several workers, at each place where one can come: no task and no call is lost.
+
+The interpreter calls handlers in the main thread, as a function begins, after a call, and before it jumps back. A trace function
+that raises at the first, the second, … of those places finds each of them, in one thread and in the same order every time.
+"""
+
+import dis
+import os
+import signal
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+import flowcoro
+from conftest import MARKED, PLAIN
+from test_flowcoro_signals import Child
+from test_flowcoro_workers import PATIENCE, pipe, run, wait_until
+
+
+class Struck(Exception):
+    pass
+
+
+class Strike:
+    """In its `with` block: raise Struck at the place number `at` of those in the functions given."""
+
+    TOOL = 4                    # one that belongs to nobody
+
+    def __init__(self, at, *functions):
+        self.at, self.codes, self.before, self.came = at, {function.__code__ for function in functions}, {}, False
+
+    def __enter__(self):
+        if sys.version_info < (3, 12):
+            self.old = sys.gettrace()
+            sys.settrace(self.call)
+        else:                                           # where tracing may miss the first call of a function
+            self.thread, monitoring = threading.get_ident(), sys.monitoring
+            monitoring.use_tool_id(self.TOOL, "strikes")
+            monitoring.register_callback(self.TOOL, monitoring.events.INSTRUCTION, self.instruction)
+            for code in self.codes:
+                monitoring.set_local_events(self.TOOL, code, monitoring.events.INSTRUCTION)
+
+    def __exit__(self, kind, error, trace):
+        if sys.version_info < (3, 12):
+            sys.settrace(self.old)
+        else:
+            for code in self.codes:
+                sys.monitoring.set_local_events(self.TOOL, code, 0)
+            sys.monitoring.register_callback(self.TOOL, sys.monitoring.events.INSTRUCTION, None)
+            sys.monitoring.free_tool_id(self.TOOL)
+        return kind is Struck
+
+    def call(self, frame, event, argument):
+        if frame.f_code not in self.codes:
+            return None
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        return self.step
+
+    def step(self, frame, event, argument):
+        if event == "opcode":
+            self.look(frame, frame.f_lasti)
+        return self.step
+
+    def instruction(self, code, offset):
+        if threading.get_ident() == self.thread:
+            self.look(sys._getframe(1), offset)
+
+    def look(self, frame, offset):
+        before, now = self.before.get(frame, "RESUME"), dis.opname[frame.f_code.co_code[offset]]
+        self.before[frame] = now
+        if not self.came and (before.startswith(("RESUME", "CALL")) or "JUMP_BACKWARD" in now):
+            self.at -= 1
+            if self.at == 0:
+                self.came = True
+                raise Struck
+
+
+def before_the_guard(function):
+    """The function that did its work before it was to take the guard."""
+    return flowcoro._UNGUARDED.get(function.__qualname__, function)
+
+
+def places_of(task, workers):
+    return sum(ready.count(task) for ready in (worker.ready for worker in workers))
+
+
+@pytest.fixture(autouse=True)
+def calm(monkeypatch):
+    """Nobody steals but who is told to."""
+    monkeypatch.setattr(flowcoro._OneOfSeveral, "is_stuck", lambda self, observer: False)
+
+
+def sweep(scene):
+    """scene(strike) for the first place, the second, … until there are no more. How many there were."""
+    async def main():
+        for number in range(1, 1000):
+            strike = None
+
+            def begin(*functions):
+                nonlocal strike
+                strike = Strike(number, *functions)
+                return strike
+
+            await scene(begin)
+            if not strike.came:
+                return number - 1
+
+    return run(main, workers=2)
+
+
+@pytest.mark.parametrize("pinned", ["", "p", "pp", "pppp", "p.p.", ".pp.", "....p", "......"])
+def test_a_thief_that_is_struck_leaves_each_task_in_one_deque(pinned):
+    async def scene(strike):
+        victim = flowcoro.current_task()._worker
+        thief = victim.others[0]
+        async with flowcoro.TaskGroup() as group:
+            tasks = [group.spawn(note(index), pinned=kind == "p") for index, kind in enumerate(pinned)]
+            with strike(before_the_guard(thief._steal.__func__), thief._take, thief._place_taken.__func__,
+                        flowcoro._move):
+                thief._steal(victim, 3, 2)
+            there = list(victim.ready)
+            for task in tasks:
+                assert places_of(task, (victim, thief)) + (task.state == "done") == 1
+                assert task._worker is (victim if task in there else thief)
+                assert not task._pinned or task in there
+            assert there == [task for task in tasks if task in there], "in another order"
+            thief.wake()
+        assert stepped == Counter(range(len(pinned)))
+        stepped.clear()
+
+    async def note(index):
+        stepped[index] += 1
+
+    stepped = Counter()
+    assert sweep(scene) > 10
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere", "pinned elsewhere"])
+def test_a_waker_that_is_struck_has_woken_the_task_or_leaves_it_parked_in_its_place(where):
+    async def scene(strike):
+        async def wait():
+            await lot.park()
+            woken.append(True)
+
+        lot, woken = flowcoro.ParkingLot(), []
+        worker = flowcoro.current_task()._worker
+        async with flowcoro.TaskGroup() as group:
+            task = group.spawn(wait(), pinned=where != "elsewhere")
+            if where != "here":                         # another one has woken it before
+                with flowcoro._GUARD:
+                    worker.ready.remove(task)
+                    task._worker = worker.others[0]
+                    task._worker.ready.append(task)
+                    task._worker.wake()
+            wait_until(lambda: task.state == "parked") if where != "here" else await flowcoro.checkpoint()
+            if where != "here":
+                wait_until(lambda: task._worker.sleeping)
+            assert task.state == "parked"
+            with strike(flowcoro._reschedule, worker.taken_over.__func__, worker.wake.__func__, flowcoro._WakeUp.call,
+                        flowcoro._WakeUp.call_from_signal):
+                lot.unpark()
+            if task in lot._tasks:
+                lot.unpark()
+            await task
+        assert woken == [True]
+
+    assert sweep(scene) >= (3 if where == "here" else 4)
+
+
+def test_a_task_whose_waker_was_struck_can_still_be_cancelled():
+    async def scene(strike):
+        async def wait():
+            await lot.park()
+
+        lot = flowcoro.ParkingLot()
+        async with flowcoro.TaskGroup() as group:
+            task = group.spawn(wait(), pinned=True)
+            await flowcoro.checkpoint()
+            assert task.state == "parked"
+            with strike(before_the_guard(flowcoro.ParkingLot.unpark)):
+                lot.unpark()
+            group.cancel()
+        assert task.done()
+
+    assert sweep(scene) >= 3
+
+
+def test_who_is_struck_while_it_spawns_has_spawned_or_has_not():
+    async def scene(strike):
+        async def note():
+            ran.append(True)
+
+        ran, coro = [], note()
+        async with flowcoro.TaskGroup() as group:
+            with strike(before_the_guard(flowcoro.TaskGroup.spawn)):
+                group.spawn(coro)
+            spawned = len(group._tasks)
+        assert len(ran) == spawned
+        coro.close()
+
+    assert sweep(scene) >= 3
+
+
+def test_a_call_of_a_thread_that_is_struck_as_it_is_taken_is_made():
+    async def scene(strike):
+        worker = flowcoro.current_task()._worker
+        made = []
+        worker.inbox.extend([lambda: made.append(1), lambda: made.append(2), lambda: made.append(3)])
+        with strike(worker._take_calls.__func__, flowcoro._move):
+            worker._take_calls()
+        worker._take_calls()
+        assert sorted(set(made)) == [1, 2, 3] and len(made) <= 4
+        assert worker.call is None and not worker.inbox
+
+    assert sweep(scene) > 10
+
+
+def test_who_sleeps_though_it_has_something_to_do_is_woken_by_who_keeps_watch():
+    """As if a signal handler had struck between the append and the wake-up."""
+    async def main():
+        async def note():
+            ran.append(True)
+
+        worker = flowcoro.current_task()._worker
+        other = worker.others[0]
+        async with flowcoro.TaskGroup() as group:
+            wait_until(lambda: other.sleeping)
+            with flowcoro._GUARD:
+                task = group.spawn(note(), pinned=True)
+                worker.ready.remove(task)
+                task._worker = other
+                other.ready.append(task)
+            other.inbox.append(lambda: ran.append(True))
+            await flowcoro.sleep(0.01)
+            with flowcoro.timeout(PATIENCE):
+                await task
+
+    ran = []
+    run(main, workers=2)
+    assert ran == [True, True]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_task_that_a_signal_handler_spawns_while_the_worker_sleeps_runs_at_once(workers):
+    async def note():
+        scope.cancel()
+
+    async def main():
+        nonlocal scope
+        async with flowcoro.TaskGroup() as group:
+            signal.signal(signal.SIGUSR1, lambda number, frame: group.spawn(note()))
+            timer = threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGUSR1])
+            timer.start()
+            with flowcoro.move_on_after(PATIENCE) as scope:
+                await flowcoro.sleep(PATIENCE)
+            timer.join()
+
+    scope, before, begin = None, signal.getsignal(signal.SIGUSR1), time.monotonic()
+    try:
+        flowcoro.run(main(), workers=workers)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert time.monotonic() - begin < PATIENCE / 2
+
+
+def test_a_signal_handler_that_wakes_a_task_may_come_while_its_thread_is_waking_another_worker(monkeypatch):
+    """And while the thread that holds what the handler needs wakes that worker too."""
+    class Primitive:
+        @flowcoro.atomic
+        def wake(self, worker):
+            entered.wait(0.2)               # in vain if the other one needs for that what is held here
+            holds.set()
+            time.sleep(0.05)
+            worker.waker.call()
+
+    def call_from_signal(self):
+        if victim and self is victim[0].waker and threading.current_thread() is threading.main_thread() and not entered.is_set():
+            entered.set()
+            holds.wait(0.2)
+            signal.raise_signal(signal.SIGUSR1)
+        real(self)
+
+    async def main():
+        async def wakes():
+            stuck.set()
+            Primitive().wake(victim[0])
+
+        worker = flowcoro.current_task()._worker
+        first, second = worker.others
+        wait_until(lambda: first.sleeping and second.sleeping)
+        async with flowcoro.TaskGroup() as group:
+            task = group.spawn(wakes(), pinned=True)
+            with flowcoro._GUARD:
+                worker.ready.remove(task)
+                task._worker = first
+                victim.append(second)
+                first.ready.append(task)
+            first.wake()
+            assert stuck.wait(PATIENCE)
+            second.waker.call()
+        assert event.is_set()
+
+    event, entered, holds, stuck, victim = flowcoro.Event(), threading.Event(), threading.Event(), threading.Event(), []
+    real = flowcoro._WakeUp.call_from_signal
+    monkeypatch.setattr(flowcoro._WakeUp, "call_from_signal", call_from_signal)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: event.set())
+    try:
+        run(main, workers=3)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+STUCK = {
+    "hook": """
+        class Hooks:
+            def task_parked(self, task, reason):
+                if task.name == "it":
+                    stuck()
+
+        flowcoro.add_hooks(Hooks())
+        flowcoro.spawn(flowcoro.sleep(1000), name="it")
+    """,
+    "atomic": """
+        class Primitive:
+            @flowcoro.atomic
+            def method(self):
+                stuck()
+
+        async def calls():
+            Primitive().method()
+
+        flowcoro.spawn(calls())
+    """,
+    "predicate": """
+        flowcoro.spawn(flowcoro.ParkingLot().park_unless(stuck))
+    """,
+    "call": """
+        def ask(kernel):
+            try:
+                flowcoro.call_from_thread(stuck, kernel=kernel)
+            except BaseException:
+                pass
+
+        threading.Thread(target=ask, args=[flowcoro.current_kernel()]).start()
+    """}
+
+
+@pytest.mark.parametrize("what", STUCK)
+def test_a_second_ctrl_c_ends_what_holds_all_others_up_on_another_worker(what):
+    with Child("""
+        def stuck():
+            say(threading.current_thread().name)
+            begun.set()
+            while True:
+                time.sleep(0.001)
+
+        begun = threading.Event()
+        sys.unraisablehook = lambda got: None
+
+        async def main():
+            WHAT
+            begun.wait(20)
+            say("ready")
+            await flowcoro.sleep(1000)
+
+        try:
+            flowcoro.run(main(), workers=2)
+        except KeyboardInterrupt:
+            say("interrupted")
+    """.replace("WHAT", textwrap.indent(textwrap.dedent(STUCK[what]), 12 * " ").strip())) as child:
+        child.hears("flowcoro worker 2")
+        child.hears("ready")
+        child.insist(signal.SIGINT)
+        status, said, errors = child.end()
+    assert (status, said[-1:]) == (0, ["interrupted"]), errors
+
+
+def test_a_second_ctrl_c_ends_a_call_that_another_worker_makes_as_the_run_ends():
+    with Child("""
+        def stuck():
+            begun.set()
+            while True:
+                time.sleep(0.001)
+
+        def ask(kernel):
+            try:
+                flowcoro.call_from_thread(stuck, kernel=kernel)
+            except KeyboardInterrupt:
+                say("the call is interrupted")
+
+        begun = threading.Event()
+
+        async def main():
+            threading.Thread(target=ask, args=[flowcoro.current_kernel()]).start()
+            begun.wait(20)
+            say("ready")                                # and main ends, while that worker is in there
+
+        flowcoro.run(main(), workers=2)
+        say("ended")
+    """) as child:
+        child.hears("ready")
+        child.insist(signal.SIGINT)
+        status, said, errors = child.end()
+    assert "the call is interrupted" in said, errors
+
+
+def test_who_marks_the_functions_for_the_guard_may_be_struck_anywhere(monkeypatch):
+    names = []
+    for number in range(1, 400):
+        marked, before = list(MARKED), dict(flowcoro._UNGUARDED)
+        flowcoro._MARKED[:] = marked
+        for function, code in PLAIN:
+            function.__code__ = code
+        flowcoro._UNGUARDED.clear()
+        strike = Strike(number, flowcoro._replace_marked)
+        with strike:
+            flowcoro._guard_all()
+        flowcoro._guard_all()
+        left = [function.__qualname__ for function, code in PLAIN if function.__code__ is code]
+        assert left == [] and flowcoro._MARKED == [], number
+        assert set(flowcoro._UNGUARDED) >= set(before)
+        names.append(number)
+        if not strike.came:
+            break
+    assert len(names) > 50
+
+
+@pytest.mark.parametrize("kind", ["socket", "file"])
+def test_a_wait_that_another_workers_close_cuts_short_leaves_no_registration(kind, monkeypatch):
+    def paused(kernel, number):
+        there.set()
+        assert said.wait(PATIENCE)
+        plain = real(kernel, number)
+        registered.set()
+        assert closed.wait(PATIENCE)
+        return plain
+
+    async def wait(file):
+        with pytest.raises(flowcoro.ClosedError):
+            await flowcoro.wait_readable(file)
+
+    async def main():
+        kernel = flowcoro.current_kernel()
+        with pipe() as (near, far):
+            file = open(os.dup(near), "rb", buffering=0) if kind == "file" else Number(os.dup(near))
+            async with flowcoro.TaskGroup() as group:
+                task = group.spawn(wait(file), pinned=True)
+                worker = flowcoro.current_task()._worker
+                with flowcoro._GUARD:
+                    worker.ready.remove(task)
+                    task._worker = worker.others[0]
+                    task._worker.ready.append(task)
+                task._worker.wake()
+                assert there.wait(PATIENCE)
+                flowcoro.notify_closing(file)
+                said.set()
+                assert registered.wait(PATIENCE)
+                file.close()
+                closed.set()
+            assert kernel.plain == {}
+            assert [worker.descriptors for worker in kernel.workers] == [0, 0]
+
+    class Number:                           # as a socket, which has the number -1 once it is closed
+        def __init__(self, number):
+            self.number = number
+
+        def fileno(self):
+            return self.number
+
+        def close(self):
+            os.close(self.number)
+            self.number = -1
+
+    there, said, registered, closed = (threading.Event() for _ in range(4))
+    real = flowcoro._plain_fd
+    monkeypatch.setattr(flowcoro, "_plain_fd", paused)
+    run(main, workers=2)
