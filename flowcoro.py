@@ -724,7 +724,8 @@ class CancelScope(_Unique):
 
     @property
     def deadline(self):
-        """Absolute time in seconds of now(); math.inf: none. Can be moved while the block runs."""
+        """Absolute time in seconds of now(); math.inf: none, or not known before the block of a move_on_after() or timeout()
+        begins. Can be moved while the block runs."""
         return self._deadline
 
     @deadline.setter
@@ -759,7 +760,8 @@ class CancelScope(_Unique):
 
     def __repr__(self):
         return (f"<CancelScope{' cancelled' if self._cancelled else ''}{' shielded' if self._shield else ''}"
-                f"{'' if self._deadline == _INF else f' deadline={self._deadline:.3f}'}>")
+                f"{f' deadline={self._deadline:.3f}' if self._deadline < _INF else ''}"
+                f"{f' of {self._seconds:g} s' if self._seconds is not None and self._deadline == _INF else ''}>")
 
 
 def _checked_seconds(seconds, caller):
@@ -1150,7 +1152,10 @@ def reschedule(task, value=None, error=None):
     In a thread of the kernel; from others use a Promise or call_from_thread(). RuntimeError if the task is not
     parked: whoever wakes a task must first take it out of the place where it was parked, and the one who finds it
     there is the one to wake it. RecursionError where the stack ends: the task is still parked, and has to go back there.
+    TypeError for what is no task.
     """
+    if task.__class__ is not Task:
+        raise TypeError(f"reschedule({task!r}): it takes a Task that is parked")
     if task._worker.others:
         with _GUARD:
             _reschedule(task, value, error)
@@ -1217,7 +1222,9 @@ class ParkingLot(_Unique):
 
     @atomic
     def unpark(self, count=1, value=None, error=None):
-        """Wake the `count` (math.inf: all) that have waited longest. Returns how many there were."""
+        """Wake the `count` (math.inf: all) that have waited longest. Returns how many there were. TypeError if it is no int."""
+        if count.__class__ is not int and count != _INF:
+            raise TypeError(f"unpark({count!r}): it takes a number of tasks, an int, or math.inf")
         woken = 0
         while woken < count and self._tasks:
             parked, _ = self._tasks.popitem(last=False)
@@ -1812,6 +1819,10 @@ def _abort_sleep(task):
 
 # ---- task groups ----------------------------------------------------------------------------------------------
 
+def _a(name):
+    return f"{'an' if name[:1] in tuple('aeiouAEIOU') else 'a'} {name}"
+
+
 def _checked_coro(coro, caller):
     """`coro`, or a TypeError that says what to write instead."""
     if isinstance(coro, (types.CoroutineType, Coroutine)):
@@ -1828,7 +1839,7 @@ def _checked_coro(coro, caller):
         name = getattr(coro, "__qualname__", repr(coro))
         hint = f"a function: call it, {caller}({name}(…))"
     else:
-        hint = f"a {type(coro).__name__}"
+        hint = _a(type(coro).__name__)
     raise TypeError(f"{caller}() takes a coroutine object, and {coro!r} is {hint}")
 
 
@@ -2445,7 +2456,7 @@ class _Worker:
         task._resume = task._send = None
         if joiners is not None:
             joiners.unpark_all()
-            task._joiners = None
+            task._joiners = joiners.holder = None       # the last joiner holds on to the lot until it parks again
         if self.hooks is not None:
             self.kernel.fire("task_done", task)
         if not tasks or error is not None or group._owner is None:
@@ -3547,7 +3558,7 @@ class _Kernel:
             try:
                 call(*args)
             except BaseException as error:      # a SystemExit too: it would leave tasks behind
-                _report(error, f"a {name} hook failed", call)
+                _report(error, f"{_a(name)} hook failed", call)
 
     @atomic
     def set_hooks(self, change):
@@ -5414,7 +5425,7 @@ class BufferPool(ObjectPool):
         """Take a buffer back. ValueError if it is of another kind or size; with debug=True PoolError, as ObjectPool."""
         if self._lent is None and not (isinstance(thing, bytearray) and len(thing) == self.size):
             size = f" of {len(thing)} bytes" if isinstance(thing, (bytes, bytearray, memoryview)) else ""
-            raise ValueError(f"a {type(thing).__name__}{size} is returned to a pool of bytearrays of "
+            raise ValueError(f"{_a(type(thing).__name__)}{size} is returned to a pool of bytearrays of "
                              f"{self.size}: do not resize them")
         super().release(thing)
         if self._lent is not None:

@@ -44,6 +44,7 @@ What it does not do: download or install anything, or merge a locally changed co
 SPDX-License-Identifier: MIT
 """
 
+import errno
 import argparse
 import ast
 import collections
@@ -1024,7 +1025,7 @@ def _dispatch(arguments):
 def main(argv=None):
     """Obey the command line `argv` (default: sys.argv[1:]), return the exit status; complaints go to stderr.
 
-    What a user can do wrong, Ctrl-C (130) and a reader that closed the pipe (141) end without a traceback.
+    What a user can do wrong, Ctrl-C (130), a reader that closed the pipe (141) and a full disk (1) end without a traceback.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal without `µ` shows `?`, not a traceback
@@ -1043,10 +1044,15 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nflowcoro: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError) and error.errno != errno.ENOSPC:
+            raise
         # The interpreter flushes at its end and would complain again: what is in the buffer goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"flowcoro: cannot write: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -225,4 +225,6 @@ def explore(test, seeds=range(100), **options):
     count, name = 0, getattr(test, "__name__", repr(test))
     for count, seed in enumerate(seeds, 1):
         _run(test, f"explore({name}, seeds=[{seed!r}])", seed=seed, **options)
+    if not count:
+        raise ValueError(f"explore(seeds={seeds!r}): there was no seed, and {name} has not run; give one or more")
     return count

@@ -191,6 +191,14 @@ def test_a_reader_that_has_gone_gets_no_traceback(arguments):
     assert process.returncode == 141
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no file that is always full")
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--list"], ["demo", "deadlock"]])
+def test_a_full_disk_is_said_in_one_line(arguments):
+    with open("/dev/full", "w") as full, start(*arguments, stdout=full, stderr=subprocess.PIPE) as process:
+        said = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 1 and said.startswith("flowcoro: cannot write: ") and said.count("\n") == 1, said
+
+
 # ---- demo --------------------------------------------------------------------------------------------------
 
 def test_the_whole_demo_runs_in_a_pipe():

@@ -676,3 +676,46 @@ def test_the_last_of_a_thousand_waits_for_all_the_others_and_no_longer():
     assert numbers["latency_seconds"]["count"] >= 1
     assert 0 < numbers["latency_seconds"]["max"] <= seconds
     assert numbers["steps"] >= 3000
+
+
+# ---- what all primitives share ----------------------------------------------------------------------------------
+
+class Primitive:
+    """With a method of another module than the kernel's."""
+
+    @flowcoro.atomic
+    def hold(self, until):
+        until()
+
+    @flowcoro.atomic
+    def touch(self):
+        pass
+
+
+def test_who_waits_in_an_atomic_method_of_another_module_for_who_holds_all_up_is_not_reported_himself():
+    async def holds():
+        primitive.hold(lambda: (held.set(), until(lambda: alarms.tasks.count("holds") >= 3)))
+
+    async def waits():
+        assert held.wait(PATIENCE)
+        primitive.touch()
+
+    primitive, held, alarms = Primitive(), threading.Event(), Alarms()
+    watched(lambda: in_group(holds=holds(), waits=waits()), alarms=alarms, workers=3)
+    assert set(alarms.tasks) == {"holds"}
+
+
+def test_who_waits_for_another_kernel_that_holds_all_up_is_reported():
+    async def holds():
+        primitive.hold(lambda: (held.set(), until(lambda: alarms.reports)))
+
+    async def waits():
+        other.start()
+        assert held.wait(PATIENCE)
+        primitive.touch()
+
+    primitive, held, alarms = Primitive(), threading.Event(), Alarms()
+    other = threading.Thread(target=lambda: flowcoro.run(holds(), workers=2))
+    watched(lambda: in_group(waits=waits()), alarms=alarms, workers=2)
+    other.join()
+    assert "It waits for another kernel" in alarms.reports[0]

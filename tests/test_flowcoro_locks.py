@@ -7,6 +7,7 @@ import contextlib
 import copy
 import math
 import pickle
+import re
 import sys
 
 import pytest
@@ -1280,3 +1281,10 @@ async def test_a_condition_takes_any_lock_and_waits_only_for_plain_functions():
             with pytest.raises(ValueError, match=r"notify\(.*an int from 0 up"):
                 condition.notify(count)
         condition.notify(0)
+
+
+@run_in_kernel
+async def test_what_is_no_number_of_tasks_is_no_count_for_unpark():
+    for count in "x", 1.5, None:
+        with pytest.raises(TypeError, match=re.escape(f"unpark({count!r})")):
+            flowcoro.ParkingLot().unpark(count)

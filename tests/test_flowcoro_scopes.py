@@ -2268,3 +2268,11 @@ async def test_a_scope_that_is_left_without_having_been_entered_says_so():
 def test_a_seed_or_clock_that_is_none_is_refused_by_name(options, said):
     with pytest.raises(TypeError, match=re.escape(said)):
         flowcoro.run(answer(), **options)
+
+
+@run_in_kernel
+async def test_a_scope_whose_block_has_not_begun_shows_its_seconds():
+    scope = flowcoro.move_on_after(5)
+    assert repr(scope) == "<CancelScope of 5 s>" and scope.deadline == math.inf
+    with scope:
+        assert repr(scope) == f"<CancelScope deadline={scope.deadline:.3f}>"

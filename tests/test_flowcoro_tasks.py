@@ -2323,3 +2323,28 @@ def test_errors_whose_traceback_cannot_be_set_the_usual_way_arrive_like_any_othe
 
     with pytest.raises(type(error)):
         flowcoro.run(main())
+
+
+@run_in_kernel
+async def test_what_is_no_task_cannot_be_rescheduled():
+    with pytest.raises(TypeError, match=r"reschedule\(5\)"):
+        flowcoro.reschedule(5)
+
+
+@run_in_kernel
+async def test_the_result_of_a_joined_task_is_freed_though_who_joined_it_never_parks_again():
+    class Result:
+        pass
+
+    async def give():
+        return Result()
+
+    alive = weakref.ref(await flowcoro.spawn(give()))
+    await flowcoro.checkpoint()                     # the loop forgets what has woken it at the next yield
+    assert alive() is None
+
+
+@pytest.mark.parametrize("wrong, words", [(5, "is an int"), ("x", "is a str")])
+def test_the_error_for_what_is_no_coroutine_says_what_it_is(wrong, words):
+    with pytest.raises(TypeError, match=words):
+        flowcoro.run(wrong)

@@ -377,7 +377,8 @@ def test_explore_runs_a_right_test_once_for_each_seed_and_returns_how_often_that
     assert explore(test) == 100
     assert seeds == list(range(100))
     assert explore(test, iter(["x", 5])) == 2
-    assert explore(test, seeds=[]) == 0
+    with pytest.raises(ValueError, match="no seed, and test has not run"):
+        explore(test, seeds=[])
     assert seeds[100:] == ["x", 5]
 
 
