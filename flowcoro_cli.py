@@ -44,12 +44,12 @@ What it does not do: download or install anything, or merge a locally changed co
 SPDX-License-Identifier: MIT
 """
 
-import errno
 import argparse
 import ast
 import collections
 import contextlib
 import difflib
+import errno
 import importlib
 import json
 import math
