@@ -261,7 +261,8 @@ def test_a_worker_that_waits_for_one_that_blocks_in_an_atomic_step_is_not_report
     asked, waiting, begin, report = set(), [], flowcoro.Event(), flowcoro._Watchdog.alarm
     monkeypatch.setattr(flowcoro._Watchdog, "alarm", alarm)
     watched(lambda: spread(2, lambda number: (blocks, waits)[number]()), workers=2)
-    assert reports and all(" in block\n" in str(error) for message, error in reports)
+    found = [str(error) for message, error in reports if "task 'spread" not in str(error)]     # who meets may take long
+    assert found and all(" in block\n" in report for report in found)
 
 
 def test_a_whole_batch_of_steps_that_are_long_together_is_no_long_step():
@@ -400,7 +401,7 @@ def test_a_crowd_of_short_steps_is_not_stuck(workers):
 
 
 def test_a_step_that_was_stopped_with_its_process_is_not_long():
-    # It computes for a fraction of the limit, in processor time: what the process was stopped for does not count.
+    # It computes for a small part of the limit, in processor time: what the process was stopped for does not count.
     with run_program(f"""
         import flowcoro, time
 
@@ -408,7 +409,7 @@ def test_a_step_that_was_stopped_with_its_process_is_not_long():
             print("ready", flush=True)
             end = time.monotonic() + 1.2
             while time.monotonic() < end:
-                end_of_step = time.process_time() + 0.3 * {CALM}
+                end_of_step = time.process_time() + 0.05 * {CALM}
                 while time.process_time() < end_of_step:
                     pass
                 await flowcoro.checkpoint()

@@ -1426,7 +1426,7 @@ def test_an_error_that_strikes_at_any_call_in_the_loop_ends_the_run_and_loses_no
             child, ended = os.wait()
             children.remove(child)
             status = status if status == 9 else os.waitstatus_to_exitcode(ended)
-        say("done" if struck > 200 else f"only {struck} calls")
+        say("done" if struck > (200 if WORKERS == 1 else 50) else f"only {struck} calls")
     """.replace("WORKERS", str(workers))) as child:
         assert child.end()[:2] == (0, ["done"])
 
@@ -1564,6 +1564,7 @@ def test_a_second_ctrl_c_ends_a_call_from_a_thread_and_a_hook_that_do_not_return
             flowcoro.run(main())
         except KeyboardInterrupt:
             say("interrupted")
+            os._exit(0)                                 # before another one comes
     """) as child:
         child.hears("stuck")
         child.insist(signal.SIGINT)
