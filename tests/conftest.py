@@ -49,12 +49,14 @@ class Guard:
     """The kernel's guard, which tells when a thread has to wait for it: by this a test knows how far another thread came."""
 
     def __init__(self):
-        self.lock, self.told = threading.RLock(), threading.Event()
+        self.lock, self.told, self.waiting = threading.RLock(), threading.Event(), []
 
     def __enter__(self):
         if not self.lock.acquire(blocking=False):
+            self.waiting.append(None)
             self.told.set()
             self.lock.acquire()
+            self.waiting.pop()
 
     def __exit__(self, *error):
         self.lock.release()
@@ -63,6 +65,8 @@ class Guard:
         """Stop here and let another thread begin, until it says that it is through (told.set()) or waits for the guard."""
         self.told.clear()
         begun.set()
+        if self.waiting:                            # since before
+            self.told.set()
         assert self.told.wait(30), "the other thread has not come"
 
 
