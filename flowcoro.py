@@ -1223,7 +1223,7 @@ class ParkingLot(_Unique):
     @atomic
     def unpark(self, count=1, value=None, error=None):
         """Wake the `count` (math.inf: all) that have waited longest. Returns how many there were. TypeError if it is no int."""
-        if count.__class__ is not int and count != _INF:
+        if count.__class__ is not int and count != _INF and not isinstance(count, int):
             raise TypeError(f"unpark({count!r}): it takes a number of tasks, an int, or math.inf")
         woken = 0
         while woken < count and self._tasks:
@@ -1727,33 +1727,40 @@ def _look_after_close(worker, number, task):
         plain.ready(0)
 
 
+class _End:
+    """The end of a pipe or a pair of sockets, closed with the last reference to it."""
+
+    def __init__(self, use, close):
+        self.use, self.close = use, close
+
+    def __del__(self):
+        self.close()
+
+
 class _WakeUp:
     """The descriptor by which other threads and signals end a worker's sleep. Stands in for a Pollable."""
 
     def __init__(self):
         if hasattr(os, "pipe2"):
             self.fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            # Files may be closed again if a signal handler's error comes in between.
-            self._ends = open(self.fd, "rb", buffering=0), open(self.write_fd, "wb", buffering=0)
+            self._near = _End(functools.partial(os.read, self.fd), functools.partial(os.close, self.fd))
+            self._far = _End(functools.partial(os.write, self.write_fd), functools.partial(os.close, self.write_fd))
         else:                                   # Windows selects sockets only
             import socket
             near, far = socket.socketpair()
             near.setblocking(False)
             far.setblocking(False)
             self.fd, self.write_fd = near.fileno(), far.fileno()
-            self._ends = near, far
+            self._near, self._far = _End(near.recv, near.close), _End(far.send, far.close)
 
     def call(self):
-        """From any thread. The guard stands between it and close(): the number may be reused. Another lock would need an order:
-        a signal handler that comes while this one is held may want the guard."""
-        with _GUARD:
-            self.call_from_signal()
+        """From any thread, signal handler and finaliser, which may hold any lock: it takes none.
 
-    def call_from_signal(self):
-        """From the kernel's own thread, with no need to wait for the guard."""
-        if self.write_fd >= 0:
+        Whoever is in here holds on to the end that it writes to, so its number cannot be another file's meanwhile.
+        """
+        if (end := self._far) is not None:
             try:
-                os.write(self.write_fd, b"\0")
+                end.use(b"\0")
             except BlockingIOError:             # full: it is awake
                 pass
 
@@ -1762,16 +1769,13 @@ class _WakeUp:
 
     def ready(self, bits):
         try:
-            while len(os.read(self.fd, 4096)) == 4096:
+            while len(self._near.use(4096)) == 4096:
                 pass
         except BlockingIOError:
             pass
 
     def close(self):
-        with _GUARD:
-            self.write_fd = -1
-            for end in self._ends:
-                end.close()
+        self._far = self._near = None
 
 
 # ---- sleeping -------------------------------------------------------------------------------------------------
@@ -2617,7 +2621,9 @@ class _OneOfSeveral(_Worker):
                 try:
                     _move(self.inbox.popleft, calls)
                 except IndexError:
-                    break
+                    if not calls:
+                        break
+                    raise                       # a signal handler's
                 here.call = calls[0]
                 calls[0]()
                 calls.clear()
@@ -3019,13 +3025,15 @@ class _Watchdog:
             who = "something that is no task (a hook, a collection of garbage)"
         stack = self.live_stack(worker)
         waits = bool(stack) and self.waits_for_guard(*stack[-1])
-        if waits and self.guard_owner() in (0, *(other.thread_id for other in kernel.workers)):
+        if waits and (held_by is None or self.guard_owner() in (
+                0, *(other.thread_id for other in kernel.workers if not other.sleeping))):
             return                      # who holds it is reported, or has just let go
         stack = self.in_words(stack)
+        remedy = ("It waits for another kernel, a thread or a signal handler, in an @atomic method or a hook there that takes so "
+                  "long" if waits else "Move what computes or blocks there to to_thread(), or put a checkpoint() into it")
         report = (f"{who} has held worker {kernel.workers.index(worker) + 1} of {len(kernel.workers)} for {now - since:.3g} s, "
-                  f"the limit is {self.limit:g} s. Move what computes or blocks there to to_thread(), or put a checkpoint() "
-                  f"into it\nBehind it wait: {', '.join(self.behind(worker, task)) or 'nobody'}\n"
-                  + ("It waits for another kernel, or a thread, that holds what all primitives share\n" if waits else "")
+                  f"the limit is {self.limit:g} s. {remedy}\n"
+                  f"Behind it wait: {', '.join(self.behind(worker, task)) or 'nobody'}\n"
                   + (f"It is here:\n{stack}" if stack else "It does not say where it is\n"))
         if "task_stuck" in (kernel.hooks or ()):
             kernel.call_hooks("task_stuck", task, now - since, report)     # without the guard, which the step may hold
@@ -3125,7 +3133,7 @@ class _Signals:
         worker = self.kernel.worker
         worker.inbox.append(call)
         if worker.sleeping:
-            worker.waker.call_from_signal()
+            worker.waker.call()
 
     def _on_interrupt(self, number, frame):
         self.interrupts += 1
@@ -3151,8 +3159,9 @@ class _Signals:
                 _Kernel.call_hooks.__code__, _CallFromThread.__call__.__code__, _OneOfSeveral._park_among_others.__code__,
                 ParkingLot._park_unless.__code__):
             return True         # a hook, a call from a thread, a park function or its predicate: they may fail with any error
-        return frame is not None and worker.task is not None and bool(
-            frame.f_code in _STEPPERS or frame.f_code.co_flags & 0x80)    # CO_COROUTINE
+        if worker.task is None:         # or a park function, or a clock: _recover() takes what that raises
+            return frame is not None and frame.f_code is _Worker.work.__code__
+        return frame is not None and bool(frame.f_code in _STEPPERS or frame.f_code.co_flags & 0x80)    # CO_COROUTINE
 
     def _interrupted(self):
         kernel = self.kernel
@@ -3164,13 +3173,16 @@ class _Signals:
             kernel.main.cancel()
 
     def _interrupt_step(self, worker):
-        """What the handler does for the first worker, for one in another thread: it is raised once that runs Python code."""
+        """Do for a worker in another thread what the handler does for the first: it is raised once that runs Python code."""
+        try:
+            import ctypes               # first: it may take time, and the step have ended by then
+        except (ImportError, AttributeError):       # the latter: main is just importing it
+            return
         thread = worker.thread_id
         frame = sys._current_frames().get(thread) if _has_gil() else None       # else it must not be read
         if thread is not None and (self._is_stuck(worker, frame) if frame is not None else (
                 (worker.task or worker.call) is not None and time.monotonic() - worker.looked > STUCK_SECONDS)):
-            with contextlib.suppress(ImportError, AttributeError):      # the latter: main is just importing it
-                import ctypes
+            with contextlib.suppress(AttributeError):
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
 
     def _on_terminate(self, number, frame):

@@ -160,8 +160,7 @@ def test_a_waker_that_is_struck_has_woken_the_task_or_leaves_it_parked_in_its_pl
             if where != "here":
                 wait_until(lambda: task._worker.sleeping)
             assert task.state == "parked"
-            with strike(flowcoro._reschedule, worker.taken_over.__func__, worker.wake.__func__, flowcoro._WakeUp.call,
-                        flowcoro._WakeUp.call_from_signal):
+            with strike(flowcoro._reschedule, worker.taken_over.__func__, worker.wake.__func__, flowcoro._WakeUp.call):
                 lot.unpark()
             if task in lot._tasks:
                 lot.unpark()
@@ -219,29 +218,99 @@ def test_a_call_of_a_thread_that_is_struck_as_it_is_taken_is_made():
     assert sweep(scene) > 10
 
 
-def test_who_sleeps_though_it_has_something_to_do_is_woken_by_who_keeps_watch():
+@pytest.mark.parametrize("has", ["a task", "a call"])
+def test_who_sleeps_though_it_has_something_to_do_is_woken_by_who_keeps_watch(has, monkeypatch):
     """As if a signal handler had struck between the append and the wake-up."""
     async def main():
         async def note():
-            ran.append(True)
+            done.set()
 
         worker = flowcoro.current_task()._worker
-        other = worker.others[0]
+        sleeper = worker.others[0]
         async with flowcoro.TaskGroup() as group:
-            wait_until(lambda: other.sleeping)
-            with flowcoro._GUARD:
-                task = group.spawn(note(), pinned=True)
-                worker.ready.remove(task)
-                task._worker = other
-                other.ready.append(task)
-            other.inbox.append(lambda: ran.append(True))
-            await flowcoro.sleep(0.01)
-            with flowcoro.timeout(PATIENCE):
-                await task
+            wait_until(lambda: sleeper.sleeping and all(other.sleeping for other in worker.others))
+            if has == "a call":
+                sleeper.inbox.append(done.set)
+            else:
+                with flowcoro._GUARD:
+                    task = group.spawn(note(), pinned=True)
+                    worker.ready.remove(task)
+                    task._worker = sleeper
+                    sleeper.ready.append(task)
+            assert not done.wait(0.05)                  # nobody has told it
+            worker.others[1].wake()                     # and when somebody looks for work, it is found out
+            assert done.wait(PATIENCE)
 
-    ran = []
+    done = threading.Event()
+    monkeypatch.setattr(flowcoro, "IDLE_TICK", 1000.0)
+    monkeypatch.setattr(flowcoro, "TICK", 1000.0)
+    run(main, workers=3)
+
+
+@pytest.mark.parametrize("how", ["rescheduled", "deadline", "call"])
+def test_who_gives_a_sleeping_worker_something_to_do_wakes_it_himself(how, monkeypatch):
+    """Nobody else does, for a thousand seconds."""
+    async def main():
+        async def wait():
+            with scope:
+                await lot.park()
+            woken.set()
+
+        lot, scope, woken = flowcoro.ParkingLot(), flowcoro.CancelScope(), threading.Event()
+        worker = flowcoro.current_task()._worker
+        sleeper = worker.others[0]
+        async with flowcoro.TaskGroup() as group:
+            with flowcoro._GUARD:
+                task = group.spawn(wait(), pinned=True)
+                worker.ready.remove(task)
+                task._worker = sleeper
+                sleeper.ready.append(task)
+            sleeper.wake()
+            wait_until(lambda: task.state == "parked" and sleeper.sleeping)
+            if how == "rescheduled":
+                lot.unpark()
+            elif how == "deadline":
+                scope.deadline = flowcoro.now() + 0.01
+            else:
+                sleeper.post(scope.cancel)
+            assert woken.wait(PATIENCE)
+
+    for name in "TICK", "IDLE_TICK", "LONGEST_POLL":
+        monkeypatch.setattr(flowcoro, name, 1000.0)
     run(main, workers=2)
-    assert ran == [True, True]
+
+
+def test_a_thread_can_post_while_an_atomic_step_is_long():
+    """A finaliser that posts may run in any thread, under any lock: it must not wait for whoever holds the guard."""
+    class Primitive:
+        @flowcoro.atomic
+        def hold(self):
+            thread.start()
+            assert posted.wait(PATIENCE)
+
+    def post():
+        with pytest.raises(TimeoutError):
+            flowcoro.call_from_thread(lambda: None, kernel=kernel, timeout=0)
+        posted.set()
+
+    async def hold():
+        Primitive().hold()
+
+    async def main():
+        nonlocal kernel
+        kernel = flowcoro.current_kernel()
+        async with flowcoro.TaskGroup() as group:
+            worker = flowcoro.current_task()._worker
+            with flowcoro._GUARD:
+                task = group.spawn(hold(), pinned=True)
+                worker.ready.remove(task)
+                task._worker = worker.others[0]
+                task._worker.ready.append(task)
+            task._worker.wake()
+        thread.join()
+
+    kernel, posted, thread = None, threading.Event(), threading.Thread(target=post)
+    run(main, workers=2)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -253,6 +322,7 @@ def test_a_task_that_a_signal_handler_spawns_while_the_worker_sleeps_runs_at_onc
         nonlocal scope
         async with flowcoro.TaskGroup() as group:
             signal.signal(signal.SIGUSR1, lambda number, frame: group.spawn(note()))
+            flowcoro.current_kernel().signals.release_wakeup_fd()       # which would end the sleep too
             timer = threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGUSR1])
             timer.start()
             with flowcoro.move_on_after(PATIENCE) as scope:
@@ -277,7 +347,7 @@ def test_a_signal_handler_that_wakes_a_task_may_come_while_its_thread_is_waking_
             time.sleep(0.05)
             worker.waker.call()
 
-    def call_from_signal(self):
+    def call(self):
         if victim and self is victim[0].waker and threading.current_thread() is threading.main_thread() and not entered.is_set():
             entered.set()
             holds.wait(0.2)
@@ -305,8 +375,8 @@ def test_a_signal_handler_that_wakes_a_task_may_come_while_its_thread_is_waking_
         assert event.is_set()
 
     event, entered, holds, stuck, victim = flowcoro.Event(), threading.Event(), threading.Event(), threading.Event(), []
-    real = flowcoro._WakeUp.call_from_signal
-    monkeypatch.setattr(flowcoro._WakeUp, "call_from_signal", call_from_signal)
+    real = flowcoro._WakeUp.call
+    monkeypatch.setattr(flowcoro._WakeUp, "call", call)
     before = signal.signal(signal.SIGUSR1, lambda number, frame: event.set())
     try:
         run(main, workers=3)
@@ -338,6 +408,9 @@ STUCK = {
     "predicate": """
         flowcoro.spawn(flowcoro.ParkingLot().park_unless(stuck))
     """,
+    "park function": """
+        flowcoro.spawn(flowcoro.park(lambda task: stuck()))
+    """,
     "call": """
         def ask(kernel):
             try:
@@ -347,6 +420,28 @@ STUCK = {
 
         threading.Thread(target=ask, args=[flowcoro.current_kernel()]).start()
     """}
+
+
+def test_a_second_ctrl_c_ends_a_park_function_that_does_not_return():
+    with Child("""
+        def stuck(task):
+            say("ready")
+            while True:
+                time.sleep(0.001)
+
+        async def main():
+            await flowcoro.park(stuck)
+
+        try:
+            flowcoro.run(main())
+        except KeyboardInterrupt:
+            say("interrupted")
+            os._exit(0)
+    """) as child:
+        child.hears("ready")
+        child.insist(signal.SIGINT)
+        status, said, errors = child.end()
+    assert (status, said[-1:]) == (0, ["interrupted"]), errors
 
 
 @pytest.mark.parametrize("what", STUCK)
@@ -396,12 +491,18 @@ def test_a_second_ctrl_c_ends_a_call_that_another_worker_makes_as_the_run_ends()
         begun = threading.Event()
 
         async def main():
-            threading.Thread(target=ask, args=[flowcoro.current_kernel()]).start()
+            global asker
+            asker = threading.Thread(target=ask, args=[flowcoro.current_kernel()])
+            asker.start()
             begun.wait(20)
             say("ready")                                # and main ends, while that worker is in there
 
-        flowcoro.run(main(), workers=2)
-        say("ended")
+        try:
+            flowcoro.run(main(), workers=2)
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            asker.join(20)
+            os._exit(0)
     """) as child:
         child.hears("ready")
         child.insist(signal.SIGINT)
