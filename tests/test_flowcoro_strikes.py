@@ -280,7 +280,7 @@ def test_who_gives_a_sleeping_worker_something_to_do_wakes_it_himself(how, monke
     run(main, workers=2)
 
 
-def test_a_thread_can_post_while_an_atomic_step_is_long():
+def test_a_thread_can_post_while_an_atomic_step_is_long(monkeypatch):
     """A finaliser that posts may run in any thread, under any lock: it must not wait for whoever holds the guard."""
     class Primitive:
         @flowcoro.atomic
@@ -294,6 +294,7 @@ def test_a_thread_can_post_while_an_atomic_step_is_long():
         posted.set()
 
     async def hold():
+        wait_until(lambda: kernel.worker.sleeping)      # else nobody has to wake it
         Primitive().hold()
 
     async def main():
@@ -309,6 +310,8 @@ def test_a_thread_can_post_while_an_atomic_step_is_long():
             task._worker.wake()
         thread.join()
 
+    for name in "TICK", "IDLE_TICK", "LONGEST_POLL":
+        monkeypatch.setattr(flowcoro, name, 1000.0)
     kernel, posted, thread = None, threading.Event(), threading.Thread(target=post)
     run(main, workers=2)
 
