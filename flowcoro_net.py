@@ -1,0 +1,2073 @@
+"""flowcoro_net 0.1.0: the network: connections (TCP, Unix, TLS), servers, datagrams, names.
+
+To vendor, copy: flowcoro.py, flowcoro_net.py
+
+Example:
+
+    import flowcoro, flowcoro_net
+
+    async def echo(sock):
+        while data := await sock.read():
+            await sock.write(data)
+
+    async def main():
+        async with await flowcoro_net.TcpServer.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
+            group.spawn(server.serve(echo))
+            async with await flowcoro_net.Socket.connect(*server.local) as sock:
+                await sock.write(b"hello\\n")
+                print(await sock.read_until(b"\\n", limit=100))
+            server.close()
+
+    flowcoro.run(main())
+
+Contents: constants · errors · the network underneath · names · sockets: the base · TLS · sockets · connecting · servers ·
+datagrams
+
+How it works:
+
+A *raw* socket never blocks; it comes from flowcoro.network (None: the operating system), and so does the Pollable that
+says whether it is ready. Each operation tries first and waits only when that says EAGAIN, or when the Pollable knows that
+it would: a read that returned fewer bytes than asked has emptied the system's buffer, so the next one waits at once.
+
+    read   the flag down, recv; a full read, an end, or a hang-up put it up again; EAGAIN: wait for the edge
+    write  send; what did not fit waits for the edge, as a slice of the caller's own memory: nothing is copied or queued
+
+So write() returns when the system has all of it, memory is bounded by what the caller holds, and there is nothing to
+flush on close. What read_until() and read_exactly() have received beyond what they return stays in the socket's
+buffer, where the next read finds it; they take nothing out before they have all, so a cancelled one has consumed nothing.
+
+    N1  one reader and one writer at a time; each leaves its place when it ends, however that is
+    N2  `_special` is True whenever a read or write needs more than the system call: bytes in the buffer, TLS, a half closed
+        or lost connection, several workers. The short way is taken only while it is False.
+    N3  with several workers no system call is made on a descriptor that is closed, or about to be: each enters and leaves
+        (two atomic steps), and the last to leave a closed one closes it
+    N4  a lost connection stays lost: the system says so once, and then calls it an end; the first error is kept
+
+*TLS* runs between two buffers in memory (ssl.MemoryBIO), so it goes over whatever the network is, and a cancelled write
+leaves whole records: what is encrypted is sent before anything that is written later. (An ssl.SSLSocket asks the system for
+each record's five bytes of header, and then for the rest.)
+
+A *server* accepts, and gives each connection a task of its own. It stops in three steps: accept no more, wait for
+those who are at work (drain_timeout), cancel the rest.
+
+Sources: RFC 9293 (TCP), RFC 8305 (happy eyeballs), RFC 8446 (TLS 1.3), RFC 6066 (SNI), RFC 7301 (ALPN), RFC 768 (UDP);
+trio's _highlevel_*.py and _ssl.py; Go's net (self-connect, accept errors); epoll(7), sendfile(2), unix(7).
+
+What it does not do: QUIC, raw IP, urgent data (RFC 6093 says to leave it), descriptors over Unix sockets, proxies.
+Where sendfile(2) has to read from a cold disk it blocks its worker, as it does nginx.
+
+SPDX-License-Identifier: MIT
+"""
+
+import errno
+import functools
+import io
+import math
+import os
+import socket
+import ssl
+import stat
+import struct
+import sys
+import threading
+import time
+import types
+import warnings
+import weakref
+
+import flowcoro
+
+__version__ = "0.1.0"
+
+__all__ = ["Socket", "TcpServer", "UnixServer", "UdpSocket", "resolve", "client_tls", "server_tls",
+           "NetworkError", "BrokenError", "ResolveError", "TlsError", "LimitError"]
+
+# ---- constants ------------------------------------------------------------------------------------------------
+
+# Bytes that one read asks for. asyncio and uvloop have 256 KiB; a Unix or loopback stream hands over 64 to 200 KiB at once,
+# and a buffer of more than 128 KiB is a new memory mapping for each read.
+CHUNK = 64 * 2**10
+
+# Bytes that read_until() takes for one line or head, its end included: asyncio's limit too. nginx has 4 * 8 KiB for a head.
+UNTIL_LIMIT = 64 * 2**10
+
+# Bytes that one receive of read_exactly() asks for at most; beyond that system calls cost nothing any more.
+LARGEST_CHUNK = 2**20
+
+# Bytes that are encrypted before they are sent: 16 records. It bounds what is held twice.
+TLS_CHUNK = 256 * 2**10
+
+# Buffers of one sendmsg(2) at most: IOV_MAX of Linux.
+IOV_MAX = 1024
+
+# Bytes of one sendfile(2), so that a fast peer and a slow disk do not keep the worker: a millisecond from the page cache.
+SENDFILE_CHUNK = 4 * 2**20
+
+# Seconds between two attempts to connect: RFC 8305 section 5 recommends 250 ms.
+ATTEMPT_DELAY = 0.25
+
+# Seconds that a TLS handshake may take; asyncio's and nginx's limit too.
+HANDSHAKE_TIMEOUT = 60.0
+
+# Seconds that close() spends on a TLS goodbye that the peer may not take.
+CLOSE_TIMEOUT = 2.0
+
+# Connections that wait to be accepted; the system cuts it to net.core.somaxconn (4096). Go and nginx: that, and 511.
+BACKLOG = 1024
+
+# Seconds that serve() gives its handlers to end; Docker kills after 10.
+DRAIN_TIMEOUT = 8.0
+
+# Seconds that accepting pauses when there are no descriptors (or memory) left, and between two reports of that.
+PAUSE, REPORT_PAUSE = 0.2, 60.0
+
+# Seconds that names are remembered: it spares a burst of connects the lookups, and is too short for a change of address
+# to be noticed late. Names at most; threads that look names up at once, none of them to_thread()'s forty.
+NAME_SECONDS, NAMES, RESOLVERS = 5.0, 1024, 16
+
+# Seconds between two attempts to connect to a Unix socket whose backlog is full, first and at most: nothing tells when to.
+FIRST_RETRY, LONGEST_RETRY = 0.001, 0.05
+
+# Bytes of a datagram at most: what fits into the 16 bits of its length (RFC 768).
+DATAGRAM = 65_535
+
+# A write to a connection that the peer has closed is an error, and never a signal that ends the process.
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+
+# What a non-blocking connect says while it is under way.
+_UNDER_WAY = {errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR, errno.EALREADY}
+
+# What accept() says when descriptors or memory have run out.
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+# What accept() says of one connection that was lost while it waited, or that a firewall forbids; the next may be well.
+_ONE_LOST = {errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EINTR, errno.ENETDOWN, errno.ENETUNREACH,
+             errno.EHOSTUNREACH, errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ETIMEDOUT}
+
+# What sendfile() says when it cannot do it with this file or this socket.
+_NO_SENDFILE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTSOCK, errno.EBADF, errno.EOVERFLOW}
+
+# What OpenSSL says when it is sent something that is no TLS.
+_NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_TOO_SMALL",
+           "UNKNOWN_PROTOCOL", "WRONG_SSL_VERSION", "RECORD_LAYER_FAILURE", "BAD_RECORD_TYPE", "INVALID_ALERT",
+           "UNSUPPORTED_PROTOCOL_VERSION"}
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------
+#
+#   flowcoro.FlowCoroError
+#     flowcoro.ClosedError    you closed it (the socket, the server, the writing half)
+#     flowcoro.BusyError      another task is reading it, or writing it, already
+#     NetworkError            something out there; also an OSError, with the system's errno or None
+#       BrokenError           … the peer or the network broke it, or there is none; also a ConnectionError
+#       ResolveError          … the name has no address
+#       TlsError              … there is no trust: certificates, protocols, what is no TLS
+#     LimitError              more bytes than a limit of yours
+#   OSError                   your own system refuses: address in use, no permission, no descriptors left
+#   TimeoutError              a timeout= has passed
+
+class NetworkError(flowcoro.FlowCoroError, OSError):
+    """The base of what goes wrong out there. `errno` is the system's, or None; the message says of which connection."""
+
+
+class BrokenError(NetworkError, ConnectionError):
+    """The peer or the network has broken the connection, or there never was one; or the peer ended in the middle.
+
+    `errors`: of a connect, one (address, OSError) for each attempt; else empty.
+    """
+
+    errors = ()
+
+
+class ResolveError(NetworkError):
+    """The name of a host has no address (of this family), or nobody could be asked. errno is a socket.EAI_… number."""
+
+
+class TlsError(NetworkError):
+    """TLS could not be agreed upon, or was violated: `reason` is OpenSSL's word (CERTIFICATE_VERIFY_FAILED …) or ""."""
+
+    reason = ""
+
+
+class LimitError(flowcoro.FlowCoroError):
+    """More bytes than a limit. The message says where, how many are allowed, and what to do."""
+
+
+def _report(error, what):
+    """To sys.unraisablehook, where the kernel reports too what it has nobody to tell."""
+    try:
+        if sys.unraisablehook is sys.__unraisablehook__:        # it takes only what the interpreter itself has made
+            import traceback
+            sys.stderr.write("".join([f"flowcoro_net: {what}\n", *traceback.format_exception(error)]))
+        else:
+            sys.unraisablehook(types.SimpleNamespace(exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__,
+                                                     err_msg=f"flowcoro_net: {what}", object=None))
+    except Exception:           # the user's hook is broken, or stderr is closed
+        pass
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------
+
+def _whole(number, least, said, what="bytes"):
+    """`number`, if it is an int from `least` up."""
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"{said}: give a number of {what}, an int")
+    if number < least:
+        raise ValueError(f"{said}: the number of {what} must be {least} or more")
+    return number
+
+
+def _seconds(number, said):
+    """A timeout in seconds; None is math.inf."""
+    if number is None:
+        return math.inf
+    try:
+        if number >= 0 and not isinstance(number, bool):
+            return float(number)
+    except TypeError:
+        raise TypeError(f"{said}={number!r}: give a number of seconds; None or math.inf for no limit") from None
+    raise ValueError(f"{said}={number!r}: seconds must be 0 or more; None or math.inf for no limit")
+
+
+def _as_bytes(data, taker):
+    try:
+        return memoryview(data).cast("B")
+    except TypeError:
+        raise TypeError(f"{taker} takes bytes or the like, in one piece, got {data!r:.80}; text has to be encoded: "
+                        "text.encode()") from None
+
+
+def _checked_port(port, least=0):
+    if not isinstance(port, int) or isinstance(port, bool):
+        raise TypeError(f"port={port!r}: give an int from {least} to 65535")
+    if not least <= port <= 65535:
+        raise ValueError(f"port={port!r}: give an int from {least} to 65535")
+    return port
+
+
+def _shown(address):
+    """An address as people write it: 127.0.0.1:80, [::1]:80, a path."""
+    if isinstance(address, tuple):
+        return f"[{address[0]}]:{address[1]}" if ":" in str(address[0]) else f"{address[0]}:{address[1]}"
+    if isinstance(address, bytes):
+        address = os.fsdecode(address)
+    return address.replace("\0", "@") or "a Unix socket without a name"
+
+
+def _refused(error, doing, address):
+    """The same OSError, of the same class, whose message names the address and what to do."""
+    remedy = {errno.EADDRINUSE: "; another socket has it: choose another port (0: any that is free), or end that program",
+              errno.EADDRNOTAVAIL: "; this machine has no such address: give one of its own, or \"\" for all",
+              errno.EACCES: "; ports below 1024 and the directories of others need permission",
+              errno.ENOENT: "; make its directory first"}.get(error.errno, "")
+    return OSError(error.errno, f"cannot {doing} {_shown(address)}: {error.strerror}{remedy}")
+
+
+# ---- the network underneath -----------------------------------------------------------------------------------
+
+class _OfKernel:
+    """What is kept for each kernel: whether several workers run, and the permits of those who look up names."""
+
+    all = weakref.WeakKeyDictionary()
+
+    def __init__(self):
+        self.several = flowcoro.runtime_info()["workers"] > 1
+        self.resolvers = flowcoro.Semaphore(RESOLVERS)
+
+
+def _of_kernel():
+    kernel = flowcoro.current_kernel()
+    return _OfKernel.all.get(kernel) or _OfKernel.all.setdefault(kernel, _OfKernel())
+
+
+class _System:
+    """The operating system, as flowcoro.network has it."""
+
+    names = {}          # arguments of getaddrinfo: (until when, list); what happens to it is atomic
+
+    @staticmethod
+    def socket(family, type, proto=0):
+        raw = socket.socket(family, type, proto)
+        raw.setblocking(False)
+        return raw
+
+    pollable = flowcoro.Pollable
+
+    async def getaddrinfo(self, host, port, family=0, type=0, flags=0):
+        asked = host, port, family, type, 0, flags
+        try:        # an address asks nobody
+            found = socket.getaddrinfo(*asked[:5], flags | socket.AI_NUMERICHOST)
+        except socket.gaierror as error:
+            if error.errno not in (socket.EAI_NONAME, getattr(socket, "EAI_ADDRFAMILY", None)):
+                raise
+        else:
+            await flowcoro.checkpoint()
+            return found
+        if found := self.remembered(asked):
+            await flowcoro.checkpoint()
+            return found
+        return await flowcoro.to_thread(self.look_up, asked, abandon_on_cancel=True, limiter=_of_kernel().resolvers)
+
+    def remembered(self, asked):
+        until, found = self.names.get(asked, (0, None))
+        return found if time.monotonic() < until else None
+
+    def look_up(self, asked):
+        """In a thread. Those who have waited for their turn mostly find the answer."""
+        found = self.remembered(asked)
+        if not found:
+            found = socket.getaddrinfo(*asked)
+            while len(self.names) >= NAMES:
+                self.names.pop(next(iter(self.names), None), None)
+            self.names[asked] = time.monotonic() + NAME_SECONDS, found
+        return found
+
+
+_SYSTEM = _System()
+
+
+def _network():
+    return flowcoro.network.get() or _SYSTEM
+
+
+# ---- names ----------------------------------------------------------------------------------------------------
+
+async def resolve(host, port, *, family=0, type=socket.SOCK_STREAM, flags=0):
+    """The addresses of a host, best first: a list of (family, type, protocol, address), each but once.
+
+    family: socket.AF_INET or AF_INET6; 0: both. Asked in a thread of its own (16 at once, apart from those of to_thread), and
+    remembered for 5 seconds; what are addresses already asks nobody. ResolveError. Cancelled: at once; the thread ends by itself.
+    """
+    if not isinstance(host, (str, bytes, types.NoneType)):
+        raise TypeError(f"host={host!r}: give a name or an address as a str")
+    try:
+        found = await _network().getaddrinfo(host, _checked_port(port), family, type, flags)
+    except socket.gaierror as error:
+        raise ResolveError(error.errno, f"cannot resolve {host!r}: {error.strerror}; is the name spelt right, and is there a "
+                           "name server?") from error
+    except UnicodeError as error:
+        raise ResolveError(socket.EAI_NONAME, f"cannot resolve {host!r}: this is no name of a host: {error}") from error
+    return list(dict.fromkeys((family, kind, proto, address) for family, kind, proto, _, address in found))
+
+
+def _interleaved(found):
+    """RFC 8305 section 4: the families in turns, beginning with the one preferred."""
+    families = list(dict.fromkeys(family for family, *_ in found))
+    rows = [[each for each in found if each[0] == family] for family in families]
+    return [row[index] for index in range(max(map(len, rows))) for row in rows if index < len(row)]
+
+
+# ---- sockets: the base ----------------------------------------------------------------------------------------
+
+async def _turn():
+    """What each operation begins with: a point of cancellation, and of scheduling when the task has had its turn."""
+    task = flowcoro.current_task()
+    if task.budget > 0:
+        task.budget -= 1
+    else:
+        await flowcoro.checkpoint()
+
+
+class _Owner:
+    """Who owns a raw socket and its Pollable, and closes both, once (N3)."""
+
+    __slots__ = ("_raw", "_pollable", "_network", "_several", "_inside", "_closed", "_local", "__weakref__")
+
+    def __init__(self, raw, network=None, pollable=None):
+        self._closed, self._inside, self._local = True, 0, None         # until it has all, there is nothing to close
+        self._raw = raw
+        self._network = network or _network()
+        self._several = _of_kernel().several
+        if raw.gettimeout() != 0:
+            raw.setblocking(False)
+        self._pollable = pollable or self._network.pollable(raw)
+        self._closed = False
+
+    def _call(self, method):
+        """`method` of the raw socket, which nobody else closes while it is under way."""
+        return functools.partial(self._call_inside, method) if self._several else method
+
+    def _call_inside(self, method, *args):
+        self._enter()
+        try:
+            return method(*args)
+        finally:
+            self._leave()
+
+    @flowcoro.atomic
+    def _enter(self):
+        if self._closed:
+            raise self._closed_error()
+        self._inside += 1
+
+    @flowcoro.atomic
+    def _leave(self):
+        self._inside -= 1
+        if self._closed and not self._inside:
+            self._raw.close()
+
+    @flowcoro.atomic
+    def _close(self):
+        """Whether it had not been closed. Those who wait get ClosedError."""
+        if self._closed:
+            return False
+        self._closed = True
+        self._pollable.close()
+        if not self._inside:
+            self._raw.close()
+        return True
+
+    def __del__(self):
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
+            self._close()
+
+    def _closed_error(self):
+        return flowcoro.ClosedError(f"{self!r} has been closed here")
+
+    @property
+    def closed(self):
+        """Whether it was closed here."""
+        return self._closed
+
+    def fileno(self):
+        """The descriptor, which is non-blocking; -1 once closed. It is the socket's own: do not close it."""
+        return -1 if self._closed else self._raw.fileno()
+
+    @property
+    def raw(self):
+        """The socket.socket inside, for options and questions. Do not read, write or close it."""
+        return self._raw
+
+    @property
+    def local(self):
+        """Its own address: (host, port), (host, port, flow, scope) or a path."""
+        if self._local is None:
+            if self._closed:
+                raise self._closed_error()
+            self._local = self._raw.getsockname()
+        return self._local
+
+    async def __aenter__(self):
+        return self
+
+
+# ---- TLS ------------------------------------------------------------------------------------------------------
+
+def client_tls(*, ca=None, certificate=None, key=None, password=None, alpn=(), verify=True):
+    """An ssl.SSLContext for clients: the peer's certificate and name are verified, TLS 1.2 or later.
+
+    ca: a file or directory of the certificates to trust instead of the system's. certificate, key: files of one's own,
+    if the server wants one. alpn: protocols in order of preference, as ["h2", "http/1.1"]. verify=False: talk to anybody, who
+    may be in the middle; for tests. OSError for a file that is not there, ssl.SSLError for one that is none.
+    """
+    context = ssl.create_default_context(
+        **({} if ca is None else {"capath" if os.path.isdir(ca) else "cafile": ca}))
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return _equipped(context, certificate, key, password, alpn)
+
+
+def server_tls(certificate, key=None, *, password=None, client_ca=None, alpn=()):
+    """An ssl.SSLContext for servers: `certificate` is a file with the chain, `key` one with the private key (None: the same).
+
+    client_ca: a file or directory of certificates: clients must show one signed by these. alpn, errors: as client_tls(). For
+    several names on one address set `sni_callback` of the context.
+    """
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    if client_ca is not None:
+        context.load_verify_locations(**{"capath" if os.path.isdir(client_ca) else "cafile": client_ca})
+        context.verify_mode = ssl.CERT_REQUIRED
+    return _equipped(context, certificate, key, password, alpn)
+
+
+def _equipped(context, certificate, key, password, alpn):
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if certificate is not None:
+        context.load_cert_chain(certificate, key, password)
+    elif key is not None:
+        raise ValueError("key= needs certificate=: a private key alone proves nothing")
+    if isinstance(alpn, str):
+        raise TypeError(f"alpn={alpn!r}: give a list of protocols, such as [{alpn!r}]")
+    if alpn:
+        context.set_alpn_protocols(list(alpn))
+    return context
+
+
+@functools.cache
+def _default_client_tls():
+    """To read the system's certificates takes some 20 ms."""
+    return client_tls()
+
+
+def _as_context(tls, server_side):
+    """The ssl.SSLContext that tls= means; None for none."""
+    if tls is None or tls is False:
+        return None
+    if tls is True and not server_side:
+        return _default_client_tls()
+    if not isinstance(tls, ssl.SSLContext):
+        raise TypeError(f"tls={tls!r}: give an ssl.SSLContext, as " + (
+            "server_tls(certificate, key) makes" if server_side else "client_tls() makes, or True"))
+    return tls
+
+
+def _one_at_a_time(lock, method):
+    def locked(*args):
+        with lock:
+            return method(*args)
+    return locked
+
+
+class _Tls:
+    """One end of a TLS connection: what the peer sends goes into one buffer in memory, what it shall get comes out of another.
+
+    The handshake is made by whoever reads or writes first, so a server's accept() waits for no client.
+    """
+
+    __slots__ = ("sock", "object", "incoming", "outgoing", "unsent", "is_done", "failure", "got_end", "said_goodbye", "_doing",
+                 "_read", "_write", "_feed", "_drain", "_shake", "_unwrap")
+
+    def __init__(self, sock, context, server_side, server_name, several):
+        self.sock, self.unsent = sock, b""
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.object = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side, server_hostname=server_name)
+        self.is_done = self.got_end = self.said_goodbye = False
+        self.failure = None         # the TlsError that ended it
+        self._doing = flowcoro.Lock()
+        calls = (self.object.read, self.object.write, self.incoming.write, self.outgoing.read, self.object.do_handshake,
+                 self.object.unwrap)
+        if several:                 # OpenSSL lets no two threads into one connection; it computes there, and waits for nothing
+            lock = threading.Lock()
+            calls = [_one_at_a_time(lock, call) for call in calls]
+        self._read, self._write, self._feed, self._drain, self._shake, self._unwrap = calls
+
+    def failed(self, error):
+        """The NetworkError for an ssl.SSLError, which ends this connection."""
+        reason, why = error.reason or "", error.strerror or str(error)
+        doing = "TLS" if self.is_done else "the TLS handshake"
+        if isinstance(error, ssl.SSLEOFError) or reason == "UNEXPECTED_EOF_WHILE_READING":
+            if self.is_done:
+                self.failure = BrokenError(None, f"{self.sock!r}: the connection was cut without a TLS goodbye (close_notify): "
+                                           "what was read may be less than the peer has sent")
+                return self.failure
+            reason, text = "UNEXPECTED_EOF", "the peer closed the connection; perhaps it refuses us, or speaks no TLS"
+        elif isinstance(error, ssl.SSLCertVerificationError):
+            text = (f"the certificate is not trusted: {error.verify_message}. For a private authority give client_tls(ca=…) (a "
+                    "server: client_ca=…); for another name server_name=…")
+        elif reason in _NO_TLS and not self.is_done:
+            text = f"the peer does not speak TLS here ({reason}); connect without tls= if it should not"
+        elif "ALERT" in reason:
+            text = f"the peer refuses: {reason.lower().replace('_', ' ')}"
+        else:
+            text = why
+        self.failure = TlsError(None, f"{self.sock!r}: {doing} failed: {text}")
+        self.failure.reason = reason
+        return self.failure
+
+    async def _more(self):
+        """Feed what the peer sends next, or its end."""
+        data = await self.sock._receive(CHUNK)
+        if data:
+            self._feed(data)
+        else:
+            self.incoming.write_eof()
+            self.got_end = True
+
+    async def handshake(self):
+        """Make it, or wait until somebody has. Cancelled: the next one goes on with it."""
+        async with self._doing:
+            while not self.is_done:
+                if self.failure is not None:
+                    raise self.failure
+                try:
+                    self._shake()
+                except ssl.SSLWantReadError:
+                    await self.flush()
+                    await self._more()
+                except ssl.SSLError as error:
+                    failure = self.failed(error)
+                    self.flush_nowait()             # the alert that tells the peer why
+                    raise failure from error
+                else:
+                    await self.flush()
+                    self.is_done = True
+
+    async def read(self, max_bytes):
+        """From 1 byte to one record (16 KiB); b"" after the peer's goodbye. Cancelled: nothing consumed."""
+        if not self.is_done:
+            await self.sock.handshake()
+        if self.failure is not None:
+            raise self.failure
+        incoming, pending = self.incoming, self.object.pending
+        while True:
+            if incoming.pending or pending() or self.got_end:       # else it would only say that it wants more
+                try:
+                    data = self._read(max_bytes)
+                except ssl.SSLWantReadError:
+                    pass
+                except ssl.SSLZeroReturnError:
+                    return b""
+                except ssl.SSLError as error:
+                    failure = self.failed(error)
+                    self.flush_nowait()
+                    raise failure from error
+                else:
+                    if self.outgoing.pending:       # the answer to a change of keys
+                        self.flush_nowait()
+                    return data
+            if self.outgoing.pending:
+                self.flush_nowait()
+            await self._more()
+
+    async def write(self, view):
+        """All of it. Cancelled: an unknown number of whole records was written, and no part of one is lost."""
+        if not self.is_done:
+            await self.sock.handshake()
+        while view:
+            if self.failure is not None:
+                raise self.failure
+            try:
+                count = self._write(view[:TLS_CHUNK])
+            except ssl.SSLError as error:
+                raise self.failed(error) from error
+            view = view[count:]
+            await self.flush()
+
+    async def flush(self):
+        """Send what is encrypted. For the task that writes, or makes the handshake."""
+        while self.unsent or self.outgoing.pending:
+            if not self.unsent:
+                self.unsent = memoryview(self._drain())
+            self.unsent = self.unsent[await self.sock._send_some(self.unsent):]
+
+    @flowcoro.atomic
+    def flush_nowait(self):
+        """As far as it goes at once, unless a task writes, which then does it; the rest goes before what is written next."""
+        sock = self.sock
+        try:
+            while sock._writer is None and (self.unsent or self.outgoing.pending):
+                if not self.unsent:
+                    self.unsent = memoryview(self._drain())
+                self.unsent = self.unsent[sock._send(self.unsent, _NO_SIGNAL):]
+        except (OSError, flowcoro.ClosedError):             # full, or broken: reading will tell
+            pass
+
+    def say_goodbye(self):
+        """Encrypt the close_notify (RFC 8446 section 6.1). What has come and was not read is decrypted first, and returned:
+        OpenSSL looks for the peer's own goodbye, and takes data in its place for an error."""
+        rest = []
+        if self.is_done and self.failure is None and not self.said_goodbye:
+            self.said_goodbye = True
+            try:
+                while data := self._read(CHUNK):
+                    rest.append(data)
+            except ssl.SSLError:            # no more, or what the next read will say
+                pass
+            try:
+                self._unwrap()
+            except ssl.SSLError:            # it waits for the peer's, which is not needed
+                pass
+        return b"".join(rest)
+
+
+# ---- sockets --------------------------------------------------------------------------------------------------
+
+class _Stream(_Owner):
+    """How a connection reads and writes; Socket is what users see of it."""
+
+    __slots__ = ("_recv", "_send", "_special", "_reader", "_writer", "_buffer", "_tls", "_received", "_sent", "_peer",
+                 "_ended", "_lost", "_shut")
+
+    def __init__(self, raw, network=None, pollable=None, peer=None):
+        super().__init__(raw, network, pollable)
+        self._recv, self._send = self._call(raw.recv), self._call(raw.send)     # kept bound, and exchanged by _close()
+        self._reader = self._writer = None      # the task that reads, writes (N1)
+        self._buffer = bytearray()              # received, and not yet read
+        self._tls = None
+        self._received = self._sent = 0         # bytes
+        self._peer = peer
+        self._ended = self._shut = False        # the peer has said that there is no more; we have
+        self._lost = None                       # the error that ended the connection (N4)
+        self._special = self._several           # N2
+
+    def _mark(self):
+        """N2 after anything that it speaks of has changed."""
+        self._special = (self._several or self._tls is not None or bool(self._buffer) or self._ended or self._shut
+                         or self._lost is not None)
+
+    def _close(self):
+        if not super()._close():
+            return False
+        self._recv = self._send = self._refuse
+        return True
+
+    def _refuse(self, *args):
+        raise self._closed_error()
+
+    # -- who reads, and who writes
+
+    @flowcoro.atomic
+    def _begin_read(self):
+        if self._reader is not None:
+            raise self._busy("read", self._reader)
+        if self._closed:
+            raise self._closed_error()
+        self._reader = flowcoro.current_task()
+
+    def _end_read(self):
+        self._reader = None
+        self._mark()
+
+    @flowcoro.atomic
+    def _begin_write(self):
+        if self._writer is not None:
+            raise self._busy("written", self._writer)
+        if self._closed:
+            raise self._closed_error()
+        if self._shut:
+            raise flowcoro.ClosedError(f"{self!r}: writing was shut down here, by shutdown_write()")
+        self._writer = flowcoro.current_task()
+
+    def _end_write(self):
+        self._writer = None
+
+    def _busy(self, verb, task):
+        return flowcoro.BusyError(f"{self!r} is being {verb} by {task!r} already; one task at a time")
+
+    def _broken(self, error, doing):
+        """What to raise for the system's error."""
+        if self._closed:
+            return self._closed_error()
+        broken = BrokenError(error.errno, f"{self!r}: the connection was lost while {doing}: {error.strerror}")
+        if error.errno != errno.EPIPE:          # which says that the peer reads no more; what it has sent is still to be read
+            self._lost, self._special = broken, True
+        return broken
+
+    # -- the system calls, and the waits for them
+
+    async def _wait_readable(self):
+        try:
+            await self._pollable.wait_readable()
+        except flowcoro.ClosedError as error:
+            raise self._closed_error() from error
+
+    async def _wait_writable(self):
+        try:
+            await self._pollable.wait_writable()
+        except flowcoro.ClosedError as error:
+            raise self._closed_error() from error
+
+    async def _receive(self, max_bytes, recv=None, *rest):
+        """The next bytes as they come (of `recv`: how many), b"" (0) at the end. Cancelled: nothing consumed."""
+        recv, pollable = recv or self._recv, self._pollable
+        while not self._ended:
+            if not pollable.readable:
+                await self._wait_readable()
+            pollable.readable = False           # first this, then try: no edge is lost
+            try:
+                data = recv(*rest, max_bytes)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                pollable.readable = True
+                raise self._broken(error, "reading") from error
+            count = data if rest else len(data)
+            if count == max_bytes or pollable.hangup:
+                pollable.readable = True
+            if count:
+                self._received += count
+                return data
+            self._at_end()
+        if self._lost is not None:
+            raise self._lost
+        return 0 if rest else b""
+
+    def _at_end(self):
+        self._pollable.readable = self._ended = self._special = True
+
+    async def _send_some(self, view):
+        """Send as much as there is room for, 1 byte at least. Cancelled: nothing was sent."""
+        pollable = self._pollable
+        while True:
+            if not pollable.writable:
+                await self._wait_writable()
+            pollable.writable = False
+            try:
+                sent = self._send(view, _NO_SIGNAL)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                pollable.writable = True
+                raise self._broken(error, "writing") from error
+            if sent == len(view):
+                pollable.writable = True
+            self._sent += sent
+            return sent
+
+    async def _pull(self, max_bytes):
+        """The next bytes for the reader, b"" at the end."""
+        return await (self._receive(max_bytes) if self._tls is None else self._tls.read(max_bytes))
+
+    def _take(self, count):
+        buffer = self._buffer
+        if count >= len(buffer):
+            taken = bytes(buffer)
+            buffer.clear()
+        else:
+            with memoryview(buffer) as view:
+                taken = bytes(view[:count])
+            del buffer[:count]
+        return taken
+
+    async def _read_otherwise(self, max_bytes):
+        """read() where it takes more than a system call (N2)."""
+        self._begin_read()
+        try:
+            return self._take(max_bytes) if self._buffer else await self._pull(max_bytes)
+        finally:
+            self._end_read()
+
+    async def _write_otherwise(self, view):
+        """write() of what did not fit at once, or goes through TLS."""
+        self._begin_write()
+        try:
+            await self._push(view)
+        finally:
+            self._end_write()
+
+    async def _push(self, view):
+        """Write all of it. For the writer."""
+        if self._tls is not None:
+            await self._tls.write(view)
+            return
+        while view:
+            view = view[await self._send_some(view):]
+
+    def _cut_short(self, wanted):
+        return BrokenError(None, f"{self!r}: the peer ended after {len(self._buffer)} bytes, where {wanted} was expected; "
+                           "read() still gives them")
+
+
+def _read_at(file, offset, count):
+    file.seek(offset)
+    return file.read(count)
+
+
+class _Bulk(_Stream):
+    """Large data: into and out of the caller's memory, and out of files, without a copy."""
+
+    __slots__ = ()
+
+    async def read_into(self, buffer):
+        """Read into a writable buffer (of a flowcoro.BufferPool, say); returns how many bytes, 0 at the end. As read().
+
+        ValueError for an empty buffer, TypeError for one that cannot be written.
+        """
+        await _turn()
+        view = _as_bytes(buffer, "read_into()")
+        if view.readonly:
+            raise TypeError(f"read_into() needs a buffer that can be written, such as a bytearray, got {buffer!r:.80}")
+        if not view:
+            raise ValueError("read_into() needs a buffer of at least one byte")
+        self._begin_read()
+        try:
+            if self._tls is None and not self._buffer:
+                return await self._receive(len(view), self._call(self._raw.recv_into), view)
+            data = self._take(len(view)) if self._buffer else await self._pull(len(view))
+            view[:len(data)] = data
+            return len(data)
+        finally:
+            self._end_read()
+
+    async def write_many(self, buffers):
+        """Write all of several bytes-like objects in a row, as write() does, without joining them (sendmsg(2)).
+
+        Cancelled: an unknown part was sent.
+        """
+        await _turn()
+        rest = [view for view in (_as_bytes(data, "write_many()") for data in buffers) if view]
+        self._begin_write()
+        try:
+            if self._tls is not None:
+                if sum(map(len, rest)) <= TLS_CHUNK:        # small ones share a record
+                    rest = [memoryview(b"".join(rest))]
+                for view in rest:
+                    await self._push(view)
+                return
+            sendmsg, pollable, done = self._call(self._raw.sendmsg), self._pollable, 0
+            while done < len(rest):
+                if not pollable.writable:
+                    await self._wait_writable()
+                pollable.writable = False
+                several = rest[done:done + IOV_MAX]
+                try:
+                    sent = sendmsg(several, (), _NO_SIGNAL)
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    pollable.writable = True
+                    raise self._broken(error, "writing") from error
+                if sent == sum(map(len, several)):
+                    pollable.writable = True
+                self._sent += sent
+                while done < len(rest) and sent >= len(rest[done]):
+                    sent -= len(rest[done])
+                    done += 1
+                if sent:
+                    rest[done] = rest[done][sent:]
+        finally:
+            self._end_write()
+
+    async def send_file(self, file, offset=0, count=None):
+        """Send `count` bytes (None: all that is there) of a file opened for reading in binary, from `offset`; returns how many.
+
+        Less if the file ends before. By sendfile(2), where the data never come into this process; with TLS, in memory, or for
+        files that are none of the system's (io.BytesIO), it is read in threads. The file's position is used only then. Cancelled:
+        an unknown part was sent.
+        """
+        await _turn()
+        _whole(offset, 0, f"offset={offset!r}")
+        count = math.inf if count is None else _whole(count, 0, f"count={count!r}")
+        self._begin_write()
+        try:
+            number = self._number_for_sendfile(file)
+            sent = None if number is None else await self._send_by_sendfile(number, offset, count)
+            if sent is None:
+                sent = 0
+                while sent < count:
+                    data = await flowcoro.to_thread(_read_at, file, offset + sent, int(min(count - sent, TLS_CHUNK)))
+                    if not data:
+                        break
+                    await self._push(_as_bytes(data, "send_file()"))
+                    sent += len(data)
+            return sent
+        finally:
+            self._end_write()
+
+    def _number_for_sendfile(self, file):
+        if self._tls is not None or not isinstance(self._raw, socket.socket) or not hasattr(os, "sendfile"):
+            return None
+        try:
+            return file.fileno()
+        except (AttributeError, io.UnsupportedOperation):
+            return None
+
+    async def _send_by_sendfile(self, number, offset, count):
+        """How many bytes were sent; None if sendfile() does not do it with this file."""
+        sendfile, pollable, sent = self._call(os.sendfile), self._pollable, 0
+        while sent < count:
+            await (_turn() if pollable.writable else self._wait_writable())
+            pollable.writable = False
+            try:
+                some = sendfile(self._raw.fileno(), number, offset + sent, int(min(count - sent, SENDFILE_CHUNK)))
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                pollable.writable = True
+                if not sent and not self._closed and error.errno in _NO_SENDFILE:
+                    return None
+                raise self._broken(error, "writing") from error
+            pollable.writable = True        # a short one may be the file's end; that the buffer is full the next one says
+            if not some:
+                break
+            sent += some
+            self._sent += some
+        return sent
+
+
+class _Secured(_Bulk):
+    """TLS on a connection."""
+
+    __slots__ = ()
+
+    async def start_tls(self, tls=True, *, server_side=False, server_name=None, timeout=HANDSHAKE_TIMEOUT):
+        """Go on with TLS on this connection: STARTTLS of SMTP, IMAP, PostgreSQL …
+
+        tls: an ssl.SSLContext, or True for client_tls(). server_name: the name that the certificate must be for (and SNI); a
+        client that verifies needs it. TlsError, also if anything was received that has not been read: somebody in the middle
+        may have put it there. Errors and cancellation leave the connection unusable.
+        """
+        await _turn()
+        context = _as_context(tls, server_side)
+        if context is None:
+            raise TypeError("start_tls() needs an ssl.SSLContext, or True")
+        self._begin_read()
+        try:
+            self._begin_write()
+            self._end_write()
+            if self._tls is not None:
+                raise RuntimeError(f"{self!r} speaks TLS already")
+            if self._buffer:
+                raise TlsError(None, f"{self!r}: {len(self._buffer)} bytes came before TLS began and were not read; they may be "
+                               "of somebody in the middle, and are not taken for the peer's")
+            self._set_tls(context, server_side, server_name)
+        finally:
+            self._end_read()
+        await self.handshake(timeout=timeout)
+
+    def _set_tls(self, context, server_side=False, server_name=None):
+        try:
+            self._tls = _Tls(self, context, server_side, server_name or None, self._several)
+        except ValueError as error:
+            raise ValueError(f"{error}; give server_name=, the name that the server's certificate is for") from error
+        self._special = True
+
+    async def handshake(self, *, timeout=HANDSHAKE_TIMEOUT):
+        """Make the TLS handshake now; else the first read or write does. Nothing without TLS. TlsError, TimeoutError (seconds).
+
+        Cancelled: it can be gone on with.
+        """
+        await _turn()
+        if self._tls is not None and not self._tls.is_done:
+            with flowcoro.move_on_after(_seconds(timeout, "timeout")) as scope:
+                await self._tls.handshake()
+            if scope.cancelled_caught:
+                raise TimeoutError(f"{self!r}: the TLS handshake was not done within {timeout:g} s")
+
+    @property
+    def tls(self):
+        """The ssl.SSLObject: version(), cipher(), getpeercert(), server_hostname …; None without TLS."""
+        return self._tls and self._tls.object
+
+    @property
+    def alpn(self):
+        """The protocol agreed upon by ALPN, or None."""
+        return self._tls and self._tls.object.selected_alpn_protocol()
+
+
+_current_task, _checkpoint = flowcoro.current_task, flowcoro.checkpoint
+
+
+class Socket(_Secured):
+    """A connection: of TCP, of a Unix socket, in memory; plain or with TLS. A stream of bytes each way.
+
+    `Socket(raw)` takes over a connected raw socket: a socket.socket, or one of the network that is current. Close it, best by
+    `async with`. One task may read and another write at the same time; a second reader or writer gets BusyError. What was
+    closed here raises ClosedError, also in tasks that wait; what the peer or the network has broken, BrokenError, and an
+    end within what was asked for too. Messages name both ends.
+    """
+
+    __slots__ = ()
+
+    # read() and write() are written out for speed: an echo of 1 KiB makes little else, and each coroutine more on the way
+    # costs as much as 5% of it. All that is rare goes through _read_otherwise() and _write_otherwise().
+
+    async def read(self, max_bytes=CHUNK):
+        """From 1 to `max_bytes` bytes, as soon as there are any; b"" at the end, again and again. Cancelled: nothing consumed.
+
+        The end is what the peer has said; with TLS its goodbye. A connection that was cut before that is a BrokenError.
+        """
+        task = _current_task()
+        if task.budget > 0:
+            task.budget -= 1
+        else:
+            await _checkpoint()
+        if max_bytes.__class__ is not int or max_bytes < 1:
+            _whole(max_bytes, 1, f"read({max_bytes!r})")
+        if self._reader is not None:
+            raise self._busy("read", self._reader)
+        if self._special:
+            return await self._read_otherwise(max_bytes)
+        pollable = self._pollable
+        while True:
+            if not pollable.readable:
+                self._reader = task
+                try:
+                    await pollable.wait_readable()
+                except flowcoro.ClosedError as error:
+                    raise self._closed_error() from error
+                finally:
+                    self._reader = None
+            pollable.readable = False           # first this, then try: no edge is lost
+            try:
+                data = self._recv(max_bytes)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                pollable.readable = True
+                raise self._broken(error, "reading") from error
+            count = len(data)
+            if count == max_bytes or pollable.hangup:
+                pollable.readable = True
+            if not count:
+                self._at_end()
+                if self._lost is not None:
+                    raise self._lost
+            self._received += count
+            return data
+
+    async def write(self, data):
+        """Write all of `data` (bytes-like, which must not change meanwhile); returns when the system has it.
+
+        When the peer does not read, this waits. Cancelled: an unknown part was sent; with TLS, of whole records.
+        """
+        task = _current_task()
+        if task.budget > 0:
+            task.budget -= 1
+        else:
+            await _checkpoint()
+        if self._writer is not None:
+            raise self._busy("written", self._writer)
+        if data.__class__ is not bytes:
+            data = _as_bytes(data, "write()")
+        if not self._special and self._pollable.writable:
+            try:
+                sent = self._send(data, _NO_SIGNAL)
+            except BlockingIOError:
+                self._pollable.writable = False
+            except OSError as error:
+                raise self._broken(error, "writing") from error
+            else:
+                self._sent += sent
+                if sent == len(data):
+                    return
+                self._pollable.writable = False
+                data = memoryview(data)[sent:]
+        await self._write_otherwise(memoryview(data))
+
+    async def read_exactly(self, count):
+        """Exactly `count` bytes; b"" for 0. BrokenError when the peer ends before: read() still gives what has come.
+
+        Cancelled: nothing consumed.
+        """
+        await _turn()
+        _whole(count, 0, f"read_exactly({count!r})")
+        self._begin_read()
+        try:
+            buffer = self._buffer
+            while len(buffer) < count:
+                data = await self._pull(min(max(count - len(buffer), CHUNK), LARGEST_CHUNK))
+                if not data:
+                    raise self._cut_short(f"one of {count} bytes")
+                if len(data) == count and not buffer:
+                    return data
+                buffer += data
+            return self._take(count)
+        finally:
+            self._end_read()
+
+    async def read_until(self, separator=b"\n", *, limit=UNTIL_LIMIT):
+        """All bytes up to and including `separator`; b"" at the end, if nothing is left.
+
+        limit: bytes, separator included. LimitError when so many come without it, BrokenError when the peer ends before it:
+        nothing is consumed, and read() still gives what has come. Cancelled: nothing consumed. ValueError for an empty separator.
+        """
+        await _turn()
+        if not isinstance(separator, (bytes, bytearray)):
+            raise TypeError(f"read_until({separator!r}): the separator must be bytes, such as b\"\\n\"")
+        if not separator:
+            raise ValueError("read_until(b\"\"): the separator must have at least one byte")
+        if limit != math.inf:
+            _whole(limit, 1, f"limit={limit!r}")
+        self._begin_read()
+        try:
+            buffer, searched = self._buffer, 0
+            while True:
+                found = buffer.find(separator, searched)
+                length = found + len(separator) if found >= 0 else len(buffer)
+                if length > limit:
+                    raise LimitError(f"{self!r}: no {bytes(separator)!r} within limit={limit} bytes; allow more with limit=, or "
+                                     "take pieces of any length with read()")
+                if found >= 0:
+                    return self._take(length)
+                searched = max(0, length - len(separator) + 1)
+                data = await self._pull(CHUNK)
+                if not data:
+                    if buffer:
+                        raise self._cut_short(f"a {bytes(separator)!r}")
+                    return b""
+                buffer += data
+        finally:
+            self._end_read()
+
+    async def shutdown_write(self):
+        """Tell the peer that no more comes (its read returns b""); reading goes on. Twice is once. With TLS its goodbye first.
+
+        Cancelled: not shut down, or (TLS) the goodbye is half sent; again goes on with it.
+        """
+        await _turn()
+        if self._shut:
+            return
+        if self._tls is not None:
+            if not self._tls.is_done:
+                await self.handshake()
+            await self._say_goodbye()
+        self._begin_write()
+        try:
+            self._call(self._raw.shutdown)(socket.SHUT_WR)
+            self._shut = True
+        except OSError as error:
+            raise self._broken(error, "shutting down") from error
+        finally:
+            self._end_write()
+            self._mark()
+
+    async def _say_goodbye(self):
+        self._begin_write()
+        try:
+            self._buffer += self._tls.say_goodbye()
+            await self._tls.flush()
+        finally:
+            self._end_write()
+
+    async def close(self):
+        """Close the connection. Twice is once. What write() has returned from is delivered, unless the peer still sends.
+
+        With TLS it says goodbye first, for at most 2 seconds. Tasks that wait for it get ClosedError. Cancelled: it is closed.
+        """
+        try:
+            if self._tls is not None and self._tls.is_done and not self._closed and not self._shut and self._writer is None:
+                with flowcoro.move_on_after(CLOSE_TIMEOUT):
+                    await self._say_goodbye()
+        except (NetworkError, flowcoro.ClosedError, flowcoro.BusyError):        # then it is closed without
+            pass
+        finally:
+            self._close()
+        await _turn()
+
+    def close_nowait(self):
+        """Close at once: no TLS goodbye, else as close(). Never blocks."""
+        self._close()
+
+    async def __aexit__(self, kind, error, trace):
+        if kind is None:
+            await self.close()
+        else:
+            self._close()
+
+    # -- about it
+
+    @property
+    def peer(self):
+        """The other end's address, as `local`."""
+        if self._peer is None:
+            if self._closed:
+                raise self._closed_error()
+            try:
+                self._peer = self._raw.getpeername()
+            except OSError as error:
+                raise BrokenError(error.errno, f"{self!r}: it has no peer (any more): {error.strerror}") from error
+        return self._peer
+
+    def statistics(self):
+        """{"bytes_received", "bytes_sent": as on the wire, "bytes_buffered": received and not yet read, "reading", "writing":
+        whether a task does, "tls": its version or None}"""
+        return {"bytes_received": self._received, "bytes_sent": self._sent, "bytes_buffered": len(self._buffer),
+                "reading": self._reader is not None, "writing": self._writer is not None,
+                "tls": self._tls and self._tls.object.version()}
+
+    def __repr__(self):
+        ends = ""
+        for word, known, ask in ("from", self._local, "getsockname"), ("to", self._peer, "getpeername"):
+            try:
+                ends += f" {word} {_shown(getattr(self._raw, ask)() if known is None else known)}"
+            except OSError:             # closed, or lost
+                pass
+        return f"<Socket{ends}{' TLS' if self._tls else ''}{' closed' if self._closed else ''}>"
+
+    # -- making one
+
+    @classmethod
+    async def connect(cls, host, port, *, tls=None, server_name=None, timeout=None, local=None, family=0):
+        """Connect by TCP to a host by name or address: the first of its addresses that answers (RFC 8305).
+
+        tls: True for client_tls(), or an ssl.SSLContext; the handshake is made, and the certificate must be for `host` (or
+        server_name). timeout: seconds for all of it (TimeoutError); None: the system's, two minutes. local: (address, port) to
+        connect from. family: socket.AF_INET or AF_INET6 only.
+        ResolveError, BrokenError with the error of every attempt, TlsError, OSError. Cancelled: nothing is left behind.
+        """
+        context, timeout = _as_context(tls, False), _seconds(timeout, "timeout")
+        failures = []
+        with flowcoro.move_on_after(timeout) as scope:
+            await _turn()
+            network = _network()
+            found = _interleaved(await resolve(host, _checked_port(port, 1), family=family))
+            raw, pollable, address = await _connect_to_any(network, found, f"{host}:{port}", local, failures)
+            return await cls._ready(raw, network, pollable, address, context, server_name or host)
+        raise TimeoutError(f"connecting to {host}:{port} took longer than timeout={timeout:g} s"
+                           + "".join(f"; {_shown(address)}: {error.strerror}" for address, error in failures))
+
+    @classmethod
+    async def connect_unix(cls, path, *, tls=None, server_name=None, timeout=None):
+        """Connect to a Unix socket: a path, or a name that begins with "\\0" (Linux). Otherwise as connect().
+
+        BrokenError also when nobody listens, or the path is not there.
+        """
+        context, timeout, path = _as_context(tls, False), _seconds(timeout, "timeout"), os.fspath(path)
+        with flowcoro.move_on_after(timeout) as scope:
+            await _turn()
+            network = _network()
+            raw, pollable = await _connect_unix(network, path)
+            return await cls._ready(raw, network, pollable, path, context, server_name)
+        raise TimeoutError(f"connecting to {_shown(path)} took longer than timeout={timeout:g} s")
+
+    @classmethod
+    async def _ready(cls, raw, network, pollable, address, context, server_name):
+        """The Socket, after the handshake if it has TLS."""
+        sock = cls(raw, network, pollable, address)
+        try:
+            if raw.family != getattr(socket, "AF_UNIX", None):
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if context is not None:
+                sock._set_tls(context, False, server_name)
+                await sock.handshake(timeout=None)
+        except BaseException:
+            sock._close()
+            raise
+        return sock
+
+
+# ---- connecting -----------------------------------------------------------------------------------------------
+
+async def _until_connected(raw, pollable):
+    while True:
+        pollable.writable = False
+        await pollable.wait_writable()
+        if number := raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(number, os.strerror(number))
+        try:
+            raw.getpeername()
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:       # which says: not yet
+                raise
+        else:
+            pollable.writable = True
+            return
+
+
+async def _connect_one(network, family, kind, proto, address, local=None):
+    """(raw, pollable), connected. OSError. Cancelled: nothing is left behind."""
+    raw, pollable = network.socket(family, kind, proto), None
+    try:
+        if local is not None:
+            try:
+                raw.bind(local)
+            except OSError as error:
+                raise _refused(error, "connect from", local) from error
+        number = raw.connect_ex(address)
+        if number and number not in _UNDER_WAY:
+            raise OSError(number, os.strerror(number))
+        pollable = network.pollable(raw)            # only now: a socket that never connected looks hung up to epoll
+        if number:
+            await _until_connected(raw, pollable)
+        if kind == socket.SOCK_STREAM and family != getattr(socket, "AF_UNIX", None) and raw.getsockname() == raw.getpeername():
+            # A port of one's own machine where nobody listens, and which the system chose for this end too (RFC 9293 3.5).
+            raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+        return raw, pollable
+    except BaseException:
+        if pollable is not None:
+            pollable.close()
+        raw.close()
+        raise
+
+
+async def _connect_to_any(network, found, target, local, failures):
+    """(raw, pollable, address) of the first that connects: RFC 8305 section 5. BrokenError with every failure."""
+    won = []
+
+    async def attempt(family, kind, proto, address, done):
+        try:
+            raw, pollable = await _connect_one(network, family, kind, proto, address, local)
+        except OSError as error:
+            failures.append((address, error))
+            done.set()
+            return
+        won.append((raw, pollable, address))
+        if won[0][0] is not raw:            # another one was faster, at the same time
+            pollable.close()
+            raw.close()
+        else:
+            group.cancel()
+
+    try:
+        if len(found) == 1:
+            family, kind, proto, address = found[0]
+            try:
+                return *await _connect_one(network, family, kind, proto, address, local), address
+            except OSError as error:
+                failures.append((address, error))
+        else:
+            async with flowcoro.TaskGroup() as group:
+                for each in found:
+                    done = flowcoro.Event()
+                    group.spawn(attempt(*each, done), name=f"connect to {_shown(each[3])}")
+                    with flowcoro.move_on_after(ATTEMPT_DELAY):
+                        await done.wait()
+            if won:
+                return won[0]
+    except BaseException:
+        for raw, pollable, _ in won[:1]:
+            pollable.close()
+            raw.close()
+        raise
+    said = "; ".join(f"{_shown(address)}: {error.strerror}" for address, error in failures)
+    broken = BrokenError(failures[0][1].errno, f"cannot connect to {target}: {said}")
+    broken.errors = tuple(failures)
+    raise broken from failures[0][1]
+
+
+async def _connect_unix(network, path):
+    delay = FIRST_RETRY
+    while True:
+        try:
+            return await _connect_one(network, socket.AF_UNIX, socket.SOCK_STREAM, 0, path)
+        except BlockingIOError:         # the backlog is full, and nothing tells when it is not
+            await flowcoro.sleep(delay)
+            delay = min(2 * delay, LONGEST_RETRY)
+        except OSError as error:
+            broken = BrokenError(error.errno, f"cannot connect to {_shown(path)}: {error.strerror}")
+            broken.errors = ((path, error),)
+            raise broken from error
+
+
+# ---- servers --------------------------------------------------------------------------------------------------
+
+class _Listener(_Owner):
+    """One address that a server listens on."""
+
+    __slots__ = ("_accept",)
+
+    def __init__(self, raw, network):
+        super().__init__(raw, network)
+        self._accept = self._call(raw.accept)
+
+    async def next(self):
+        """(raw, address) of the next connection; OSError of _EXHAUSTED, ClosedError. Cancelled: nothing is lost."""
+        pollable = self._pollable
+        while True:
+            await pollable.wait_readable()
+            pollable.readable = False           # first this, then try: no edge is lost
+            try:
+                found = self._accept()
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                pollable.readable = True
+                if self._closed:
+                    raise self._closed_error() from error
+                if error.errno not in _ONE_LOST:
+                    raise
+            else:
+                pollable.readable = True
+                return found
+
+    def __repr__(self):
+        return f"<listener{f' on {_shown(self._local)}' if self._local else ''}>"
+
+
+class _Drain:
+    """The connections of one serve(), and who waits until there are none."""
+
+    def __init__(self):
+        self.open = {}          # each Socket in the hands of a handler
+        self.empty = flowcoro.ParkingLot("wait for the handlers of a server to end")
+
+    @flowcoro.atomic
+    def add(self, sock):
+        self.open[sock] = None
+
+    @flowcoro.atomic
+    def remove(self, sock):
+        del self.open[sock]
+        if not self.open:
+            self.empty.unpark_all()
+
+    async def wait(self):
+        await self.empty.park_unless(lambda: not self.open)
+
+
+class _Server:
+    """What TcpServer and UnixServer share: a server listens, and gives out each connection once."""
+
+    def __init__(self, listeners, context):
+        self._listeners, self._context = listeners, context
+        self._drain = None              # while serve() runs
+        self._accepted = self._failed = self._broken = self._unshaken = self._pauses = 0
+        self._reported = -math.inf      # when the last pause was told
+        self._paused = False
+
+    # -- accepting
+
+    async def accept(self):
+        """The next connection, a Socket. With TLS the handshake is made by its first read or write, or handshake().
+
+        Without descriptors left it pauses, says so to sys.unraisablehook, and goes on. ClosedError after close();
+        BusyError when another task accepts. Cancelled: no connection is lost.
+        """
+        await _turn()
+        if self.closed:
+            raise self._closed_error()
+        listener = self._listeners[0]
+        while len(self._listeners) > 1:         # whoever has something; the Pollable knows it without a system call
+            ready = [each for each in self._listeners if each._pollable.readable]
+            for listener in ready:
+                listener._pollable.readable = False
+                try:
+                    return self._taken(listener, listener._accept())
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    listener._pollable.readable = True
+                    if error.errno not in _ONE_LOST:
+                        await self._cannot_accept(error)
+            if not ready:
+                await flowcoro.when_any(*(each._pollable.wait_readable() for each in self._listeners))
+        return await self._accept_from(listener)
+
+    async def _accept_from(self, listener):
+        while True:
+            try:
+                return self._taken(listener, await listener.next())
+            except flowcoro.ClosedError as error:
+                raise self._closed_error() from error
+            except OSError as error:
+                await self._cannot_accept(error)
+
+    def _taken(self, listener, found):
+        """The Socket of what the system gave."""
+        listener._pollable.readable = True
+        raw, address = found
+        sock = None
+        try:
+            sock = Socket(raw, listener._network, None, address)
+            if raw.family != getattr(socket, "AF_UNIX", None):
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._context is not None:
+                sock._set_tls(self._context, True)
+        except BaseException:
+            if sock is not None:
+                sock._close()
+            raw.close()
+            raise
+        self._accepted += 1
+        self._paused = False
+        return sock
+
+    async def _cannot_accept(self, error):
+        """Wait a little if it is that something has run out; those who wait to be accepted stay in the backlog."""
+        if self.closed:
+            raise self._closed_error() from error
+        if error.errno not in _EXHAUSTED:
+            raise error
+        if not self._paused:
+            self._paused = True
+            self._pauses += 1
+            now = flowcoro.now()
+            if now - self._reported >= REPORT_PAUSE:
+                self._reported = now
+                _report(error, f"{self!r} cannot accept connections for the moment: {error.strerror} ({error.errno}). It tries "
+                        "again every few tenths of a second; close some, raise `ulimit -n`, or set max_connections= of serve()")
+        await flowcoro.sleep(PAUSE)
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        """As accept(); the end once the server is closed."""
+        try:
+            return await self.accept()
+        except flowcoro.ClosedError:
+            raise StopAsyncIteration from None
+
+    # -- serving
+
+    async def serve(self, handler, *, max_connections=math.inf, drain_timeout=DRAIN_TIMEOUT,
+                    handshake_timeout=HANDSHAKE_TIMEOUT):
+        """Run `handler(sock)` (async) in a task of its own for each connection, and close that when it returns.
+
+        Returns when close() was called or a stop requested (SIGTERM, flowcoro.request_stop()): it accepts no more, waits
+        up to `drain_timeout` seconds for the handlers (math.inf: as long as they take), and cancels the rest. A handler's error
+        goes to sys.unraisablehook and ends its connection alone; BrokenError and failed handshakes, which are the peers', are
+        only counted. max_connections: at once; more wait in the backlog. handshake_timeout: seconds, of TLS.
+        BusyError when it is being served already, ClosedError when closed. Cancelled: handlers are too, and it is closed.
+        """
+        if not callable(handler):
+            raise TypeError(f"serve({handler!r}): give an async function that takes a Socket, not called yet")
+        slots = None
+        if max_connections != math.inf:
+            slots = flowcoro.Semaphore(_whole(max_connections, 1, f"max_connections={max_connections!r}", "connections"))
+        limits = _seconds(drain_timeout, "drain_timeout"), _seconds(handshake_timeout, "handshake_timeout")
+        self._begin_serving()
+        try:
+            async with flowcoro.TaskGroup() as handlers:
+                try:
+                    async with flowcoro.TaskGroup() as ears:
+                        ears.spawn(self._close_on_stop(), name="close the server on a stop")
+                        async with flowcoro.TaskGroup() as accepting:
+                            for listener in self._listeners:
+                                accepting.spawn(self._accept_all(listener, handlers, handler, slots, limits[1]),
+                                                name=f"accept on {_shown(listener._local)}")
+                        ears.cancel()
+                finally:
+                    self.close_nowait()
+                with flowcoro.move_on_after(limits[0]):
+                    await self._drain.wait()
+                handlers.cancel()
+        finally:
+            self._drain = None
+
+    @flowcoro.atomic
+    def _begin_serving(self):
+        if self.closed:
+            raise self._closed_error()
+        if self._drain is not None:
+            raise flowcoro.BusyError(f"{self!r} is being served already; one serve() at a time")
+        self._drain = _Drain()
+
+    async def _close_on_stop(self):
+        await flowcoro.stop_requested()
+        self.close_nowait()
+
+    async def _accept_all(self, listener, handlers, handler, slots, handshake_timeout):
+        while True:
+            if slots is not None:
+                await slots.acquire()
+            try:
+                sock = await self._accept_from(listener)
+            except BaseException as error:
+                if slots is not None:
+                    slots.release()
+                if isinstance(error, flowcoro.ClosedError):
+                    return
+                raise
+            handling = self._handle(sock, handler, slots, handshake_timeout)
+            self._drain.add(sock)
+            try:
+                handlers.spawn(handling, name=f"serve {_shown(sock.peer)}")
+            except BaseException:               # too many in a cancelled group
+                handling.close()
+                sock._close()
+                self._drain.remove(sock)
+                raise
+
+    async def _handle(self, sock, handler, slots, handshake_timeout):
+        shaken = False
+        try:
+            async with sock:
+                if sock._tls is not None:
+                    await sock.handshake(timeout=handshake_timeout)
+                shaken = True
+                await handler(sock)
+        except Exception as error:
+            if not shaken:
+                self._unshaken += 1
+            elif _is_the_peers(error):
+                self._broken += 1
+            else:
+                self._failed += 1
+                _report(error, f"the handler of {sock!r} failed; the others go on")
+        finally:
+            if slots is not None:
+                slots.release()
+            self._drain.remove(sock)
+
+    # -- the end, and what there is to know
+
+    def close_nowait(self):
+        """Accept no more, at once: those in the backlog are reset, those accepted go on. Ends accept(), `async for`, and serve(),
+        which drains first. Twice is once. Never blocks."""
+        for listener in self._listeners:
+            listener._close()
+
+    close = close_nowait
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, kind, error, trace):
+        self.close_nowait()
+
+    @property
+    def closed(self):
+        """Whether it was closed here."""
+        return self._listeners[0]._closed
+
+    def _closed_error(self):
+        return flowcoro.ClosedError(f"{self!r} has been closed here")
+
+    @property
+    def addresses(self):
+        """Where it listens: a list of addresses, more than one if the host has several."""
+        return [listener._local for listener in self._listeners]
+
+    @property
+    def local(self):
+        """Where it listens: for TCP (host, port), of the first address; for Unix the path."""
+        local = self._listeners[0]._local
+        return local[:2] if isinstance(local, tuple) else local
+
+    def statistics(self):
+        """{"connections": those of serve() now, "accepted": in all, "failed": handlers that raised, "broken": connections that
+        their peers broke, "handshakes_failed", "pauses": how often accepting had to pause}"""
+        drain = self._drain
+        return {"connections": len(drain.open) if drain else 0, "accepted": self._accepted, "failed": self._failed,
+                "broken": self._broken, "handshakes_failed": self._unshaken, "pauses": self._pauses}
+
+    def __repr__(self):
+        return (f"<{type(self).__name__} on {', '.join(_shown(listener._local) for listener in self._listeners)}"
+                f"{' with TLS' if self._context else ''}{' closed' if self.closed else ''}>")
+
+
+def _is_the_peers(error):
+    if isinstance(error, ExceptionGroup):
+        return all(map(_is_the_peers, error.exceptions))
+    return isinstance(error, (BrokenError, TlsError))
+
+
+def _listen(network, family, address, backlog, prepare):
+    """A _Listener. OSError that names the address."""
+    raw = network.socket(family, socket.SOCK_STREAM, 0)
+    try:
+        prepare(raw)
+        raw.bind(address)
+        raw.listen(backlog)
+        listener = _Listener(raw, network)
+        listener._local = raw.getsockname()
+        return listener
+    except BaseException as error:
+        raw.close()
+        if isinstance(error, OSError):
+            raise _refused(error, "listen on", address) from error
+        raise
+
+
+class TcpServer(_Server):
+    """A server of TCP, and TLS. `await TcpServer.listen(…)`, then accept(), `async for sock in server`, or serve().
+
+    Best in `async with`, which closes it.
+    """
+
+    @classmethod
+    async def listen(cls, host, port, *, tls=None, backlog=BACKLOG, reuse_port=False, dual_stack=True):
+        """Listen on all addresses of `host` ("127.0.0.1", "localhost" …; "" or None: of this machine), and a port (0: a free one).
+
+        tls: an ssl.SSLContext, as server_tls() makes it. backlog: connections that may wait to be accepted. reuse_port: several
+        processes share the port. dual_stack: "" takes IPv4 and IPv6, by one socket where the system can.
+        OSError whose message names the address: in use, no permission, not of this machine. ResolveError.
+        """
+        context = _as_context(tls, True)
+        _whole(backlog, 1, f"backlog={backlog!r}", "connections")
+        await _turn()
+        network, listeners = _network(), []
+        if host in ("", None):
+            found = [(socket.AF_INET6, ("::", port)), (socket.AF_INET, ("0.0.0.0", port))]
+            _checked_port(port)
+        else:
+            found = [(family, address) for family, _, _, address in await resolve(host, port, flags=socket.AI_PASSIVE)]
+        try:
+            for family, address in found:
+                if host in ("", None) and listeners and dual_stack and _takes_both(listeners[0]):
+                    break
+                if port == 0 and listeners:
+                    address = address[0], listeners[0]._local[1], *address[2:]
+                prepare = functools.partial(_prepare_tcp, family, reuse_port, dual_stack and host in ("", None))
+                try:
+                    listeners.append(_listen(network, family, address, backlog, prepare))
+                except OSError as error:        # a machine without IPv6, or one that is switched off
+                    absent = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) and family == socket.AF_INET6
+                    if not absent or len(found) == 1:
+                        raise
+        except BaseException:
+            for listener in listeners:
+                listener._close()
+            raise
+        return cls(listeners, context)
+
+
+def _prepare_tcp(family, reuse_port, both, raw):
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if reuse_port:
+        if not hasattr(socket, "SO_REUSEPORT"):
+            raise ValueError("reuse_port=True: this system cannot share a port")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if family == socket.AF_INET6:
+        raw.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not both))
+
+
+def _takes_both(listener):
+    return listener._raw.family == socket.AF_INET6 and not listener._raw.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+
+
+class UnixServer(_Server):
+    """A server on a Unix socket. As TcpServer."""
+
+    _file = None            # (device, inode) of the socket's file, which close() removes
+
+    @classmethod
+    async def listen(cls, path, *, tls=None, backlog=BACKLOG, mode=None):
+        """Listen on a path, or on a name that begins with "\\0" (Linux). mode: permissions of the file, such as 0o660.
+
+        A socket's file that is there, and where nobody listens, is replaced. close() removes the file, if it is still this one.
+        OSError whose message names the path: in use, no permission, no directory, longer than 107 bytes.
+        """
+        context, path = _as_context(tls, True), os.fspath(path)
+        _whole(backlog, 1, f"backlog={backlog!r}", "connections")
+        await _turn()
+        network = _network()
+        named = bool(path) and path[:1] not in ("\0", b"\0")
+        if named:
+            await _remove_stale(network, path)
+
+        def prepare(raw):
+            if mode is not None and named:
+                os.fchmod(raw.fileno(), mode)       # before bind: the file never has more permissions (Linux)
+
+        try:
+            server = cls([_listen(network, socket.AF_UNIX, path, backlog, prepare)], context)
+        except OSError as error:
+            if error.errno is None:                 # "AF_UNIX path too long", which comes without a number
+                raise OSError(errno.ENAMETOOLONG, f"cannot listen on {_shown(path)}: {error}") from error
+            raise
+        try:
+            if named:
+                found = os.stat(path)
+                server._file = found.st_dev, found.st_ino
+                if mode is not None:
+                    os.chmod(path, mode)
+        except BaseException:
+            server.close_nowait()
+            raise
+        return server
+
+    def close_nowait(self):
+        """As TcpServer.close_nowait(); and removes the socket's file."""
+        if not self.closed and self._file is not None:
+            path = self._listeners[0]._local
+            try:
+                found = os.stat(path)
+                if (found.st_dev, found.st_ino) == self._file:
+                    os.unlink(path)
+            except OSError:             # gone already, or no longer ours to remove
+                pass
+        super().close_nowait()
+
+    close = close_nowait
+
+
+async def _remove_stale(network, path):
+    """Remove the file of a socket whose owner has died: where nobody listens, a connect is refused."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+        raw, pollable = await _connect_one(network, socket.AF_UNIX, socket.SOCK_STREAM, 0, path)
+    except ConnectionRefusedError:
+        os.unlink(path)
+    except OSError:                     # not there, or full: somebody listens
+        pass
+    else:
+        pollable.close()
+        raw.close()
+
+
+# ---- datagrams ------------------------------------------------------------------------------------------------
+
+class UdpSocket(_Owner):
+    """Datagrams of UDP (RFC 768): each arrives whole, more than once, or not at all, in any order. Best in `async with`.
+
+    One task may receive and another send at the same time (else BusyError). ClosedError after close().
+    """
+
+    __slots__ = ("_recvmsg", "_send", "_sendto", "_peer", "_received", "_sent", "_reader", "_writer")
+
+    def __init__(self, raw, network=None, pollable=None, peer=None):
+        super().__init__(raw, network, pollable)
+        self._recvmsg, self._peer = self._call(raw.recvmsg), peer
+        self._send, self._sendto = self._call(raw.send), self._call(raw.sendto)
+        self._received = self._sent = 0
+        self._reader = self._writer = None
+
+    @classmethod
+    async def bind(cls, host, port, *, reuse_port=False, reuse_address=False, broadcast=False):
+        """A socket that receives on an address of this machine ("": all of IPv4, "::": all) and a port; 0: a free one.
+
+        reuse_address: others may bind it too, for multicast. reuse_port: several processes share what comes. broadcast: it may
+        send to broadcast addresses. OSError whose message names the address; ResolveError.
+        """
+        await _turn()
+        found = await resolve(host or "0.0.0.0", port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)
+        family, kind, proto, address = found[0]
+
+        def prepare(raw):
+            for name, wanted in ("SO_REUSEADDR", reuse_address), ("SO_REUSEPORT", reuse_port), ("SO_BROADCAST", broadcast):
+                if wanted:
+                    raw.setsockopt(socket.SOL_SOCKET, getattr(socket, name), 1)
+            try:
+                raw.bind(address)
+            except OSError as error:
+                raise _refused(error, "bind", address) from error
+
+        return cls._made(family, kind, proto, prepare, None)
+
+    @classmethod
+    async def connect(cls, host, port, *, broadcast=False):
+        """A socket that sends to one address and receives from that alone: send() and receive(). ResolveError, OSError.
+
+        Nothing is sent, so nobody needs to be there.
+        """
+        await _turn()
+        family, kind, proto, address = (await resolve(host, _checked_port(port, 1), type=socket.SOCK_DGRAM))[0]
+
+        def prepare(raw):
+            if broadcast:
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            if number := raw.connect_ex(address):
+                raise _refused(OSError(number, os.strerror(number)), "send datagrams to", address)
+
+        return cls._made(family, kind, proto, prepare, address)
+
+    @classmethod
+    def _made(cls, family, kind, proto, prepare, peer):
+        network = _network()
+        raw = network.socket(family, kind, proto)
+        try:
+            prepare(raw)
+            return cls(raw, network, None, peer)
+        except BaseException:
+            raw.close()
+            raise
+
+    async def receive_from(self, max_bytes=DATAGRAM):
+        """(data, address) of the next datagram, which may be empty. Cancelled: nothing consumed.
+
+        LimitError for one of more than `max_bytes`, which is lost. BrokenError when what was sent found nobody (connected
+        sockets only); the socket goes on.
+        """
+        await _turn()
+        _whole(max_bytes, 0, f"receive_from({max_bytes!r})")
+        self._begin("_reader", "received from")
+        try:
+            pollable = self._pollable
+            while True:
+                if not pollable.readable:
+                    await pollable.wait_readable()
+                pollable.readable = False
+                try:
+                    data, _, flags, address = self._recvmsg(max_bytes)
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    pollable.readable = True
+                    raise self._failed(error, "receiving") from error
+                pollable.readable = True
+                self._received += 1
+                if flags & socket.MSG_TRUNC:
+                    raise LimitError(f"{self!r}: a datagram from {_shown(address or self._peer)} was longer than max_bytes="
+                                     f"{max_bytes} and is lost; allow more, up to {DATAGRAM}")
+                return data, address or self._peer
+        except flowcoro.ClosedError as error:
+            raise self._closed_error() from error
+        finally:
+            self._reader = None
+
+    async def receive(self, max_bytes=DATAGRAM):
+        """The data of the next datagram. As receive_from()."""
+        return (await self.receive_from(max_bytes))[0]
+
+    async def send_to(self, data, address):
+        """Send one datagram to an address: (host, port) with a number, or what receive_from() gave. Waits for room.
+
+        It says nothing about its arrival. OSError when it is too long (EMSGSIZE: more than 65,507 bytes with IPv4), or there
+        is no way there. Cancelled: not sent.
+        """
+        await _turn()
+        view = _as_bytes(data, "send_to()")
+        self._begin("_writer", "sent to")
+        try:
+            pollable = self._pollable
+            while True:
+                if not pollable.writable:
+                    await pollable.wait_writable()
+                pollable.writable = False
+                try:
+                    self._send(view) if address is None else self._sendto(view, address)
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    pollable.writable = True
+                    raise self._failed(error, f"sending {len(view)} bytes to {_shown(address or self._peer)}") from error
+                pollable.writable = True
+                self._sent += 1
+                return
+        except flowcoro.ClosedError as error:
+            raise self._closed_error() from error
+        finally:
+            self._writer = None
+
+    async def send(self, data):
+        """Send one datagram to the address of connect(). As send_to()."""
+        if self._peer is None:
+            raise ValueError(f"{self!r} is not connected: use send_to(data, address), or make it by UdpSocket.connect()")
+        await self.send_to(data, None)
+
+    def join(self, group, interface=None):
+        """Receive what is sent to a multicast group too, such as "224.0.0.251" or "ff02::fb".
+
+        interface: the address (IPv4) or the name (IPv6) of the network card; None: the system's choice. OSError.
+        """
+        self._membership(group, interface, "IP_ADD_MEMBERSHIP", "IPV6_JOIN_GROUP")
+
+    def leave(self, group, interface=None):
+        """Undo join(). OSError if it had not joined."""
+        self._membership(group, interface, "IP_DROP_MEMBERSHIP", "IPV6_LEAVE_GROUP")
+
+    def _membership(self, group, interface, option4, option6):
+        try:
+            if self._raw.family == socket.AF_INET6:
+                index = socket.if_nametoindex(interface) if interface else 0
+                level, option = socket.IPPROTO_IPV6, option6
+                value = socket.inet_pton(socket.AF_INET6, group) + struct.pack("@I", index)
+            else:
+                level, option = socket.IPPROTO_IP, option4
+                value = socket.inet_aton(group) + socket.inet_aton(interface or "0.0.0.0")
+            self._call(self._raw.setsockopt)(level, getattr(socket, option), value)
+        except OSError as error:
+            if self._closed:
+                raise self._closed_error() from error
+            raise OSError(error.errno, f"{self!r}: cannot join or leave {group!r} on {interface!r}: "
+                          f"{error.strerror or error}") from error
+
+    @flowcoro.atomic
+    def _begin(self, place, verb):
+        task = getattr(self, place)
+        if task is not None:
+            raise flowcoro.BusyError(f"{self!r} is being {verb} by {task!r} already; one task at a time")
+        if self._closed:
+            raise self._closed_error()
+        setattr(self, place, flowcoro.current_task())
+
+    def _failed(self, error, doing):
+        if self._closed:
+            return self._closed_error()
+        if isinstance(error, ConnectionError):
+            return BrokenError(error.errno, f"{self!r}: {doing}: {error.strerror}; what was sent before found nobody there")
+        return OSError(error.errno, f"{self!r}: {doing}: {error.strerror}")
+
+    async def close(self):
+        """Close it; those who wait get ClosedError. Twice is once. A checkpoint; cancelled: it is closed."""
+        self._close()
+        await _turn()
+
+    def close_nowait(self):
+        """Close it at once. Never blocks."""
+        self._close()
+
+    async def __aexit__(self, kind, error, trace):
+        self._close()
+
+    @property
+    def peer(self):
+        """The address of connect(), or None."""
+        return self._peer
+
+    def statistics(self):
+        """{"datagrams_received", "datagrams_sent"}"""
+        return {"datagrams_received": self._received, "datagrams_sent": self._sent}
+
+    def __repr__(self):
+        try:
+            at = f" at {_shown(self._raw.getsockname() if self._local is None else self._local)}"
+        except OSError:
+            at = ""
+        return (f"<UdpSocket{at}{f' to {_shown(self._peer)}' if self._peer else ''}{' closed' if self._closed else ''}>")
