@@ -1741,7 +1741,7 @@ class TcpServer(_Server):
 
     @classmethod
     async def listen(cls, host, port, *, tls=None, backlog=BACKLOG, reuse_port=False, dual_stack=True):
-        """Listen on all addresses of `host` ("127.0.0.1", "localhost" …; "" or None: of this machine), and a port (0: a free one).
+        """Listen on all addresses of `host` ("127.0.0.1", "localhost" …; "" or None: of this machine) and a port (0: a free one).
 
         tls: an ssl.SSLContext, as server_tls() makes it. backlog: connections that may wait to be accepted. reuse_port: several
         processes share the port. dual_stack: "" takes IPv4 and IPv6, by one socket where the system can.
