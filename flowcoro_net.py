@@ -135,7 +135,7 @@ DATAGRAM = 65_535
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
 # What a non-blocking connect says while it is under way.
-_UNDER_WAY = {errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR, errno.EALREADY}
+_UNDER_WAY = {errno.EINPROGRESS, errno.EINTR}
 
 # What accept() says when descriptors or memory have run out.
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -260,7 +260,8 @@ def _refused(error, doing, address):
               errno.EADDRNOTAVAIL: "; this machine has no such address: give one of its own, or \"\" for all",
               errno.EACCES: "; ports below 1024 and the directories of others need permission",
               errno.ENOENT: "; make its directory first"}.get(error.errno, "")
-    return OSError(error.errno, f"cannot {doing} {_shown(address)}: {error.strerror}{remedy}")
+    said = f"cannot {doing} {_shown(address)}: {error.strerror or error}{remedy}"
+    return OSError(said) if error.errno is None else OSError(error.errno, said)
 
 
 # ---- the network underneath -----------------------------------------------------------------------------------
@@ -1433,11 +1434,10 @@ class _Listener(_Owner):
         super().__init__(raw, network)
         self._accept = self._call(raw.accept)
 
-    async def next(self):
-        """(raw, address) of the next connection; OSError of _EXHAUSTED, ClosedError. Cancelled: nothing is lost."""
+    def take(self):
+        """(raw, address) of the next connection, None if there is none yet. OSError of _EXHAUSTED, ClosedError."""
         pollable = self._pollable
-        while True:
-            await pollable.wait_readable()
+        while pollable.readable:
             pollable.readable = False           # first this, then try: no edge is lost
             try:
                 found = self._accept()
@@ -1452,6 +1452,13 @@ class _Listener(_Owner):
             else:
                 pollable.readable = True
                 return found
+
+    async def wait(self):
+        """Until take() may find something, or has an error."""
+        try:
+            await self._pollable.wait_readable()
+        except flowcoro.ClosedError:
+            pass
 
     def __repr__(self):
         return f"<listener{f' on {_shown(self._local)}' if self._local else ''}>"
@@ -1497,37 +1504,33 @@ class _Server:
         BusyError when another task accepts. Cancelled: no connection is lost.
         """
         await _turn()
-        if self.closed:
-            raise self._closed_error()
-        listener = self._listeners[0]
-        while len(self._listeners) > 1:         # whoever has something; the Pollable knows it without a system call
-            ready = [each for each in self._listeners if each._pollable.readable]
-            for listener in ready:
-                listener._pollable.readable = False
-                try:
-                    return self._taken(listener, listener._accept())
-                except BlockingIOError:
-                    continue
-                except OSError as error:
-                    listener._pollable.readable = True
-                    if error.errno not in _ONE_LOST:
-                        await self._cannot_accept(error)
-            if not ready:
-                await flowcoro.when_any(*(each._pollable.wait_readable() for each in self._listeners))
-        return await self._accept_from(listener)
+        while True:
+            for listener in self._listeners:
+                if sock := await self._take(listener):
+                    return sock
+            if len(self._listeners) == 1:
+                await self._listeners[0].wait()
+            else:
+                await flowcoro.when_any(*(listener.wait() for listener in self._listeners))
 
     async def _accept_from(self, listener):
         while True:
-            try:
-                return self._taken(listener, await listener.next())
-            except flowcoro.ClosedError as error:
-                raise self._closed_error() from error
-            except OSError as error:
-                await self._cannot_accept(error)
+            await listener.wait()
+            if sock := await self._take(listener):
+                return sock
+
+    async def _take(self, listener):
+        """A Socket; None if there is none yet, after a pause if none can be made."""
+        if self.closed:
+            raise self._closed_error()
+        try:
+            found = listener.take()
+            return found and self._taken(listener, found)
+        except OSError as error:
+            await self._cannot_accept(error)
 
     def _taken(self, listener, found):
         """The Socket of what the system gave."""
-        listener._pollable.readable = True
         raw, address = found
         sock = None
         try:
@@ -1818,7 +1821,7 @@ class UnixServer(_Server):
             server = cls([_listen(network, socket.AF_UNIX, path, backlog, prepare)], context)
         except OSError as error:
             if error.errno is None:                 # "AF_UNIX path too long", which comes without a number
-                raise OSError(errno.ENAMETOOLONG, f"cannot listen on {_shown(path)}: {error}") from error
+                raise OSError(errno.ENAMETOOLONG, str(error)) from error
             raise
         try:
             if named:
