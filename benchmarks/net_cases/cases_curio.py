@@ -1,11 +1,14 @@
 """curio's server. Run by ../net.py; harness.py says what each case does."""
 
+import socket
+
 import curio
 
 import harness
 
 
 async def echo(client, address):
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)        # as all others do by themselves
     while data := await client.recv(harness.CHUNK):
         await client.sendall(data)
 

@@ -1,5 +1,7 @@
 """gevent's server: greenlets instead of coroutines. Run by ../net.py; harness.py says what each case does."""
 
+import socket
+
 import gevent
 import gevent.server
 
@@ -7,6 +9,7 @@ import harness
 
 
 def echo(sock, address):
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)          # as all others do by themselves
     while data := sock.recv(harness.CHUNK):
         sock.sendall(data)
 
