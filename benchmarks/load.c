@@ -3,13 +3,15 @@
    load echo     port=N connections=N size=BYTES seconds=S     each connection sends a request, awaits the answer, sends the next
    load paced    port=N connections=N size=BYTES seconds=S     each connection sends one request a second, whatever the answers do
    load connect  port=N connections=N size=BYTES seconds=S     connect, one request, one answer, close, and again
-   load push     port=N bytes=N                                send so many bytes; the answer is how many have come
-   load pull     port=N bytes=N                                ask for so many bytes and receive them
+   load push     port=N bytes=N repeat=N                       send so many bytes; the answer is how many have come
+   load pull     port=N bytes=N repeat=N                       ask for so many bytes and receive them
 
    further: pattern=FILE     a MiB that what is sent is cut from, and what is pulled consists of
             pid=N            the server's process: its processor time and its memory are reported too
             tls=1            by TLS, without looking at the certificate; only when compiled with -DTLS -lssl -lcrypto
             warm=S           seconds that are not counted, at the start
+            spin=1           never sleep: a server that wakes this process up pays for that, some microseconds of processor
+                             time on top of each answer, which with clients elsewhere it would not
 
    It prints one line of JSON and returns 0. It compares every byte of every answer; a wrong one, and whatever else
    should not happen, ends it with a message and 1. It sets up at most 64 connections at a time, each proved by a
@@ -31,6 +33,7 @@
 #include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef TLS
@@ -55,7 +58,7 @@ typedef struct {
 #endif
 } Connection;
 
-static int port, number = 1, use_tls;
+static int port, number = 1, repeat = 1, use_tls, spin;
 static uint32_t size = 1024;
 static int64_t bytes = 1 << 30;
 static double seconds = 1, warm = 0.2;
@@ -65,6 +68,7 @@ static Connection *all;
 static int epoll, is_paced, is_connect;
 static int setting_up, ready_count, broken, unanswered, skipped, counting;
 static int64_t answers, stop_at;
+static int64_t idle;            /* nanoseconds in which there was nothing to do */
 
 static uint32_t *times;         /* of the answers, in nanoseconds, 4.2 s at most */
 static size_t times_count, times_room;
@@ -88,11 +92,11 @@ static int64_t now(void) { return nanoseconds(CLOCK_MONOTONIC); }
 
 /* ---- what is measured ------------------------------------------------------------------------------------------- */
 
-typedef struct { int64_t at, own, server; } Moment;
+typedef struct { int64_t at, idle, server; } Moment;
 
-/* The time, and the processor time that this process and the server have used so far. */
+/* The time, how much of it was idle, and the processor time that the server has used so far. */
 static Moment moment(void) {
-    Moment found = {now(), nanoseconds(CLOCK_PROCESS_CPUTIME_ID), 0};
+    Moment found = {now(), idle, 0};
     clockid_t clock;
     if (pid) {
         if (clock_getcpuclockid(pid, &clock)) fail("process %ld has no clock: has the server ended?", pid);
@@ -134,9 +138,9 @@ static double quantile(double part) {
 static void report(Moment from, Moment to, int64_t operations, double memory) {
     double took = (to.at - from.at) / 1e9;
     qsort(times, times_count, sizeof *times, by_value);
-    printf("{\"operations\": %lld, \"seconds\": %.6f, \"server_cpu\": %.6f, \"own_cpu\": %.6f, \"p50\": %.9f, "
+    printf("{\"operations\": %lld, \"seconds\": %.6f, \"server_cpu\": %.6f, \"busy\": %.3f, \"p50\": %.9f, "
            "\"p99\": %.9f, \"max\": %.9f, \"broken\": %d, \"unanswered\": %d, \"skipped\": %d, \"memory\": %.0f}\n",
-           (long long)operations, took, (to.server - from.server) / 1e9, (to.own - from.own) / 1e9, quantile(0.5),
+           (long long)operations, took, (to.server - from.server) / 1e9, 1 - (to.idle - from.idle) / 1e9 / took, quantile(0.5),
            quantile(0.99), quantile(1), broken, unanswered, skipped, memory);
 }
 
@@ -318,13 +322,14 @@ static void on_event(Connection *c, uint32_t events) {
 /* Handle what happens until `until` (nanoseconds), or once. */
 static void turn(int64_t until) {
     struct epoll_event events[EVENTS];
-    struct pollfd self = {.fd = epoll, .events = POLLIN};
-    int64_t left = until - now();
-    if (left > 0) {             /* ppoll, because epoll_wait counts in milliseconds */
-        struct timespec timeout = {left / 1000000000LL, left % 1000000000LL};
-        if (ppoll(&self, 1, &timeout, NULL) <= 0) return;
-    }
-    int count = epoll_wait(epoll, events, EVENTS, 0);
+    int64_t began = now(), left = until - began;
+    if (left < 0 || spin) left = 0;
+    struct timespec timeout = {left / 1000000000LL, left % 1000000000LL};
+    int count = syscall(SYS_epoll_pwait2, epoll, events, EVENTS, &timeout, NULL, 0);
+    if (count < 0 && errno == ENOSYS)   /* before Linux 5.11: whole milliseconds, and the last of them in a loop */
+        count = epoll_wait(epoll, events, EVENTS, left / 1000000);
+    if (count < 0 && errno != EINTR) fail("epoll_wait: %s", strerror(errno));
+    if (count <= 0) idle += now() - began;
     for (int i = 0; i < count; i++) on_event(events[i].data.ptr, events[i].events);
 }
 
@@ -401,13 +406,17 @@ static void paced(void) {
 /* Wait until the only connection can be written or read; fail when nothing happens for PATIENCE. */
 static void wait_for(int fd, short events) {
     struct pollfd one = {.fd = fd, .events = events};
-    if (poll(&one, 1, PATIENCE * 1000) <= 0) fail("the server did not go on within %d s", PATIENCE);
+    int64_t began = now();
+    int count;
+    do count = poll(&one, 1, spin ? 0 : PATIENCE * 1000);
+    while (!count && spin && now() - began < PATIENCE * 1000000000LL);
+    if (count <= 0) fail("the server did not go on within %d s", PATIENCE);
+    idle += now() - began;
 }
 
 static void push(int fd) {
     int64_t rest = bytes;
     unsigned char answer[8] = {0};
-    Moment from = moment();
     while (rest) {
         int64_t done = bytes - rest, at = done % PATTERN;
         int64_t room = PATTERN - at < PIECE ? PATTERN - at : PIECE;
@@ -426,14 +435,12 @@ static void push(int fd) {
     int64_t said = 0;
     for (int i = 7; i >= 0; i--) said = said << 8 | answer[i];
     if (said != bytes) fail("%lld bytes were sent, and %lld have come", (long long)bytes, (long long)said);
-    report(from, moment(), bytes, 0);
 }
 
 static void pull(int fd) {
     unsigned char question[8];
     int64_t done = 0;
     for (int i = 0; i < 8; i++) question[i] = bytes >> 8 * i & 255;
-    Moment from = moment();
     if (send(fd, question, sizeof question, MSG_NOSIGNAL) != sizeof question) fail("cannot ask: %s", strerror(errno));
     while (done < bytes) {
         int64_t at = done % PATTERN;
@@ -445,7 +452,18 @@ static void pull(int fd) {
             done += count;
         }
     }
-    report(from, moment(), bytes, 0);
+}
+
+/* `repeat` transfers, each by a connection of its own. */
+static void bulk(void (*transfer)(int fd)) {
+    Moment from = moment();
+    for (int i = 0; i < repeat; i++) {
+        open_connection(all);
+        wait_for(all->fd, POLLOUT);
+        transfer(all->fd);
+        close(all->fd);
+    }
+    report(from, moment(), bytes * repeat, 0);
 }
 
 /* ---- the command line ------------------------------------------------------------------------------------------- */
@@ -465,9 +483,11 @@ static void read_option(char *option) {
     else if (!strcmp(option, "connections")) number = atoi(value);
     else if (!strcmp(option, "size")) size = atoi(value);
     else if (!strcmp(option, "bytes")) bytes = atoll(value);
+    else if (!strcmp(option, "repeat")) repeat = atoi(value);
     else if (!strcmp(option, "seconds")) seconds = atof(value);
     else if (!strcmp(option, "warm")) warm = atof(value);
     else if (!strcmp(option, "pid")) pid = atol(value);
+    else if (!strcmp(option, "spin")) spin = atoi(value);
     else if (!strcmp(option, "tls")) use_tls = atoi(value);
     else if (!strcmp(option, "pattern")) read_pattern(value);
     else fail("%s: no such option", option);
@@ -498,10 +518,8 @@ int main(int count, char **words) {
     if (!strcmp(mode, "echo")) set_up(), echo();
     else if (is_paced) paced();
     else if (is_connect) echo();
-    else if (!strcmp(mode, "push") || !strcmp(mode, "pull")) {
-        open_connection(all);
-        wait_for(all->fd, POLLOUT);
-        *mode == 'p' && mode[2] == 's' ? push(all->fd) : pull(all->fd);
-    } else fail("%s: no such mode", mode);
+    else if (!strcmp(mode, "push")) bulk(push);
+    else if (!strcmp(mode, "pull")) bulk(pull);
+    else fail("%s: no such mode", mode);
     return 0;
 }

@@ -17,6 +17,7 @@ them.
 
 How it is measured: a server has a processor to itself, and the load generator, load.c, another one. It is written in C so
 that it is not what is measured; where it was busy for more than nine tenths of the time, a line below the tables says so.
+It never sleeps, for a server that has to wake its clients up pays for that, the more the slower it is.
 Each figure comes from a server process of its own; the contenders take turns, and in every round another goes first. A
 server's processor time (user and system) is its own, as the system counts it, from the same moments as the requests.
 
@@ -106,7 +107,7 @@ FIGURES = {
     "p99_ms": lambda done: done["p99"] * 1e3, "max_ms": lambda done: done["max"] * 1e3,
     "lost": lambda done: done["broken"] + done["unanswered"] + done["skipped"],
     "memory": lambda done: done["memory"] / 1024,
-    "busy": lambda done: 100 * done["own_cpu"] / done["seconds"],
+    "busy": lambda done: 100 * done["busy"],
 }
 
 
@@ -155,15 +156,15 @@ CASES = [
         25 clients, each of which connects, makes a TLS 1.3 handshake (a certificate of ECDSA P-256, nothing resumed), has 16
         bytes sent back, says goodbye, and connects again.""",
          rows_of("handshake", "TLS handshakes", *both_rates({"asyncio": 1, "uvloop": 0.9})), tls=True),
-    Case("receive", "receive", ["flowcoro", "blocking", *PEERS], lambda scale: ["push", f"bytes={scale.bulk}"], """
-        The server reads 1 GiB from one connection and answers how many bytes there were.""",
+    Case("receive", "receive", ["flowcoro", "blocking", *PEERS], lambda scale: ["push", f"bytes={scale.bulk}", "repeat=4"], """
+        The server reads 1 GiB from one connection and answers how many bytes there were, four times one after the other.""",
          rows_of("receive", "1 GiB received", *bulk_rows({"blocking": 0.9}))),
-    Case("send", "send", ["flowcoro", "blocking", *PEERS], lambda scale: ["pull", f"bytes={scale.bulk}"], """
-        The server writes 1 GiB out of its memory into one connection.""",
+    Case("send", "send", ["flowcoro", "blocking", *PEERS], lambda scale: ["pull", f"bytes={scale.bulk}", "repeat=4"], """
+        The server writes 1 GiB out of its memory into one connection, four times.""",
          rows_of("send", "1 GiB sent", *bulk_rows({"blocking": 0.9}))),
     Case("file", "file", ["flowcoro", "blocking", "sendfile", "shutil", "asyncio"],      # the others have nothing for it
-         lambda scale: ["pull", f"bytes={scale.bulk}"], """
-        The server sends a file of 1 GiB, which is in the system's cache, by its own means for that.""",
+         lambda scale: ["pull", f"bytes={scale.bulk}", "repeat=4"], """
+        The server sends a file of 1 GiB, which is in the system's cache, by its own means for that, four times.""",
          rows_of("file", "file of 1 GiB", *bulk_rows({"blocking": 0.9, "sendfile": 0.9, "shutil": 0.9}))),
 ]
 BY_NAME = {case.name: case for case in CASES}
@@ -273,6 +274,7 @@ class Lab:
         with self.server(case, contender) as (process, port):
             mode, *words = case.load(self.scale)
             command = [str(self.program), mode, f"port={port}", f"pid={process.pid}", f"tls={int(case.tls)}", self.data[0],
+                       f"spin={int(self.cores[0] != self.cores[1])}",
                        f"warm={min(0.3, self.scale.seconds / 2)}", *words]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_LIMIT, stdin=subprocess.DEVNULL,
