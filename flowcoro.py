@@ -490,7 +490,8 @@ def _guard_all():
 
 
 # ---- traps ----------------------------------------------------------------------------------------------------
-# These, sleep(), sleep_until(), Task.__await__ and ParkingLot.park are the only places that yield to the kernel.
+# These, sleep(), sleep_until(), Task.__await__, ParkingLot.park and the waits of a Pollable are the only places that yield to the
+# kernel.
 
 @types.coroutine
 def checkpoint():
@@ -1438,17 +1439,30 @@ class Pollable(_Unique):
             notify_closing(self.fd)             # what those functions have kept of it
             self._register(poller)
 
-    async def wait_readable(self):
-        """Return when there is something to read, or the end. BusyError, ClosedError. Cancelled: nothing consumed."""
-        await _turn()
-        if not self.readable or self._closed:
-            await park(self._park_unless_readable)
+    # Generators, with _turn() and park() written out: three coroutines fewer to make and to go through at each resumption took
+    # 170 ns off a wait of 1,000.
 
-    async def wait_writable(self):
+    @types.coroutine
+    def wait_readable(self):
+        """Return when there is something to read, or the end. BusyError, ClosedError. Cancelled: nothing consumed."""
+        task = _local.worker.task
+        if task.budget > 0:
+            task.budget -= 1
+        else:
+            yield
+        if not self.readable or self._closed:
+            yield self._park_unless_readable
+
+    @types.coroutine
+    def wait_writable(self):
         """Return when there is room to write, or the connection is broken. BusyError, ClosedError."""
-        await _turn()
+        task = _local.worker.task
+        if task.budget > 0:
+            task.budget -= 1
+        else:
+            yield
         if not self.writable or self._closed:
-            await park(self._park_unless_writable)
+            yield self._park_unless_writable
 
     def _park_unless_readable(self, task):
         if self.readable and not self._closed:      # another worker has polled in between
