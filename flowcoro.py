@@ -1401,14 +1401,16 @@ class Pollable(_Unique):
     Atomic: a wait's look at its flag together with parking; an edge; close().
     """
 
-    __slots__ = ("fd", "readable", "writable", "hangup", "_reader", "_writer", "_worker", "_closed")
+    __slots__ = ("fd", "readable", "writable", "hangup", "_reader", "_writer", "_worker", "_closed", "_is_armed", "_reading")
 
     def __init__(self, fd):
         self.fd = _fileno(fd)
         self.readable = self.writable = True
         self.hangup = self._closed = False
         self._reader = self._writer = None      # the task that waits
+        self._reading = None                    # the reason of its readers' park; to format it anew took 110 ns of each
         self._worker = worker = _local.worker
+        self._is_armed = worker.poller.is_armed
         self._begin(worker)
 
     @atomic
@@ -1481,27 +1483,35 @@ class Pollable(_Unique):
                 self._worker.poller.rearm(self)
 
     def _park_reader(self, task):
-        self._check(self._reader, "read")
-        task.park_reason = f"wait until fd {self.fd} is readable"
+        if self._reader is not None or self._closed:
+            self._refuse(self._reader, "read")
+        task.park_reason = self._reading or self._say_reading()
         task.abort_function = self._abort
         self._reader = task
-        self._armed(task)
+        self._worker.io_parked += 1
+        if not self._is_armed:
+            self._arm_for(task)
 
     def _park_writer(self, task):
-        self._check(self._writer, "written")
+        if self._writer is not None or self._closed:
+            self._refuse(self._writer, "written")
         task.park_reason = f"wait until fd {self.fd} is writable"
         task.abort_function = self._abort
         self._writer = task
-        self._armed(task)
+        self._worker.io_parked += 1
+        if not self._is_armed:
+            self._arm_for(task)
 
-    def _check(self, waiting, verb):
+    def _say_reading(self):
+        self._reading = f"wait until fd {self.fd} is readable"
+        return self._reading
+
+    def _refuse(self, waiting, verb):
         if self._closed:
             raise ClosedError(f"file descriptor {self.fd} has been closed here")
-        if waiting is not None:
-            raise BusyError(f"file descriptor {self.fd} is being {verb} by {waiting!r} already; one task at a time")
+        raise BusyError(f"file descriptor {self.fd} is being {verb} by {waiting!r} already; one task at a time")
 
-    def _armed(self, task):
-        self._worker.io_parked += 1
+    def _arm_for(self, task):
         try:
             self._arm()
         except BaseException:
@@ -1516,10 +1526,11 @@ class Pollable(_Unique):
         else:
             return True                     # it was taken out before, by one who was struck then
         self._worker.io_parked -= 1
-        try:
-            self._arm()
-        except RecursionError:              # it goes on being watched, until the next event finds that nobody waits
-            pass
+        if not self._is_armed:
+            try:
+                self._arm()
+            except RecursionError:          # it goes on being watched, until the next event finds that nobody waits
+                pass
         return True
 
     def _arm(self):
@@ -1539,30 +1550,42 @@ class Pollable(_Unique):
             self.hangup = True
         if bits & READ:
             self.readable = True
+            if self._reader is not None:
+                self._wake_reader(None)
         if bits & WRITE:
             self.writable = True
-        self._wake(bits)
+            if self._writer is not None:
+                self._wake_writer(None)
+        if not self._is_armed:
+            self._arm()
 
     def _wake(self, bits, error=None):
         if bits & READ and self._reader is not None:
-            task, self._reader = self._reader, None     # first this: who is lost when this is struck is found by that
-            try:
-                _reschedule(task, error=error and error())
-            except BaseException:
-                if task._state == PARKED:               # the stack ended
-                    self._reader = task
-                raise
-            self._worker.io_parked -= 1
+            self._wake_reader(error and error())
         if bits & WRITE and self._writer is not None:
-            task, self._writer = self._writer, None
-            try:
-                _reschedule(task, error=error and error())
-            except BaseException:
-                if task._state == PARKED:
-                    self._writer = task
-                raise
-            self._worker.io_parked -= 1
-        self._arm()
+            self._wake_writer(error and error())
+        if not self._is_armed:
+            self._arm()
+
+    def _wake_reader(self, error):
+        task, self._reader = self._reader, None     # first this: who is lost when this is struck is found by that
+        try:
+            _reschedule(task, None, error)
+        except BaseException:
+            if task._state == PARKED:               # the stack ended
+                self._reader = task
+            raise
+        self._worker.io_parked -= 1
+
+    def _wake_writer(self, error):
+        task, self._writer = self._writer, None
+        try:
+            _reschedule(task, None, error)
+        except BaseException:
+            if task._state == PARKED:
+                self._writer = task
+            raise
+        self._worker.io_parked -= 1
 
     @atomic
     def close(self):
@@ -1611,18 +1634,24 @@ class _PlainFd(Pollable):
             raise FileNotFoundError(errno.ENOENT, "another file")
         witness(self)
 
-    def _check(self, waiting, verb):
+    def _park_reader(self, task):
+        self._arm_anew()
+        super()._park_reader(task)
+
+    def _park_writer(self, task):
+        self._arm_anew()
+        super()._park_writer(task)
+
+    def _arm_anew(self):
         poller = self._worker.poller
         if self._closed:                    # by notify_closing() on another worker, in between
-            super()._check(waiting, verb)
+            self._refuse(None, None)
         try:
             self._verify(poller.rearm)
         except FileNotFoundError:
             self._another_file()
             poller.remove(self)
             self._register(poller)
-        else:
-            super()._check(waiting, verb)
 
     def _another_file(self):
         """Whoever waits, waits for a file that is gone."""
