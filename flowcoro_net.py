@@ -1009,10 +1009,10 @@ class _Secured(_Bulk):
         await self.handshake(timeout=timeout)
 
     def _set_tls(self, context, server_side=False, server_name=None):
-        try:
-            self._tls = _Tls(self, context, server_side, server_name or None, self._several)
-        except ValueError as error:
-            raise ValueError(f"{error}; give server_name=, the name that the server's certificate is for") from error
+        if context.check_hostname and not server_side and not server_name:      # an SSLObject would check no name at all
+            raise ValueError("the certificate is to be for a name, and there is none: give server_name=, or check_hostname=False "
+                             "to the context")
+        self._tls = _Tls(self, context, server_side, server_name or None, self._several)
         self._special = True
 
     async def handshake(self, *, timeout=HANDSHAKE_TIMEOUT):
