@@ -169,6 +169,9 @@ _NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "PACKE
 class NetworkError(flowcoro.FlowCoroError, OSError):
     """The base of what goes wrong out there. `errno` is the system's, or None; the message says of which connection."""
 
+    def __str__(self):
+        return self.strerror if self.errno is None and self.strerror else super().__str__()     # not "[Errno None] …"
+
 
 class BrokenError(NetworkError, ConnectionError):
     """The peer or the network has broken the connection, or there never was one; or the peer ended in the middle.
@@ -348,6 +351,8 @@ async def resolve(host, port, *, family=0, type=socket.SOCK_STREAM, flags=0):
                            "name server?") from error
     except UnicodeError as error:
         raise ResolveError(socket.EAI_NONAME, f"cannot resolve {host!r}: this is no name of a host: {error}") from error
+    if not found:
+        raise ResolveError(socket.EAI_NONAME, f"cannot resolve {host!r}: it has no address")
     return list(dict.fromkeys((family, kind, proto, address) for family, kind, proto, _, address in found))
 
 
@@ -369,6 +374,11 @@ async def _turn():
         await flowcoro.checkpoint()
 
 
+def _no_more(*args):
+    """What a system call on a closed socket becomes. Its error ends as a ClosedError."""
+    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
 class _Owner:
     """Who owns a raw socket and its Pollable, and closes both, once (N3)."""
 
@@ -385,7 +395,7 @@ class _Owner:
         self._closed = False
 
     def _call(self, method):
-        """`method` of the raw socket, which nobody else closes while it is under way."""
+        """`method` of the raw socket, which nobody else closes while it is under way. OSError once it is closed."""
         return functools.partial(self._call_inside, method) if self._several else method
 
     def _call_inside(self, method, *args):
@@ -398,7 +408,7 @@ class _Owner:
     @flowcoro.atomic
     def _enter(self):
         if self._closed:
-            raise self._closed_error()
+            _no_more()
         self._inside += 1
 
     @flowcoro.atomic
@@ -514,163 +524,187 @@ def _as_context(tls, server_side):
     return tls
 
 
-def _one_at_a_time(lock, method):
-    def locked(*args):
-        with lock:
-            return method(*args)
-    return locked
+def _name_for_tls(host):
+    """The name that a certificate is to be for: without the dot at the end (RFC 6066 section 3), or an address's zone."""
+    host = os.fsdecode(host) if isinstance(host, bytes) else host
+    return host and host.removesuffix(".").partition("%")[0]
 
 
 class _Tls:
     """One end of a TLS connection: what the peer sends goes into one buffer in memory, what it shall get comes out of another.
 
-    The handshake is made by whoever reads or writes first, so a server's accept() waits for no client.
+    The handshake is made by whoever reads or writes first, so a server's accept() waits for no client. It does not know its
+    Socket, which its methods are given: two objects that know each other are garbage that only a collector finds.
     """
 
-    __slots__ = ("sock", "object", "incoming", "outgoing", "unsent", "is_done", "failure", "got_end", "said_goodbye", "_doing",
-                 "_read", "_write", "_feed", "_drain", "_shake", "_unwrap")
+    __slots__ = ("object", "incoming", "outgoing", "early", "unsent", "is_done", "failure", "got_end", "said_goodbye", "_doing",
+                 "_lock")
 
-    def __init__(self, sock, context, server_side, server_name, several):
-        self.sock, self.unsent = sock, b""
+    def __init__(self, context, server_side, server_name, several):
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.object = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side, server_hostname=server_name)
+        self.early = bytearray()    # decrypted before anybody asked for it: by say_goodbye()
+        self.unsent = b""           # encrypted, and not yet with the system
         self.is_done = self.got_end = self.said_goodbye = False
-        self.failure = None         # the TlsError that ended it
+        self.failure = None         # what ended it: (class of the error, message, OpenSSL's word)
         self._doing = flowcoro.Lock()
-        calls = (self.object.read, self.object.write, self.incoming.write, self.outgoing.read, self.object.do_handshake,
-                 self.object.unwrap)
-        if several:                 # OpenSSL lets no two threads into one connection; it computes there, and waits for nothing
-            lock = threading.Lock()
-            calls = [_one_at_a_time(lock, call) for call in calls]
-        self._read, self._write, self._feed, self._drain, self._shake, self._unwrap = calls
+        self._lock = threading.Lock() if several else None      # OpenSSL lets no two threads into one connection
 
-    def failed(self, error):
+    def _alone(self, step, *args):
+        if self._lock is None:
+            return step(*args)
+        with self._lock:
+            return step(*args)
+
+    def failed(self, sock, error):
         """The NetworkError for an ssl.SSLError, which ends this connection."""
-        reason, why = error.reason or "", error.strerror or str(error)
+        kind, reason, why = TlsError, error.reason or "", error.strerror or str(error)
         doing = "TLS" if self.is_done else "the TLS handshake"
         if isinstance(error, ssl.SSLEOFError) or reason == "UNEXPECTED_EOF_WHILE_READING":
             if self.is_done:
-                self.failure = BrokenError(None, f"{self.sock!r}: the connection was cut without a TLS goodbye (close_notify): "
-                                           "what was read may be less than the peer has sent")
-                return self.failure
-            reason, text = "UNEXPECTED_EOF", "the peer closed the connection; perhaps it refuses us, or speaks no TLS"
+                kind, why = BrokenError, ("the connection was cut without a TLS goodbye (close_notify): what was read may be less "
+                                          "than the peer has sent")
+            else:
+                reason, why = "UNEXPECTED_EOF", "the peer closed the connection; perhaps it refuses us, or speaks no TLS"
         elif isinstance(error, ssl.SSLCertVerificationError):
-            text = (f"the certificate is not trusted: {error.verify_message}. For a private authority give client_tls(ca=…) (a "
-                    "server: client_ca=…); for another name server_name=…")
+            why = (f"the certificate is not trusted: {error.verify_message}. For a private authority give client_tls(ca=…) (a "
+                   "server: client_ca=…); for another name server_name=…")
         elif reason in _NO_TLS and not self.is_done:
-            text = f"the peer does not speak TLS here ({reason}); connect without tls= if it should not"
+            why = f"the peer does not speak TLS here ({reason}); connect without tls= if it should not"
         elif "ALERT" in reason:
-            text = f"the peer refuses: {reason.lower().replace('_', ' ')}"
-        else:
-            text = why
-        self.failure = TlsError(None, f"{self.sock!r}: {doing} failed: {text}")
-        self.failure.reason = reason
-        return self.failure
+            why = f"the peer refuses: {reason.lower().replace('_', ' ')}"
+        self.failure = kind, f"{sock!r}: {why}" if kind is BrokenError else f"{sock!r}: {doing} failed: {why}", reason
+        return self.error()
 
-    async def _more(self):
-        """Feed what the peer sends next, or its end."""
-        data = await self.sock._receive(CHUNK)
-        if data:
-            self._feed(data)
-        else:
-            self.incoming.write_eof()
+    def error(self):
+        """What ended it, as an error that nobody has raised yet."""
+        kind, said, reason = self.failure
+        error = kind(None, said)
+        if kind is TlsError:
+            error.reason = reason
+        return error
+
+    async def _receive(self, sock):
+        """What the peer sends next; after its end b"", and got_end."""
+        data = await sock._receive(CHUNK)
+        if not data:
+            self._alone(self.incoming.write_eof)
             self.got_end = True
+        return data
 
-    async def handshake(self):
+    def _shake(self, data):
+        if data:
+            self.incoming.write(data)
+        self.object.do_handshake()
+
+    async def handshake(self, sock):
         """Make it, or wait until somebody has. Cancelled: the next one goes on with it."""
         async with self._doing:
+            data = b""
             while not self.is_done:
                 if self.failure is not None:
-                    raise self.failure
+                    raise self.error()
                 try:
-                    self._shake()
+                    self._alone(self._shake, data)
                 except ssl.SSLWantReadError:
-                    await self.flush()
-                    await self._more()
+                    data = b""
+                    await self.flush(sock)
+                    data = await self._receive(sock)
                 except ssl.SSLError as error:
-                    failure = self.failed(error)
-                    self.flush_nowait()             # the alert that tells the peer why
-                    raise failure from error
+                    self.flush_nowait(sock, True)           # the alert that tells the peer why
+                    raise self.failed(sock, error) from error
                 else:
-                    await self.flush()
+                    await self.flush(sock)
                     self.is_done = True
 
-    async def read(self, max_bytes):
+    def _decrypt(self, data, max_bytes):
+        """What to read, in one step with the coming of `data`, so that say_goodbye() finds all of it or nothing."""
+        if data:
+            self.incoming.write(data)
+        if self.early:
+            taken = bytes(self.early[:max_bytes])
+            del self.early[:max_bytes]
+            return taken
+        return self.object.read(max_bytes)
+
+    async def read(self, sock, max_bytes):
         """From 1 byte to one record (16 KiB); b"" after the peer's goodbye. Cancelled: nothing consumed."""
         if not self.is_done:
-            await self.sock.handshake()
-        if self.failure is not None:
-            raise self.failure
-        incoming, pending = self.incoming, self.object.pending
+            await sock.handshake()
+        # To read before something has come would mostly be in vain, and costs 2 us.
+        data = b"" if self.incoming.pending or self.early or self.got_end or self.object.pending() else None
         while True:
-            if incoming.pending or pending() or self.got_end:       # else it would only say that it wants more
-                try:
-                    data = self._read(max_bytes)
-                except ssl.SSLWantReadError:
-                    pass
-                except ssl.SSLZeroReturnError:
-                    return b""
-                except ssl.SSLError as error:
-                    failure = self.failed(error)
-                    self.flush_nowait()
-                    raise failure from error
-                else:
-                    if self.outgoing.pending:       # the answer to a change of keys
-                        self.flush_nowait()
-                    return data
-            if self.outgoing.pending:
-                self.flush_nowait()
-            await self._more()
+            if self.failure is not None:
+                raise self.error()
+            if data is None:
+                data = await self._receive(sock)
+            try:
+                data = self._alone(self._decrypt, data, max_bytes)
+            except ssl.SSLWantReadError:
+                data = None
+            except ssl.SSLZeroReturnError:
+                return b""
+            except ssl.SSLError as error:
+                self.flush_nowait(sock)
+                raise self.failed(sock, error) from error
+            if self.outgoing.pending:       # the answer to a change of keys
+                self.flush_nowait(sock)
+            if data is not None:
+                return data
 
-    async def write(self, view):
+    async def write(self, sock, view):
         """All of it. Cancelled: an unknown number of whole records was written, and no part of one is lost."""
         if not self.is_done:
-            await self.sock.handshake()
+            await sock.handshake()
         while view:
             if self.failure is not None:
-                raise self.failure
+                raise self.error()
             try:
-                count = self._write(view[:TLS_CHUNK])
+                count = self._alone(self.object.write, view[:TLS_CHUNK])
             except ssl.SSLError as error:
-                raise self.failed(error) from error
+                raise self.failed(sock, error) from error
             view = view[count:]
-            await self.flush()
+            await self.flush(sock)
 
-    async def flush(self):
+    def _take_unsent(self):
+        if not self.unsent:
+            self.unsent = memoryview(self._alone(self.outgoing.read))
+        return self.unsent
+
+    async def flush(self, sock):
         """Send what is encrypted. For the task that writes, or makes the handshake."""
         while self.unsent or self.outgoing.pending:
-            if not self.unsent:
-                self.unsent = memoryview(self._drain())
-            self.unsent = self.unsent[await self.sock._send_some(self.unsent):]
+            unsent = self._take_unsent()
+            self.unsent = unsent[await sock._send_some(unsent):]
 
     @flowcoro.atomic
-    def flush_nowait(self):
-        """As far as it goes at once, unless a task writes, which then does it; the rest goes before what is written next."""
-        sock = self.sock
+    def flush_nowait(self, sock, alone=False):
+        """As far as it goes at once, unless a task writes (not `alone`), which then does it; the rest goes before what is
+        written next."""
         try:
-            while sock._writer is None and (self.unsent or self.outgoing.pending):
-                if not self.unsent:
-                    self.unsent = memoryview(self._drain())
-                self.unsent = self.unsent[sock._send(self.unsent, _NO_SIGNAL):]
-        except (OSError, flowcoro.ClosedError):             # full, or broken: reading will tell
+            while (alone or sock._writer is None) and (self.unsent or self.outgoing.pending):
+                unsent = self._take_unsent()
+                self.unsent = unsent[sock._send(unsent, _NO_SIGNAL):]
+        except OSError:                 # full, or broken, or closed: reading will tell
+            pass
+
+    def _part(self):
+        try:
+            while data := self.object.read(CHUNK):
+                self.early += data
+        except ssl.SSLError:            # no more, or what the next read will say
+            pass
+        try:
+            self.object.unwrap()
+        except ssl.SSLError:            # it waits for the peer's, which is not needed
             pass
 
     def say_goodbye(self):
-        """Encrypt the close_notify (RFC 8446 section 6.1). What has come and was not read is decrypted first, and returned:
-        OpenSSL looks for the peer's own goodbye, and takes data in its place for an error."""
-        rest = []
+        """Encrypt the close_notify (RFC 8446 section 6.1). What has come and was not read is decrypted first, and kept: OpenSSL
+        looks for the peer's own goodbye, and takes data in its place for an error."""
         if self.is_done and self.failure is None and not self.said_goodbye:
             self.said_goodbye = True
-            try:
-                while data := self._read(CHUNK):
-                    rest.append(data)
-            except ssl.SSLError:            # no more, or what the next read will say
-                pass
-            try:
-                self._unwrap()
-            except ssl.SSLError:            # it waits for the peer's, which is not needed
-                pass
-        return b"".join(rest)
+            self._alone(self._part)
 
 
 # ---- sockets --------------------------------------------------------------------------------------------------
@@ -690,22 +724,20 @@ class _Stream(_Owner):
         self._received = self._sent = 0         # bytes
         self._peer = peer
         self._ended = self._shut = False        # the peer has said that there is no more; we have
-        self._lost = None                       # the error that ended the connection (N4)
+        self._lost = None                       # what ended the connection (N4): (number of the error, message)
         self._special = self._several           # N2
 
     def _mark(self):
         """N2 after anything that it speaks of has changed."""
         self._special = (self._several or self._tls is not None or bool(self._buffer) or self._ended or self._shut
-                         or self._lost is not None)
+                         or self._lost is not None or self._closed)
 
     def _close(self):
         if not super()._close():
             return False
-        self._recv = self._send = self._refuse
+        self._recv = self._send = _no_more      # (a bound method would be a reference to itself)
+        self._special = True
         return True
-
-    def _refuse(self, *args):
-        raise self._closed_error()
 
     # -- who reads, and who writes
 
@@ -741,10 +773,10 @@ class _Stream(_Owner):
         """What to raise for the system's error."""
         if self._closed:
             return self._closed_error()
-        broken = BrokenError(error.errno, f"{self!r}: the connection was lost while {doing}: {error.strerror}")
+        lost = error.errno, f"{self!r}: the connection was lost while {doing}: {error.strerror}"
         if error.errno != errno.EPIPE:          # which says that the peer reads no more; what it has sent is still to be read
-            self._lost, self._special = broken, True
-        return broken
+            self._lost, self._special = lost, True
+        return BrokenError(*lost)
 
     # -- the system calls, and the waits for them
 
@@ -782,7 +814,7 @@ class _Stream(_Owner):
                 return data
             self._at_end()
         if self._lost is not None:
-            raise self._lost
+            raise BrokenError(*self._lost)
         return 0 if rest else b""
 
     def _at_end(self):
@@ -809,7 +841,7 @@ class _Stream(_Owner):
 
     async def _pull(self, max_bytes):
         """The next bytes for the reader, b"" at the end."""
-        return await (self._receive(max_bytes) if self._tls is None else self._tls.read(max_bytes))
+        return await (self._receive(max_bytes) if self._tls is None else self._tls.read(self, max_bytes))
 
     def _take(self, count):
         buffer = self._buffer
@@ -841,7 +873,7 @@ class _Stream(_Owner):
     async def _push(self, view):
         """Write all of it. For the writer."""
         if self._tls is not None:
-            await self._tls.write(view)
+            await self._tls.write(self, view)
             return
         while view:
             view = view[await self._send_some(view):]
@@ -1009,10 +1041,11 @@ class _Secured(_Bulk):
         await self.handshake(timeout=timeout)
 
     def _set_tls(self, context, server_side=False, server_name=None):
-        try:
-            self._tls = _Tls(self, context, server_side, server_name or None, self._several)
-        except ValueError as error:
-            raise ValueError(f"{error}; give server_name=, the name that the server's certificate is for") from error
+        server_name = _name_for_tls(server_name)
+        if context.check_hostname and not server_side and not server_name:      # an SSLObject would check no name at all
+            raise ValueError("the certificate is to be for a name, and there is none: give server_name=, or check_hostname=False "
+                             "to the context")
+        self._tls = _Tls(context, server_side, server_name or None, self._several)
         self._special = True
 
     async def handshake(self, *, timeout=HANDSHAKE_TIMEOUT):
@@ -1023,7 +1056,7 @@ class _Secured(_Bulk):
         await _turn()
         if self._tls is not None and not self._tls.is_done:
             with flowcoro.move_on_after(_seconds(timeout, "timeout")) as scope:
-                await self._tls.handshake()
+                await self._tls.handshake(self)
             if scope.cancelled_caught:
                 raise TimeoutError(f"{self!r}: the TLS handshake was not done within {timeout:g} s")
 
@@ -1095,7 +1128,7 @@ class Socket(_Secured):
             if not count:
                 self._at_end()
                 if self._lost is not None:
-                    raise self._lost
+                    raise BrokenError(*self._lost)
             self._received += count
             return data
 
@@ -1208,8 +1241,8 @@ class Socket(_Secured):
     async def _say_goodbye(self):
         self._begin_write()
         try:
-            self._buffer += self._tls.say_goodbye()
-            await self._tls.flush()
+            self._tls.say_goodbye()
+            await self._tls.flush(self)
         finally:
             self._end_write()
 
@@ -1253,9 +1286,9 @@ class Socket(_Secured):
         return self._peer
 
     def statistics(self):
-        """{"bytes_received", "bytes_sent": as on the wire, "bytes_buffered": received and not yet read, "reading", "writing":
+        """{"bytes_received", "bytes_sent": as on the wire, "bytes_buffered": received (and decrypted) and not yet read, "reading", "writing":
         whether a task does, "tls": its version or None}"""
-        return {"bytes_received": self._received, "bytes_sent": self._sent, "bytes_buffered": len(self._buffer),
+        return {"bytes_received": self._received, "bytes_sent": self._sent, "bytes_buffered": len(self._buffer) + (len(self._tls.early) + self._tls.object.pending() if self._tls else 0),
                 "reading": self._reader is not None, "writing": self._writer is not None,
                 "tls": self._tls and self._tls.object.version()}
 
@@ -1372,7 +1405,7 @@ async def _connect_to_any(network, found, target, local, failures):
         try:
             raw, pollable = await _connect_one(network, family, kind, proto, address, local)
         except OSError as error:
-            failures.append((address, error))
+            failures.append((address, error.with_traceback(None)))          # the frames would know it, and it them
             done.set()
             return
         won.append((raw, pollable, address))
@@ -1388,7 +1421,7 @@ async def _connect_to_any(network, found, target, local, failures):
             try:
                 return *await _connect_one(network, family, kind, proto, address, local), address
             except OSError as error:
-                failures.append((address, error))
+                failures.append((address, error.with_traceback(None)))
         else:
             async with flowcoro.TaskGroup() as group:
                 for each in found:
@@ -1403,10 +1436,18 @@ async def _connect_to_any(network, found, target, local, failures):
             pollable.close()
             raw.close()
         raise
+    raise _not_connected(target, failures) from failures[0][1]
+
+
+def _not_connected(target, failures):
+    """The error for failed attempts, a list of (address, OSError)."""
     said = "; ".join(f"{_shown(address)}: {error.strerror}" for address, error in failures)
-    broken = BrokenError(failures[0][1].errno, f"cannot connect to {target}: {said}")
+    number = failures[0][1].errno
+    if all(error.errno in _EXHAUSTED for _, error in failures):
+        return OSError(number, f"cannot connect to {target}: {said}; close some descriptors, or raise `ulimit -n`")
+    broken = BrokenError(number, f"cannot connect to {target}: {said}")
     broken.errors = tuple(failures)
-    raise broken from failures[0][1]
+    return broken
 
 
 async def _connect_unix(network, path):
@@ -1418,9 +1459,7 @@ async def _connect_unix(network, path):
             await flowcoro.sleep(delay)
             delay = min(2 * delay, LONGEST_RETRY)
         except OSError as error:
-            broken = BrokenError(error.errno, f"cannot connect to {_shown(path)}: {error.strerror}")
-            broken.errors = ((path, error),)
-            raise broken from error
+            raise _not_connected(_shown(path), [(path, error.with_traceback(None))]) from error
 
 
 # ---- servers --------------------------------------------------------------------------------------------------
@@ -1433,6 +1472,12 @@ class _Listener(_Owner):
     def __init__(self, raw, network):
         super().__init__(raw, network)
         self._accept = self._call(raw.accept)
+
+    def _close(self):
+        if not super()._close():
+            return False
+        self._accept = _no_more
+        return True
 
     def take(self):
         """(raw, address) of the next connection, None if there is none yet. OSError of _EXHAUSTED, ClosedError."""
@@ -1491,6 +1536,7 @@ class _Server:
     def __init__(self, listeners, context):
         self._listeners, self._context = listeners, context
         self._drain = None              # while serve() runs
+        self._closing = flowcoro.Event()
         self._accepted = self._failed = self._broken = self._unshaken = self._pauses = 0
         self._reported = -math.inf      # when the last pause was told
         self._paused = False
@@ -1512,12 +1558,6 @@ class _Server:
                 await self._listeners[0].wait()
             else:
                 await flowcoro.when_any(*(listener.wait() for listener in self._listeners))
-
-    async def _accept_from(self, listener):
-        while True:
-            await listener.wait()
-            if sock := await self._take(listener):
-                return sock
 
     async def _take(self, listener):
         """A Socket; None if there is none yet, after a pause if none can be made."""
@@ -1596,13 +1636,13 @@ class _Server:
         try:
             async with flowcoro.TaskGroup() as handlers:
                 try:
-                    async with flowcoro.TaskGroup() as ears:
-                        ears.spawn(self._close_on_stop(), name="close the server on a stop")
-                        async with flowcoro.TaskGroup() as accepting:
-                            for listener in self._listeners:
-                                accepting.spawn(self._accept_all(listener, handlers, handler, slots, limits[1]),
-                                                name=f"accept on {_shown(listener._local)}")
-                        ears.cancel()
+                    async with flowcoro.TaskGroup() as accepting:
+                        accepting.spawn(self._close_on_stop(), name="close the server on a stop")
+                        for listener in self._listeners:
+                            accepting.spawn(self._accept_all(listener, handlers, handler, slots, limits[1]),
+                                            name=f"accept on {_shown(listener._local)}")
+                        await self._closing.wait()
+                        accepting.cancel()          # who waits for a place among max_connections, too
                 finally:
                     self.close_nowait()
                 with flowcoro.move_on_after(limits[0]):
@@ -1625,16 +1665,19 @@ class _Server:
 
     async def _accept_all(self, listener, handlers, handler, slots, handshake_timeout):
         while True:
-            if slots is not None:
+            await listener.wait()
+            if slots is not None:               # only now: several addresses share them
                 await slots.acquire()
+            sock = None
             try:
-                sock = await self._accept_from(listener)
-            except BaseException as error:
-                if slots is not None:
+                sock = await self._take(listener)
+            except flowcoro.ClosedError:        # as soon as the group hears of it, it is cancelled
+                return
+            finally:
+                if sock is None and slots is not None:
                     slots.release()
-                if isinstance(error, flowcoro.ClosedError):
-                    return
-                raise
+            if sock is None:
+                continue
             handling = self._handle(sock, handler, slots, handshake_timeout)
             self._drain.add(sock)
             try:
@@ -1673,6 +1716,7 @@ class _Server:
         which drains first. Twice is once. Never blocks."""
         for listener in self._listeners:
             listener._close()
+        self._closing.set()
 
     close = close_nowait
 
@@ -1880,6 +1924,12 @@ class UdpSocket(_Owner):
         self._send, self._sendto = self._call(raw.send), self._call(raw.sendto)
         self._received = self._sent = 0
         self._reader = self._writer = None
+
+    def _close(self):
+        if not super()._close():
+            return False
+        self._recvmsg = self._send = self._sendto = _no_more
+        return True
 
     @classmethod
     async def bind(cls, host, port, *, reuse_port=False, reuse_address=False, broadcast=False):

@@ -14,7 +14,7 @@ import pytest
 
 import flowcoro
 import flowcoro_net
-from flowcoro_net import BrokenError, LimitError, Socket
+from flowcoro_net import BrokenError, LimitError, Socket, TcpServer
 from flowcoro_testing import wait_all_tasks_parked
 
 # Seconds after which a test has failed: for a machine that is very slow.
@@ -847,3 +847,41 @@ def test_thousands_of_connections_leave_nothing_behind():
             server.close()
 
     run(main)
+
+
+def test_nothing_is_left_to_the_garbage_collector():
+    async def one_connection(server):
+        async with await Socket.connect(*server.local) as near, await server.accept() as far:
+            await near.write(b"line\nand")
+            assert await far.read_until() == b"line\n"
+            with flowcoro.move_on_after(0):
+                await near.read()
+            reset(far.raw)
+            far.close_nowait()
+            for _ in range(2):
+                with pytest.raises(BrokenError):
+                    await near.read()
+
+    async def one_refused(port):
+        with pytest.raises(BrokenError):
+            await Socket.connect("127.0.0.1", port)
+
+    async def main():
+        async with await TcpServer.listen("127.0.0.1", 0) as server:
+            await one_connection(server)
+            unused = server.local[1]
+            gc.collect()
+            gc.disable()
+            before = len(gc.get_objects())
+            for _ in range(20):
+                await one_connection(server)
+            found = [each for each in gc.get_objects() if isinstance(each, (Socket, OSError))]
+            assert found == [] and len(gc.get_objects()) < before + 100
+        for _ in range(20):
+            await one_refused(unused)
+        assert [each for each in gc.get_objects() if isinstance(each, OSError)] == []
+
+    try:
+        run(main)
+    finally:
+        gc.enable()

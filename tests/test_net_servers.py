@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gc
+import math
 import os
 import resource
 import shutil
@@ -277,6 +278,22 @@ def test_the_error_of_every_attempt_is_in_the_message(name_server):
         for port in ports:
             assert f"127.0.0.1:{port}: Connection refused" in str(caught.value)
         assert len(caught.value.errors) == 2
+
+    run(main)
+
+
+def test_a_connect_without_descriptors_is_an_error_of_ones_own_system(monkeypatch):
+    class Full:
+        def socket(self, *args):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        getaddrinfo = flowcoro_net._SYSTEM.getaddrinfo
+
+    async def main():
+        flowcoro.network.set(Full())
+        with pytest.raises(OSError, match="cannot connect to 127.0.0.1:80: .*Too many open files; close some.*ulimit") as caught:
+            await Socket.connect("127.0.0.1", 80)
+        assert not isinstance(caught.value, BrokenError) and caught.value.errno == errno.EMFILE
 
     run(main)
 
@@ -699,6 +716,40 @@ def test_no_more_than_max_connections_are_in_hands_of_handlers():
             await socks[1].close()
             await socks[2].close()
             server.close()
+
+    run(main)
+
+
+def test_several_addresses_share_max_connections(name_server):
+    name_server.answer = found(("127.0.0.1", 0), ("127.0.0.2", 0))
+
+    async def main():
+        async with await TcpServer.listen("host.example", 0) as server, flowcoro.TaskGroup() as group:
+            group.spawn(server.serve(echo, max_connections=1))
+            for host, port in server.addresses * 2:
+                name_server.answer = found((host, port))
+                async with await Socket.connect(host, port) as sock:
+                    await sock.write(b"x")
+                    assert await sock.read() == b"x"
+            server.close()
+
+    run(main)
+
+
+def test_a_server_that_is_full_drains_as_any_other():
+    async def handler(sock):
+        await flowcoro.sleep(math.inf)
+
+    async def main():
+        async with await TcpServer.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
+            serving = group.spawn(server.serve(handler, max_connections=1, drain_timeout=0.01))
+            async with await Socket.connect(*server.local) as one, await Socket.connect(*server.local):
+                while not server.statistics()["connections"]:
+                    await flowcoro.sleep(0.001)
+                await wait_all_tasks_parked()
+                server.close()
+                await serving
+                assert await one.read() == b""
 
     run(main)
 
