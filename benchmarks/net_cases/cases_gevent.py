@@ -4,6 +4,7 @@ import socket
 
 import gevent
 import gevent.server
+import gevent.ssl
 
 import harness
 
@@ -27,7 +28,7 @@ def send(sock, address):
 
 
 def serve(handler):
-    context = harness.tls()
+    context = harness.tls(gevent.ssl.SSLContext)
     server = gevent.server.StreamServer(("127.0.0.1", 0), handler, **({"ssl_context": context} if context else {}))
     server.start()
     harness.ready(server.server_port)

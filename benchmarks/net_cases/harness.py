@@ -54,11 +54,11 @@ def in_bytes(count):
     return count.to_bytes(8, "little")
 
 
-def tls():
+def tls(context_class=ssl.SSLContext):
     """The ssl.SSLContext of a server; None where the case is without TLS."""
     if "certificate" not in OPTIONS:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = context_class(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(OPTIONS["certificate"], OPTIONS["key"])
     return context
 
