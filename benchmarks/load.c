@@ -398,6 +398,7 @@ static void paced(void) {
         if (c->busy) skipped++;             /* its last answer has not come within a second */
         else begin_request(c, due);
     }
+    while (now() < ends) turn(ends);
     finish_answers();
     Moment to = moment();
     report(from, to, answers, number > 1 ? (double)(resident() - before) / (number - number / 100 - 1) : 0);
