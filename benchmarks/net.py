@@ -21,9 +21,10 @@ It never sleeps, for a server that has to wake its clients up pays for that, the
 Each figure comes from a server process of its own; the contenders take turns, and in every round another goes first. A
 server's processor time (user and system) is its own, as the system counts it, from the same moments as the requests.
 
-How to read the tables: as those of kernel.py. Two rates are given for requests: by the clock, and by the processor
-time of the server, the steadier of the two; 100 k/s per CPU second are 10 µs of processor time for each. The targets are the project's own.
-On a machine with one processor the generator and the server take each other's time, and only the second rate means anything.
+How to read the tables: as those of kernel.py. Two rates are given for requests: by the clock, and by the processor time
+of the server, the steadier of the two; 100 k/s per CPU second are 10 µs of processor time for each. The targets are the
+project's own. On a machine with one processor the generator and the server take each other's time, and only the second
+rate means anything.
 
 SPDX-License-Identifier: MIT
 """
@@ -318,7 +319,8 @@ def print_list():
 def main(argv=None):
     """Run the benchmark and print its report. 0, or 1: FlowCoro failed, or missed a target under --check."""
     parser = kernel.parser_of("network", "net.py", PEERS, [*BY_NAME, "bulk"])
-    parser.add_argument("--quick", action="store_true", help="few connections, a moment each: to see that it works, not how fast")
+    parser.add_argument("--quick", action="store_true",
+                        help="few connections, a moment each: to see that it works, not how fast")
     options = kernel.parsed(parser, argv)
     if options.list:
         print_list()
