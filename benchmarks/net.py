@@ -311,7 +311,8 @@ def busy_generators(report):
 
 def print_list():
     for case in CASES:
-        print(f"{case.name:11} {', '.join(row.title.partition(': ')[2] + f' ({row.unit})' * bool(row.unit) for row in case.rows)}")
+        rows = (row.title.partition(": ")[2] + f" ({row.unit})" * bool(row.unit) for row in case.rows)
+        print(f"{case.name:11} {', '.join(rows)}")
         print(textwrap.indent(textwrap.fill(" ".join(case.operation.split()), 100), " " * 12))
     print("\nrates (k/s, GB/s): more is better; costs (µs, ms, KiB): less is better")
 

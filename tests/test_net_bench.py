@@ -299,7 +299,8 @@ def test_the_generator_pulls_and_checks_each_byte(load):
 @pytest.mark.parametrize("options, said", [
     (["echo", "port=0"], "port=0"), (["echo", "port=1", "size=0"], "size=0"),
     (["echo", "port=1", "connections=0"], "connections=0"), (["nonsense", "port=1"], "no such mode"),
-    (["echo", "port=1", "color=red"], "no such option"), (["echo", "port"], "name=value"), ([], "usage"), (["echo", "port=1", "pattern=/nonexistent"], "MiB"), (["echo", "port=1", "tls=1"], "compiled without TLS")])
+    (["echo", "port=1", "color=red"], "no such option"), (["echo", "port"], "name=value"), ([], "usage"),
+    (["echo", "port=1", "pattern=/nonexistent"], "MiB"), (["echo", "port=1", "tls=1"], "compiled without TLS")])
 def test_the_generator_refuses_what_it_cannot_do(load, options, said):
     done = subprocess.run([load.program, *options], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1 and said in done.stderr
