@@ -10,6 +10,8 @@
             pid=N            the server's process: its processor time and its memory are reported too
             tls=1            by TLS, without looking at the certificate; only when compiled with -DTLS -lssl -lcrypto
             warm=S           seconds that are not counted, at the start
+            think=US         echo: microseconds between an answer and the next request, for a single connection; else the next
+                             one is there before a slow server has gone to sleep, and the fast one pays for waking up
             spin=1           never sleep: a server that wakes this process up pays for that, some microseconds of processor
                              time on top of each answer, which with clients elsewhere it would not
 
@@ -58,7 +60,7 @@ typedef struct {
 #endif
 } Connection;
 
-static int port, number = 1, repeat = 1, use_tls, spin;
+static int port, number = 1, repeat = 1, use_tls, spin, think;
 static uint32_t size = 1024;
 static int64_t bytes = 1 << 30;
 static double seconds = 1, warm = 0.2;
@@ -276,6 +278,13 @@ static void open_more(void) {
     }
 }
 
+static int64_t after_thinking(int64_t at) {
+    int64_t until = at + think * 1000LL, reached = at;
+    while (reached < until) reached = now();
+    idle += reached - at;
+    return reached;
+}
+
 /* A whole and right answer has come. */
 static void answered(Connection *c, int64_t at) {
     c->busy = 0;
@@ -289,7 +298,7 @@ static void answered(Connection *c, int64_t at) {
         return;
     }
     if (counting && c->turn) count_answer(at - c->due);
-    if (!is_paced && at < stop_at) begin_request(c, at);
+    if (!is_paced && at < stop_at) begin_request(c, think ? after_thinking(at) : at);
 }
 
 static void receive_answer(Connection *c) {
@@ -489,6 +498,7 @@ static void read_option(char *option) {
     else if (!strcmp(option, "warm")) warm = atof(value);
     else if (!strcmp(option, "pid")) pid = atol(value);
     else if (!strcmp(option, "spin")) spin = atoi(value);
+    else if (!strcmp(option, "think")) think = atoi(value);
     else if (!strcmp(option, "tls")) use_tls = atoi(value);
     else if (!strcmp(option, "pattern")) read_pattern(value);
     else fail("%s: no such option", option);

@@ -138,8 +138,10 @@ CASES = [
         time, and by the clock.""",
          rows_of("echo", "echo", *both_rates({"uvloop": 1.3, "asyncio": 1.5, "trio": 2.5, "protocol": 0.9, "bare": 0.85}),
                  ("p99_ms", "p99", "ms", {}))),
-    Case("latency", "echo", STREAMS, lambda scale: ["echo", "connections=1", "size=1024", f"seconds={scale.seconds}"], """
-        The same with one connection: how long an answer takes.""",
+    Case("latency", "echo", STREAMS,
+         lambda scale: ["echo", "connections=1", "size=1024", "think=50", f"seconds={scale.seconds}"], """
+        The same with one connection, and 50 µs between an answer and the next request, in which the server goes to sleep: how
+        long an answer takes.""",
          rows_of("latency", "one connection", ("p50", "p50", "µs", {"targets": {"uvloop": 1}}), ("p99", "p99", "µs", {}))),
     Case("crowd", "echo", STREAMS,
          lambda scale: ["paced", f"connections={scale.crowd}", "size=1024", f"seconds={scale.crowd_seconds}"], """
