@@ -87,7 +87,10 @@ def name_server(monkeypatch):
     server.answer = lambda host: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))]
     monkeypatch.setattr(socket, "getaddrinfo", server.getaddrinfo)
     monkeypatch.setattr(flowcoro_net._System, "names", {})
-    return server
+    yield server
+    threads = flowcoro._ThreadPool         # what was cancelled still asks, and is not to ask the real one
+    while len(threads.idle) < len(threads.threads):
+        time.sleep(0.001)
 
 
 def test_a_name_is_remembered_for_a_while(name_server, monkeypatch):
