@@ -20,8 +20,8 @@ Example:
 
     flowcoro.run(main())
 
-Contents: constants · errors · the network underneath · names · sockets: the base · TLS · sockets · connecting · servers ·
-datagrams
+Contents: constants · errors · the network underneath · names · sockets: the base · TLS · sockets · connecting · servers: the
+base · several processes · servers · datagrams
 
 How it works:
 
@@ -50,6 +50,13 @@ each record's five bytes of header, and then for the rest.)
 A *server* accepts, and gives each connection a task of its own. It stops in three steps: accept no more, wait for
 those who are at work (drain_timeout), cancel the rest.
 
+With *several processes* the one that calls serve() is the supervisor: it serves nobody, but forks the others and looks after
+them. It keeps all listening sockets open, so those who wait to be accepted lose nothing when a process dies or is replaced.
+
+    P1  a process gets its end of the lifeline, a pipe, and stops when the supervisor's end is gone, however that went
+    P2  its number is given back (waitpid) in the same step that takes it out of the table: a signal never hits a stranger
+    P3  whatever ends serve(), no process is left: asked (SIGTERM) and waited for, asked again, killed
+
 Sources: RFC 9293 (TCP), RFC 8305 (happy eyeballs), RFC 8446 (TLS 1.3), RFC 6066 (SNI), RFC 7301 (ALPN), RFC 768 (UDP);
 trio's _highlevel_*.py and _ssl.py; Go's net (self-connect, accept errors); epoll(7), sendfile(2), unix(7).
 
@@ -61,9 +68,13 @@ SPDX-License-Identifier: MIT
 
 import errno
 import functools
+import gc
+import inspect
 import io
 import math
+import mmap
 import os
+import signal
 import socket
 import ssl
 import stat
@@ -120,6 +131,16 @@ DRAIN_TIMEOUT = 8.0
 
 # Seconds that accepting pauses when there are no descriptors (or memory) left, and between two reports of that.
 PAUSE, REPORT_PAUSE = 0.2, 60.0
+
+# Seconds until a worker process that has died is replaced, first and at most (twice as many each time), and seconds that one
+# must have lived for the next to be the first again. systemd waits 0.1 s too, and gives up after five times; this goes on.
+RESTART, LONGEST_RESTART, STEADY = 0.1, 10.0, 10.0
+
+# Seconds that a worker process may take to end, beyond drain_timeout, before it is killed: for what handlers clean up.
+END_TIMEOUT = 2.0
+
+# Seconds between two looks whether a process has ended, where there is no pidfd.
+LOOK = 0.05
 
 # Seconds that names are remembered: it spares a burst of connects the lookups, and is too short for a change of address
 # to be noticed late. Names at most; threads that look names up at once, none of them to_thread()'s forty.
@@ -1464,16 +1485,17 @@ async def _connect_unix(network, path):
             raise _not_connected(_shown(path), [(path, error.with_traceback(None))]) from error
 
 
-# ---- servers --------------------------------------------------------------------------------------------------
+# ---- servers: the base ----------------------------------------------------------------------------------------
 
 class _Listener(_Owner):
     """One address that a server listens on."""
 
-    __slots__ = ("_accept",)
+    __slots__ = ("_accept", "_another")
 
-    def __init__(self, raw, network):
+    def __init__(self, raw, network, another=None):
         super().__init__(raw, network)
         self._accept = self._call(raw.accept)
+        self._another = another             # a function that makes a raw socket on the same address, if that may be shared
 
     def _close(self):
         if not super()._close():
@@ -1532,11 +1554,405 @@ class _Drain:
         await self.empty.park_unless(lambda: not self.open)
 
 
+def _is_the_peers(error):
+    if isinstance(error, ExceptionGroup):
+        return all(map(_is_the_peers, error.exceptions))
+    return isinstance(error, (BrokenError, TlsError))
+
+
+def _listening(network, family, address, backlog, prepare):
+    """A raw socket that listens. OSError that names the address."""
+    raw = network.socket(family, socket.SOCK_STREAM, 0)
+    try:
+        prepare(raw)
+        raw.bind(address)
+        raw.listen(backlog)
+        return raw
+    except BaseException as error:
+        raw.close()
+        if isinstance(error, OSError):
+            raise _refused(error, "listen on", address) from error
+        raise
+
+
+def _listen(network, family, address, backlog, prepare, shared=False):
+    """A _Listener. OSError that names the address."""
+    raw = _listening(network, family, address, backlog, prepare)
+    try:
+        local = raw.getsockname()
+        another = functools.partial(_listening, network, family, local, backlog, prepare) if shared else None
+        listener = _Listener(raw, network, another)
+    except BaseException:
+        raw.close()
+        raise
+    listener._local = local
+    return listener
+
+
+# ---- several processes ----------------------------------------------------------------------------------------
+
+def _flush():
+    for file in sys.stdout, sys.stderr:
+        try:
+            if file is not None:
+                file.flush()
+        except (OSError, ValueError):           # closed, or whoever reads it is gone
+            pass
+
+
+def _fork():
+    """os.fork(), which from Python 3.12 on warns when there are threads: to_thread()'s, which wait for work and hold nothing."""
+    _flush()                                    # else both would write what is in there
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+        return os.fork()
+
+
+class _Process:
+    """A worker process, as the supervisor sees it."""
+
+    # What it counts, in memory that both see: the numbers of _Server.counts(), 8 bytes each.
+    COUNTS = 6
+
+    def __init__(self, place):
+        self.place = place
+        self.shared = mmap.mmap(-1, 8 * self.COUNTS)
+        self.counts = memoryview(self.shared).cast("Q")
+        self.ready, self.tell = os.pipe()           # it writes a byte once it serves
+        self.pid = self.pidfd = None
+        self.started = flowcoro.now()
+        self.serving, self.ended = flowcoro.Event(), flowcoro.Event()
+        self.status = None          # its exit status, or minus the number of the signal that killed it
+
+    def close_tell(self):
+        self.tell = self.closed(self.tell)
+
+    @staticmethod
+    def closed(fd):
+        if fd is not None:
+            os.close(fd)
+
+    def send_signal(self, number):
+        if self.status is None:
+            try:
+                os.kill(self.pid, number)
+            except ProcessLookupError:              # reaped by something else in this program
+                pass
+
+    def reap(self, options=0):
+        """Whether it has ended (P2)."""
+        try:
+            pid, status = os.waitpid(self.pid, options)
+        except ChildProcessError:                   # something else in this program waits for all children
+            self.status = 0
+        else:
+            if not pid:
+                return False
+            self.status = os.waitstatus_to_exitcode(status)
+        del self.place.supervisor.processes[self.pid]
+        self.place.supervisor.add(self.counts)
+        self.ended.set()
+        return True
+
+    def close(self):
+        self.close_tell()
+        self.ready, self.pidfd = self.closed(self.ready), self.closed(self.pidfd)
+
+    async def wait_until_serving(self):
+        """Until it serves or has ended."""
+        pollable = flowcoro.Pollable(self.ready)
+        try:
+            pollable.readable = False
+            await pollable.wait_readable()
+            if os.read(self.ready, 1):
+                self.serving.set()
+        finally:
+            pollable.close()
+
+    async def wait(self):
+        """Until it has ended, and is reaped."""
+        try:
+            self.pidfd = os.pidfd_open(self.pid)
+        except (AttributeError, OSError):           # no such system call, or not allowed here
+            while not self.reap(os.WNOHANG):
+                await flowcoro.sleep(LOOK)
+            return
+        pollable = flowcoro.Pollable(self.pidfd)
+        try:
+            pollable.readable = False
+            await pollable.wait_readable()
+        finally:
+            pollable.close()
+        self.reap()
+
+    def __str__(self):
+        how = (f"was killed by signal {-self.status} ({signal.strsignal(-self.status)})" if self.status < 0
+               else f"ended with exit status {self.status}")
+        return f"worker process {self.pid} {how}"
+
+
+class _Place:
+    """What one worker process after the other serves: its listening sockets, one for each address."""
+
+    def __init__(self, supervisor, raws):
+        self.supervisor, self.raws = supervisor, raws
+        self.process = None         # the one that is to be there
+        self.delay = 0.0            # seconds until the next one, after this has died
+
+
+class _Supervisor:
+    """serve() in several processes: keeps one in each place."""
+
+    def __init__(self, server, handler, count, reload, drain_timeout, options):
+        self.server, self.handler, self.reload = server, handler, reload
+        self.drain_timeout, self.options = drain_timeout, options
+        self.places = [_Place(self, [listener._raw for listener in server._listeners])]
+        self.processes = {}                     # process id -> _Process, until it is reaped
+        self.totals = [0] * _Process.COUNTS     # what those counted that have ended
+        self.restarts = 0
+        self.stopping = False
+        self.reload_asked = flowcoro.Event()
+        self.count = count
+        self.watchers = None                    # the TaskGroup of those who watch a process each
+        self.lifeline = self.hangups = None     # pipes: (read, write)
+
+    # -- the supervisor itself
+
+    async def run(self):
+        """Until the server is closed, or a stop requested, and all have ended."""
+        try:
+            self.open()
+            async with flowcoro.TaskGroup() as self.watchers:
+                try:
+                    async with flowcoro.TaskGroup() as group:
+                        group.spawn(self.server._close_on_stop(), name="close the server on a stop")
+                        group.spawn(self.hear_hangups(), name="hear SIGHUP")
+                        group.spawn(self.replace_when_asked(), name="replace the worker processes when asked")
+                        for place in self.places:
+                            place.process = self.start(place)
+                        await self.server._closing.wait()
+                        group.cancel()
+                    self.stop_listening()
+                    await self.end_all((signal.SIGTERM, self.drain_timeout + END_TIMEOUT))
+                finally:
+                    self.stop_listening()
+                    with flowcoro.CancelScope(shield=True):
+                        await self.end_all((signal.SIGTERM, END_TIMEOUT / 4), (signal.SIGTERM, END_TIMEOUT),
+                                           (signal.SIGKILL, math.inf))
+                    self.watchers.cancel()
+        finally:
+            self.close()
+
+    def open(self):
+        """The listening sockets, watched by none but those who accept; pipes; the handler of SIGHUP."""
+        for listener in self.server._listeners:
+            listener._pollable.close()
+        self.lifeline, self.hangups = os.pipe(), os.pipe()
+        for fd in self.hangups:
+            os.set_blocking(fd, False)
+        for _ in range(self.count - 1):
+            place = _Place(self, [])
+            self.places.append(place)
+            for listener in self.server._listeners:
+                place.raws.append(listener._raw if listener._another is None else listener._another())
+        if (threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP")
+                and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL):
+            signal.signal(signal.SIGHUP, self.on_hangup)
+
+    def close(self):
+        """Nothing is left, whatever has happened before: signals, processes, descriptors."""
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == self.on_hangup:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        for process in list(self.processes.values()):       # the shield was dropped by a second signal
+            process.send_signal(signal.SIGKILL)
+            process.reap()
+            process.close()
+        for fd in (self.lifeline or ()) + (self.hangups or ()):
+            os.close(fd)
+        self.stop_listening()
+
+    def stop_listening(self):
+        self.stopping = True
+        self.server.close_nowait()
+        for place in self.places[1:]:
+            for raw in place.raws:
+                raw.close()
+
+    async def end_all(self, *stages):
+        """Send each (signal, seconds) to all that live, until none does."""
+        for number, seconds in stages:
+            for process in self.processes.values():
+                process.send_signal(number)
+            with flowcoro.move_on_after(seconds):
+                for process in list(self.processes.values()):
+                    await process.ended.wait()
+
+    # -- processes
+
+    def start(self, place):
+        """Fork one. OSError: the system has no more of them."""
+        process = _Process(place)
+        try:
+            process.pid = _fork()
+            if not process.pid:
+                self.be_a_worker(process)
+        except BaseException:
+            process.close()
+            raise
+        process.close_tell()
+        self.processes[process.pid] = process
+        self.watchers.spawn(self.watch(process), name=f"watch worker process {process.pid}")
+        return process
+
+    async def watch(self, process):
+        try:
+            with flowcoro.CancelScope(shield=True):
+                await process.wait_until_serving()
+                await process.wait()
+        finally:
+            process.close()
+        place = process.place
+        while not self.stopping and place.process is process:       # else it was replaced, or is not yet there
+            place.delay = (RESTART if flowcoro.now() - process.started >= STEADY or not place.delay
+                           else min(2 * place.delay, LONGEST_RESTART))
+            _report(ChildProcessError(str(process)), f"{self.server!r}: a worker process has died; the next one starts in "
+                    f"{place.delay:g} s")
+            await flowcoro.sleep(place.delay)
+            if self.stopping or place.process is not process:
+                return
+            try:
+                place.process = self.start(place)
+            except OSError as error:
+                _report(error, f"{self.server!r}: no worker process can be started for the moment; it is tried again")
+            else:
+                self.restarts += 1
+
+    async def retire(self, process):
+        """Have one end that has been replaced."""
+        process.send_signal(signal.SIGTERM)
+        with flowcoro.move_on_after(self.drain_timeout + END_TIMEOUT):
+            await process.ended.wait()
+        process.send_signal(signal.SIGKILL)
+
+    def add(self, counts):
+        """Keep what a process has counted; what it had open is not."""
+        counts[0] = 0
+        for index, count in enumerate(counts):
+            self.totals[index] += count
+
+    def counts(self):
+        return [sum(column) for column in zip(self.totals, *(process.counts for process in self.processes.values()))]
+
+    # -- reloading
+
+    def on_hangup(self, number, frame):
+        try:
+            os.write(self.hangups[1], b"h")
+        except BlockingIOError:                 # enough of them wait to be heard
+            pass
+
+    async def hear_hangups(self):
+        pollable = flowcoro.Pollable(self.hangups[0])
+        try:
+            while True:
+                pollable.readable = False
+                try:
+                    os.read(self.hangups[0], 100)
+                except BlockingIOError:
+                    await pollable.wait_readable()
+                else:
+                    self.reload_asked.set()
+        finally:
+            pollable.close()
+
+    async def replace_when_asked(self):
+        while True:
+            await self.reload_asked.wait()
+            self.reload_asked.clear()
+            try:
+                await self.replace_all()
+            except Exception as error:          # of reload=, or no process can be forked
+                _report(error, f"{self.server!r}: reloading failed; the worker processes that have not been replaced go on")
+
+    async def replace_all(self):
+        """One after the other: the old one is asked to end once the new one serves."""
+        if self.reload is not None:
+            found = self.reload()
+            if inspect.isawaitable(found):
+                found = await found
+            if found is not None:
+                self.handler = found
+        for place in self.places:
+            new = self.start(place)
+            await flowcoro.when_any(new.serving.wait(), new.ended.wait())
+            if new.status is not None:
+                raise ChildProcessError(f"{new}, before it served")
+            old, place.process, place.delay = place.process, new, 0.0
+            self.watchers.spawn(self.retire(old), name=f"retire worker process {old.pid}")
+
+    # -- in the worker process
+
+    def be_a_worker(self, process):
+        """Serve, in the child of the fork, and never return."""
+        status = 1
+        try:
+            gc.freeze()         # what is the parent's is not for this process to finalize
+            signal.signal(signal.SIGINT, signal.SIG_IGN)        # a terminal sends both to all; the supervisor decides
+            if hasattr(signal, "SIGHUP"):
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            os.close(self.lifeline[1])
+            for fd in self.hangups:
+                os.close(fd)
+            process.closed(process.ready)
+            for other in self.processes.values():
+                other.close()
+            for raw in {raw for place in self.places for raw in place.raws} - set(process.place.raws):
+                raw.close()
+            flowcoro.run(self.serve(process), workers=1, grace=self.drain_timeout + END_TIMEOUT / 2)
+            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            _flush()
+            os._exit(status)
+
+    async def serve(self, process):
+        listeners = []
+        for raw, listener in zip(process.place.raws, self.server._listeners):
+            listeners.append(_Listener(raw, _network()))
+            listeners[-1]._local = listener._local
+        server = type(self.server)(listeners, self.server._context)
+        server._shared = process.counts
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(self.hold_lifeline(), name="watch for the end of the supervisor")
+            serving = group.spawn(server.serve(self.handler, drain_timeout=self.drain_timeout, **self.options))
+            os.write(process.tell, b"s")
+            process.close_tell()
+            await serving
+            group.cancel()
+
+    async def hold_lifeline(self):
+        """Nobody ever writes there, so what comes is the end (P1)."""
+        pollable = flowcoro.Pollable(self.lifeline[0])
+        try:
+            pollable.readable = False
+            await pollable.wait_readable()
+        finally:
+            pollable.close()
+        flowcoro.request_stop()
+
+
+# ---- servers --------------------------------------------------------------------------------------------------
+
 class _Server:
     """What TcpServer and UnixServer share: a server listens, and gives out each connection once."""
 
     def __init__(self, listeners, context):
         self._listeners, self._context = listeners, context
+        self._supervisor = None         # while serve(processes=) runs
+        self._shared = None             # in a worker process: where the supervisor sees the counts
         self._drain = None              # while serve() runs
         self._closing = flowcoro.Event()
         self._accepted = self._failed = self._broken = self._unshaken = self._pauses = 0
@@ -1619,7 +2035,7 @@ class _Server:
     # -- serving
 
     async def serve(self, handler, *, max_connections=math.inf, drain_timeout=DRAIN_TIMEOUT,
-                    handshake_timeout=HANDSHAKE_TIMEOUT):
+                    handshake_timeout=HANDSHAKE_TIMEOUT, processes=None, reload=None):
         """Run `handler(sock)` (async) in a task of its own for each connection, and close that when it returns.
 
         Returns when close() was called or a stop requested (SIGTERM, flowcoro.request_stop()): it accepts no more, waits
@@ -1627,6 +2043,14 @@ class _Server:
         goes to sys.unraisablehook and ends its connection alone; BrokenError and failed handshakes, which are the peers', are
         only counted. max_connections: at once; more wait in the backlog. handshake_timeout: seconds, of TLS.
         BusyError when it is being served already, ClosedError when closed. Cancelled: handlers are too, and it is closed.
+
+        processes: how many worker processes are forked, which serve; max_connections holds for each. This one supervises: one
+        that dies is reported to sys.unraisablehook and replaced after 0.1 s, or longer each time if it dies again soon, up to
+        10 s; a stop reaches all. SIGHUP, or reload(), replaces them one by one, and no connection is lost; before, `reload` (a
+        function, may be async) is called here: what it returns, if not None, is the new handler, and after an error the old
+        ones go on. With listen(reuse_port=True) each has a queue of its own (SO_REUSEPORT), else they share one. Workers ignore
+        SIGINT and SIGHUP, and stop when the supervisor is gone. They get copies of all that is in memory and of all
+        descriptors: call it early. RuntimeError with several workers (threads) or on another network than the system's.
         """
         if not callable(handler):
             raise TypeError(f"serve({handler!r}): give an async function that takes a Socket, not called yet")
@@ -1634,6 +2058,12 @@ class _Server:
         if max_connections != math.inf:
             slots = flowcoro.Semaphore(_whole(max_connections, 1, f"max_connections={max_connections!r}", "connections"))
         limits = _seconds(drain_timeout, "drain_timeout"), _seconds(handshake_timeout, "handshake_timeout")
+        if processes is not None:
+            options = {"max_connections": max_connections, "handshake_timeout": handshake_timeout}
+            await self._supervise(handler, _checked_processes(processes), reload, limits[0], options)
+            return
+        if reload is not None:
+            raise ValueError("reload= needs processes=: it is called before worker processes are replaced")
         self._begin_serving()
         try:
             async with flowcoro.TaskGroup() as handlers:
@@ -1652,6 +2082,23 @@ class _Server:
                 handlers.cancel()
         finally:
             self._drain = None
+
+    async def _supervise(self, handler, processes, reload, drain_timeout, options):
+        if reload is not None and not callable(reload):
+            raise TypeError(f"reload={reload!r}: give a function; it is called without arguments")
+        await _turn()
+        self._begin_serving()
+        try:
+            self._supervisor = _Supervisor(self, handler, processes, reload, drain_timeout, options)
+            await self._supervisor.run()
+        finally:
+            self._drain = None
+
+    def reload(self):
+        """As SIGHUP for serve(processes=): replace the worker processes, one by one. RuntimeError if there are none."""
+        if self._supervisor is None or self._drain is None:
+            raise RuntimeError(f"{self!r} has no worker processes: reload() is for serve(processes=), while it runs")
+        self._supervisor.reload_asked.set()
 
     @flowcoro.atomic
     def _begin_serving(self):
@@ -1682,6 +2129,7 @@ class _Server:
                 continue
             handling = self._handle(sock, handler, slots, handshake_timeout)
             self._drain.add(sock)
+            self._show()
             try:
                 handlers.spawn(handling, name=f"serve {_shown(sock.peer)}")
             except BaseException:               # too many in a cancelled group
@@ -1710,6 +2158,7 @@ class _Server:
             if slots is not None:
                 slots.release()
             self._drain.remove(sock)
+            self._show()
 
     # -- the end, and what there is to know
 
@@ -1749,37 +2198,41 @@ class _Server:
 
     def statistics(self):
         """{"connections": those of serve() now, "accepted": in all, "failed": handlers that raised, "broken": connections that
-        their peers broke, "handshakes_failed", "pauses": how often accepting had to pause}"""
-        drain = self._drain
-        return {"connections": len(drain.open) if drain else 0, "accepted": self._accepted, "failed": self._failed,
-                "broken": self._broken, "handshakes_failed": self._unshaken, "pauses": self._pauses}
+        their peers broke, "handshakes_failed", "pauses": how often accepting had to pause}; of serve(processes=) for all of them
+        together, with "processes": their numbers, "restarts": how many have died and were replaced
+        """
+        supervisor = self._supervisor
+        counts = self._counts() if supervisor is None else supervisor.counts()
+        found = dict(zip(("connections", "accepted", "failed", "broken", "handshakes_failed", "pauses"), counts, strict=True))
+        if supervisor is not None:
+            found |= {"processes": list(supervisor.processes), "restarts": supervisor.restarts}
+        return found
+
+    def _counts(self):
+        return (len(self._drain.open) if self._drain else 0, self._accepted, self._failed, self._broken, self._unshaken,
+                self._pauses)
+
+    def _show(self):
+        """In a worker process: to the supervisor."""
+        if self._shared is not None:
+            for index, count in enumerate(self._counts()):
+                self._shared[index] = count
 
     def __repr__(self):
         return (f"<{type(self).__name__} on {', '.join(_shown(listener._local) for listener in self._listeners)}"
                 f"{' with TLS' if self._context else ''}{' closed' if self.closed else ''}>")
 
 
-def _is_the_peers(error):
-    if isinstance(error, ExceptionGroup):
-        return all(map(_is_the_peers, error.exceptions))
-    return isinstance(error, (BrokenError, TlsError))
-
-
-def _listen(network, family, address, backlog, prepare):
-    """A _Listener. OSError that names the address."""
-    raw = network.socket(family, socket.SOCK_STREAM, 0)
-    try:
-        prepare(raw)
-        raw.bind(address)
-        raw.listen(backlog)
-        listener = _Listener(raw, network)
-        listener._local = raw.getsockname()
-        return listener
-    except BaseException as error:
-        raw.close()
-        if isinstance(error, OSError):
-            raise _refused(error, "listen on", address) from error
-        raise
+def _checked_processes(processes):
+    _whole(processes, 1, f"processes={processes!r}", "processes")
+    if not hasattr(os, "fork"):
+        raise RuntimeError(f"processes={processes}: this system cannot fork")
+    if _of_kernel().several:
+        raise RuntimeError(f"processes={processes}: a fork takes only one thread along; use run(workers=1), or workers= without "
+                           "processes=")
+    if _network() is not _SYSTEM:
+        raise RuntimeError(f"processes={processes}: other processes do not see {_network()!r}")
+    return processes
 
 
 class TcpServer(_Server):
@@ -1813,7 +2266,7 @@ class TcpServer(_Server):
                     address = address[0], listeners[0]._local[1], *address[2:]
                 prepare = functools.partial(_prepare_tcp, family, reuse_port, dual_stack and host in ("", None))
                 try:
-                    listeners.append(_listen(network, family, address, backlog, prepare))
+                    listeners.append(_listen(network, family, address, backlog, prepare, reuse_port))
                 except OSError as error:        # a machine without IPv6, or one that is switched off
                     absent = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) and family == socket.AF_INET6
                     if not absent or len(found) == 1:
