@@ -197,7 +197,7 @@ def test_one_that_is_killed_under_load_is_replaced_and_harms_no_other(program):
     try:
         with contextlib.ExitStack() as stack:
             for _ in range(3):
-                clients = [stack.enter_context(server.connect()) for _ in range(16)]
+                clients = [stack.enter_context(server.connect()) for _ in range(40)]
                 pids = [client.pid() for client in clients]
                 assert len(set(pids)) == 2
                 victims.append(pids[0])
@@ -248,7 +248,7 @@ OPTIONS = dict(processes=1)
 
 def test_sigterm_lets_all_finish_what_they_have_begun(program):
     server = program()
-    clients = [server.connect() for _ in range(16)]
+    clients = [server.connect() for _ in range(40)]
     assert len({client.pid() for client in clients}) == 2
     server.send_signal(signal.SIGTERM)
 
@@ -268,7 +268,7 @@ def test_sigterm_lets_all_finish_what_they_have_begun(program):
 
 def test_handlers_that_do_not_end_in_time_are_cancelled_in_all_processes(program):
     server = program("OPTIONS = dict(processes=2, drain_timeout=0.05)")
-    clients = [server.connect() for _ in range(8)]
+    clients = [server.connect() for _ in range(40)]
     for client in clients:
         assert client.ask(b"x") == b"x"
     server.end()
@@ -304,7 +304,7 @@ def test_workers_end_when_the_supervisor_is_killed(program):
     server = program()
     found = server.pids()
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(server.connect()) for _ in range(8)]
+        clients = [stack.enter_context(server.connect()) for _ in range(40)]
         assert all(client.ask(b"x") == b"x" for client in clients)
         server.send_signal(signal.SIGKILL)
         server.process.wait(PATIENCE)
@@ -343,7 +343,7 @@ OPTIONS = dict(processes=2, reload=reload)
 
     thread = threading.Thread(target=load)
     with contextlib.ExitStack() as stack:
-        old = [stack.enter_context(server.connect()) for _ in range(8)]
+        old = [stack.enter_context(server.connect()) for _ in range(40)]
         assert {client.pid() for client in old} == first
         thread.start()
         try:
