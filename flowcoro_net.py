@@ -400,16 +400,52 @@ def _no_more(*args):
     raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
-class _Owner:
-    """Who owns a raw socket and its Pollable, and closes both, once (N3)."""
+class _Gate:
+    """With several workers: lets calls of a raw socket in until it is to be closed, and then the last to leave closes it (N3)."""
 
-    __slots__ = ("_raw", "_pollable", "_network", "_several", "_inside", "_closed", "_local", "__weakref__")
+    # Not a part of _Owner, which keeps its calls: they would be references to itself.
+    __slots__ = ("raw", "inside", "closed")
+
+    def __init__(self, raw):
+        self.raw, self.inside, self.closed = raw, 0, False
+
+    def call(self, method, *args):
+        self.enter()
+        try:
+            return method(*args)
+        finally:
+            self.leave()
+
+    @flowcoro.atomic
+    def enter(self):
+        if self.closed:
+            _no_more()
+        self.inside += 1
+
+    @flowcoro.atomic
+    def leave(self):
+        self.inside -= 1
+        if self.closed and not self.inside:
+            self.raw.close()
+
+    @flowcoro.atomic
+    def close(self):
+        self.closed = True
+        if not self.inside:
+            self.raw.close()
+
+
+class _Owner:
+    """Who owns a raw socket and its Pollable, and closes both, once."""
+
+    __slots__ = ("_raw", "_pollable", "_network", "_several", "_gate", "_closed", "_local", "__weakref__")
 
     def __init__(self, raw, network=None, pollable=None):
-        self._closed, self._inside, self._local = True, 0, None         # until it has all, there is nothing to close
+        self._closed, self._local = True, None          # until it has all, there is nothing to close
         self._raw = raw
         self._network = network or _network()
         self._several = _of_kernel().several
+        self._gate = _Gate(raw) if self._several else None
         if raw.gettimeout() != 0:
             raw.setblocking(False)
         self._pollable = pollable or self._network.pollable(raw)
@@ -417,26 +453,7 @@ class _Owner:
 
     def _call(self, method):
         """`method` of the raw socket, which nobody else closes while it is under way. OSError once it is closed."""
-        return functools.partial(self._call_inside, method) if self._several else method
-
-    def _call_inside(self, method, *args):
-        self._enter()
-        try:
-            return method(*args)
-        finally:
-            self._leave()
-
-    @flowcoro.atomic
-    def _enter(self):
-        if self._closed:
-            _no_more()
-        self._inside += 1
-
-    @flowcoro.atomic
-    def _leave(self):
-        self._inside -= 1
-        if self._closed and not self._inside:
-            self._raw.close()
+        return method if self._gate is None else functools.partial(self._gate.call, method)
 
     @flowcoro.atomic
     def _close(self):
@@ -445,8 +462,7 @@ class _Owner:
             return False
         self._closed = True
         self._pollable.close()
-        if not self._inside:
-            self._raw.close()
+        (self._gate or self._raw).close()
         return True
 
     def __del__(self):
@@ -516,6 +532,8 @@ def server_tls(certificate, key=None, *, password=None, client_ca=None, alpn=())
 
 def _equipped(context, certificate, key, password, alpn):
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Some versions of Python take a connection that was cut for one that has ended: what was read may be but a part of it.
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     if certificate is not None:
         context.load_cert_chain(certificate, key, password)
     elif key is not None:

@@ -53,7 +53,7 @@ async def main():
     except ChildProcessError:
         print("no children", flush=True)
 
-flowcoro.run(main())
+flowcoro.run(main(), workers=1)
 """
 
 
@@ -446,7 +446,7 @@ async def main():
         print("here", flush=True)
         await server.serve(handler, processes=2)
 
-flowcoro.run(main())
+flowcoro.run(main(), workers=1)
 """
     process = subprocess.Popen([sys.executable, "-W", "error", "-c", text], env=os.environ | {"PYTHONPATH": ROOT},
                                stdout=subprocess.PIPE)
@@ -476,8 +476,8 @@ def test_processes_refuses_what_cannot_be():
             with pytest.raises(RuntimeError, match="has no worker processes"):
                 server.reload()
 
-    run(main, "processes=0: the number of processes must be 1", {"processes": 0})
-    run(main, "processes='2': give a number", {"processes": "2"})
-    run(main, "reload= needs processes=", {"reload": print})
-    run(main, "reload=5: give a function", {"processes": 2, "reload": 5})
+    run(main, "processes=0: the number of processes must be 1", {"processes": 0}, workers=1)
+    run(main, "processes='2': give a number", {"processes": "2"}, workers=1)
+    run(main, "reload= needs processes=", {"reload": print}, workers=1)
+    run(main, "reload=5: give a function", {"processes": 2, "reload": 5}, workers=1)
     run(main, r"use run\(workers=1\)", {"processes": 2}, workers=2)
