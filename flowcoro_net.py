@@ -126,6 +126,9 @@ CLOSE_TIMEOUT = 2.0
 # Connections that wait to be accepted; the system cuts it to net.core.somaxconn (4096). Go and nginx: that, and 511.
 BACKLOG = 1024
 
+# Ports that are tried for port=0 on several addresses: a port that is free on the first may be taken on the second.
+PORT_ATTEMPTS = 10
+
 # Seconds that serve() gives its handlers to end; Docker kills after 10.
 DRAIN_TIMEOUT = 8.0
 
@@ -883,9 +886,9 @@ class _Stream(_Owner):
             self._sent += sent
             return sent
 
-    async def _pull(self, max_bytes):
-        """The next bytes for the reader, b"" at the end."""
-        return await (self._receive(max_bytes) if self._tls is None else self._tls.read(self, max_bytes))
+    def _pull(self, max_bytes):
+        """To be awaited: the next bytes for the reader, b"" at the end."""
+        return self._receive(max_bytes) if self._tls is None else self._tls.read(self, max_bytes)
 
     def _take(self, count):
         buffer = self._buffer
@@ -1070,7 +1073,7 @@ class _Secured(_Bulk):
 
         tls: an ssl.SSLContext, or True for client_tls(). server_name: the name that the certificate must be for (and SNI); a
         client that verifies needs it. TlsError, also if anything was received that has not been read: somebody in the middle
-        may have put it there. Errors and cancellation leave the connection unusable.
+        may have put it there. Errors leave the connection unusable. Cancelled: handshake() goes on with it.
         """
         await _turn()
         context = _as_context(tls, server_side)
@@ -1783,7 +1786,9 @@ class _Supervisor:
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
         for process in list(self.processes.values()):       # the shield was dropped by a second signal
             process.send_signal(signal.SIGKILL)
-            process.reap()
+            until = time.monotonic() + END_TIMEOUT          # but one that hangs in the operating system cannot be waited for
+            while not process.reap(os.WNOHANG) and time.monotonic() < until:
+                time.sleep(0.001)
             process.close()
         for fd in (self.lifeline or ()) + (self.hangups or ()):
             os.close(fd)
@@ -1915,7 +1920,8 @@ class _Supervisor:
         status = 1
         try:
             gc.freeze()         # what is the parent's is not for this process to finalize
-            signal.signal(signal.SIGINT, signal.SIG_IGN)        # a terminal sends both to all; the supervisor decides
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)       # so that run() takes it, whatever the supervisor had there
+            signal.signal(signal.SIGINT, signal.SIG_IGN)        # a terminal sends these to all; the supervisor decides
             if hasattr(signal, "SIGHUP"):
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
             os.close(self.lifeline[1])
@@ -2270,30 +2276,42 @@ class TcpServer(_Server):
         context = _as_context(tls, True)
         _whole(backlog, 1, f"backlog={backlog!r}", "connections")
         await _turn()
-        network, listeners = _network(), []
-        if host in ("", None):
-            found = [(socket.AF_INET6, ("::", port)), (socket.AF_INET, ("0.0.0.0", port))]
-            _checked_port(port)
+        everywhere = host in ("", None)
+        if everywhere:
+            found = [(socket.AF_INET6, ("::", _checked_port(port))), (socket.AF_INET, ("0.0.0.0", port))]
         else:
             found = [(family, address) for family, _, _, address in await resolve(host, port, flags=socket.AI_PASSIVE)]
-        try:
-            for family, address in found:
-                if host in ("", None) and listeners and dual_stack and _takes_both(listeners[0]):
-                    break
-                if port == 0 and listeners:
-                    address = address[0], listeners[0]._local[1], *address[2:]
-                prepare = functools.partial(_prepare_tcp, family, reuse_port, dual_stack and host in ("", None))
-                try:
-                    listeners.append(_listen(network, family, address, backlog, prepare, reuse_port))
-                except OSError as error:        # a machine without IPv6, or one that is switched off
-                    absent = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) and family == socket.AF_INET6
-                    if not absent or len(found) == 1:
-                        raise
-        except BaseException:
-            for listener in listeners:
-                listener._close()
-            raise
-        return cls(listeners, context)
+        for attempt in range(PORT_ATTEMPTS):
+            try:
+                return cls(_listen_on_all(found, port, backlog, reuse_port, dual_stack and everywhere), context)
+            except OSError as error:            # a port that was free on one address is not on another
+                if port or error.errno != errno.EADDRINUSE or attempt == PORT_ATTEMPTS - 1:
+                    raise
+
+
+def _listen_on_all(found, port, backlog, reuse_port, both):
+    """The _Listeners of a list of (family, address), on one port. OSError; then there is none."""
+    network, listeners, absent = _network(), [], None
+    try:
+        for family, address in found:
+            if listeners and both and _takes_both(listeners[0]):
+                break
+            if port == 0 and listeners:
+                address = address[0], listeners[0]._local[1], *address[2:]
+            prepare = functools.partial(_prepare_tcp, family, reuse_port, both)
+            try:
+                listeners.append(_listen(network, family, address, backlog, prepare, reuse_port))
+            except OSError as error:            # a machine without IPv6, or one where it is switched off
+                if family != socket.AF_INET6 or error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                    raise
+                absent = error.with_traceback(None)
+        if not listeners:
+            raise absent
+        return listeners
+    except BaseException:
+        for listener in listeners:
+            listener._close()
+        raise
 
 
 def _prepare_tcp(family, reuse_port, both, raw):
