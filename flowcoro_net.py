@@ -20,8 +20,8 @@ Example:
 
     flowcoro.run(main())
 
-Contents: constants · errors · the network underneath · names · sockets: the base · TLS · sockets · connecting · servers: the
-base · several processes · servers · datagrams
+Contents: constants · errors · the network underneath · names · sockets: the base · TLS · sockets · connecting · servers:
+the base · several processes · servers · datagrams
 
 How it works:
 
@@ -604,8 +604,8 @@ class _Tls:
         doing = "TLS" if self.is_done else "the TLS handshake"
         if isinstance(error, ssl.SSLEOFError) or reason == "UNEXPECTED_EOF_WHILE_READING":
             if self.is_done:
-                kind, why = BrokenError, ("the connection was cut without a TLS goodbye (close_notify): what was read may be less "
-                                          "than the peer has sent")
+                kind, why = BrokenError, ("the connection was cut without a TLS goodbye (close_notify): what was read may be "
+                                          "less than the peer has sent")
             else:
                 reason, why = "UNEXPECTED_EOF", "the peer closed the connection; perhaps it refuses us, or speaks no TLS"
         elif isinstance(error, ssl.SSLCertVerificationError):
@@ -1330,9 +1330,10 @@ class Socket(_Secured):
         return self._peer
 
     def statistics(self):
-        """{"bytes_received", "bytes_sent": as on the wire, "bytes_buffered": received (and decrypted) and not yet read, "reading", "writing":
-        whether a task does, "tls": its version or None}"""
-        return {"bytes_received": self._received, "bytes_sent": self._sent, "bytes_buffered": len(self._buffer) + (len(self._tls.early) + self._tls.object.pending() if self._tls else 0),
+        """{"bytes_received", "bytes_sent": as on the wire, "bytes_buffered": received (and decrypted) and not yet read,
+        "reading", "writing": whether a task does, "tls": its version or None}"""
+        decrypted = len(self._tls.early) + self._tls.object.pending() if self._tls else 0
+        return {"bytes_received": self._received, "bytes_sent": self._sent, "bytes_buffered": len(self._buffer) + decrypted,
                 "reading": self._reader is not None, "writing": self._writer is not None,
                 "tls": self._tls and self._tls.object.version()}
 
@@ -2267,7 +2268,7 @@ class TcpServer(_Server):
 
     @classmethod
     async def listen(cls, host, port, *, tls=None, backlog=BACKLOG, reuse_port=False, dual_stack=True):
-        """Listen on all addresses of `host` ("127.0.0.1", "localhost" …; "" or None: of this machine) and a port (0: a free one).
+        """Listen on all addresses of `host` ("127.0.0.1", "localhost" …; "" or None: of this machine) and a port (0: any free).
 
         tls: an ssl.SSLContext, as server_tls() makes it. backlog: connections that may wait to be accepted. reuse_port: several
         processes share the port. dual_stack: "" takes IPv4 and IPv6, by one socket where the system can.

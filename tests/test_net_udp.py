@@ -349,8 +349,8 @@ def test_socat_is_answered():
                     await sock.send_to(data.upper(), address)
 
             answering = group.spawn(upper())
-            done = await flowcoro.to_thread(lambda: subprocess.run(
-                ["socat", "-t", "1", "-", f"UDP:127.0.0.1:{sock.local[1]}"], input=b"hello", capture_output=True, timeout=PATIENCE))
+            command = ["socat", "-t", "1", "-", f"UDP:127.0.0.1:{sock.local[1]}"]
+            done = await flowcoro.to_thread(lambda: subprocess.run(command, input=b"hello", capture_output=True, timeout=PATIENCE))
             assert done.stdout == b"HELLO"
             answering.cancel()
 
