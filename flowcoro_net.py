@@ -20,8 +20,8 @@ Example:
 
     flowcoro.run(main())
 
-Contents: constants · errors · the network underneath · names · sockets: the base · TLS · sockets · connecting · servers ·
-datagrams
+Contents: constants · errors · the network underneath · names · sockets: the base · TLS · sockets · connecting · servers:
+the base · several processes · servers · datagrams
 
 How it works:
 
@@ -50,6 +50,13 @@ each record's five bytes of header, and then for the rest.)
 A *server* accepts, and gives each connection a task of its own. It stops in three steps: accept no more, wait for
 those who are at work (drain_timeout), cancel the rest.
 
+With *several processes* the one that calls serve() is the supervisor: it serves nobody, but forks the others and looks after
+them. It keeps all listening sockets open, so those who wait to be accepted lose nothing when a process dies or is replaced.
+
+    P1  a process gets its end of the lifeline, a pipe, and stops when the supervisor's end is gone, however that went
+    P2  its number is given back (waitpid) in the same step that takes it out of the table: a signal never hits a stranger
+    P3  whatever ends serve(), no process is left: asked (SIGTERM) and waited for, asked again, killed
+
 Sources: RFC 9293 (TCP), RFC 8305 (happy eyeballs), RFC 8446 (TLS 1.3), RFC 6066 (SNI), RFC 7301 (ALPN), RFC 768 (UDP);
 trio's _highlevel_*.py and _ssl.py; Go's net (self-connect, accept errors); epoll(7), sendfile(2), unix(7).
 
@@ -61,9 +68,13 @@ SPDX-License-Identifier: MIT
 
 import errno
 import functools
+import gc
+import inspect
 import io
 import math
+import mmap
 import os
+import signal
 import socket
 import ssl
 import stat
@@ -115,11 +126,24 @@ CLOSE_TIMEOUT = 2.0
 # Connections that wait to be accepted; the system cuts it to net.core.somaxconn (4096). Go and nginx: that, and 511.
 BACKLOG = 1024
 
+# Ports that are tried for port=0 on several addresses: a port that is free on the first may be taken on the second.
+PORT_ATTEMPTS = 10
+
 # Seconds that serve() gives its handlers to end; Docker kills after 10.
 DRAIN_TIMEOUT = 8.0
 
 # Seconds that accepting pauses when there are no descriptors (or memory) left, and between two reports of that.
 PAUSE, REPORT_PAUSE = 0.2, 60.0
+
+# Seconds until a worker process that has died is replaced, first and at most (twice as many each time), and seconds that one
+# must have lived for the next to be the first again. systemd waits 0.1 s too, and gives up after five times; this goes on.
+RESTART, LONGEST_RESTART, STEADY = 0.1, 10.0, 10.0
+
+# Seconds that a worker process may take to end, beyond drain_timeout, before it is killed: for what handlers clean up.
+END_TIMEOUT = 2.0
+
+# Seconds between two looks whether a process has ended, where there is no pidfd.
+LOOK = 0.05
 
 # Seconds that names are remembered: it spares a burst of connects the lookups, and is too short for a change of address
 # to be noticed late. Names at most; threads that look names up at once, none of them to_thread()'s forty.
@@ -379,16 +403,52 @@ def _no_more(*args):
     raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
-class _Owner:
-    """Who owns a raw socket and its Pollable, and closes both, once (N3)."""
+class _Gate:
+    """With several workers: lets calls of a raw socket in until it is to be closed, and then the last to leave closes it (N3)."""
 
-    __slots__ = ("_raw", "_pollable", "_network", "_several", "_inside", "_closed", "_local", "__weakref__")
+    # Not a part of _Owner, which keeps its calls: they would be references to itself.
+    __slots__ = ("raw", "inside", "closed")
+
+    def __init__(self, raw):
+        self.raw, self.inside, self.closed = raw, 0, False
+
+    def call(self, method, *args):
+        self.enter()
+        try:
+            return method(*args)
+        finally:
+            self.leave()
+
+    @flowcoro.atomic
+    def enter(self):
+        if self.closed:
+            _no_more()
+        self.inside += 1
+
+    @flowcoro.atomic
+    def leave(self):
+        self.inside -= 1
+        if self.closed and not self.inside:
+            self.raw.close()
+
+    @flowcoro.atomic
+    def close(self):
+        self.closed = True
+        if not self.inside:
+            self.raw.close()
+
+
+class _Owner:
+    """Who owns a raw socket and its Pollable, and closes both, once."""
+
+    __slots__ = ("_raw", "_pollable", "_network", "_several", "_gate", "_closed", "_local", "__weakref__")
 
     def __init__(self, raw, network=None, pollable=None):
-        self._closed, self._inside, self._local = True, 0, None         # until it has all, there is nothing to close
+        self._closed, self._local = True, None          # until it has all, there is nothing to close
         self._raw = raw
         self._network = network or _network()
         self._several = _of_kernel().several
+        self._gate = _Gate(raw) if self._several else None
         if raw.gettimeout() != 0:
             raw.setblocking(False)
         self._pollable = pollable or self._network.pollable(raw)
@@ -396,26 +456,7 @@ class _Owner:
 
     def _call(self, method):
         """`method` of the raw socket, which nobody else closes while it is under way. OSError once it is closed."""
-        return functools.partial(self._call_inside, method) if self._several else method
-
-    def _call_inside(self, method, *args):
-        self._enter()
-        try:
-            return method(*args)
-        finally:
-            self._leave()
-
-    @flowcoro.atomic
-    def _enter(self):
-        if self._closed:
-            _no_more()
-        self._inside += 1
-
-    @flowcoro.atomic
-    def _leave(self):
-        self._inside -= 1
-        if self._closed and not self._inside:
-            self._raw.close()
+        return method if self._gate is None else functools.partial(self._gate.call, method)
 
     @flowcoro.atomic
     def _close(self):
@@ -424,8 +465,7 @@ class _Owner:
             return False
         self._closed = True
         self._pollable.close()
-        if not self._inside:
-            self._raw.close()
+        (self._gate or self._raw).close()
         return True
 
     def __del__(self):
@@ -495,6 +535,8 @@ def server_tls(certificate, key=None, *, password=None, client_ca=None, alpn=())
 
 def _equipped(context, certificate, key, password, alpn):
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Some versions of Python take a connection that was cut for one that has ended: what was read may be but a part of it.
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     if certificate is not None:
         context.load_cert_chain(certificate, key, password)
     elif key is not None:
@@ -562,8 +604,8 @@ class _Tls:
         doing = "TLS" if self.is_done else "the TLS handshake"
         if isinstance(error, ssl.SSLEOFError) or reason == "UNEXPECTED_EOF_WHILE_READING":
             if self.is_done:
-                kind, why = BrokenError, ("the connection was cut without a TLS goodbye (close_notify): what was read may be less "
-                                          "than the peer has sent")
+                kind, why = BrokenError, ("the connection was cut without a TLS goodbye (close_notify): what was read may be "
+                                          "less than the peer has sent")
             else:
                 reason, why = "UNEXPECTED_EOF", "the peer closed the connection; perhaps it refuses us, or speaks no TLS"
         elif isinstance(error, ssl.SSLCertVerificationError):
@@ -709,6 +751,10 @@ class _Tls:
 
 # ---- sockets --------------------------------------------------------------------------------------------------
 
+# Who reads by the short way, which does not ask for the task.
+_SOMEBODY = "another task"
+
+
 class _Stream(_Owner):
     """How a connection reads and writes; Socket is what users see of it."""
 
@@ -718,7 +764,7 @@ class _Stream(_Owner):
     def __init__(self, raw, network=None, pollable=None, peer=None):
         super().__init__(raw, network, pollable)
         self._recv, self._send = self._call(raw.recv), self._call(raw.send)     # kept bound, and exchanged by _close()
-        self._reader = self._writer = None      # the task that reads, writes (N1)
+        self._reader = self._writer = None      # the task that reads, writes (N1), or _SOMEBODY
         self._buffer = bytearray()              # received, and not yet read
         self._tls = None
         self._received = self._sent = 0         # bytes
@@ -767,7 +813,8 @@ class _Stream(_Owner):
         self._writer = None
 
     def _busy(self, verb, task):
-        return flowcoro.BusyError(f"{self!r} is being {verb} by {task!r} already; one task at a time")
+        return flowcoro.BusyError(f"{self!r} is being {verb} by {task} already; one task at a time (flowcoro.dump_tasks() shows "
+                                  "who waits for what)")
 
     def _broken(self, error, doing):
         """What to raise for the system's error."""
@@ -839,9 +886,9 @@ class _Stream(_Owner):
             self._sent += sent
             return sent
 
-    async def _pull(self, max_bytes):
-        """The next bytes for the reader, b"" at the end."""
-        return await (self._receive(max_bytes) if self._tls is None else self._tls.read(self, max_bytes))
+    def _pull(self, max_bytes):
+        """To be awaited: the next bytes for the reader, b"" at the end."""
+        return self._receive(max_bytes) if self._tls is None else self._tls.read(self, max_bytes)
 
     def _take(self, count):
         buffer = self._buffer
@@ -855,15 +902,21 @@ class _Stream(_Owner):
         return taken
 
     async def _read_otherwise(self, max_bytes):
-        """read() where it takes more than a system call (N2)."""
+        """read() where it takes more than a system call (N2), or its task has had its turn."""
+        await _turn()
+        _whole(max_bytes, 1, f"read({max_bytes!r})")
         self._begin_read()
         try:
             return self._take(max_bytes) if self._buffer else await self._pull(max_bytes)
         finally:
             self._end_read()
 
-    async def _write_otherwise(self, view):
-        """write() of what did not fit at once, or goes through TLS."""
+    async def _write_otherwise(self, data):
+        """write() where it takes more than a system call, or its task has had its turn."""
+        await _turn()
+        await self._write_rest(_as_bytes(data, "write()"))
+
+    async def _write_rest(self, view):
         self._begin_write()
         try:
             await self._push(view)
@@ -1020,7 +1073,7 @@ class _Secured(_Bulk):
 
         tls: an ssl.SSLContext, or True for client_tls(). server_name: the name that the certificate must be for (and SNI); a
         client that verifies needs it. TlsError, also if anything was received that has not been read: somebody in the middle
-        may have put it there. Errors and cancellation leave the connection unusable.
+        may have put it there. Errors leave the connection unusable. Cancelled: handshake() goes on with it.
         """
         await _turn()
         context = _as_context(tls, server_side)
@@ -1071,7 +1124,7 @@ class _Secured(_Bulk):
         return self._tls and self._tls.object.selected_alpn_protocol()
 
 
-_current_task, _checkpoint = flowcoro.current_task, flowcoro.checkpoint
+_current_task = flowcoro.current_task
 
 
 class Socket(_Secured):
@@ -1086,28 +1139,25 @@ class Socket(_Secured):
     __slots__ = ()
 
     # read() and write() are written out for speed: an echo of 1 KiB makes little else, and each coroutine more on the way
-    # costs as much as 5% of it. All that is rare goes through _read_otherwise() and _write_otherwise().
+    # costs 2 % of it. Who waits is a checkpoint anyway, so it is not asked which task this is: 1 %. All that is rare goes
+    # through _read_otherwise() and _write_otherwise(), which ask everything anew.
 
     async def read(self, max_bytes=CHUNK):
         """From 1 to `max_bytes` bytes, as soon as there are any; b"" at the end, again and again. Cancelled: nothing consumed.
 
         The end is what the peer has said; with TLS its goodbye. A connection that was cut before that is a BrokenError.
         """
-        task = _current_task()
-        if task.budget > 0:
-            task.budget -= 1
-        else:
-            await _checkpoint()
-        if max_bytes.__class__ is not int or max_bytes < 1:
-            _whole(max_bytes, 1, f"read({max_bytes!r})")
-        if self._reader is not None:
-            raise self._busy("read", self._reader)
-        if self._special:
+        if self._special or self._reader is not None or max_bytes.__class__ is not int or max_bytes < 1:
             return await self._read_otherwise(max_bytes)
         pollable = self._pollable
+        if pollable.readable:
+            task = _current_task()
+            if task.budget <= 0:
+                return await self._read_otherwise(max_bytes)
+            task.budget -= 1
         while True:
             if not pollable.readable:
-                self._reader = task
+                self._reader = _SOMEBODY
                 try:
                     await pollable.wait_readable()
                 except flowcoro.ClosedError as error:
@@ -1137,29 +1187,23 @@ class Socket(_Secured):
 
         When the peer does not read, this waits. Cancelled: an unknown part was sent; with TLS, of whole records.
         """
+        pollable = self._pollable
+        if self._special or self._writer is not None or data.__class__ is not bytes or not pollable.writable:
+            return await self._write_otherwise(data)
         task = _current_task()
-        if task.budget > 0:
-            task.budget -= 1
-        else:
-            await _checkpoint()
-        if self._writer is not None:
-            raise self._busy("written", self._writer)
-        if data.__class__ is not bytes:
-            data = _as_bytes(data, "write()")
-        if not self._special and self._pollable.writable:
-            try:
-                sent = self._send(data, _NO_SIGNAL)
-            except BlockingIOError:
-                self._pollable.writable = False
-            except OSError as error:
-                raise self._broken(error, "writing") from error
-            else:
-                self._sent += sent
-                if sent == len(data):
-                    return
-                self._pollable.writable = False
-                data = memoryview(data)[sent:]
-        await self._write_otherwise(memoryview(data))
+        if task.budget <= 0:
+            return await self._write_otherwise(data)
+        task.budget -= 1
+        try:
+            sent = self._send(data, _NO_SIGNAL)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise self._broken(error, "writing") from error
+        self._sent += sent
+        if sent != len(data):
+            pollable.writable = False
+            await self._write_rest(memoryview(data)[sent:])
 
     async def read_exactly(self, count):
         """Exactly `count` bytes; b"" for 0. BrokenError when the peer ends before: read() still gives what has come.
@@ -1286,9 +1330,10 @@ class Socket(_Secured):
         return self._peer
 
     def statistics(self):
-        """{"bytes_received", "bytes_sent": as on the wire, "bytes_buffered": received (and decrypted) and not yet read, "reading", "writing":
-        whether a task does, "tls": its version or None}"""
-        return {"bytes_received": self._received, "bytes_sent": self._sent, "bytes_buffered": len(self._buffer) + (len(self._tls.early) + self._tls.object.pending() if self._tls else 0),
+        """{"bytes_received", "bytes_sent": as on the wire, "bytes_buffered": received (and decrypted) and not yet read,
+        "reading", "writing": whether a task does, "tls": its version or None}"""
+        decrypted = len(self._tls.early) + self._tls.object.pending() if self._tls else 0
+        return {"bytes_received": self._received, "bytes_sent": self._sent, "bytes_buffered": len(self._buffer) + decrypted,
                 "reading": self._reader is not None, "writing": self._writer is not None,
                 "tls": self._tls and self._tls.object.version()}
 
@@ -1462,16 +1507,17 @@ async def _connect_unix(network, path):
             raise _not_connected(_shown(path), [(path, error.with_traceback(None))]) from error
 
 
-# ---- servers --------------------------------------------------------------------------------------------------
+# ---- servers: the base ----------------------------------------------------------------------------------------
 
 class _Listener(_Owner):
     """One address that a server listens on."""
 
-    __slots__ = ("_accept",)
+    __slots__ = ("_accept", "_another")
 
-    def __init__(self, raw, network):
+    def __init__(self, raw, network, another=None):
         super().__init__(raw, network)
         self._accept = self._call(raw.accept)
+        self._another = another             # a function that makes a raw socket on the same address, if that may be shared
 
     def _close(self):
         if not super()._close():
@@ -1530,11 +1576,408 @@ class _Drain:
         await self.empty.park_unless(lambda: not self.open)
 
 
+def _is_the_peers(error):
+    if isinstance(error, ExceptionGroup):
+        return all(map(_is_the_peers, error.exceptions))
+    return isinstance(error, (BrokenError, TlsError))
+
+
+def _listening(network, family, address, backlog, prepare):
+    """A raw socket that listens. OSError that names the address."""
+    raw = network.socket(family, socket.SOCK_STREAM, 0)
+    try:
+        prepare(raw)
+        raw.bind(address)
+        raw.listen(backlog)
+        return raw
+    except BaseException as error:
+        raw.close()
+        if isinstance(error, OSError):
+            raise _refused(error, "listen on", address) from error
+        raise
+
+
+def _listen(network, family, address, backlog, prepare, shared=False):
+    """A _Listener. OSError that names the address."""
+    raw = _listening(network, family, address, backlog, prepare)
+    try:
+        local = raw.getsockname()
+        another = functools.partial(_listening, network, family, local, backlog, prepare) if shared else None
+        listener = _Listener(raw, network, another)
+    except BaseException:
+        raw.close()
+        raise
+    listener._local = local
+    return listener
+
+
+# ---- several processes ----------------------------------------------------------------------------------------
+
+def _flush():
+    for file in sys.stdout, sys.stderr:
+        try:
+            if file is not None:
+                file.flush()
+        except (OSError, ValueError):           # closed, or whoever reads it is gone
+            pass
+
+
+def _fork():
+    """os.fork(), which from Python 3.12 on warns when there are threads: to_thread()'s, which wait for work and hold nothing."""
+    _flush()                                    # else both would write what is in there
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+        return os.fork()
+
+
+class _Process:
+    """A worker process, as the supervisor sees it."""
+
+    # What it counts, in memory that both see: the numbers of _Server.counts(), 8 bytes each.
+    COUNTS = 6
+
+    def __init__(self, place):
+        self.place = place
+        self.shared = mmap.mmap(-1, 8 * self.COUNTS)
+        self.counts = memoryview(self.shared).cast("Q")
+        self.ready, self.tell = os.pipe()           # it writes a byte once it serves
+        self.pid = self.pidfd = None
+        self.started = flowcoro.now()
+        self.serving, self.ended = flowcoro.Event(), flowcoro.Event()
+        self.status = None          # its exit status, or minus the number of the signal that killed it
+
+    def close_tell(self):
+        self.tell = self.closed(self.tell)
+
+    @staticmethod
+    def closed(fd):
+        if fd is not None:
+            os.close(fd)
+
+    def send_signal(self, number):
+        if self.status is None:
+            try:
+                os.kill(self.pid, number)
+            except ProcessLookupError:              # reaped by something else in this program
+                pass
+
+    def reap(self, options=0):
+        """Whether it has ended (P2)."""
+        try:
+            pid, status = os.waitpid(self.pid, options)
+        except ChildProcessError:                   # something else in this program waits for all children
+            self.status = 0
+        else:
+            if not pid:
+                return False
+            self.status = os.waitstatus_to_exitcode(status)
+        del self.place.supervisor.processes[self.pid]
+        self.place.supervisor.add(self.counts)
+        self.ended.set()
+        return True
+
+    def close(self):
+        self.close_tell()
+        self.ready, self.pidfd = self.closed(self.ready), self.closed(self.pidfd)
+
+    async def wait_until_serving(self):
+        """Until it serves or has ended."""
+        pollable = flowcoro.Pollable(self.ready)
+        try:
+            pollable.readable = False
+            await pollable.wait_readable()
+            if os.read(self.ready, 1):
+                self.serving.set()
+        finally:
+            pollable.close()
+
+    async def wait(self):
+        """Until it has ended, and is reaped."""
+        try:
+            self.pidfd = os.pidfd_open(self.pid)
+        except (AttributeError, OSError):           # no such system call, or not allowed here
+            while not self.reap(os.WNOHANG):
+                await flowcoro.sleep(LOOK)
+            return
+        pollable = flowcoro.Pollable(self.pidfd)
+        try:
+            pollable.readable = False
+            await pollable.wait_readable()
+        finally:
+            pollable.close()
+        self.reap()
+
+    def __str__(self):
+        how = (f"was killed by signal {-self.status} ({signal.strsignal(-self.status)})" if self.status < 0
+               else f"ended with exit status {self.status}")
+        return f"worker process {self.pid} {how}"
+
+
+class _Place:
+    """What one worker process after the other serves: its listening sockets, one for each address."""
+
+    def __init__(self, supervisor, raws):
+        self.supervisor, self.raws = supervisor, raws
+        self.process = None         # the one that is to be there
+        self.delay = 0.0            # seconds until the next one, after this has died
+
+
+class _Supervisor:
+    """serve() in several processes: keeps one in each place."""
+
+    def __init__(self, server, handler, count, reload, drain_timeout, options):
+        self.server, self.handler, self.reload = server, handler, reload
+        self.drain_timeout, self.options = drain_timeout, options
+        self.places = [_Place(self, [listener._raw for listener in server._listeners])]
+        self.processes = {}                     # process id -> _Process, until it is reaped
+        self.totals = [0] * _Process.COUNTS     # what those counted that have ended
+        self.restarts = 0
+        self.stopping = False
+        self.reload_asked = flowcoro.Event()
+        self.count = count
+        self.watchers = None                    # the TaskGroup of those who watch a process each
+        self.lifeline = self.hangups = None     # pipes: (read, write)
+
+    # -- the supervisor itself
+
+    async def run(self):
+        """Until the server is closed, or a stop requested, and all have ended."""
+        try:
+            self.open()
+            async with flowcoro.TaskGroup() as self.watchers:
+                try:
+                    async with flowcoro.TaskGroup() as group:
+                        group.spawn(self.server._close_on_stop(), name="close the server on a stop")
+                        group.spawn(self.hear_hangups(), name="hear SIGHUP")
+                        group.spawn(self.replace_when_asked(), name="replace the worker processes when asked")
+                        for place in self.places:
+                            place.process = self.start(place)
+                        await self.server._closing.wait()
+                        group.cancel()
+                    self.stop_listening()
+                    await self.end_all((signal.SIGTERM, self.drain_timeout + END_TIMEOUT))
+                finally:
+                    self.stop_listening()
+                    with flowcoro.CancelScope(shield=True):
+                        await self.end_all((signal.SIGTERM, END_TIMEOUT / 4), (signal.SIGTERM, END_TIMEOUT),
+                                           (signal.SIGKILL, math.inf))
+                    self.watchers.cancel()
+        finally:
+            self.close()
+
+    def open(self):
+        """The listening sockets, watched by none but those who accept; pipes; the handler of SIGHUP."""
+        for listener in self.server._listeners:
+            listener._pollable.close()
+        self.lifeline, self.hangups = os.pipe(), os.pipe()
+        for fd in self.hangups:
+            os.set_blocking(fd, False)
+        for _ in range(self.count - 1):
+            place = _Place(self, [])
+            self.places.append(place)
+            for listener in self.server._listeners:
+                place.raws.append(listener._raw if listener._another is None else listener._another())
+        if (threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP")
+                and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL):
+            signal.signal(signal.SIGHUP, self.on_hangup)
+
+    def close(self):
+        """Nothing is left, whatever has happened before: signals, processes, descriptors."""
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == self.on_hangup:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        for process in list(self.processes.values()):       # the shield was dropped by a second signal
+            process.send_signal(signal.SIGKILL)
+            until = time.monotonic() + END_TIMEOUT          # but one that hangs in the operating system cannot be waited for
+            while not process.reap(os.WNOHANG) and time.monotonic() < until:
+                time.sleep(0.001)
+            process.close()
+        for fd in (self.lifeline or ()) + (self.hangups or ()):
+            os.close(fd)
+        self.stop_listening()
+
+    def stop_listening(self):
+        self.stopping = True
+        self.server.close_nowait()
+        for place in self.places[1:]:
+            for raw in place.raws:
+                raw.close()
+
+    async def end_all(self, *stages):
+        """Send each (signal, seconds) to all that live, until none does."""
+        for number, seconds in stages:
+            for process in self.processes.values():
+                process.send_signal(number)
+            with flowcoro.move_on_after(seconds):
+                for process in list(self.processes.values()):
+                    await process.ended.wait()
+
+    # -- processes
+
+    def start(self, place):
+        """Fork one. OSError: the system has no more of them."""
+        process = _Process(place)
+        try:
+            process.pid = _fork()
+            if not process.pid:
+                self.be_a_worker(process)
+        except BaseException:
+            process.close()
+            raise
+        process.close_tell()
+        self.processes[process.pid] = process
+        self.watchers.spawn(self.watch(process), name=f"watch worker process {process.pid}")
+        return process
+
+    async def watch(self, process):
+        try:
+            with flowcoro.CancelScope(shield=True):
+                await process.wait_until_serving()
+                await process.wait()
+        finally:
+            process.close()
+        place = process.place
+        while not self.stopping and place.process is process:       # else it was replaced, or is not yet there
+            place.delay = (RESTART if flowcoro.now() - process.started >= STEADY or not place.delay
+                           else min(2 * place.delay, LONGEST_RESTART))
+            _report(ChildProcessError(str(process)), f"{self.server!r}: a worker process has died; the next one starts in "
+                    f"{place.delay:g} s")
+            await flowcoro.sleep(place.delay)
+            if self.stopping or place.process is not process:
+                return
+            try:
+                place.process = self.start(place)
+            except OSError as error:
+                _report(error, f"{self.server!r}: no worker process can be started for the moment; it is tried again")
+            else:
+                self.restarts += 1
+
+    async def retire(self, process):
+        """Have one end that has been replaced."""
+        process.send_signal(signal.SIGTERM)
+        with flowcoro.move_on_after(self.drain_timeout + END_TIMEOUT):
+            await process.ended.wait()
+        process.send_signal(signal.SIGKILL)
+
+    def add(self, counts):
+        """Keep what a process has counted; what it had open is not."""
+        counts[0] = 0
+        for index, count in enumerate(counts):
+            self.totals[index] += count
+
+    def counts(self):
+        return [sum(column) for column in zip(self.totals, *(process.counts for process in self.processes.values()))]
+
+    # -- reloading
+
+    def on_hangup(self, number, frame):
+        try:
+            os.write(self.hangups[1], b"h")
+        except BlockingIOError:                 # enough of them wait to be heard
+            pass
+
+    async def hear_hangups(self):
+        pollable = flowcoro.Pollable(self.hangups[0])
+        try:
+            while True:
+                pollable.readable = False
+                try:
+                    os.read(self.hangups[0], 100)
+                except BlockingIOError:
+                    await pollable.wait_readable()
+                else:
+                    self.reload_asked.set()
+        finally:
+            pollable.close()
+
+    async def replace_when_asked(self):
+        while True:
+            await self.reload_asked.wait()
+            self.reload_asked.clear()
+            try:
+                await self.replace_all()
+            except Exception as error:          # of reload=, or no process can be forked
+                _report(error, f"{self.server!r}: reloading failed; the worker processes that have not been replaced go on")
+
+    async def replace_all(self):
+        """One after the other: the old one is asked to end once the new one serves."""
+        if self.reload is not None:
+            found = self.reload()
+            if inspect.isawaitable(found):
+                found = await found
+            if found is not None:
+                self.handler = found
+        for place in self.places:
+            new = self.start(place)
+            await flowcoro.when_any(new.serving.wait(), new.ended.wait())
+            if new.status is not None:
+                raise ChildProcessError(f"{new}, before it served")
+            old, place.process, place.delay = place.process, new, 0.0
+            self.watchers.spawn(self.retire(old), name=f"retire worker process {old.pid}")
+
+    # -- in the worker process
+
+    def be_a_worker(self, process):
+        """Serve, in the child of the fork, and never return."""
+        status = 1
+        try:
+            gc.freeze()         # what is the parent's is not for this process to finalize
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)       # so that run() takes it, whatever the supervisor had there
+            signal.signal(signal.SIGINT, signal.SIG_IGN)        # a terminal sends these to all; the supervisor decides
+            if hasattr(signal, "SIGHUP"):
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            os.close(self.lifeline[1])
+            for fd in self.hangups:
+                os.close(fd)
+            process.closed(process.ready)
+            for other in self.processes.values():
+                other.close()
+            for raw in {raw for place in self.places for raw in place.raws} - set(process.place.raws):
+                raw.close()
+            flowcoro.run(self.serve(process), workers=1, grace=self.drain_timeout + END_TIMEOUT / 2)
+            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            _flush()
+            os._exit(status)
+
+    async def serve(self, process):
+        listeners = []
+        for raw, listener in zip(process.place.raws, self.server._listeners):
+            listeners.append(_Listener(raw, _network()))
+            listeners[-1]._local = listener._local
+        server = type(self.server)(listeners, self.server._context)
+        server._shared = process.counts
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(self.hold_lifeline(), name="watch for the end of the supervisor")
+            serving = group.spawn(server.serve(self.handler, drain_timeout=self.drain_timeout, **self.options))
+            os.write(process.tell, b"s")
+            process.close_tell()
+            await serving
+            group.cancel()
+
+    async def hold_lifeline(self):
+        """Nobody ever writes there, so what comes is the end (P1)."""
+        pollable = flowcoro.Pollable(self.lifeline[0])
+        try:
+            pollable.readable = False
+            await pollable.wait_readable()
+        finally:
+            pollable.close()
+        flowcoro.request_stop()
+
+
+# ---- servers --------------------------------------------------------------------------------------------------
+
 class _Server:
     """What TcpServer and UnixServer share: a server listens, and gives out each connection once."""
 
     def __init__(self, listeners, context):
         self._listeners, self._context = listeners, context
+        self._supervisor = None         # while serve(processes=) runs
+        self._shared = None             # in a worker process: where the supervisor sees the counts
         self._drain = None              # while serve() runs
         self._closing = flowcoro.Event()
         self._accepted = self._failed = self._broken = self._unshaken = self._pauses = 0
@@ -1617,7 +2060,7 @@ class _Server:
     # -- serving
 
     async def serve(self, handler, *, max_connections=math.inf, drain_timeout=DRAIN_TIMEOUT,
-                    handshake_timeout=HANDSHAKE_TIMEOUT):
+                    handshake_timeout=HANDSHAKE_TIMEOUT, processes=None, reload=None):
         """Run `handler(sock)` (async) in a task of its own for each connection, and close that when it returns.
 
         Returns when close() was called or a stop requested (SIGTERM, flowcoro.request_stop()): it accepts no more, waits
@@ -1625,6 +2068,14 @@ class _Server:
         goes to sys.unraisablehook and ends its connection alone; BrokenError and failed handshakes, which are the peers', are
         only counted. max_connections: at once; more wait in the backlog. handshake_timeout: seconds, of TLS.
         BusyError when it is being served already, ClosedError when closed. Cancelled: handlers are too, and it is closed.
+
+        processes: how many worker processes are forked, which serve; max_connections holds for each. This one supervises: one
+        that dies is reported to sys.unraisablehook and replaced after 0.1 s, or longer each time if it dies again soon, up to
+        10 s; a stop reaches all. SIGHUP, or reload(), replaces them one by one, and no connection is lost; before, `reload` (a
+        function, may be async) is called here: what it returns, if not None, is the new handler, and after an error the old
+        ones go on. With listen(reuse_port=True) each has a queue of its own (SO_REUSEPORT), else they share one. Workers ignore
+        SIGINT and SIGHUP, and stop when the supervisor is gone. They get copies of all that is in memory and of all
+        descriptors: call it early. RuntimeError with several workers (threads) or on another network than the system's.
         """
         if not callable(handler):
             raise TypeError(f"serve({handler!r}): give an async function that takes a Socket, not called yet")
@@ -1632,6 +2083,12 @@ class _Server:
         if max_connections != math.inf:
             slots = flowcoro.Semaphore(_whole(max_connections, 1, f"max_connections={max_connections!r}", "connections"))
         limits = _seconds(drain_timeout, "drain_timeout"), _seconds(handshake_timeout, "handshake_timeout")
+        if processes is not None:
+            options = {"max_connections": max_connections, "handshake_timeout": handshake_timeout}
+            await self._supervise(handler, _checked_processes(processes), reload, limits[0], options)
+            return
+        if reload is not None:
+            raise ValueError("reload= needs processes=: it is called before worker processes are replaced")
         self._begin_serving()
         try:
             async with flowcoro.TaskGroup() as handlers:
@@ -1650,6 +2107,23 @@ class _Server:
                 handlers.cancel()
         finally:
             self._drain = None
+
+    async def _supervise(self, handler, processes, reload, drain_timeout, options):
+        if reload is not None and not callable(reload):
+            raise TypeError(f"reload={reload!r}: give a function; it is called without arguments")
+        await _turn()
+        self._begin_serving()
+        try:
+            self._supervisor = _Supervisor(self, handler, processes, reload, drain_timeout, options)
+            await self._supervisor.run()
+        finally:
+            self._drain = None
+
+    def reload(self):
+        """As SIGHUP for serve(processes=): replace the worker processes, one by one. RuntimeError if there are none."""
+        if self._supervisor is None or self._drain is None:
+            raise RuntimeError(f"{self!r} has no worker processes: reload() is for serve(processes=), while it runs")
+        self._supervisor.reload_asked.set()
 
     @flowcoro.atomic
     def _begin_serving(self):
@@ -1680,6 +2154,7 @@ class _Server:
                 continue
             handling = self._handle(sock, handler, slots, handshake_timeout)
             self._drain.add(sock)
+            self._show()
             try:
                 handlers.spawn(handling, name=f"serve {_shown(sock.peer)}")
             except BaseException:               # too many in a cancelled group
@@ -1708,6 +2183,7 @@ class _Server:
             if slots is not None:
                 slots.release()
             self._drain.remove(sock)
+            self._show()
 
     # -- the end, and what there is to know
 
@@ -1747,37 +2223,41 @@ class _Server:
 
     def statistics(self):
         """{"connections": those of serve() now, "accepted": in all, "failed": handlers that raised, "broken": connections that
-        their peers broke, "handshakes_failed", "pauses": how often accepting had to pause}"""
-        drain = self._drain
-        return {"connections": len(drain.open) if drain else 0, "accepted": self._accepted, "failed": self._failed,
-                "broken": self._broken, "handshakes_failed": self._unshaken, "pauses": self._pauses}
+        their peers broke, "handshakes_failed", "pauses": how often accepting had to pause}; of serve(processes=) for all of them
+        together, with "processes": their numbers, "restarts": how many have died and were replaced
+        """
+        supervisor = self._supervisor
+        counts = self._counts() if supervisor is None else supervisor.counts()
+        found = dict(zip(("connections", "accepted", "failed", "broken", "handshakes_failed", "pauses"), counts, strict=True))
+        if supervisor is not None:
+            found |= {"processes": list(supervisor.processes), "restarts": supervisor.restarts}
+        return found
+
+    def _counts(self):
+        return (len(self._drain.open) if self._drain else 0, self._accepted, self._failed, self._broken, self._unshaken,
+                self._pauses)
+
+    def _show(self):
+        """In a worker process: to the supervisor."""
+        if self._shared is not None:
+            for index, count in enumerate(self._counts()):
+                self._shared[index] = count
 
     def __repr__(self):
         return (f"<{type(self).__name__} on {', '.join(_shown(listener._local) for listener in self._listeners)}"
                 f"{' with TLS' if self._context else ''}{' closed' if self.closed else ''}>")
 
 
-def _is_the_peers(error):
-    if isinstance(error, ExceptionGroup):
-        return all(map(_is_the_peers, error.exceptions))
-    return isinstance(error, (BrokenError, TlsError))
-
-
-def _listen(network, family, address, backlog, prepare):
-    """A _Listener. OSError that names the address."""
-    raw = network.socket(family, socket.SOCK_STREAM, 0)
-    try:
-        prepare(raw)
-        raw.bind(address)
-        raw.listen(backlog)
-        listener = _Listener(raw, network)
-        listener._local = raw.getsockname()
-        return listener
-    except BaseException as error:
-        raw.close()
-        if isinstance(error, OSError):
-            raise _refused(error, "listen on", address) from error
-        raise
+def _checked_processes(processes):
+    _whole(processes, 1, f"processes={processes!r}", "processes")
+    if not hasattr(os, "fork"):
+        raise RuntimeError(f"processes={processes}: this system cannot fork")
+    if _of_kernel().several:
+        raise RuntimeError(f"processes={processes}: a fork takes only one thread along; use run(workers=1), or workers= without "
+                           "processes=")
+    if _network() is not _SYSTEM:
+        raise RuntimeError(f"processes={processes}: other processes do not see {_network()!r}")
+    return processes
 
 
 class TcpServer(_Server):
@@ -1788,7 +2268,7 @@ class TcpServer(_Server):
 
     @classmethod
     async def listen(cls, host, port, *, tls=None, backlog=BACKLOG, reuse_port=False, dual_stack=True):
-        """Listen on all addresses of `host` ("127.0.0.1", "localhost" …; "" or None: of this machine) and a port (0: a free one).
+        """Listen on all addresses of `host` ("127.0.0.1", "localhost" …; "" or None: of this machine) and a port (0: any free).
 
         tls: an ssl.SSLContext, as server_tls() makes it. backlog: connections that may wait to be accepted. reuse_port: several
         processes share the port. dual_stack: "" takes IPv4 and IPv6, by one socket where the system can.
@@ -1797,30 +2277,42 @@ class TcpServer(_Server):
         context = _as_context(tls, True)
         _whole(backlog, 1, f"backlog={backlog!r}", "connections")
         await _turn()
-        network, listeners = _network(), []
-        if host in ("", None):
-            found = [(socket.AF_INET6, ("::", port)), (socket.AF_INET, ("0.0.0.0", port))]
-            _checked_port(port)
+        everywhere = host in ("", None)
+        if everywhere:
+            found = [(socket.AF_INET6, ("::", _checked_port(port))), (socket.AF_INET, ("0.0.0.0", port))]
         else:
             found = [(family, address) for family, _, _, address in await resolve(host, port, flags=socket.AI_PASSIVE)]
-        try:
-            for family, address in found:
-                if host in ("", None) and listeners and dual_stack and _takes_both(listeners[0]):
-                    break
-                if port == 0 and listeners:
-                    address = address[0], listeners[0]._local[1], *address[2:]
-                prepare = functools.partial(_prepare_tcp, family, reuse_port, dual_stack and host in ("", None))
-                try:
-                    listeners.append(_listen(network, family, address, backlog, prepare))
-                except OSError as error:        # a machine without IPv6, or one that is switched off
-                    absent = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) and family == socket.AF_INET6
-                    if not absent or len(found) == 1:
-                        raise
-        except BaseException:
-            for listener in listeners:
-                listener._close()
-            raise
-        return cls(listeners, context)
+        for attempt in range(PORT_ATTEMPTS):
+            try:
+                return cls(_listen_on_all(found, port, backlog, reuse_port, dual_stack and everywhere), context)
+            except OSError as error:            # a port that was free on one address is not on another
+                if port or error.errno != errno.EADDRINUSE or attempt == PORT_ATTEMPTS - 1:
+                    raise
+
+
+def _listen_on_all(found, port, backlog, reuse_port, both):
+    """The _Listeners of a list of (family, address), on one port. OSError; then there is none."""
+    network, listeners, absent = _network(), [], None
+    try:
+        for family, address in found:
+            if listeners and both and _takes_both(listeners[0]):
+                break
+            if port == 0 and listeners:
+                address = address[0], listeners[0]._local[1], *address[2:]
+            prepare = functools.partial(_prepare_tcp, family, reuse_port, both)
+            try:
+                listeners.append(_listen(network, family, address, backlog, prepare, reuse_port))
+            except OSError as error:            # a machine without IPv6, or one where it is switched off
+                if family != socket.AF_INET6 or error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                    raise
+                absent = error.with_traceback(None)
+        if not listeners:
+            raise absent
+        return listeners
+    except BaseException:
+        for listener in listeners:
+            listener._close()
+        raise
 
 
 def _prepare_tcp(family, reuse_port, both, raw):

@@ -149,7 +149,8 @@ def test_bytes_that_fill_the_read_exactly_do_not_hide_those_behind(pair):
     run(main)
 
 
-@pytest.mark.parametrize("wrong, error", [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("1", TypeError), (True, TypeError)])
+@pytest.mark.parametrize("wrong, error", [
+    (0, ValueError), (-1, ValueError), (1.5, TypeError), ("1", TypeError), (True, TypeError)])
 def test_read_refuses_what_is_no_number_of_bytes(pair, wrong, error):
     async def main():
         near, _ = pair()
@@ -422,7 +423,8 @@ def test_write_many_sends_all_buffers_in_a_row(pair):
     run(main)
 
 
-@pytest.mark.parametrize("offset, count", [(0, None), (5, None), (0, 7), (1000, 3_000_000), (0, 0), (9_999_999, None), (3, 99_999_999)])
+@pytest.mark.parametrize("offset, count", [
+    (0, None), (5, None), (0, 7), (1000, 3_000_000), (0, 0), (9_999_999, None), (3, 99_999_999)])
 @pytest.mark.parametrize("kind", ["file", "memory"])
 def test_send_file_sends_the_part_asked_for(pair, tmp_path, kind, offset, count):
     content = os.urandom(100_003) * 50
@@ -564,7 +566,8 @@ def test_close_wakes_who_writes(pair, write, tmp_path):
             async def work():
                 with open(path, "rb") as file:
                     with pytest.raises(flowcoro.ClosedError, match="has been closed here"):
-                        await {"write": lambda: near.write(bytes(32 << 20)), "write_many": lambda: near.write_many([bytes(32 << 20)]),
+                        await {"write": lambda: near.write(bytes(32 << 20)),
+                               "write_many": lambda: near.write_many([bytes(32 << 20)]),
                                "send_file": lambda: near.send_file(file)}[write]()
 
             writer = await settled(group, work())

@@ -56,8 +56,8 @@ class Certificates:
             self.openssl("ca", "-batch", "-config", "ca.cnf", "-cert", "ca.pem", "-keyfile", "ca.key", "-in", f"{name}.csr",
                          "-out", f"{name}.pem", "-extensions", "ext", "-notext", "-startdate", dates[1], "-enddate", dates[3])
         else:
-            self.openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
-                         "-extfile", f"{name}.ext", "-extensions", "ext", "-out", f"{name}.pem")
+            self.openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
+                         "-days", "2", "-extfile", f"{name}.ext", "-extensions", "ext", "-out", f"{name}.pem")
         return str(self.directory / f"{name}.pem"), str(self.directory / f"{name}.key")
 
 
@@ -529,6 +529,154 @@ def test_a_reader_and_a_writer_that_come_together_make_one_handshake(certificate
                     assert await reader == b"from the client"
 
     run(main)
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------
+
+async def relayed(context, theirs, relay):
+    """(near, far): Sockets with TLS whose bytes pass through `relay(source, target)`, one call for each way."""
+    near, one = (Socket(each) for each in tcp_pair())
+    far, other = (Socket(each) for each in tcp_pair())
+    relaying = [flowcoro.spawn(relay(one, other)), flowcoro.spawn(relay(other, one))]
+    async with flowcoro.TaskGroup() as group:
+        group.spawn(near.start_tls(context, server_name="localhost"))
+        group.spawn(far.start_tls(theirs, server_side=True))
+    return near, far, one, other, relaying
+
+
+def test_records_that_come_one_byte_at_a_time_are_read_as_any_other(certificates):
+    async def relay(source, target):
+        with contextlib.suppress(flowcoro.ClosedError, BrokenError):
+            while data := await source.read(1):
+                await target.write(data)
+
+    async def main():
+        near, far, *others, relaying = await relayed(client_tls(ca=certificates.ca), server_tls(*certificates.good), relay)
+        async with near, far, others[0], others[1], flowcoro.TaskGroup() as group:
+            group.spawn(near.write(b"line\nand more"))
+            assert await far.read_until() == b"line\n" and await far.read_exactly(8) == b"and more"
+            await far.close()
+            assert await near.read() == b""
+            for task in relaying:
+                task.cancel()
+
+    run(main)
+
+
+@pytest.mark.parametrize("damage", ["changed", "repeated", "cut"])
+def test_who_meddles_with_records_is_found_out(certificates, damage):
+    """A byte that is changed, a record that comes twice (RFC 8446 section 5.2), and half a record before the end."""
+    meddle = [False]
+
+    async def relay(source, target):
+        with contextlib.suppress(flowcoro.ClosedError, BrokenError):
+            while data := await source.read():
+                if meddle[0] and damage == "changed":
+                    data = data[:-1] + bytes([data[-1] ^ 1])
+                if meddle[0] and damage == "repeated":
+                    data *= 2
+                if meddle[0] and damage == "cut":
+                    data = data[:-1]
+                await target.write(data)
+                if meddle[0] and damage == "cut":
+                    await target.close()
+
+    async def main():
+        near, far, *others, relaying = await relayed(client_tls(ca=certificates.ca), server_tls(*certificates.good), relay)
+        async with far, others[0], others[1]:
+            await near.write(b"well")
+            assert await far.read() == b"well"
+            meddle[0] = True
+            await near.write(b"harmed")
+            kind, said = (BrokenError, "cut without a TLS goodbye") if damage == "cut" else (TlsError, "TLS failed")
+            if damage == "repeated":
+                assert await far.read() == b"harmed"
+            for _ in range(2):
+                with pytest.raises(kind, match=said):
+                    await far.read()
+            if damage != "cut":
+                with pytest.raises(TlsError):
+                    await far.write(b"to nobody")
+            near.close_nowait()
+            for task in relaying:
+                task.cancel()
+
+    run(main)
+
+
+def test_a_reset_of_a_tls_connection_is_broken_and_stays_so(certificates):
+    async def main():
+        near, far = await tls_pair(certificates)
+        async with near:
+            await near.write(b"unread")
+            while not far._pollable.readable:
+                await flowcoro.sleep(0)
+            reset(far.raw)
+            far.close_nowait()
+            for _ in range(2):
+                with pytest.raises(BrokenError, match="lost while reading"):
+                    await near.read()
+            with pytest.raises(BrokenError):
+                for _ in range(1000):
+                    await near.write(b"x")
+
+    run(main)
+
+
+def test_a_peer_that_never_reads_makes_a_tls_write_wait_and_memory_stays_bounded(certificates):
+    import tracemalloc
+
+    async def main():
+        near, far = await tls_pair(certificates)
+        data = bytes(64 << 20)
+        async with far, near, flowcoro.TaskGroup() as group:
+            tracemalloc.start()
+            try:
+                writer = await settled(group, near.write(data))
+                assert tracemalloc.get_traced_memory()[1] < 8 << 20
+            finally:
+                tracemalloc.stop()
+            assert writer.state == "parked" and near.statistics()["bytes_sent"] < len(data)
+            writer.cancel()
+            near.close_nowait()         # a goodbye would wait for the peer
+
+    run(main)
+
+
+def test_a_second_reader_or_writer_of_a_tls_connection_is_told_that_it_is_busy(certificates):
+    async def main():
+        near, far = await tls_pair(certificates)
+        async with far, near, flowcoro.TaskGroup() as group:
+            reader = await settled(group, near.read())
+            writer = await settled(group, near.write(bytes(32 << 20)))
+            for again in near.read(), near.read_until(), near.write(b"x"), near.shutdown_write():
+                with pytest.raises(flowcoro.BusyError):
+                    await again
+            reader.cancel()
+            writer.cancel()
+            near.close_nowait()
+
+    run(main)
+
+
+def test_close_wakes_who_reads_and_writes_with_tls(certificates):
+    async def main():
+        near, far = await tls_pair(certificates)
+        async with far, flowcoro.TaskGroup() as group:
+            async def told(coro):
+                with pytest.raises(flowcoro.ClosedError):
+                    await coro
+
+            await settled(group, told(near.read()))
+            await settled(group, told(near.write(bytes(32 << 20))))
+            await near.close()
+
+    run(main)
+
+
+def test_a_name_loses_its_final_dot_and_its_zone_before_it_is_asked_for():
+    assert [flowcoro_net._name_for_tls(name) for name in ("host.example.", b"host.example", "fe80::1%eth0", None, "")] == [
+        "host.example", "host.example", "fe80::1", None, ""]
 
 
 # ---- foreign counterparts --------------------------------------------------------------------------------------
