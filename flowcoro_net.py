@@ -642,22 +642,24 @@ class _Tls:
     async def handshake(self, sock):
         """Make it, or wait until somebody has. Cancelled: the next one goes on with it."""
         async with self._doing:
-            data = b""
+            data, done = b"", False
             while not self.is_done:
                 if self.failure is not None:
                     raise self.error()
                 try:
                     self._alone(self._shake, data)
+                    done = True
                 except ssl.SSLWantReadError:
-                    data = b""
-                    await self.flush(sock)
-                    data = await self._receive(sock)
+                    pass
                 except ssl.SSLError as error:
                     self.flush_nowait(sock, True)           # the alert that tells the peer why
                     raise self.failed(sock, error) from error
-                else:
-                    await self.flush(sock)
+                data = b""
+                await self.flush(sock)
+                if done:
                     self.is_done = True
+                else:
+                    data = await self._receive(sock)
 
     def _decrypt(self, data, max_bytes):
         """What to read, in one step with the coming of `data`, so that say_goodbye() finds all of it or nothing."""

@@ -350,7 +350,8 @@ def test_socat_is_answered():
 
             answering = group.spawn(upper())
             command = ["socat", "-t", "1", "-", f"UDP:127.0.0.1:{sock.local[1]}"]
-            done = await flowcoro.to_thread(lambda: subprocess.run(command, input=b"hello", capture_output=True, timeout=PATIENCE))
+            done = await flowcoro.to_thread(
+                lambda: subprocess.run(command, input=b"hello", capture_output=True, timeout=PATIENCE))
             assert done.stdout == b"HELLO"
             answering.cancel()
 
