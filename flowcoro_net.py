@@ -778,13 +778,12 @@ class _Stream(_Owner):
     def _mark(self):
         """N2 after anything that it speaks of has changed."""
         self._special = (self._several or self._tls is not None or bool(self._buffer) or self._ended or self._shut
-                         or self._lost is not None or self._closed)
+                         or self._lost is not None)
 
     def _close(self):
         if not super()._close():
             return False
         self._recv = self._send = _no_more      # (a bound method would be a reference to itself)
-        self._special = True
         return True
 
     # -- who reads, and who writes

@@ -611,6 +611,23 @@ def test_a_reader_that_is_woken_and_has_not_run_is_still_the_reader(pair):
     run(main)
 
 
+def test_a_writer_that_is_woken_and_has_not_run_is_still_the_writer(pair):
+    async def main():
+        near, far = pair()
+        data = os.urandom(16 << 20)
+        async with flowcoro.TaskGroup() as group:
+            writer = await settled(group, near.write(data))
+            near._pollable.ready(2)
+            with pytest.raises(flowcoro.BusyError, match="is being written by .*write.* already"):
+                await near.write(b"in between")
+            reader = group.spawn(flowcoro.to_thread(drain, far))
+            await writer
+            near.close_nowait()
+            assert await reader == data
+
+    run(main)
+
+
 def test_a_reset_is_broken_and_stays_so():
     async def main():
         one, other = tcp_pair()

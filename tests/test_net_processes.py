@@ -246,6 +246,49 @@ OPTIONS = dict(processes=1)
     server.end()
 
 
+def test_one_that_has_lived_long_enough_is_replaced_as_soon_as_the_first(program):
+    server = program("""
+flowcoro_net.RESTART, flowcoro_net.STEADY = 0.01, 0
+OPTIONS = dict(processes=1)
+""")
+    for _ in range(3):
+        with server.connect() as client:
+            assert client.ask(b"exit 1") == b""
+    with server.connect() as client:
+        assert client.ask(b"x") == b"x"
+    assert server.said(r"the next one starts in (\S+) s") == ["0.01"] * 3
+    server.end()
+
+
+def test_one_that_was_replaced_and_does_not_end_is_killed(program):
+    server = program("""
+flowcoro_net.END_TIMEOUT = 0.05
+OPTIONS = dict(processes=1, drain_timeout=0.05)
+""")
+    [old] = server.pids()
+    os.kill(old, signal.SIGSTOP)
+    server.send_signal(signal.SIGHUP)
+    server.wait_for(lambda: not is_alive(old))
+    assert server.pids() != {old}
+    server.end()
+
+
+def test_a_second_and_a_third_sigterm_wait_for_nobody(program):
+    server = program("""
+flowcoro_net.END_TIMEOUT = 3600
+OPTIONS = dict(processes=2, drain_timeout=3600)
+""")
+    stopped = server.pids()
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    until = time.monotonic() + PATIENCE
+    while server.process.poll() is None:
+        assert time.monotonic() < until
+        server.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert server.process.returncode == 143 and not any(map(is_alive, stopped))
+
+
 def test_sigterm_lets_all_finish_what_they_have_begun(program):
     server = program()
     clients = [server.connect() for _ in range(40)]
@@ -298,6 +341,45 @@ def test_ctrl_c_ends_all_at_once(program):
         assert client.lines.read() == b""
     assert server.process.wait(PATIENCE) == -signal.SIGINT and not any(map(is_alive, found))
     assert server.said("KeyboardInterrupt")
+
+
+def test_a_worker_leaves_ctrl_c_and_hangups_to_the_supervisor(program):
+    server = program("OPTIONS = dict(processes=1)")
+    with server.connect() as client:
+        pid = client.pid()
+        for number in signal.SIGINT, signal.SIGHUP:
+            os.kill(pid, number)
+            assert client.pid() == pid
+    assert server.pids() == {pid}
+    server.end()
+
+
+def test_a_handler_of_sigterm_in_the_supervisor_is_not_the_workers(program):
+    server = program("""
+import signal
+signal.signal(signal.SIGTERM, lambda *args: print("asked", file=sys.stderr, flush=True))
+""")
+    first = server.pids()
+    server.send_signal(signal.SIGTERM)
+    server.wait_for(lambda: server.said("asked"))
+    assert server.pids() == first
+    for pid in first:
+        os.kill(pid, signal.SIGTERM)
+    server.wait_for(lambda: len(server.pids() - first) == 2)
+    assert len(server.said("ended with exit status 0")) == 2 and len(server.said("asked")) == 1
+    server.close()
+
+
+def test_a_worker_keeps_from_finalizing_what_is_the_supervisors(program):
+    server = program("""
+import gc
+async def handler(sock):
+    await sock.read_until()
+    await sock.write(b"%d\\n" % gc.get_freeze_count())
+""")
+    with server.connect() as client:
+        assert int(client.ask(b"?")) > 1000
+    server.end()
 
 
 def test_workers_end_when_the_supervisor_is_killed(program):

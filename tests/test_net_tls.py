@@ -285,6 +285,19 @@ def test_contexts_refuse_nonsense(certificates):
             make()
 
 
+def test_a_cut_is_not_taken_for_an_end_where_python_would(certificates, monkeypatch):
+    made, option = ssl.create_default_context, getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+
+    def lenient(*args, **options):
+        context = made(*args, **options)
+        context.options |= option
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", lenient)
+    for context in client_tls(), server_tls(*certificates.good):
+        assert not context.options & option
+
+
 # ---- what is not TLS -------------------------------------------------------------------------------------------
 
 def test_a_plain_client_on_a_tls_port_is_counted_and_harms_nobody(certificates, reports):
@@ -300,6 +313,26 @@ def test_a_plain_client_on_a_tls_port_is_counted_and_harms_nobody(certificates, 
 
     run(main)
     assert reports == []
+
+
+def test_the_alert_is_sent_also_when_a_write_makes_the_handshake(certificates):
+    old = client_tls(ca=certificates.ca)
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    new = server_tls(*certificates.good)
+    new.minimum_version = ssl.TLSVersion.TLSv1_3
+
+    async def main():
+        async with await TcpServer.listen("127.0.0.1", 0, tls=new) as server, flowcoro.TaskGroup() as group:
+            async def client():
+                with pytest.raises(TlsError, match="the peer refuses: .*protocol version"):
+                    await Socket.connect("127.0.0.1", server.local[1], tls=old)
+
+            group.spawn(client())
+            async with await server.accept() as sock:
+                with pytest.raises(TlsError, match="unsupported protocol|UNSUPPORTED_PROTOCOL|does not speak TLS"):
+                    await sock.write(b"x")
+
+    run(main)
 
 
 def test_a_tls_client_on_a_plain_port_is_told_that_the_peer_speaks_none():
@@ -446,13 +479,15 @@ def test_half_close_with_tls(certificates):
         near, far = await tls_pair(certificates)
         async with near, far:
             await far.write(b"x" * 50_000)          # under way while the goodbye goes the other way
+            assert await near.read(10) == b"x" * 10         # of several records that have come at once
             await near.write(b"question")
             await near.shutdown_write()
             await near.shutdown_write()
             assert await far.read() == b"question"
             assert await far.read() == b""
             await far.write(b"answer")
-            assert await near.read_exactly(50_006) == b"x" * 50_000 + b"answer"
+            assert near.statistics()["bytes_buffered"]
+            assert await near.read_exactly(49_996) == b"x" * 49_990 + b"answer"
             with pytest.raises(flowcoro.ClosedError):
                 await near.write(b"x")
             await far.close()
