@@ -56,18 +56,23 @@ INTERPRETER_OPTIONS = {"curio": ["-O"]}  # the head of cases_curio.py says why
 UNWANTED = ["PYTHONASYNCIODEBUG", "PYTHONDEVMODE", "PYTHONDONTWRITEBYTECODE", "PYTHONMALLOC",
             "PYTHONOPTIMIZE", "PYTHONPATH", "PYTHONPROFILEIMPORTTIME", "PYTHONTRACEMALLOC"]
 
+OF_PYTHON = ("bare", "asyncio", "blocking", "sendfile", "shutil")  # whose version is the interpreter's
+
 LIMIT = 900  # seconds until a measurement is given up; a peer's million tasks may take some minutes
 
 
 # ---- the cases ---------------------------------------------------------------------------------------------
 
+RATES = ("k/s", "GB/s")  # more is better
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One row of the tables. `operation` says what one operation is, and what is in it.
 
-    `targets` maps a peer, or another case, to the ratio to reach. `rounds_unasked` is set for cases that
-    are too long for every run: unless they are asked for by name, FlowCoro alone runs them, in at most so
-    many rounds.
+    `targets` maps a peer, or another case, to the ratio to reach; `limit` is what the figure itself must not
+    exceed. `rounds_unasked` is set for cases that are too long for every run: unless they are asked for by
+    name, FlowCoro alone runs them, in at most so many rounds.
     """
 
     name: str
@@ -76,10 +81,11 @@ class Case:
     operation: str
     targets: dict = dataclasses.field(default_factory=dict)
     rounds_unasked: int | None = None
+    limit: float | None = None
 
     @property
     def better(self):
-        return "more" if self.unit == "k/s" else "less"
+        return "more" if self.unit in RATES else "less"
 
 
 CASES = [
@@ -211,13 +217,19 @@ class Failed(Exception):
     """A contender's process printed no measurement; the text says why."""
 
 
-def ask(python, contender, word):
-    """What the contender's file prints when it is given `word`, in a process of its own."""
-    command = [python, *INTERPRETER_OPTIONS.get(contender, []),
-               str(HERE / "kernel_cases" / f"cases_{contender}.py"), word]
-    variables = {name: value for name, value in os.environ.items() if name not in UNWANTED}
+def command_of(python, folder, contender, *words):
+    """The command that runs the contender's file of a folder."""
+    return [python, *INTERPRETER_OPTIONS.get(contender, []), str(HERE / folder / f"cases_{contender}.py"), *words]
+
+
+def clean_environment():
+    return {name: value for name, value in os.environ.items() if name not in UNWANTED}
+
+
+def ask(command):
+    """What a command prints, as JSON, in a process of its own."""
     try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=variables)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=clean_environment())
         return json.loads(process.stdout)
     except subprocess.TimeoutExpired:
         raise Failed(f"no result in {LIMIT} seconds") from None
@@ -234,17 +246,31 @@ def contenders_of(case, contenders, asked):
     return [name for name in contenders if name != "bare" or case.name == "switch"]
 
 
-def measure(case, contenders, rounds, python):
-    """({contender: [figure of each round, in the case's unit]}, {contender: why it has none})."""
+def versions_of(python, folder, contenders, left_out):
+    """{contender: its version}. Those that say none go to `left_out`, with the reason, and all there are told."""
+    versions = {}
+    for name in contenders:
+        if name not in left_out:
+            try:
+                versions[name] = ask(command_of(python, folder, name, "version"))["version"]
+            except Failed as error:
+                left_out[name] = str(error)
+    for name, reason in left_out.items():
+        say(f"left out: {name}: {reason}")
+    return versions
+
+
+def measure(title, contenders, rounds, once):
+    """({contender: [what `once(contender)` gave in each round]}, {contender: why it has nothing})."""
     figures, failed = {name: [] for name in contenders}, {}
-    say(f"{case.title:30}", end="")
+    say(f"{title:30}", end="")
     began = time.monotonic()
     for number in range(rounds):
         first = number % len(contenders)
         for name in contenders[first:] + contenders[:first]:
             if name not in failed:
                 try:
-                    figures[name].append(IN_UNIT[case.unit](ask(python, name, case.name)["value"]))
+                    figures[name].append(once(name))
                 except Failed as error:
                     failed[name] = str(error)
                     del figures[name]
@@ -274,22 +300,32 @@ def judge(case, against, bound, ours, theirs):
     return {**target, **comparison, "verdict": "ok" if reached else "MISSED"}
 
 
-def summarize(results, contenders):
+def judge_alone(case, ours):
+    """The row of the targets for case.limit."""
+    target = {"case": case.name, "against": "-", "better": case.better, "bound": case.limit, "unit": case.unit}
+    if not ours:
+        return {**target, "verdict": "not measured"}
+    median = statistics.median(ours)
+    return {**target, "figure": median, "lowest": min(ours), "highest": max(ours),
+            "verdict": "ok" if median <= case.limit else "MISSED"}
+
+
+def summarize(known, results, contenders):
     """The report as it leaves with --json: figures and ratios of each case, then the targets.
 
-    `results` maps the name of a case to what measure() returned. Targets against contenders that were not
-    asked to take part are left out; those against one that failed are "not measured".
+    `known` maps the name of a case to the Case, `results` to what measure() returned. Targets against contenders
+    that were not asked to take part are left out; those against one that failed are "not measured".
     """
     cases, targets = {}, []
     for name, (figures, failed) in results.items():
-        case, ours = BY_NAME[name], figures.get("flowcoro")
+        case, ours = known[name], figures.get("flowcoro")
         cases[name] = {
             "title": case.title, "unit": case.unit, "better": case.better,
             "rounds": max(map(len, figures.values()), default=0),
             "figures": {who: {"median": statistics.median(rounds), "rounds": rounds}
                         for who, rounds in figures.items()},
             "ratios": {who: compare(ours, rounds) for who, rounds in figures.items()
-                       if ours and who != "flowcoro"},
+                       if ours and who != "flowcoro" and case.unit != "%" and all(rounds)},
             "failed": failed,
         }
         for against, bound in case.targets.items():
@@ -297,6 +333,8 @@ def summarize(results, contenders):
                 targets.append(judge(case, against, bound, ours, results[against][0].get("flowcoro")))
             elif against in contenders:
                 targets.append(judge(case, against, bound, ours, figures.get(against)))
+        if case.limit is not None:
+            targets.append(judge_alone(case, ours))
     return {"cases": cases, "targets": targets}
 
 
@@ -304,7 +342,7 @@ def summarize(results, contenders):
 
 def figure(value):
     """Three digits, or all of those before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:,.0f}" if value >= 100 or not value else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def ratio(value, better):
@@ -323,40 +361,17 @@ def print_table(rows, left):
 
 def print_report(report):
     cases = report["cases"]
-    contenders = [name for name in report["versions"]
-                  if any(name in case["figures"] for case in cases.values())]
-    with_version = [name for name in contenders if name not in ("bare", "asyncio")]  # the interpreter's own
+    with_version = [name for name in report["versions"] if name not in OF_PYTHON
+                    and any(name in case["figures"] for case in cases.values())]
     print(report["heading"])
     print(", ".join(f"{name} {report['versions'][name]}" for name in with_version), end="\n\n")
 
-    rows = [["case", "unit", *contenders]]
-    for case in cases.values():
-        figures = (case["figures"].get(name) for name in contenders)
-        rows.append([case["title"], case["unit"],
-                     *(figure(known["median"]) if known else "-" for known in figures)])
-    print_table(rows, 2)
-
-    others = contenders[1:]
-    if others not in ([], ["bare"]):
-        rows = [["FlowCoro divided by", *others]]
-        for case in cases.values():
-            if case["ratios"]:
-                ratios = (case["ratios"].get(name) for name in others)
-                rows.append([case["title"], *(ratio(known["ratio"], case["better"]) if known else "-   "
-                                              for known in ratios)])
-        print_table(rows, 1)
+    for group in report.get("groups", [list(cases)]):
+        if present := [cases[name] for name in group if name in cases]:
+            print_figures(present, report["versions"])
 
     if report["targets"]:
-        rows = [["target", "against", "ratio", "range", "wanted", ""]]
-        for target in report["targets"]:
-            against = BY_NAME[target["against"]].title if target["against"] in BY_NAME else target["against"]
-            reached, span = "-   ", "-"
-            if "ratio" in target:
-                reached = ratio(target["ratio"], target["better"])
-                span = f"{target['lowest']:.2f} - {target['highest']:.2f}"
-            wanted = f"at {'least' if target['better'] == 'more' else 'most'} {target['bound']:.4g}"
-            rows.append([cases[target["case"]]["title"], against, reached, span, wanted, target["verdict"]])
-        print_table(rows, 2)
+        print_targets(report["targets"], cases)
 
     for case in cases.values():
         if 0 < case["rounds"] < report["rounds"]:
@@ -366,6 +381,40 @@ def print_report(report):
     for case in cases.values():
         for name, reason in case["failed"].items():
             print(f"no figure: {case['title']}, {name}: {reason}")
+
+
+def print_figures(cases, known):
+    """The medians of some cases in columns, one for each contender that takes part, and their ratios."""
+    contenders = [name for name in known if any(name in case["figures"] for case in cases)]
+    rows = [["case", "unit", *contenders]]
+    for case in cases:
+        figures = (case["figures"].get(name) for name in contenders)
+        rows.append([case["title"], case["unit"],
+                     *(figure(known["median"]) if known else "-" for known in figures)])
+    print_table(rows, 2)
+
+    others = contenders[1:]
+    if others not in ([], ["bare"]):
+        rows = [["FlowCoro divided by", *others]]
+        for case in cases:
+            if case["ratios"]:
+                ratios = (case["ratios"].get(name) for name in others)
+                rows.append([case["title"], *(ratio(known["ratio"], case["better"]) if known else "-   "
+                                              for known in ratios)])
+        print_table(rows, 1)
+
+
+def print_targets(targets, cases):
+    rows = [["target", "against", "ratio", "range", "wanted", ""]]
+    for target in targets:
+        against = cases[target["against"]]["title"] if target["against"] in cases else target["against"]
+        reached, span = "-   ", "-"
+        if "lowest" in target:
+            reached = ratio(target["ratio"], target["better"]) if "ratio" in target else figure(target["figure"]) + "   "
+            span = f"{target['lowest']:.2f} - {target['highest']:.2f}"
+        wanted = f"at {'least' if target['better'] == 'more' else 'most'} {target['bound']:.4g} {target.get('unit', '')}"
+        rows.append([cases[target["case"]]["title"], against, reached, span, wanted.rstrip(), target["verdict"]])
+    print_table(rows, 2)
 
 
 def print_list():
@@ -378,13 +427,26 @@ def print_list():
 
 # ---- the command line --------------------------------------------------------------------------------------
 
-def parse(argv):
+def deliver(report, results, options):
+    """Print the report; the exit status."""
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report)
+
+    complete = all("flowcoro" in figures for figures, _ in results.values())
+    missed = any(target["verdict"] == "MISSED" for target in report["targets"])
+    return 1 if not complete or (options.check and missed) else 0
+
+
+def parser_of(what, script, peers, cases):
+    """What the command lines of this benchmark and of net.py have in common."""
     parser = argparse.ArgumentParser(
-        description="Measure FlowCoro's kernel, alone or next to its peers.",
-        epilog="The head of benchmarks/kernel.py says how it measures and how to read the tables.")
+        description=f"Measure FlowCoro's {what}, alone or next to its peers.",
+        epilog=f"The head of benchmarks/{script} says how it measures and how to read the tables.")
     parser.add_argument("--peers", action="store_true",
-                        help=f"next to {', '.join(PEERS)}, installed into an environment of their own")
-    parser.add_argument("--case", action="append", choices=[*BY_NAME, "alive"], metavar="NAME", default=[],
+                        help=f"next to {', '.join(peers)}, installed into an environment of their own")
+    parser.add_argument("--case", action="append", choices=cases, metavar="NAME", default=[],
                         help="only this case (may be given several times; --list names them)")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="rounds, 5 unless told otherwise")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -392,6 +454,10 @@ def parse(argv):
     parser.add_argument("--env", type=pathlib.Path, metavar="DIR", default=default_environment(),
                         help="where the peers' environment is or will be: %(default)s unless told otherwise")
     parser.add_argument("--list", action="store_true", help="say what each case does, and measure nothing")
+    return parser
+
+
+def parsed(parser, argv):
     options = parser.parse_args(argv)
     if options.repeat < 1:
         parser.error("--repeat needs at least 1 round")
@@ -400,7 +466,7 @@ def parse(argv):
 
 def main(argv=None):
     """Run the benchmark and print its report. 0, or 1: FlowCoro failed, or missed a target under --check."""
-    options = parse(argv)
+    options = parsed(parser_of("kernel", "kernel.py", PEERS, [*BY_NAME, "alive"]), argv)
     if options.list:
         print_list()
         return 0
@@ -408,15 +474,7 @@ def main(argv=None):
     python, left_out = sys.executable, {}
     if options.peers:
         python, left_out = prepare_environment(options.env.expanduser().absolute())
-    versions = {}
-    for name in ["flowcoro", "bare", *(PEERS if options.peers else [])]:
-        if name not in left_out:
-            try:
-                versions[name] = ask(python, name, "version")["version"]
-            except Failed as error:
-                left_out[name] = str(error)
-    for name, reason in left_out.items():
-        say(f"left out: {name}: {reason}")
+    versions = versions_of(python, "kernel_cases", ["flowcoro", "bare", *(PEERS if options.peers else [])], left_out)
     if not {"flowcoro", "bare"} <= versions.keys():
         return 1
 
@@ -427,20 +485,17 @@ def main(argv=None):
             rounds = options.repeat
             if case.rounds_unasked and not asked:
                 rounds = min(rounds, case.rounds_unasked)
-            results[case.name] = measure(case, contenders_of(case, list(versions), asked), rounds, python)
+
+            def once(contender, case=case):
+                return IN_UNIT[case.unit](ask(command_of(python, "kernel_cases", contender, case.name))["value"])
+
+            results[case.name] = measure(case.title, contenders_of(case, list(versions), asked), rounds, once)
 
     report = {"heading": f"FlowCoro's kernel, {versions['bare']}, {platform.system()} {platform.machine()}, "
                          f"{os.cpu_count()} cores, medians of {options.repeat} rounds",
               "rounds": options.repeat, "versions": versions, "left_out": left_out,
-              **summarize(results, list(versions))}
-    if options.json:
-        print(json.dumps(report, indent=2))
-    else:
-        print_report(report)
-
-    complete = all("flowcoro" in figures for figures, _ in results.values())
-    missed = any(target["verdict"] == "MISSED" for target in report["targets"])
-    return 1 if not complete or (options.check and missed) else 0
+              **summarize(BY_NAME, results, list(versions))}
+    return deliver(report, results, options)
 
 
 if __name__ == "__main__":

@@ -1226,7 +1226,7 @@ class Struck(Exception):
 
 @pytest.mark.parametrize("what, caller", [
     (flowcoro._reschedule, "_interrupt"), (flowcoro._reschedule, "unpark"), (flowcoro._reschedule, "_ring"),
-    (flowcoro._reschedule, "_wake"), (flowcoro.ParkingLot._abort, "_interrupt"), (flowcoro.Pollable._abort, "_interrupt"),
+    (flowcoro._reschedule, "_wake_reader"), (flowcoro.ParkingLot._abort, "_interrupt"), (flowcoro.Pollable._abort, "_interrupt"),
     (flowcoro.ParkingLot.unpark, "unpark_all"), (flowcoro._interrupt_inside, "cancel")], ids=lambda what: getattr(
         what, "__qualname__", what))
 def test_an_error_that_strikes_where_the_loop_wakes_or_cancels_a_task_ends_the_run_and_loses_none(what, caller):
@@ -1476,7 +1476,7 @@ def test_a_task_whose_edge_was_struck_is_not_woken_by_it_later(nobody_sees_a_dea
     slept = []
 
     async def main():
-        strike_once(flowcoro._reschedule, "_wake", "return")
+        strike_once(flowcoro._reschedule, "_wake_reader", "return")
         os.write(far, b"x")
         pollable.readable = False
         try:

@@ -1,0 +1,536 @@
+/* The load generator of net.py: one thread, one epoll, as many connections as asked for.
+
+   load echo     port=N connections=N size=BYTES seconds=S     each connection sends a request, awaits the answer, sends the next
+   load paced    port=N connections=N size=BYTES seconds=S     each connection sends one request a second, whatever the answers do
+   load connect  port=N connections=N size=BYTES seconds=S     connect, one request, one answer, close, and again
+   load push     port=N bytes=N repeat=N                       send so many bytes; the answer is how many have come
+   load pull     port=N bytes=N repeat=N                       ask for so many bytes and receive them
+
+   further: pattern=FILE     a MiB that what is sent is cut from, and what is pulled consists of
+            pid=N            the server's process: its processor time and its memory are reported too
+            tls=1            by TLS, without looking at the certificate; only when compiled with -DTLS -lssl -lcrypto
+            warm=S           seconds that are not counted, at the start
+            think=US         echo: microseconds between an answer and the next request, for a single connection; else the next
+                             one is there before a slow server has gone to sleep, and the fast one pays for waking up
+            spin=1           never sleep: a server that wakes this process up pays for that, some microseconds of processor
+                             time on top of each answer, which with clients elsewhere it would not
+
+   It prints one line of JSON and returns 0. It compares every byte of every answer; a wrong one, and whatever else
+   should not happen, ends it with a message and 1. It sets up at most 64 connections at a time, each proved by a
+   first answer, so that no backlog overflows. In `paced` a connection that breaks is counted and not replaced; an answer's time
+   counts from the moment at which its request was due, so a generator or a server that lags does not look fast.
+
+   SPDX-License-Identifier: MIT */
+
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef TLS
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#endif
+
+enum { PATTERN = 1 << 20, LARGEST = 1 << 20, AT_A_TIME = 64, EVENTS = 512, PIECE = 256 << 10 };
+
+/* Seconds: until all connections have to be set up, and until one answer has to be there. A bulk transfer gets PATIENCE
+   after its last byte of progress. */
+enum { SETTING_UP = 60, PATIENCE = 20 };
+
+typedef struct {
+    int fd;                     /* -1: broken, or not yet there */
+    uint32_t id, turn;          /* which connection, and its how many-th request: these choose the bytes */
+    uint32_t sent, received;    /* of the request, of the answer */
+    int busy, watches_out;      /* a request is under way; epoll reports room to write */
+    int64_t due;                /* when the request was due, or sent; nanoseconds */
+#ifdef TLS
+    SSL *ssl;
+#endif
+} Connection;
+
+static int port, number = 1, repeat = 1, use_tls, spin, think;
+static uint32_t size = 1024;
+static int64_t bytes = 1 << 30;
+static double seconds = 1, warm = 0.2;
+static long pid;
+static unsigned char pattern[PATTERN + LARGEST], scratch[LARGEST > PIECE ? LARGEST : PIECE];
+static Connection *all;
+static int epoll, is_paced, is_connect;
+static int setting_up, ready_count, broken, unanswered, skipped, counting;
+static int64_t answers, stop_at;
+static int64_t idle;            /* nanoseconds in which there was nothing to do */
+
+static uint32_t *times;         /* of the answers, in nanoseconds, 4.2 s at most */
+static size_t times_count, times_room;
+
+static void fail(const char *format, ...) {
+    va_list rest;
+    va_start(rest, format);
+    vfprintf(stderr, format, rest);
+    va_end(rest);
+    fputc('\n', stderr);
+    exit(1);
+}
+
+static int64_t nanoseconds(clockid_t clock) {
+    struct timespec now;
+    if (clock_gettime(clock, &now)) fail("the clock of process %ld cannot be read: %s", pid, strerror(errno));
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+static int64_t now(void) { return nanoseconds(CLOCK_MONOTONIC); }
+
+/* ---- what is measured ------------------------------------------------------------------------------------------- */
+
+typedef struct { int64_t at, idle, server; } Moment;
+
+/* The time, how much of it was idle, and the processor time that the server has used so far. */
+static Moment moment(void) {
+    Moment found = {now(), idle, 0};
+    clockid_t clock;
+    if (pid) {
+        if (clock_getcpuclockid(pid, &clock)) fail("process %ld has no clock: has the server ended?", pid);
+        found.server = nanoseconds(clock);
+    }
+    return found;
+}
+
+/* Bytes of memory that the server occupies. */
+static int64_t resident(void) {
+    char name[64];
+    long pages = 0;
+    if (!pid) return 0;
+    snprintf(name, sizeof name, "/proc/%ld/statm", pid);
+    FILE *file = fopen(name, "r");
+    if (!file || fscanf(file, "%*d %ld", &pages) != 1) fail("%s cannot be read: has the server ended?", name);
+    fclose(file);
+    return pages * (int64_t)sysconf(_SC_PAGESIZE);
+}
+
+static void count_answer(int64_t took) {
+    if (times_count == times_room) {
+        times_room = times_room ? 2 * times_room : 1 << 16;
+        if (!(times = realloc(times, times_room * sizeof *times))) fail("no memory for the times of the answers");
+    }
+    times[times_count++] = took > UINT32_MAX ? UINT32_MAX : (uint32_t)took;
+    answers++;
+}
+
+static int by_value(const void *one, const void *other) {
+    uint32_t a = *(const uint32_t *)one, b = *(const uint32_t *)other;
+    return (a > b) - (a < b);
+}
+
+static double quantile(double part) {
+    return times_count ? times[(size_t)(part * (times_count - 1))] / 1e9 : 0;
+}
+
+static void report(Moment from, Moment to, int64_t operations, double memory) {
+    double took = (to.at - from.at) / 1e9;
+    qsort(times, times_count, sizeof *times, by_value);
+    printf("{\"operations\": %lld, \"seconds\": %.6f, \"server_cpu\": %.6f, \"busy\": %.3f, \"p50\": %.9f, "
+           "\"p99\": %.9f, \"max\": %.9f, \"broken\": %d, \"unanswered\": %d, \"skipped\": %d, \"memory\": %.0f}\n",
+           (long long)operations, took, (to.server - from.server) / 1e9, 1 - (to.idle - from.idle) / 1e9 / took, quantile(0.5),
+           quantile(0.99), quantile(1), broken, unanswered, skipped, memory);
+}
+
+/* ---- one connection --------------------------------------------------------------------------------------------- */
+
+static void watch(Connection *c, int out) {
+    struct epoll_event event = {.events = EPOLLIN | (out ? EPOLLOUT : 0), .data.ptr = c};
+    if (epoll_ctl(epoll, c->watches_out < 0 ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, c->fd, &event))
+        fail("epoll_ctl: %s", strerror(errno));
+    c->watches_out = out;
+}
+
+static void disconnect(Connection *c) {
+#ifdef TLS
+    if (c->ssl) {
+        SSL_shutdown(c->ssl);           /* says goodbye and does not wait for an answer */
+        ERR_clear_error();
+        SSL_free(c->ssl);
+        c->ssl = NULL;
+    }
+#endif
+    close(c->fd);
+    c->fd = -1;
+}
+
+/* The peer has gone, or the network. */
+static void lost(Connection *c, const char *doing, const char *why) {
+    if (!is_paced || !c->turn) fail("the connection was lost while %s: %s", doing, why);
+    broken++;
+    unanswered += c->busy;
+    disconnect(c);
+}
+
+#ifdef TLS
+static SSL_CTX *tls;
+
+static const char *tls_error(int error) {
+    static char text[256];
+    if (error == SSL_ERROR_ZERO_RETURN) return "the peer said goodbye";
+    if (!ERR_peek_error()) return "the peer hung up";
+    ERR_error_string_n(ERR_get_error(), text, sizeof text);
+    return text;
+}
+
+/* What SSL_read() or SSL_write() returned, as recv() and send() would have: -1 with EAGAIN for "not now". */
+static ssize_t tls_result(Connection *c, int result) {
+    if (result > 0) return result;
+    int error = SSL_get_error(c->ssl, result);
+    if (error != SSL_ERROR_WANT_READ && error != SSL_ERROR_WANT_WRITE) fail("TLS: %s", tls_error(error));
+    errno = EAGAIN;
+    return -1;
+}
+#endif
+
+static ssize_t take(Connection *c, void *buffer, size_t room) {
+#ifdef TLS
+    if (c->ssl) return tls_result(c, SSL_read(c->ssl, buffer, room));
+#endif
+    return recv(c->fd, buffer, room, 0);
+}
+
+static ssize_t give(Connection *c, const void *data, size_t count) {
+#ifdef TLS
+    if (c->ssl) return tls_result(c, SSL_write(c->ssl, data, count));
+#endif
+    return send(c->fd, data, count, MSG_NOSIGNAL);
+}
+
+/* What give() waits for when it says EAGAIN: for room; the handshake of TLS, for the peer's word. */
+static int wants_out(Connection *c) {
+#ifdef TLS
+    if (c->ssl) return SSL_want_write(c->ssl);
+#endif
+    return c->fd >= 0;
+}
+
+/* The bytes of the request that is under way: others for each connection and each turn, so that an answer which belongs to
+   another connection, or to an earlier request, is not taken for the right one. */
+static const unsigned char *request(Connection *c) {
+    return pattern + (c->id * 7919ULL + c->turn * 104729ULL) % PATTERN;
+}
+
+static void go_on_sending(Connection *c) {
+    while (c->sent < size) {
+        ssize_t count = give(c, request(c) + c->sent, size - c->sent);
+        if (count < 0 && errno == EAGAIN) {
+            if (c->watches_out != wants_out(c)) watch(c, !c->watches_out);
+            return;
+        }
+        if (count < 0) {
+            lost(c, "sending", strerror(errno));
+            return;
+        }
+        c->sent += count;
+    }
+    if (c->watches_out) watch(c, 0);
+}
+
+static void begin_request(Connection *c, int64_t due) {
+    c->turn++;
+    c->sent = c->received = 0;
+    c->due = due;
+    c->busy = 1;
+    go_on_sending(c);
+}
+
+static void open_connection(Connection *c) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    int on = 1;
+    c->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (c->fd < 0) fail("no socket for connection %u: %s; raise `ulimit -n`", c->id, strerror(errno));
+    setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    if (connect(c->fd, (struct sockaddr *)&address, sizeof address) && errno != EINPROGRESS)
+        fail("cannot connect to 127.0.0.1:%d: %s", port, strerror(errno));
+#ifdef TLS
+    if (tls) {
+        if (!(c->ssl = SSL_new(tls)) || !SSL_set_fd(c->ssl, c->fd)) fail("OpenSSL has no connection for us");
+        SSL_set_connect_state(c->ssl);
+    }
+#endif
+    c->turn = 0;
+    c->busy = 1;
+    c->sent = c->received = 0;
+    c->watches_out = -1;
+    watch(c, 1);                /* the request is sent once there is room, which is when it is connected */
+}
+
+static void open_more(void) {
+    while (setting_up < AT_A_TIME && ready_count + setting_up < number) {
+        Connection *c = all + ready_count + setting_up;
+        c->id = ready_count + setting_up++;
+        open_connection(c);
+    }
+}
+
+static int64_t after_thinking(int64_t at) {
+    int64_t until = at + think * 1000LL, reached = at;
+    while (reached < until) reached = now();
+    idle += reached - at;
+    return reached;
+}
+
+/* A whole and right answer has come. */
+static void answered(Connection *c, int64_t at) {
+    c->busy = 0;
+    if (is_connect) {
+        if (counting) count_answer(at - c->due);
+        disconnect(c);
+        if (at < stop_at) {
+            c->due = at;
+            open_connection(c);
+        }
+        return;
+    }
+    if (counting && c->turn) count_answer(at - c->due);
+    if (!is_paced && at < stop_at) begin_request(c, think ? after_thinking(at) : at);
+}
+
+static void receive_answer(Connection *c) {
+    ssize_t count = take(c, scratch, size - c->received + 1);       /* 1 more: nothing may come after it */
+    if (count < 0 && (errno == EAGAIN || errno == EINTR)) return;
+    if (count <= 0) {
+        lost(c, "waiting for an answer", count ? strerror(errno) : "the server closed it");
+        return;
+    }
+    if (!c->busy || c->received + count > size) fail("more came than was sent");
+    if (memcmp(scratch, request(c) + c->received, count)) fail("an answer differs from its request");
+    c->received += count;
+    if (c->received == size) answered(c, now());
+}
+
+static void on_event(Connection *c, uint32_t events) {
+    if (c->fd < 0) return;
+    if (events & EPOLLOUT) {
+        int failed = 0;
+        socklen_t length = sizeof failed;
+        if (!c->turn && !getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &failed, &length) && failed)
+            fail("cannot connect to 127.0.0.1:%d: %s", port, strerror(failed));
+        go_on_sending(c);
+    } else if (c->sent < size && c->busy) {
+        go_on_sending(c);       /* TLS: the handshake goes on when something has come */
+    }
+    if (c->fd >= 0 && events & (EPOLLIN | EPOLLHUP | EPOLLERR)) receive_answer(c);
+}
+
+/* Handle what happens until `until` (nanoseconds), or once. */
+static void turn(int64_t until) {
+    struct epoll_event events[EVENTS];
+    int64_t began = now(), left = until - began;
+    if (left < 0 || spin) left = 0;
+    struct timespec timeout = {left / 1000000000LL, left % 1000000000LL};
+    int count = syscall(SYS_epoll_pwait2, epoll, events, EVENTS, &timeout, NULL, 0);
+    if (count < 0 && errno == ENOSYS)   /* before Linux 5.11: whole milliseconds, and the last of them in a loop */
+        count = epoll_wait(epoll, events, EVENTS, left / 1000000);
+    if (count < 0 && errno != EINTR) fail("epoll_wait: %s", strerror(errno));
+    if (count <= 0) idle += now() - began;
+    for (int i = 0; i < count; i++) on_event(events[i].data.ptr, events[i].events);
+}
+
+/* ---- the modes -------------------------------------------------------------------------------------------------- */
+
+/* Bring all connections up, each proved by an answer. The server's memory once 1 % of them are there. */
+static int64_t set_up(void) {
+    int64_t limit = now() + SETTING_UP * 1000000000LL, before = 0;
+    int first = number / 100;
+    while (ready_count < number) {
+        if (now() > limit) fail("only %d of %d connections were served within %d s", ready_count, number, SETTING_UP);
+        open_more();
+        turn(now() + 100000000LL);
+        while (setting_up && !all[ready_count].busy) {          /* in order, which is enough */
+            if (ready_count++ == first) before = resident();
+            setting_up--;
+        }
+    }
+    return before;
+}
+
+static void finish_answers(void) {
+    int64_t limit = now() + PATIENCE * 1000000000LL;
+    for (int i = 0; i < number; i++)
+        while (all[i].fd >= 0 && all[i].busy) {
+            if (now() > limit) {
+                if (!is_paced) fail("an answer did not come within %d s", PATIENCE);
+                unanswered++;
+                break;
+            }
+            turn(now() + 10000000LL);
+        }
+}
+
+static void echo(void) {
+    int64_t began = now(), ends = began + (int64_t)(warm * 1e9);
+    stop_at = INT64_MAX;
+    for (int i = 0; i < number; i++)
+        is_connect ? (all[i].id = i, all[i].due = began, open_connection(all + i)) : begin_request(all + i, now());
+    while (now() < ends) turn(ends);
+    counting = 1;
+    Moment from = moment();
+    int64_t last = from.at;
+    ends = from.at + (int64_t)(seconds * 1e9);
+    for (int64_t done = 0; now() < ends;) {
+        turn(ends);
+        if (answers != done) done = answers, last = now();
+        if (now() - last > PATIENCE * 1000000000LL) fail("no answer within %d s", PATIENCE);
+    }
+    counting = 0;
+    Moment to = moment();
+    stop_at = 0;
+    finish_answers();
+    report(from, to, answers, 0);
+}
+
+static void paced(void) {
+    int64_t before = set_up(), interval = 1000000000LL, began = now() + 10000000LL;
+    int64_t ends = began + (int64_t)((warm + seconds) * 1e9), counts_from = began + (int64_t)(warm * 1e9), due = began;
+    Moment from = moment();
+    for (int64_t step = 0; (due = began + step / number * interval + step % number * interval / number) < ends; step++) {
+        do turn(due); while (now() < due);
+        if (!counting && due >= counts_from) counting = 1, from = moment();
+        Connection *c = all + step % number;
+        if (c->fd < 0) continue;
+        if (c->busy) skipped++;             /* its last answer has not come within a second */
+        else begin_request(c, due);
+    }
+    while (now() < ends) turn(ends);
+    finish_answers();
+    Moment to = moment();
+    report(from, to, answers, number > 1 ? (double)(resident() - before) / (number - number / 100 - 1) : 0);
+}
+
+/* Wait until the only connection can be written or read; fail when nothing happens for PATIENCE. */
+static void wait_for(int fd, short events) {
+    struct pollfd one = {.fd = fd, .events = events};
+    int64_t began = now();
+    int count;
+    do count = poll(&one, 1, spin ? 0 : PATIENCE * 1000);
+    while (!count && spin && now() - began < PATIENCE * 1000000000LL);
+    if (count <= 0) fail("the server did not go on within %d s", PATIENCE);
+    idle += now() - began;
+}
+
+static void push(int fd) {
+    int64_t rest = bytes;
+    unsigned char answer[8] = {0};
+    while (rest) {
+        int64_t done = bytes - rest, at = done % PATTERN;
+        int64_t room = PATTERN - at < PIECE ? PATTERN - at : PIECE;
+        ssize_t count = send(fd, pattern + at, rest < room ? rest : room, MSG_NOSIGNAL);
+        if (count < 0 && errno == EAGAIN) wait_for(fd, POLLOUT);
+        else if (count < 0) fail("the connection was lost after %lld bytes: %s", (long long)done, strerror(errno));
+        else rest -= count;
+    }
+    shutdown(fd, SHUT_WR);
+    for (size_t got = 0; got < sizeof answer;) {
+        ssize_t count = recv(fd, answer + got, sizeof answer - got, 0);
+        if (count < 0 && errno == EAGAIN) wait_for(fd, POLLIN);
+        else if (count <= 0) fail("the server did not say how many bytes have come");
+        else got += count;
+    }
+    int64_t said = 0;
+    for (int i = 7; i >= 0; i--) said = said << 8 | answer[i];
+    if (said != bytes) fail("%lld bytes were sent, and %lld have come", (long long)bytes, (long long)said);
+}
+
+static void pull(int fd) {
+    unsigned char question[8];
+    int64_t done = 0;
+    for (int i = 0; i < 8; i++) question[i] = bytes >> 8 * i & 255;
+    if (send(fd, question, sizeof question, MSG_NOSIGNAL) != sizeof question) fail("cannot ask: %s", strerror(errno));
+    while (done < bytes) {
+        int64_t at = done % PATTERN;
+        ssize_t count = recv(fd, scratch, bytes - done < PIECE ? bytes - done : PIECE, 0);
+        if (count < 0 && errno == EAGAIN) wait_for(fd, POLLIN);
+        else if (count <= 0) fail("the server ended after %lld of %lld bytes", (long long)done, (long long)bytes);
+        else {                  /* the pattern begins again after its end, see main() */
+            if (memcmp(scratch, pattern + at, count)) fail("wrong bytes after %lld", (long long)done);
+            done += count;
+        }
+    }
+}
+
+/* `repeat` transfers, each by a connection of its own. */
+static void bulk(void (*transfer)(int fd)) {
+    Moment from = moment();
+    for (int i = 0; i < repeat; i++) {
+        open_connection(all);
+        wait_for(all->fd, POLLOUT);
+        transfer(all->fd);
+        close(all->fd);
+    }
+    report(from, moment(), bytes * repeat, 0);
+}
+
+/* ---- the command line ------------------------------------------------------------------------------------------- */
+
+static void read_pattern(const char *name) {
+    FILE *file = fopen(name, "r");
+    if (!file || fread(pattern, 1, PATTERN, file) != PATTERN) fail("%s: a MiB of bytes is wanted", name);
+    fclose(file);
+    memcpy(pattern + PATTERN, pattern, LARGEST);
+}
+
+static void read_option(char *option) {
+    char *value = strchr(option, '=');
+    if (!value) fail("%s: options are name=value", option);
+    *value++ = 0;
+    if (!strcmp(option, "port")) port = atoi(value);
+    else if (!strcmp(option, "connections")) number = atoi(value);
+    else if (!strcmp(option, "size")) size = atoi(value);
+    else if (!strcmp(option, "bytes")) bytes = atoll(value);
+    else if (!strcmp(option, "repeat")) repeat = atoi(value);
+    else if (!strcmp(option, "seconds")) seconds = atof(value);
+    else if (!strcmp(option, "warm")) warm = atof(value);
+    else if (!strcmp(option, "pid")) pid = atol(value);
+    else if (!strcmp(option, "spin")) spin = atoi(value);
+    else if (!strcmp(option, "think")) think = atoi(value);
+    else if (!strcmp(option, "tls")) use_tls = atoi(value);
+    else if (!strcmp(option, "pattern")) read_pattern(value);
+    else fail("%s: no such option", option);
+}
+
+int main(int count, char **words) {
+    if (count < 2) fail("usage: load echo|paced|connect|push|pull name=value…; see the head of load.c");
+    for (int i = 2; i < count; i++) read_option(words[i]);
+    const char *mode = words[1];
+    if (port < 1 || port > 65535) fail("port=%d: a number from 1 to 65535 is wanted", port);
+    if (size < 1 || size > LARGEST - 1) fail("size=%u: bytes from 1 to %d are wanted", size, LARGEST - 1);
+    if (number < 1) fail("connections=%d: at least 1 is wanted", number);
+    if (use_tls) {
+#ifdef TLS
+        if (!(tls = SSL_CTX_new(TLS_client_method()))) fail("OpenSSL has no context for us");
+        SSL_CTX_set_verify(tls, SSL_VERIFY_NONE, NULL);
+        SSL_CTX_set_mode(tls, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+        SSL_CTX_set_session_cache_mode(tls, SSL_SESS_CACHE_OFF);
+#else
+        fail("compiled without TLS");
+#endif
+    }
+    prctl(PR_SET_TIMERSLACK, 1000);     /* a microsecond instead of 50 */
+    epoll = epoll_create1(EPOLL_CLOEXEC);
+    if (!(all = calloc(number, sizeof *all))) fail("no memory for %d connections", number);
+    is_paced = !strcmp(mode, "paced");
+    is_connect = !strcmp(mode, "connect");
+    if (!strcmp(mode, "echo")) set_up(), echo();
+    else if (is_paced) paced();
+    else if (is_connect) echo();
+    else if (!strcmp(mode, "push")) bulk(push);
+    else if (!strcmp(mode, "pull")) bulk(pull);
+    else fail("%s: no such mode", mode);
+    return 0;
+}

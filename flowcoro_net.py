@@ -1,0 +1,2619 @@
+"""flowcoro_net 0.1.0: the network: connections (TCP, Unix, TLS), servers, datagrams, names.
+
+To vendor, copy: flowcoro.py, flowcoro_net.py
+
+Example:
+
+    import flowcoro, flowcoro_net
+
+    async def echo(sock):
+        while data := await sock.read():
+            await sock.write(data)
+
+    async def main():
+        async with await flowcoro_net.TcpServer.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
+            group.spawn(server.serve(echo))
+            async with await flowcoro_net.Socket.connect(*server.local) as sock:
+                await sock.write(b"hello\\n")
+                print(await sock.read_until(b"\\n", limit=100))
+            server.close()
+
+    flowcoro.run(main())
+
+Contents: constants · errors · the network underneath · names · sockets: the base · TLS · sockets · connecting · servers:
+the base · several processes · servers · datagrams
+
+How it works:
+
+A *raw* socket never blocks; it comes from flowcoro.network (None: the operating system), and so does the Pollable that
+says whether it is ready. Each operation tries first and waits only when that says EAGAIN, or when the Pollable knows that
+it would: a read that returned fewer bytes than asked has emptied the system's buffer, so the next one waits at once.
+
+    read   the flag down, recv; a full read, an end, or a hang-up put it up again; EAGAIN: wait for the edge
+    write  send; what did not fit waits for the edge, as a slice of the caller's own memory: nothing is copied or queued
+
+So write() returns when the system has all of it, memory is bounded by what the caller holds, and there is nothing to
+flush on close. What read_until() and read_exactly() have received beyond what they return stays in the socket's
+buffer, where the next read finds it; they take nothing out before they have all, so a cancelled one has consumed nothing.
+
+    N1  one reader and one writer at a time; each leaves its place when it ends, however that is
+    N2  `_special` is True whenever a read or write needs more than the system call: bytes in the buffer, TLS, a half closed
+        or lost connection, several workers. The short way is taken only while it is False.
+    N3  with several workers no system call is made on a descriptor that is closed, or about to be: each enters and leaves
+        (two atomic steps), and the last to leave a closed one closes it
+    N4  a lost connection stays lost: the system says so once, and then calls it an end; the first error is kept
+
+*TLS* runs between two buffers in memory (ssl.MemoryBIO), so it goes over whatever the network is, and a cancelled write
+leaves whole records: what is encrypted is sent before anything that is written later. (An ssl.SSLSocket asks the system for
+each record's five bytes of header, and then for the rest.)
+
+A *server* accepts, and gives each connection a task of its own. It stops in three steps: accept no more, wait for
+those who are at work (drain_timeout), cancel the rest.
+
+With *several processes* the one that calls serve() is the supervisor: it serves nobody, but forks the others and looks after
+them. It keeps all listening sockets open, so those who wait to be accepted lose nothing when a process dies or is replaced.
+
+    P1  a process gets its end of the lifeline, a pipe, and stops when the supervisor's end is gone, however that went
+    P2  its number is given back (waitpid) in the same step that takes it out of the table: a signal never hits a stranger
+    P3  whatever ends serve(), no process is left: asked (SIGTERM) and waited for, asked again, killed
+
+Sources: RFC 9293 (TCP), RFC 8305 (happy eyeballs), RFC 8446 (TLS 1.3), RFC 6066 (SNI), RFC 7301 (ALPN), RFC 768 (UDP);
+trio's _highlevel_*.py and _ssl.py; Go's net (self-connect, accept errors); epoll(7), sendfile(2), unix(7).
+
+What it does not do: QUIC, raw IP, urgent data (RFC 6093 says to leave it), descriptors over Unix sockets, proxies.
+Where sendfile(2) has to read from a cold disk it blocks its worker, as it does nginx.
+
+SPDX-License-Identifier: MIT
+"""
+
+import errno
+import functools
+import gc
+import inspect
+import io
+import math
+import mmap
+import os
+import signal
+import socket
+import ssl
+import stat
+import struct
+import sys
+import threading
+import time
+import types
+import warnings
+import weakref
+
+import flowcoro
+
+__version__ = "0.1.0"
+
+__all__ = ["Socket", "TcpServer", "UnixServer", "UdpSocket", "resolve", "client_tls", "server_tls",
+           "NetworkError", "BrokenError", "ResolveError", "TlsError", "LimitError"]
+
+# ---- constants ------------------------------------------------------------------------------------------------
+
+# Bytes that one read asks for. asyncio and uvloop have 256 KiB; a Unix or loopback stream hands over 64 to 200 KiB at once,
+# and a buffer of more than 128 KiB is a new memory mapping for each read.
+CHUNK = 64 * 2**10
+
+# Bytes that read_until() takes for one line or head, its end included: asyncio's limit too. nginx has 4 * 8 KiB for a head.
+UNTIL_LIMIT = 64 * 2**10
+
+# Bytes that one receive of read_exactly() asks for at most; beyond that system calls cost nothing any more.
+LARGEST_CHUNK = 2**20
+
+# Bytes that are encrypted before they are sent: 16 records. It bounds what is held twice.
+TLS_CHUNK = 256 * 2**10
+
+# Buffers of one sendmsg(2) at most: IOV_MAX of Linux.
+IOV_MAX = 1024
+
+# Bytes of one sendfile(2), so that a fast peer and a slow disk do not keep the worker: a millisecond from the page cache.
+SENDFILE_CHUNK = 4 * 2**20
+
+# Seconds between two attempts to connect: RFC 8305 section 5 recommends 250 ms.
+ATTEMPT_DELAY = 0.25
+
+# Seconds that a TLS handshake may take; asyncio's and nginx's limit too.
+HANDSHAKE_TIMEOUT = 60.0
+
+# Seconds that close() spends on a TLS goodbye that the peer may not take.
+CLOSE_TIMEOUT = 2.0
+
+# Connections that wait to be accepted; the system cuts it to net.core.somaxconn (4096). Go and nginx: that, and 511.
+BACKLOG = 1024
+
+# Ports that are tried for port=0 on several addresses: a port that is free on the first may be taken on the second.
+PORT_ATTEMPTS = 10
+
+# Seconds that serve() gives its handlers to end; Docker kills after 10.
+DRAIN_TIMEOUT = 8.0
+
+# Seconds that accepting pauses when there are no descriptors (or memory) left, and between two reports of that.
+PAUSE, REPORT_PAUSE = 0.2, 60.0
+
+# Seconds until a worker process that has died is replaced, first and at most (twice as many each time), and seconds that one
+# must have lived for the next to be the first again. systemd waits 0.1 s too, and gives up after five times; this goes on.
+RESTART, LONGEST_RESTART, STEADY = 0.1, 10.0, 10.0
+
+# Seconds that a worker process may take to end, beyond drain_timeout, before it is killed: for what handlers clean up.
+END_TIMEOUT = 2.0
+
+# Seconds between two looks whether a process has ended, where there is no pidfd.
+LOOK = 0.05
+
+# Seconds that names are remembered: it spares a burst of connects the lookups, and is too short for a change of address
+# to be noticed late. Names at most; threads that look names up at once, none of them to_thread()'s forty.
+NAME_SECONDS, NAMES, RESOLVERS = 5.0, 1024, 16
+
+# Seconds between two attempts to connect to a Unix socket whose backlog is full, first and at most: nothing tells when to.
+FIRST_RETRY, LONGEST_RETRY = 0.001, 0.05
+
+# Bytes of a datagram at most: what fits into the 16 bits of its length (RFC 768).
+DATAGRAM = 65_535
+
+# A write to a connection that the peer has closed is an error, and never a signal that ends the process.
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+
+# What a non-blocking connect says while it is under way.
+_UNDER_WAY = {errno.EINPROGRESS, errno.EINTR}
+
+# What accept() says when descriptors or memory have run out.
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+# What accept() says of one connection that was lost while it waited, or that a firewall forbids; the next may be well.
+_ONE_LOST = {errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EINTR, errno.ENETDOWN, errno.ENETUNREACH,
+             errno.EHOSTUNREACH, errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ETIMEDOUT}
+
+# What sendfile() says when it cannot do it with this file or this socket.
+_NO_SENDFILE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTSOCK, errno.EBADF, errno.EOVERFLOW}
+
+# What OpenSSL says when it is sent something that is no TLS.
+_NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_TOO_SMALL",
+           "UNKNOWN_PROTOCOL", "WRONG_SSL_VERSION", "RECORD_LAYER_FAILURE", "BAD_RECORD_TYPE", "INVALID_ALERT",
+           "UNSUPPORTED_PROTOCOL_VERSION"}
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------
+#
+#   flowcoro.FlowCoroError
+#     flowcoro.ClosedError    you closed it (the socket, the server, the writing half)
+#     flowcoro.BusyError      another task is reading it, or writing it, already
+#     NetworkError            something out there; also an OSError, with the system's errno or None
+#       BrokenError           … the peer or the network broke it, or there is none; also a ConnectionError
+#       ResolveError          … the name has no address
+#       TlsError              … there is no trust: certificates, protocols, what is no TLS
+#     LimitError              more bytes than a limit of yours
+#   OSError                   your own system refuses: address in use, no permission, no descriptors left
+#   TimeoutError              a timeout= has passed
+
+class NetworkError(flowcoro.FlowCoroError, OSError):
+    """The base of what goes wrong out there. `errno` is the system's, or None; the message says of which connection."""
+
+    def __str__(self):
+        return self.strerror if self.errno is None and self.strerror else super().__str__()     # not "[Errno None] …"
+
+
+class BrokenError(NetworkError, ConnectionError):
+    """The peer or the network has broken the connection, or there never was one; or the peer ended in the middle.
+
+    `errors`: of a connect, one (address, OSError) for each attempt; else empty.
+    """
+
+    errors = ()
+
+
+class ResolveError(NetworkError):
+    """The name of a host has no address (of this family), or nobody could be asked. errno is a socket.EAI_… number."""
+
+
+class TlsError(NetworkError):
+    """TLS could not be agreed upon, or was violated: `reason` is OpenSSL's word (CERTIFICATE_VERIFY_FAILED …) or ""."""
+
+    reason = ""
+
+
+class LimitError(flowcoro.FlowCoroError):
+    """More bytes than a limit. The message says where, how many are allowed, and what to do."""
+
+
+def _report(error, what):
+    """To sys.unraisablehook, where the kernel reports too what it has nobody to tell."""
+    try:
+        if sys.unraisablehook is sys.__unraisablehook__:        # it takes only what the interpreter itself has made
+            import traceback
+            sys.stderr.write("".join([f"flowcoro_net: {what}\n", *traceback.format_exception(error)]))
+        else:
+            sys.unraisablehook(types.SimpleNamespace(exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__,
+                                                     err_msg=f"flowcoro_net: {what}", object=None))
+    except Exception:           # the user's hook is broken, or stderr is closed
+        pass
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------
+
+def _whole(number, least, said, what="bytes"):
+    """`number`, if it is an int from `least` up."""
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"{said}: give a number of {what}, an int")
+    if number < least:
+        raise ValueError(f"{said}: the number of {what} must be {least} or more")
+    return number
+
+
+def _seconds(number, said):
+    """A timeout in seconds; None is math.inf."""
+    if number is None:
+        return math.inf
+    try:
+        if number >= 0 and not isinstance(number, bool):
+            return float(number)
+    except TypeError:
+        raise TypeError(f"{said}={number!r}: give a number of seconds; None or math.inf for no limit") from None
+    raise ValueError(f"{said}={number!r}: seconds must be 0 or more; None or math.inf for no limit")
+
+
+def _as_bytes(data, taker):
+    try:
+        return memoryview(data).cast("B")
+    except TypeError:
+        raise TypeError(f"{taker} takes bytes or the like, in one piece, got {data!r:.80}; text has to be encoded: "
+                        "text.encode()") from None
+
+
+def _checked_port(port, least=0):
+    if not isinstance(port, int) or isinstance(port, bool):
+        raise TypeError(f"port={port!r}: give an int from {least} to 65535")
+    if not least <= port <= 65535:
+        raise ValueError(f"port={port!r}: give an int from {least} to 65535")
+    return port
+
+
+def _shown(address):
+    """An address as people write it: 127.0.0.1:80, [::1]:80, a path."""
+    if isinstance(address, tuple):
+        return f"[{address[0]}]:{address[1]}" if ":" in str(address[0]) else f"{address[0]}:{address[1]}"
+    if isinstance(address, bytes):
+        address = os.fsdecode(address)
+    return address.replace("\0", "@") or "a Unix socket without a name"
+
+
+def _refused(error, doing, address):
+    """The same OSError, of the same class, whose message names the address and what to do."""
+    remedy = {errno.EADDRINUSE: "; another socket has it: choose another port (0: any that is free), or end that program",
+              errno.EADDRNOTAVAIL: "; this machine has no such address: give one of its own, or \"\" for all",
+              errno.EACCES: "; ports below 1024 and the directories of others need permission",
+              errno.ENOENT: "; make its directory first"}.get(error.errno, "")
+    said = f"cannot {doing} {_shown(address)}: {error.strerror or error}{remedy}"
+    return OSError(said) if error.errno is None else OSError(error.errno, said)
+
+
+# ---- the network underneath -----------------------------------------------------------------------------------
+
+class _OfKernel:
+    """What is kept for each kernel: whether several workers run, and the permits of those who look up names."""
+
+    all = weakref.WeakKeyDictionary()
+
+    def __init__(self):
+        self.several = flowcoro.runtime_info()["workers"] > 1
+        self.resolvers = flowcoro.Semaphore(RESOLVERS)
+
+
+def _of_kernel():
+    kernel = flowcoro.current_kernel()
+    return _OfKernel.all.get(kernel) or _OfKernel.all.setdefault(kernel, _OfKernel())
+
+
+class _System:
+    """The operating system, as flowcoro.network has it."""
+
+    names = {}          # arguments of getaddrinfo: (until when, list); what happens to it is atomic
+
+    @staticmethod
+    def socket(family, type, proto=0):
+        raw = socket.socket(family, type, proto)
+        raw.setblocking(False)
+        return raw
+
+    pollable = flowcoro.Pollable
+
+    async def getaddrinfo(self, host, port, family=0, type=0, flags=0):
+        asked = host, port, family, type, 0, flags
+        try:        # an address asks nobody
+            found = socket.getaddrinfo(*asked[:5], flags | socket.AI_NUMERICHOST)
+        except socket.gaierror as error:
+            if error.errno not in (socket.EAI_NONAME, getattr(socket, "EAI_ADDRFAMILY", None)):
+                raise
+        else:
+            await flowcoro.checkpoint()
+            return found
+        if found := self.remembered(asked):
+            await flowcoro.checkpoint()
+            return found
+        return await flowcoro.to_thread(self.look_up, asked, abandon_on_cancel=True, limiter=_of_kernel().resolvers)
+
+    def remembered(self, asked):
+        until, found = self.names.get(asked, (0, None))
+        return found if time.monotonic() < until else None
+
+    def look_up(self, asked):
+        """In a thread. Those who have waited for their turn mostly find the answer."""
+        found = self.remembered(asked)
+        if not found:
+            found = socket.getaddrinfo(*asked)
+            while len(self.names) >= NAMES:
+                self.names.pop(next(iter(self.names), None), None)
+            self.names[asked] = time.monotonic() + NAME_SECONDS, found
+        return found
+
+
+_SYSTEM = _System()
+
+
+def _network():
+    return flowcoro.network.get() or _SYSTEM
+
+
+# ---- names ----------------------------------------------------------------------------------------------------
+
+async def resolve(host, port, *, family=0, type=socket.SOCK_STREAM, flags=0):
+    """The addresses of a host, best first: a list of (family, type, protocol, address), each but once.
+
+    family: socket.AF_INET or AF_INET6; 0: both. Asked in a thread of its own (16 at once, apart from those of to_thread), and
+    remembered for 5 seconds; what are addresses already asks nobody. ResolveError. Cancelled: at once; the thread ends by itself.
+    """
+    if not isinstance(host, (str, bytes, types.NoneType)):
+        raise TypeError(f"host={host!r}: give a name or an address as a str")
+    try:
+        found = await _network().getaddrinfo(host, _checked_port(port), family, type, flags)
+    except socket.gaierror as error:
+        raise ResolveError(error.errno, f"cannot resolve {host!r}: {error.strerror}; is the name spelt right, and is there a "
+                           "name server?") from error
+    except UnicodeError as error:
+        raise ResolveError(socket.EAI_NONAME, f"cannot resolve {host!r}: this is no name of a host: {error}") from error
+    if not found:
+        raise ResolveError(socket.EAI_NONAME, f"cannot resolve {host!r}: it has no address")
+    return list(dict.fromkeys((family, kind, proto, address) for family, kind, proto, _, address in found))
+
+
+def _interleaved(found):
+    """RFC 8305 section 4: the families in turns, beginning with the one preferred."""
+    families = list(dict.fromkeys(family for family, *_ in found))
+    rows = [[each for each in found if each[0] == family] for family in families]
+    return [row[index] for index in range(max(map(len, rows))) for row in rows if index < len(row)]
+
+
+# ---- sockets: the base ----------------------------------------------------------------------------------------
+
+async def _turn():
+    """What each operation begins with: a point of cancellation, and of scheduling when the task has had its turn."""
+    task = flowcoro.current_task()
+    if task.budget > 0:
+        task.budget -= 1
+    else:
+        await flowcoro.checkpoint()
+
+
+def _no_more(*args):
+    """What a system call on a closed socket becomes. Its error ends as a ClosedError."""
+    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+class _Gate:
+    """With several workers: lets calls of a raw socket in until it is to be closed, and then the last to leave closes it (N3)."""
+
+    # Not a part of _Owner, which keeps its calls: they would be references to itself.
+    __slots__ = ("raw", "inside", "closed")
+
+    def __init__(self, raw):
+        self.raw, self.inside, self.closed = raw, 0, False
+
+    def call(self, method, *args):
+        self.enter()
+        try:
+            return method(*args)
+        finally:
+            self.leave()
+
+    @flowcoro.atomic
+    def enter(self):
+        if self.closed:
+            _no_more()
+        self.inside += 1
+
+    @flowcoro.atomic
+    def leave(self):
+        self.inside -= 1
+        if self.closed and not self.inside:
+            self.raw.close()
+
+    @flowcoro.atomic
+    def close(self):
+        self.closed = True
+        if not self.inside:
+            self.raw.close()
+
+
+class _Owner:
+    """Who owns a raw socket and its Pollable, and closes both, once."""
+
+    __slots__ = ("_raw", "_pollable", "_network", "_several", "_gate", "_closed", "_local", "__weakref__")
+
+    def __init__(self, raw, network=None, pollable=None):
+        self._closed, self._local = True, None          # until it has all, there is nothing to close
+        self._raw = raw
+        self._network = network or _network()
+        self._several = _of_kernel().several
+        self._gate = _Gate(raw) if self._several else None
+        if raw.gettimeout() != 0:
+            raw.setblocking(False)
+        self._pollable = pollable or self._network.pollable(raw)
+        self._closed = False
+
+    def _call(self, method):
+        """`method` of the raw socket, which nobody else closes while it is under way. OSError once it is closed."""
+        return method if self._gate is None else functools.partial(self._gate.call, method)
+
+    @flowcoro.atomic
+    def _close(self):
+        """Whether it had not been closed. Those who wait get ClosedError."""
+        if self._closed:
+            return False
+        self._closed = True
+        self._pollable.close()
+        (self._gate or self._raw).close()
+        return True
+
+    def __del__(self):
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
+            self._close()
+
+    def _closed_error(self):
+        return flowcoro.ClosedError(f"{self!r} has been closed here")
+
+    @property
+    def closed(self):
+        """Whether it was closed here."""
+        return self._closed
+
+    def fileno(self):
+        """The descriptor, which is non-blocking; -1 once closed. It is the socket's own: do not close it."""
+        return -1 if self._closed else self._raw.fileno()
+
+    @property
+    def raw(self):
+        """The socket.socket inside, for options and questions. Do not read, write or close it."""
+        return self._raw
+
+    @property
+    def local(self):
+        """Its own address: (host, port), (host, port, flow, scope) or a path."""
+        if self._local is None:
+            if self._closed:
+                raise self._closed_error()
+            self._local = self._raw.getsockname()
+        return self._local
+
+    async def __aenter__(self):
+        return self
+
+
+# ---- TLS ------------------------------------------------------------------------------------------------------
+
+def client_tls(*, ca=None, certificate=None, key=None, password=None, alpn=(), verify=True):
+    """An ssl.SSLContext for clients: the peer's certificate and name are verified, TLS 1.2 or later.
+
+    ca: a file or directory of the certificates to trust instead of the system's. certificate, key: files of one's own,
+    if the server wants one. alpn: protocols in order of preference, as ["h2", "http/1.1"]. verify=False: talk to anybody, who
+    may be in the middle; for tests. OSError for a file that is not there, ssl.SSLError for one that is none.
+    """
+    context = ssl.create_default_context(
+        **({} if ca is None else {"capath" if os.path.isdir(ca) else "cafile": ca}))
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return _equipped(context, certificate, key, password, alpn)
+
+
+def server_tls(certificate, key=None, *, password=None, client_ca=None, alpn=()):
+    """An ssl.SSLContext for servers: `certificate` is a file with the chain, `key` one with the private key (None: the same).
+
+    client_ca: a file or directory of certificates: clients must show one signed by these. alpn, errors: as client_tls(). For
+    several names on one address set `sni_callback` of the context.
+    """
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    if client_ca is not None:
+        context.load_verify_locations(**{"capath" if os.path.isdir(client_ca) else "cafile": client_ca})
+        context.verify_mode = ssl.CERT_REQUIRED
+    return _equipped(context, certificate, key, password, alpn)
+
+
+def _equipped(context, certificate, key, password, alpn):
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Some versions of Python take a connection that was cut for one that has ended: what was read may be but a part of it.
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    if certificate is not None:
+        context.load_cert_chain(certificate, key, password)
+    elif key is not None:
+        raise ValueError("key= needs certificate=: a private key alone proves nothing")
+    if isinstance(alpn, str):
+        raise TypeError(f"alpn={alpn!r}: give a list of protocols, such as [{alpn!r}]")
+    if alpn:
+        context.set_alpn_protocols(list(alpn))
+    return context
+
+
+@functools.cache
+def _default_client_tls():
+    """To read the system's certificates takes some 20 ms."""
+    return client_tls()
+
+
+def _as_context(tls, server_side):
+    """The ssl.SSLContext that tls= means; None for none."""
+    if tls is None or tls is False:
+        return None
+    if tls is True and not server_side:
+        return _default_client_tls()
+    if not isinstance(tls, ssl.SSLContext):
+        raise TypeError(f"tls={tls!r}: give an ssl.SSLContext, as " + (
+            "server_tls(certificate, key) makes" if server_side else "client_tls() makes, or True"))
+    return tls
+
+
+def _name_for_tls(host):
+    """The name that a certificate is to be for: without the dot at the end (RFC 6066 section 3), or an address's zone."""
+    host = os.fsdecode(host) if isinstance(host, bytes) else host
+    return host and host.removesuffix(".").partition("%")[0]
+
+
+class _Tls:
+    """One end of a TLS connection: what the peer sends goes into one buffer in memory, what it shall get comes out of another.
+
+    The handshake is made by whoever reads or writes first, so a server's accept() waits for no client. It does not know its
+    Socket, which its methods are given: two objects that know each other are garbage that only a collector finds.
+    """
+
+    __slots__ = ("object", "incoming", "outgoing", "early", "unsent", "is_done", "failure", "got_end", "said_goodbye", "_doing",
+                 "_lock")
+
+    def __init__(self, context, server_side, server_name, several):
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.object = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side, server_hostname=server_name)
+        self.early = bytearray()    # decrypted before anybody asked for it: by say_goodbye()
+        self.unsent = b""           # encrypted, and not yet with the system
+        self.is_done = self.got_end = self.said_goodbye = False
+        self.failure = None         # what ended it: (class of the error, message, OpenSSL's word)
+        self._doing = flowcoro.Lock()
+        self._lock = threading.Lock() if several else None      # OpenSSL lets no two threads into one connection
+
+    def _alone(self, step, *args):
+        if self._lock is None:
+            return step(*args)
+        with self._lock:
+            return step(*args)
+
+    def failed(self, sock, error):
+        """The NetworkError for an ssl.SSLError, which ends this connection."""
+        kind, reason, why = TlsError, error.reason or "", error.strerror or str(error)
+        doing = "TLS" if self.is_done else "the TLS handshake"
+        if isinstance(error, ssl.SSLEOFError) or reason == "UNEXPECTED_EOF_WHILE_READING":
+            if self.is_done:
+                kind, why = BrokenError, ("the connection was cut without a TLS goodbye (close_notify): what was read may be "
+                                          "less than the peer has sent")
+            else:
+                reason, why = "UNEXPECTED_EOF", "the peer closed the connection; perhaps it refuses us, or speaks no TLS"
+        elif isinstance(error, ssl.SSLCertVerificationError):
+            why = (f"the certificate is not trusted: {error.verify_message}. For a private authority give client_tls(ca=…) (a "
+                   "server: client_ca=…); for another name server_name=…")
+        elif reason in _NO_TLS and not self.is_done:
+            why = f"the peer does not speak TLS here ({reason}); connect without tls= if it should not"
+        elif "ALERT" in reason:
+            why = f"the peer refuses: {reason.lower().replace('_', ' ')}"
+        self.failure = kind, f"{sock!r}: {why}" if kind is BrokenError else f"{sock!r}: {doing} failed: {why}", reason
+        return self.error()
+
+    def error(self):
+        """What ended it, as an error that nobody has raised yet."""
+        kind, said, reason = self.failure
+        error = kind(None, said)
+        if kind is TlsError:
+            error.reason = reason
+        return error
+
+    async def _receive(self, sock):
+        """What the peer sends next; after its end b"", and got_end."""
+        data = await sock._receive(CHUNK)
+        if not data:
+            self._alone(self.incoming.write_eof)
+            self.got_end = True
+        return data
+
+    def _shake(self, data):
+        if data:
+            self.incoming.write(data)
+        self.object.do_handshake()
+
+    async def handshake(self, sock):
+        """Make it, or wait until somebody has. Cancelled: the next one goes on with it."""
+        async with self._doing:
+            data, done = b"", False
+            while not self.is_done:
+                if self.failure is not None:
+                    raise self.error()
+                try:
+                    self._alone(self._shake, data)
+                    done = True
+                except ssl.SSLWantReadError:
+                    pass
+                except ssl.SSLError as error:
+                    self.flush_nowait(sock, True)           # the alert that tells the peer why
+                    raise self.failed(sock, error) from error
+                data = b""
+                await self.flush(sock)
+                if done:
+                    self.is_done = True
+                else:
+                    data = await self._receive(sock)
+
+    def _decrypt(self, data, max_bytes):
+        """What to read, in one step with the coming of `data`, so that say_goodbye() finds all of it or nothing."""
+        if data:
+            self.incoming.write(data)
+        if self.early:
+            taken = bytes(self.early[:max_bytes])
+            del self.early[:max_bytes]
+            return taken
+        return self.object.read(max_bytes)
+
+    async def read(self, sock, max_bytes):
+        """From 1 byte to one record (16 KiB); b"" after the peer's goodbye. Cancelled: nothing consumed."""
+        if not self.is_done:
+            await sock.handshake()
+        # To read before something has come would mostly be in vain, and costs 2 us.
+        data = b"" if self.incoming.pending or self.early or self.got_end or self.object.pending() else None
+        while True:
+            if self.failure is not None:
+                raise self.error()
+            if data is None:
+                data = await self._receive(sock)
+            try:
+                data = self._alone(self._decrypt, data, max_bytes)
+            except ssl.SSLWantReadError:
+                data = None
+            except ssl.SSLZeroReturnError:
+                return b""
+            except ssl.SSLError as error:
+                self.flush_nowait(sock)
+                raise self.failed(sock, error) from error
+            if self.outgoing.pending:       # the answer to a change of keys
+                self.flush_nowait(sock)
+            if data is not None:
+                return data
+
+    async def write(self, sock, view):
+        """All of it. Cancelled: an unknown number of whole records was written, and no part of one is lost."""
+        if not self.is_done:
+            await sock.handshake()
+        while view:
+            if self.failure is not None:
+                raise self.error()
+            try:
+                count = self._alone(self.object.write, view[:TLS_CHUNK])
+            except ssl.SSLError as error:
+                raise self.failed(sock, error) from error
+            view = view[count:]
+            await self.flush(sock)
+
+    def _take_unsent(self):
+        if not self.unsent:
+            self.unsent = memoryview(self._alone(self.outgoing.read))
+        return self.unsent
+
+    async def flush(self, sock):
+        """Send what is encrypted. For the task that writes, or makes the handshake."""
+        while self.unsent or self.outgoing.pending:
+            unsent = self._take_unsent()
+            self.unsent = unsent[await sock._send_some(unsent):]
+
+    @flowcoro.atomic
+    def flush_nowait(self, sock, alone=False):
+        """As far as it goes at once, unless a task writes (not `alone`), which then does it; the rest goes before what is
+        written next."""
+        try:
+            while (alone or sock._writer is None) and (self.unsent or self.outgoing.pending):
+                unsent = self._take_unsent()
+                self.unsent = unsent[sock._send(unsent, _NO_SIGNAL):]
+        except OSError:                 # full, or broken, or closed: reading will tell
+            pass
+
+    def _part(self):
+        try:
+            while data := self.object.read(CHUNK):
+                self.early += data
+        except ssl.SSLError:            # no more, or what the next read will say
+            pass
+        try:
+            self.object.unwrap()
+        except ssl.SSLError:            # it waits for the peer's, which is not needed
+            pass
+
+    def say_goodbye(self):
+        """Encrypt the close_notify (RFC 8446 section 6.1). What has come and was not read is decrypted first, and kept: OpenSSL
+        looks for the peer's own goodbye, and takes data in its place for an error."""
+        if self.is_done and self.failure is None and not self.said_goodbye:
+            self.said_goodbye = True
+            self._alone(self._part)
+
+
+# ---- sockets --------------------------------------------------------------------------------------------------
+
+# Who reads by the short way, which does not ask for the task.
+_SOMEBODY = "another task"
+
+
+class _Stream(_Owner):
+    """How a connection reads and writes; Socket is what users see of it."""
+
+    __slots__ = ("_recv", "_send", "_special", "_reader", "_writer", "_buffer", "_tls", "_received", "_sent", "_peer",
+                 "_ended", "_lost", "_shut")
+
+    def __init__(self, raw, network=None, pollable=None, peer=None):
+        super().__init__(raw, network, pollable)
+        self._recv, self._send = self._call(raw.recv), self._call(raw.send)     # kept bound, and exchanged by _close()
+        self._reader = self._writer = None      # the task that reads, writes (N1), or _SOMEBODY
+        self._buffer = bytearray()              # received, and not yet read
+        self._tls = None
+        self._received = self._sent = 0         # bytes
+        self._peer = peer
+        self._ended = self._shut = False        # the peer has said that there is no more; we have
+        self._lost = None                       # what ended the connection (N4): (number of the error, message)
+        self._special = self._several           # N2
+
+    def _mark(self):
+        """N2 after anything that it speaks of has changed."""
+        self._special = (self._several or self._tls is not None or bool(self._buffer) or self._ended or self._shut
+                         or self._lost is not None)
+
+    def _close(self):
+        if not super()._close():
+            return False
+        self._recv = self._send = _no_more      # (a bound method would be a reference to itself)
+        return True
+
+    # -- who reads, and who writes
+
+    @flowcoro.atomic
+    def _begin_read(self):
+        if self._reader is not None:
+            raise self._busy("read", self._reader)
+        if self._closed:
+            raise self._closed_error()
+        self._reader = flowcoro.current_task()
+
+    def _end_read(self):
+        self._reader = None
+        self._mark()
+
+    @flowcoro.atomic
+    def _begin_write(self):
+        if self._writer is not None:
+            raise self._busy("written", self._writer)
+        if self._closed:
+            raise self._closed_error()
+        if self._shut:
+            raise flowcoro.ClosedError(f"{self!r}: writing was shut down here, by shutdown_write()")
+        self._writer = flowcoro.current_task()
+
+    def _end_write(self):
+        self._writer = None
+
+    def _busy(self, verb, task):
+        return flowcoro.BusyError(f"{self!r} is being {verb} by {task} already; one task at a time (flowcoro.dump_tasks() shows "
+                                  "who waits for what)")
+
+    def _broken(self, error, doing):
+        """What to raise for the system's error."""
+        if self._closed:
+            return self._closed_error()
+        lost = error.errno, f"{self!r}: the connection was lost while {doing}: {error.strerror}"
+        if error.errno != errno.EPIPE:          # which says that the peer reads no more; what it has sent is still to be read
+            self._lost, self._special = lost, True
+        return BrokenError(*lost)
+
+    # -- the system calls, and the waits for them
+
+    async def _wait_readable(self):
+        try:
+            await self._pollable.wait_readable()
+        except flowcoro.ClosedError as error:
+            raise self._closed_error() from error
+
+    async def _wait_writable(self):
+        try:
+            await self._pollable.wait_writable()
+        except flowcoro.ClosedError as error:
+            raise self._closed_error() from error
+
+    async def _receive(self, max_bytes, recv=None, *rest):
+        """The next bytes as they come (of `recv`: how many), b"" (0) at the end. Cancelled: nothing consumed."""
+        recv, pollable = recv or self._recv, self._pollable
+        while not self._ended:
+            if not pollable.readable:
+                await self._wait_readable()
+            pollable.readable = False           # first this, then try: no edge is lost
+            try:
+                data = recv(*rest, max_bytes)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                pollable.readable = True
+                raise self._broken(error, "reading") from error
+            count = data if rest else len(data)
+            if count == max_bytes or pollable.hangup:
+                pollable.readable = True
+            if count:
+                self._received += count
+                return data
+            self._at_end()
+        if self._lost is not None:
+            raise BrokenError(*self._lost)
+        return 0 if rest else b""
+
+    def _at_end(self):
+        self._pollable.readable = self._ended = self._special = True
+
+    async def _send_some(self, view):
+        """Send as much as there is room for, 1 byte at least. Cancelled: nothing was sent."""
+        pollable = self._pollable
+        while True:
+            if not pollable.writable:
+                await self._wait_writable()
+            pollable.writable = False
+            try:
+                sent = self._send(view, _NO_SIGNAL)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                pollable.writable = True
+                raise self._broken(error, "writing") from error
+            if sent == len(view):
+                pollable.writable = True
+            self._sent += sent
+            return sent
+
+    def _pull(self, max_bytes):
+        """To be awaited: the next bytes for the reader, b"" at the end."""
+        return self._receive(max_bytes) if self._tls is None else self._tls.read(self, max_bytes)
+
+    def _take(self, count):
+        buffer = self._buffer
+        if count >= len(buffer):
+            taken = bytes(buffer)
+            buffer.clear()
+        else:
+            with memoryview(buffer) as view:
+                taken = bytes(view[:count])
+            del buffer[:count]
+        return taken
+
+    async def _read_otherwise(self, max_bytes):
+        """read() where it takes more than a system call (N2), or its task has had its turn."""
+        await _turn()
+        _whole(max_bytes, 1, f"read({max_bytes!r})")
+        self._begin_read()
+        try:
+            return self._take(max_bytes) if self._buffer else await self._pull(max_bytes)
+        finally:
+            self._end_read()
+
+    async def _write_otherwise(self, data):
+        """write() where it takes more than a system call, or its task has had its turn."""
+        await _turn()
+        await self._write_rest(_as_bytes(data, "write()"))
+
+    async def _write_rest(self, view):
+        self._begin_write()
+        try:
+            await self._push(view)
+        finally:
+            self._end_write()
+
+    async def _push(self, view):
+        """Write all of it. For the writer."""
+        if self._tls is not None:
+            await self._tls.write(self, view)
+            return
+        while view:
+            view = view[await self._send_some(view):]
+
+    def _cut_short(self, wanted):
+        return BrokenError(None, f"{self!r}: the peer ended after {len(self._buffer)} bytes, where {wanted} was expected; "
+                           "read() still gives them")
+
+
+def _read_at(file, offset, count):
+    file.seek(offset)
+    return file.read(count)
+
+
+class _Bulk(_Stream):
+    """Large data: into and out of the caller's memory, and out of files, without a copy."""
+
+    __slots__ = ()
+
+    async def read_into(self, buffer):
+        """Read into a writable buffer (of a flowcoro.BufferPool, say); returns how many bytes, 0 at the end. As read().
+
+        ValueError for an empty buffer, TypeError for one that cannot be written.
+        """
+        await _turn()
+        view = _as_bytes(buffer, "read_into()")
+        if view.readonly:
+            raise TypeError(f"read_into() needs a buffer that can be written, such as a bytearray, got {buffer!r:.80}")
+        if not view:
+            raise ValueError("read_into() needs a buffer of at least one byte")
+        self._begin_read()
+        try:
+            if self._tls is None and not self._buffer:
+                return await self._receive(len(view), self._call(self._raw.recv_into), view)
+            data = self._take(len(view)) if self._buffer else await self._pull(len(view))
+            view[:len(data)] = data
+            return len(data)
+        finally:
+            self._end_read()
+
+    async def write_many(self, buffers):
+        """Write all of several bytes-like objects in a row, as write() does, without joining them (sendmsg(2)).
+
+        Cancelled: an unknown part was sent.
+        """
+        await _turn()
+        rest = [view for view in (_as_bytes(data, "write_many()") for data in buffers) if view]
+        self._begin_write()
+        try:
+            if self._tls is not None:
+                if sum(map(len, rest)) <= TLS_CHUNK:        # small ones share a record
+                    rest = [memoryview(b"".join(rest))]
+                for view in rest:
+                    await self._push(view)
+                return
+            sendmsg, pollable, done = self._call(self._raw.sendmsg), self._pollable, 0
+            while done < len(rest):
+                if not pollable.writable:
+                    await self._wait_writable()
+                pollable.writable = False
+                several = rest[done:done + IOV_MAX]
+                try:
+                    sent = sendmsg(several, (), _NO_SIGNAL)
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    pollable.writable = True
+                    raise self._broken(error, "writing") from error
+                if sent == sum(map(len, several)):
+                    pollable.writable = True
+                self._sent += sent
+                while done < len(rest) and sent >= len(rest[done]):
+                    sent -= len(rest[done])
+                    done += 1
+                if sent:
+                    rest[done] = rest[done][sent:]
+        finally:
+            self._end_write()
+
+    async def send_file(self, file, offset=0, count=None):
+        """Send `count` bytes (None: all that is there) of a file opened for reading in binary, from `offset`; returns how many.
+
+        Less if the file ends before. By sendfile(2), where the data never come into this process; with TLS, in memory, or for
+        files that are none of the system's (io.BytesIO), it is read in threads. The file's position is used only then. Cancelled:
+        an unknown part was sent.
+        """
+        await _turn()
+        _whole(offset, 0, f"offset={offset!r}")
+        count = math.inf if count is None else _whole(count, 0, f"count={count!r}")
+        self._begin_write()
+        try:
+            number = self._number_for_sendfile(file)
+            sent = None if number is None else await self._send_by_sendfile(number, offset, count)
+            if sent is None:
+                sent = 0
+                while sent < count:
+                    data = await flowcoro.to_thread(_read_at, file, offset + sent, int(min(count - sent, TLS_CHUNK)))
+                    if not data:
+                        break
+                    await self._push(_as_bytes(data, "send_file()"))
+                    sent += len(data)
+            return sent
+        finally:
+            self._end_write()
+
+    def _number_for_sendfile(self, file):
+        if self._tls is not None or not isinstance(self._raw, socket.socket) or not hasattr(os, "sendfile"):
+            return None
+        try:
+            return file.fileno()
+        except (AttributeError, io.UnsupportedOperation):
+            return None
+
+    async def _send_by_sendfile(self, number, offset, count):
+        """How many bytes were sent; None if sendfile() does not do it with this file."""
+        sendfile, pollable, sent = self._call(os.sendfile), self._pollable, 0
+        while sent < count:
+            await (_turn() if pollable.writable else self._wait_writable())
+            pollable.writable = False
+            try:
+                some = sendfile(self._raw.fileno(), number, offset + sent, int(min(count - sent, SENDFILE_CHUNK)))
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                pollable.writable = True
+                if not sent and not self._closed and error.errno in _NO_SENDFILE:
+                    return None
+                raise self._broken(error, "writing") from error
+            pollable.writable = True        # a short one may be the file's end; that the buffer is full the next one says
+            if not some:
+                break
+            sent += some
+            self._sent += some
+        return sent
+
+
+class _Secured(_Bulk):
+    """TLS on a connection."""
+
+    __slots__ = ()
+
+    async def start_tls(self, tls=True, *, server_side=False, server_name=None, timeout=HANDSHAKE_TIMEOUT):
+        """Go on with TLS on this connection: STARTTLS of SMTP, IMAP, PostgreSQL …
+
+        tls: an ssl.SSLContext, or True for client_tls(). server_name: the name that the certificate must be for (and SNI); a
+        client that verifies needs it. TlsError, also if anything was received that has not been read: somebody in the middle
+        may have put it there. Errors leave the connection unusable. Cancelled: handshake() goes on with it.
+        """
+        await _turn()
+        context = _as_context(tls, server_side)
+        if context is None:
+            raise TypeError("start_tls() needs an ssl.SSLContext, or True")
+        self._begin_read()
+        try:
+            self._begin_write()
+            self._end_write()
+            if self._tls is not None:
+                raise RuntimeError(f"{self!r} speaks TLS already")
+            if self._buffer:
+                raise TlsError(None, f"{self!r}: {len(self._buffer)} bytes came before TLS began and were not read; they may be "
+                               "of somebody in the middle, and are not taken for the peer's")
+            self._set_tls(context, server_side, server_name)
+        finally:
+            self._end_read()
+        await self.handshake(timeout=timeout)
+
+    def _set_tls(self, context, server_side=False, server_name=None):
+        server_name = _name_for_tls(server_name)
+        if context.check_hostname and not server_side and not server_name:      # an SSLObject would check no name at all
+            raise ValueError("the certificate is to be for a name, and there is none: give server_name=, or check_hostname=False "
+                             "to the context")
+        self._tls = _Tls(context, server_side, server_name or None, self._several)
+        self._special = True
+
+    async def handshake(self, *, timeout=HANDSHAKE_TIMEOUT):
+        """Make the TLS handshake now; else the first read or write does. Nothing without TLS. TlsError, TimeoutError (seconds).
+
+        Cancelled: it can be gone on with.
+        """
+        await _turn()
+        if self._tls is not None and not self._tls.is_done:
+            with flowcoro.move_on_after(_seconds(timeout, "timeout")) as scope:
+                await self._tls.handshake(self)
+            if scope.cancelled_caught:
+                raise TimeoutError(f"{self!r}: the TLS handshake was not done within {timeout:g} s")
+
+    @property
+    def tls(self):
+        """The ssl.SSLObject: version(), cipher(), getpeercert(), server_hostname …; None without TLS."""
+        return self._tls and self._tls.object
+
+    @property
+    def alpn(self):
+        """The protocol agreed upon by ALPN, or None."""
+        return self._tls and self._tls.object.selected_alpn_protocol()
+
+
+_current_task = flowcoro.current_task
+
+
+class Socket(_Secured):
+    """A connection: of TCP, of a Unix socket, in memory; plain or with TLS. A stream of bytes each way.
+
+    `Socket(raw)` takes over a connected raw socket: a socket.socket, or one of the network that is current. Close it, best by
+    `async with`. One task may read and another write at the same time; a second reader or writer gets BusyError. What was
+    closed here raises ClosedError, also in tasks that wait; what the peer or the network has broken, BrokenError, and an
+    end within what was asked for too. Messages name both ends.
+    """
+
+    __slots__ = ()
+
+    # read() and write() are written out for speed: an echo of 1 KiB makes little else, and each coroutine more on the way
+    # costs 2 % of it. Who waits is a checkpoint anyway, so it is not asked which task this is: 1 %. All that is rare goes
+    # through _read_otherwise() and _write_otherwise(), which ask everything anew.
+
+    async def read(self, max_bytes=CHUNK):
+        """From 1 to `max_bytes` bytes, as soon as there are any; b"" at the end, again and again. Cancelled: nothing consumed.
+
+        The end is what the peer has said; with TLS its goodbye. A connection that was cut before that is a BrokenError.
+        """
+        if self._special or self._reader is not None or max_bytes.__class__ is not int or max_bytes < 1:
+            return await self._read_otherwise(max_bytes)
+        pollable = self._pollable
+        if pollable.readable:
+            task = _current_task()
+            if task.budget <= 0:
+                return await self._read_otherwise(max_bytes)
+            task.budget -= 1
+        while True:
+            if not pollable.readable:
+                self._reader = _SOMEBODY
+                try:
+                    await pollable.wait_readable()
+                except flowcoro.ClosedError as error:
+                    raise self._closed_error() from error
+                finally:
+                    self._reader = None
+            pollable.readable = False           # first this, then try: no edge is lost
+            try:
+                data = self._recv(max_bytes)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                pollable.readable = True
+                raise self._broken(error, "reading") from error
+            count = len(data)
+            if count == max_bytes or pollable.hangup:
+                pollable.readable = True
+            if not count:
+                self._at_end()
+                if self._lost is not None:
+                    raise BrokenError(*self._lost)
+            self._received += count
+            return data
+
+    async def write(self, data):
+        """Write all of `data` (bytes-like, which must not change meanwhile); returns when the system has it.
+
+        When the peer does not read, this waits. Cancelled: an unknown part was sent; with TLS, of whole records.
+        """
+        pollable = self._pollable
+        if self._special or self._writer is not None or data.__class__ is not bytes or not pollable.writable:
+            return await self._write_otherwise(data)
+        task = _current_task()
+        if task.budget <= 0:
+            return await self._write_otherwise(data)
+        task.budget -= 1
+        try:
+            sent = self._send(data, _NO_SIGNAL)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise self._broken(error, "writing") from error
+        self._sent += sent
+        if sent != len(data):
+            pollable.writable = False
+            await self._write_rest(memoryview(data)[sent:])
+
+    async def read_exactly(self, count):
+        """Exactly `count` bytes; b"" for 0. BrokenError when the peer ends before: read() still gives what has come.
+
+        Cancelled: nothing consumed.
+        """
+        await _turn()
+        _whole(count, 0, f"read_exactly({count!r})")
+        self._begin_read()
+        try:
+            buffer = self._buffer
+            while len(buffer) < count:
+                data = await self._pull(min(max(count - len(buffer), CHUNK), LARGEST_CHUNK))
+                if not data:
+                    raise self._cut_short(f"one of {count} bytes")
+                if len(data) == count and not buffer:
+                    return data
+                buffer += data
+            return self._take(count)
+        finally:
+            self._end_read()
+
+    async def read_until(self, separator=b"\n", *, limit=UNTIL_LIMIT):
+        """All bytes up to and including `separator`; b"" at the end, if nothing is left.
+
+        limit: bytes, separator included. LimitError when so many come without it, BrokenError when the peer ends before it:
+        nothing is consumed, and read() still gives what has come. Cancelled: nothing consumed. ValueError for an empty separator.
+        """
+        await _turn()
+        if not isinstance(separator, (bytes, bytearray)):
+            raise TypeError(f"read_until({separator!r}): the separator must be bytes, such as b\"\\n\"")
+        if not separator:
+            raise ValueError("read_until(b\"\"): the separator must have at least one byte")
+        if limit != math.inf:
+            _whole(limit, 1, f"limit={limit!r}")
+        self._begin_read()
+        try:
+            buffer, searched = self._buffer, 0
+            while True:
+                found = buffer.find(separator, searched)
+                length = found + len(separator) if found >= 0 else len(buffer)
+                if length > limit:
+                    raise LimitError(f"{self!r}: no {bytes(separator)!r} within limit={limit} bytes; allow more with limit=, or "
+                                     "take pieces of any length with read()")
+                if found >= 0:
+                    return self._take(length)
+                searched = max(0, length - len(separator) + 1)
+                data = await self._pull(CHUNK)
+                if not data:
+                    if buffer:
+                        raise self._cut_short(f"a {bytes(separator)!r}")
+                    return b""
+                buffer += data
+        finally:
+            self._end_read()
+
+    async def shutdown_write(self):
+        """Tell the peer that no more comes (its read returns b""); reading goes on. Twice is once. With TLS its goodbye first.
+
+        Cancelled: not shut down, or (TLS) the goodbye is half sent; again goes on with it.
+        """
+        await _turn()
+        if self._shut:
+            return
+        if self._tls is not None:
+            if not self._tls.is_done:
+                await self.handshake()
+            await self._say_goodbye()
+        self._begin_write()
+        try:
+            self._call(self._raw.shutdown)(socket.SHUT_WR)
+            self._shut = True
+        except OSError as error:
+            raise self._broken(error, "shutting down") from error
+        finally:
+            self._end_write()
+            self._mark()
+
+    async def _say_goodbye(self):
+        self._begin_write()
+        try:
+            self._tls.say_goodbye()
+            await self._tls.flush(self)
+        finally:
+            self._end_write()
+
+    async def close(self):
+        """Close the connection. Twice is once. What write() has returned from is delivered, unless the peer still sends.
+
+        With TLS it says goodbye first, for at most 2 seconds. Tasks that wait for it get ClosedError. Cancelled: it is closed.
+        """
+        try:
+            if self._tls is not None and self._tls.is_done and not self._closed and not self._shut and self._writer is None:
+                with flowcoro.move_on_after(CLOSE_TIMEOUT):
+                    await self._say_goodbye()
+        except (NetworkError, flowcoro.ClosedError, flowcoro.BusyError):        # then it is closed without
+            pass
+        finally:
+            self._close()
+        await _turn()
+
+    def close_nowait(self):
+        """Close at once: no TLS goodbye, else as close(). Never blocks."""
+        self._close()
+
+    async def __aexit__(self, kind, error, trace):
+        if kind is None:
+            await self.close()
+        else:
+            self._close()
+
+    # -- about it
+
+    @property
+    def peer(self):
+        """The other end's address, as `local`."""
+        if self._peer is None:
+            if self._closed:
+                raise self._closed_error()
+            try:
+                self._peer = self._raw.getpeername()
+            except OSError as error:
+                raise BrokenError(error.errno, f"{self!r}: it has no peer (any more): {error.strerror}") from error
+        return self._peer
+
+    def statistics(self):
+        """{"bytes_received", "bytes_sent": as on the wire, "bytes_buffered": received (and decrypted) and not yet read,
+        "reading", "writing": whether a task does, "tls": its version or None}"""
+        decrypted = len(self._tls.early) + self._tls.object.pending() if self._tls else 0
+        return {"bytes_received": self._received, "bytes_sent": self._sent, "bytes_buffered": len(self._buffer) + decrypted,
+                "reading": self._reader is not None, "writing": self._writer is not None,
+                "tls": self._tls and self._tls.object.version()}
+
+    def __repr__(self):
+        ends = ""
+        for word, known, ask in ("from", self._local, "getsockname"), ("to", self._peer, "getpeername"):
+            try:
+                ends += f" {word} {_shown(getattr(self._raw, ask)() if known is None else known)}"
+            except OSError:             # closed, or lost
+                pass
+        return f"<Socket{ends}{' TLS' if self._tls else ''}{' closed' if self._closed else ''}>"
+
+    # -- making one
+
+    @classmethod
+    async def connect(cls, host, port, *, tls=None, server_name=None, timeout=None, local=None, family=0):
+        """Connect by TCP to a host by name or address: the first of its addresses that answers (RFC 8305).
+
+        tls: True for client_tls(), or an ssl.SSLContext; the handshake is made, and the certificate must be for `host` (or
+        server_name). timeout: seconds for all of it (TimeoutError); None: the system's, two minutes. local: (address, port) to
+        connect from. family: socket.AF_INET or AF_INET6 only.
+        ResolveError, BrokenError with the error of every attempt, TlsError, OSError. Cancelled: nothing is left behind.
+        """
+        context, timeout = _as_context(tls, False), _seconds(timeout, "timeout")
+        failures = []
+        with flowcoro.move_on_after(timeout) as scope:
+            await _turn()
+            network = _network()
+            found = _interleaved(await resolve(host, _checked_port(port, 1), family=family))
+            raw, pollable, address = await _connect_to_any(network, found, f"{host}:{port}", local, failures)
+            return await cls._ready(raw, network, pollable, address, context, server_name or host)
+        raise TimeoutError(f"connecting to {host}:{port} took longer than timeout={timeout:g} s"
+                           + "".join(f"; {_shown(address)}: {error.strerror}" for address, error in failures))
+
+    @classmethod
+    async def connect_unix(cls, path, *, tls=None, server_name=None, timeout=None):
+        """Connect to a Unix socket: a path, or a name that begins with "\\0" (Linux). Otherwise as connect().
+
+        BrokenError also when nobody listens, or the path is not there.
+        """
+        context, timeout, path = _as_context(tls, False), _seconds(timeout, "timeout"), os.fspath(path)
+        with flowcoro.move_on_after(timeout) as scope:
+            await _turn()
+            network = _network()
+            raw, pollable = await _connect_unix(network, path)
+            return await cls._ready(raw, network, pollable, path, context, server_name)
+        raise TimeoutError(f"connecting to {_shown(path)} took longer than timeout={timeout:g} s")
+
+    @classmethod
+    async def _ready(cls, raw, network, pollable, address, context, server_name):
+        """The Socket, after the handshake if it has TLS."""
+        sock = cls(raw, network, pollable, address)
+        try:
+            if raw.family != getattr(socket, "AF_UNIX", None):
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if context is not None:
+                sock._set_tls(context, False, server_name)
+                await sock.handshake(timeout=None)
+        except BaseException:
+            sock._close()
+            raise
+        return sock
+
+
+# ---- connecting -----------------------------------------------------------------------------------------------
+
+async def _until_connected(raw, pollable):
+    while True:
+        pollable.writable = False
+        await pollable.wait_writable()
+        if number := raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(number, os.strerror(number))
+        try:
+            raw.getpeername()
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:       # which says: not yet
+                raise
+        else:
+            pollable.writable = True
+            return
+
+
+async def _connect_one(network, family, kind, proto, address, local=None):
+    """(raw, pollable), connected. OSError. Cancelled: nothing is left behind."""
+    raw, pollable = network.socket(family, kind, proto), None
+    try:
+        if local is not None:
+            try:
+                raw.bind(local)
+            except OSError as error:
+                raise _refused(error, "connect from", local) from error
+        number = raw.connect_ex(address)
+        if number and number not in _UNDER_WAY:
+            raise OSError(number, os.strerror(number))
+        pollable = network.pollable(raw)            # only now: a socket that never connected looks hung up to epoll
+        if number:
+            await _until_connected(raw, pollable)
+        if kind == socket.SOCK_STREAM and family != getattr(socket, "AF_UNIX", None) and raw.getsockname() == raw.getpeername():
+            # A port of one's own machine where nobody listens, and which the system chose for this end too (RFC 9293 3.5).
+            raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+        return raw, pollable
+    except BaseException:
+        if pollable is not None:
+            pollable.close()
+        raw.close()
+        raise
+
+
+async def _connect_to_any(network, found, target, local, failures):
+    """(raw, pollable, address) of the first that connects: RFC 8305 section 5. BrokenError with every failure."""
+    won = []
+
+    async def attempt(family, kind, proto, address, done):
+        try:
+            raw, pollable = await _connect_one(network, family, kind, proto, address, local)
+        except OSError as error:
+            failures.append((address, error.with_traceback(None)))          # the frames would know it, and it them
+            done.set()
+            return
+        won.append((raw, pollable, address))
+        if won[0][0] is not raw:            # another one was faster, at the same time
+            pollable.close()
+            raw.close()
+        else:
+            group.cancel()
+
+    try:
+        if len(found) == 1:
+            family, kind, proto, address = found[0]
+            try:
+                return *await _connect_one(network, family, kind, proto, address, local), address
+            except OSError as error:
+                failures.append((address, error.with_traceback(None)))
+        else:
+            async with flowcoro.TaskGroup() as group:
+                for each in found:
+                    done = flowcoro.Event()
+                    group.spawn(attempt(*each, done), name=f"connect to {_shown(each[3])}")
+                    with flowcoro.move_on_after(ATTEMPT_DELAY):
+                        await done.wait()
+            if won:
+                return won[0]
+    except BaseException:
+        for raw, pollable, _ in won[:1]:
+            pollable.close()
+            raw.close()
+        raise
+    raise _not_connected(target, failures) from failures[0][1]
+
+
+def _not_connected(target, failures):
+    """The error for failed attempts, a list of (address, OSError)."""
+    said = "; ".join(f"{_shown(address)}: {error.strerror}" for address, error in failures)
+    number = failures[0][1].errno
+    if all(error.errno in _EXHAUSTED for _, error in failures):
+        return OSError(number, f"cannot connect to {target}: {said}; close some descriptors, or raise `ulimit -n`")
+    broken = BrokenError(number, f"cannot connect to {target}: {said}")
+    broken.errors = tuple(failures)
+    return broken
+
+
+async def _connect_unix(network, path):
+    delay = FIRST_RETRY
+    while True:
+        try:
+            return await _connect_one(network, socket.AF_UNIX, socket.SOCK_STREAM, 0, path)
+        except BlockingIOError:         # the backlog is full, and nothing tells when it is not
+            await flowcoro.sleep(delay)
+            delay = min(2 * delay, LONGEST_RETRY)
+        except OSError as error:
+            raise _not_connected(_shown(path), [(path, error.with_traceback(None))]) from error
+
+
+# ---- servers: the base ----------------------------------------------------------------------------------------
+
+class _Listener(_Owner):
+    """One address that a server listens on."""
+
+    __slots__ = ("_accept", "_another")
+
+    def __init__(self, raw, network, another=None):
+        super().__init__(raw, network)
+        self._accept = self._call(raw.accept)
+        self._another = another             # a function that makes a raw socket on the same address, if that may be shared
+
+    def _close(self):
+        if not super()._close():
+            return False
+        self._accept = _no_more
+        return True
+
+    def take(self):
+        """(raw, address) of the next connection, None if there is none yet. OSError of _EXHAUSTED, ClosedError."""
+        pollable = self._pollable
+        while pollable.readable:
+            pollable.readable = False           # first this, then try: no edge is lost
+            try:
+                found = self._accept()
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                pollable.readable = True
+                if self._closed:
+                    raise self._closed_error() from error
+                if error.errno not in _ONE_LOST:
+                    raise
+            else:
+                pollable.readable = True
+                return found
+
+    async def wait(self):
+        """Until take() may find something, or has an error."""
+        try:
+            await self._pollable.wait_readable()
+        except flowcoro.ClosedError:
+            pass
+
+    def __repr__(self):
+        return f"<listener{f' on {_shown(self._local)}' if self._local else ''}>"
+
+
+class _Drain:
+    """The connections of one serve(), and who waits until there are none."""
+
+    def __init__(self):
+        self.open = {}          # each Socket in the hands of a handler
+        self.empty = flowcoro.ParkingLot("wait for the handlers of a server to end")
+
+    @flowcoro.atomic
+    def add(self, sock):
+        self.open[sock] = None
+
+    @flowcoro.atomic
+    def remove(self, sock):
+        del self.open[sock]
+        if not self.open:
+            self.empty.unpark_all()
+
+    async def wait(self):
+        await self.empty.park_unless(lambda: not self.open)
+
+
+def _is_the_peers(error):
+    if isinstance(error, ExceptionGroup):
+        return all(map(_is_the_peers, error.exceptions))
+    return isinstance(error, (BrokenError, TlsError))
+
+
+def _listening(network, family, address, backlog, prepare):
+    """A raw socket that listens. OSError that names the address."""
+    raw = network.socket(family, socket.SOCK_STREAM, 0)
+    try:
+        prepare(raw)
+        raw.bind(address)
+        raw.listen(backlog)
+        return raw
+    except BaseException as error:
+        raw.close()
+        if isinstance(error, OSError):
+            raise _refused(error, "listen on", address) from error
+        raise
+
+
+def _listen(network, family, address, backlog, prepare, shared=False):
+    """A _Listener. OSError that names the address."""
+    raw = _listening(network, family, address, backlog, prepare)
+    try:
+        local = raw.getsockname()
+        another = functools.partial(_listening, network, family, local, backlog, prepare) if shared else None
+        listener = _Listener(raw, network, another)
+    except BaseException:
+        raw.close()
+        raise
+    listener._local = local
+    return listener
+
+
+# ---- several processes ----------------------------------------------------------------------------------------
+
+def _flush():
+    for file in sys.stdout, sys.stderr:
+        try:
+            if file is not None:
+                file.flush()
+        except (OSError, ValueError):           # closed, or whoever reads it is gone
+            pass
+
+
+def _fork():
+    """os.fork(), which from Python 3.12 on warns when there are threads: to_thread()'s, which wait for work and hold nothing."""
+    _flush()                                    # else both would write what is in there
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+        return os.fork()
+
+
+class _Process:
+    """A worker process, as the supervisor sees it."""
+
+    # What it counts, in memory that both see: the numbers of _Server.counts(), 8 bytes each.
+    COUNTS = 6
+
+    def __init__(self, place):
+        self.place = place
+        self.shared = mmap.mmap(-1, 8 * self.COUNTS)
+        self.counts = memoryview(self.shared).cast("Q")
+        self.ready, self.tell = os.pipe()           # it writes a byte once it serves
+        self.pid = self.pidfd = None
+        self.started = flowcoro.now()
+        self.serving, self.ended = flowcoro.Event(), flowcoro.Event()
+        self.status = None          # its exit status, or minus the number of the signal that killed it
+
+    def close_tell(self):
+        self.tell = self.closed(self.tell)
+
+    @staticmethod
+    def closed(fd):
+        if fd is not None:
+            os.close(fd)
+
+    def send_signal(self, number):
+        if self.status is None:
+            try:
+                os.kill(self.pid, number)
+            except ProcessLookupError:              # reaped by something else in this program
+                pass
+
+    def reap(self, options=0):
+        """Whether it has ended (P2)."""
+        try:
+            pid, status = os.waitpid(self.pid, options)
+        except ChildProcessError:                   # something else in this program waits for all children
+            self.status = 0
+        else:
+            if not pid:
+                return False
+            self.status = os.waitstatus_to_exitcode(status)
+        del self.place.supervisor.processes[self.pid]
+        self.place.supervisor.add(self.counts)
+        self.ended.set()
+        return True
+
+    def close(self):
+        self.close_tell()
+        self.ready, self.pidfd = self.closed(self.ready), self.closed(self.pidfd)
+
+    async def wait_until_serving(self):
+        """Until it serves or has ended."""
+        pollable = flowcoro.Pollable(self.ready)
+        try:
+            pollable.readable = False
+            await pollable.wait_readable()
+            if os.read(self.ready, 1):
+                self.serving.set()
+        finally:
+            pollable.close()
+
+    async def wait(self):
+        """Until it has ended, and is reaped."""
+        try:
+            self.pidfd = os.pidfd_open(self.pid)
+        except (AttributeError, OSError):           # no such system call, or not allowed here
+            while not self.reap(os.WNOHANG):
+                await flowcoro.sleep(LOOK)
+            return
+        pollable = flowcoro.Pollable(self.pidfd)
+        try:
+            pollable.readable = False
+            await pollable.wait_readable()
+        finally:
+            pollable.close()
+        self.reap()
+
+    def __str__(self):
+        how = (f"was killed by signal {-self.status} ({signal.strsignal(-self.status)})" if self.status < 0
+               else f"ended with exit status {self.status}")
+        return f"worker process {self.pid} {how}"
+
+
+class _Place:
+    """What one worker process after the other serves: its listening sockets, one for each address."""
+
+    def __init__(self, supervisor, raws):
+        self.supervisor, self.raws = supervisor, raws
+        self.process = None         # the one that is to be there
+        self.delay = 0.0            # seconds until the next one, after this has died
+
+
+class _Supervisor:
+    """serve() in several processes: keeps one in each place."""
+
+    def __init__(self, server, handler, count, reload, drain_timeout, options):
+        self.server, self.handler, self.reload = server, handler, reload
+        self.drain_timeout, self.options = drain_timeout, options
+        self.places = [_Place(self, [listener._raw for listener in server._listeners])]
+        self.processes = {}                     # process id -> _Process, until it is reaped
+        self.totals = [0] * _Process.COUNTS     # what those counted that have ended
+        self.restarts = 0
+        self.stopping = False
+        self.reload_asked = flowcoro.Event()
+        self.count = count
+        self.watchers = None                    # the TaskGroup of those who watch a process each
+        self.lifeline = self.hangups = None     # pipes: (read, write)
+
+    # -- the supervisor itself
+
+    async def run(self):
+        """Until the server is closed, or a stop requested, and all have ended."""
+        try:
+            self.open()
+            async with flowcoro.TaskGroup() as self.watchers:
+                try:
+                    async with flowcoro.TaskGroup() as group:
+                        group.spawn(self.server._close_on_stop(), name="close the server on a stop")
+                        group.spawn(self.hear_hangups(), name="hear SIGHUP")
+                        group.spawn(self.replace_when_asked(), name="replace the worker processes when asked")
+                        for place in self.places:
+                            place.process = self.start(place)
+                        await self.server._closing.wait()
+                        group.cancel()
+                    self.stop_listening()
+                    await self.end_all((signal.SIGTERM, self.drain_timeout + END_TIMEOUT))
+                finally:
+                    self.stop_listening()
+                    with flowcoro.CancelScope(shield=True):
+                        await self.end_all((signal.SIGTERM, END_TIMEOUT / 4), (signal.SIGTERM, END_TIMEOUT),
+                                           (signal.SIGKILL, math.inf))
+                    self.watchers.cancel()
+        finally:
+            self.close()
+
+    def open(self):
+        """The listening sockets, watched by none but those who accept; pipes; the handler of SIGHUP."""
+        for listener in self.server._listeners:
+            listener._pollable.close()
+        self.lifeline, self.hangups = os.pipe(), os.pipe()
+        for fd in self.hangups:
+            os.set_blocking(fd, False)
+        for _ in range(self.count - 1):
+            place = _Place(self, [])
+            self.places.append(place)
+            for listener in self.server._listeners:
+                place.raws.append(listener._raw if listener._another is None else listener._another())
+        if (threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP")
+                and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL):
+            signal.signal(signal.SIGHUP, self.on_hangup)
+
+    def close(self):
+        """Nothing is left, whatever has happened before: signals, processes, descriptors."""
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == self.on_hangup:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        for process in list(self.processes.values()):       # the shield was dropped by a second signal
+            process.send_signal(signal.SIGKILL)
+            until = time.monotonic() + END_TIMEOUT          # but one that hangs in the operating system cannot be waited for
+            while not process.reap(os.WNOHANG) and time.monotonic() < until:
+                time.sleep(0.001)
+            process.close()
+        for fd in (self.lifeline or ()) + (self.hangups or ()):
+            os.close(fd)
+        self.stop_listening()
+
+    def stop_listening(self):
+        self.stopping = True
+        self.server.close_nowait()
+        for place in self.places[1:]:
+            for raw in place.raws:
+                raw.close()
+
+    async def end_all(self, *stages):
+        """Send each (signal, seconds) to all that live, until none does."""
+        for number, seconds in stages:
+            for process in self.processes.values():
+                process.send_signal(number)
+            with flowcoro.move_on_after(seconds):
+                for process in list(self.processes.values()):
+                    await process.ended.wait()
+
+    # -- processes
+
+    def start(self, place):
+        """Fork one. OSError: the system has no more of them."""
+        process = _Process(place)
+        try:
+            process.pid = _fork()
+            if not process.pid:
+                self.be_a_worker(process)
+        except BaseException:
+            process.close()
+            raise
+        process.close_tell()
+        self.processes[process.pid] = process
+        self.watchers.spawn(self.watch(process), name=f"watch worker process {process.pid}")
+        return process
+
+    async def watch(self, process):
+        try:
+            with flowcoro.CancelScope(shield=True):
+                await process.wait_until_serving()
+                await process.wait()
+        finally:
+            process.close()
+        place = process.place
+        while not self.stopping and place.process is process:       # else it was replaced, or is not yet there
+            place.delay = (RESTART if flowcoro.now() - process.started >= STEADY or not place.delay
+                           else min(2 * place.delay, LONGEST_RESTART))
+            _report(ChildProcessError(str(process)), f"{self.server!r}: a worker process has died; the next one starts in "
+                    f"{place.delay:g} s")
+            await flowcoro.sleep(place.delay)
+            if self.stopping or place.process is not process:
+                return
+            try:
+                place.process = self.start(place)
+            except OSError as error:
+                _report(error, f"{self.server!r}: no worker process can be started for the moment; it is tried again")
+            else:
+                self.restarts += 1
+
+    async def retire(self, process):
+        """Have one end that has been replaced."""
+        process.send_signal(signal.SIGTERM)
+        with flowcoro.move_on_after(self.drain_timeout + END_TIMEOUT):
+            await process.ended.wait()
+        process.send_signal(signal.SIGKILL)
+
+    def add(self, counts):
+        """Keep what a process has counted; what it had open is not."""
+        counts[0] = 0
+        for index, count in enumerate(counts):
+            self.totals[index] += count
+
+    def counts(self):
+        return [sum(column) for column in zip(self.totals, *(process.counts for process in self.processes.values()))]
+
+    # -- reloading
+
+    def on_hangup(self, number, frame):
+        try:
+            os.write(self.hangups[1], b"h")
+        except BlockingIOError:                 # enough of them wait to be heard
+            pass
+
+    async def hear_hangups(self):
+        pollable = flowcoro.Pollable(self.hangups[0])
+        try:
+            while True:
+                pollable.readable = False
+                try:
+                    os.read(self.hangups[0], 100)
+                except BlockingIOError:
+                    await pollable.wait_readable()
+                else:
+                    self.reload_asked.set()
+        finally:
+            pollable.close()
+
+    async def replace_when_asked(self):
+        while True:
+            await self.reload_asked.wait()
+            self.reload_asked.clear()
+            try:
+                await self.replace_all()
+            except Exception as error:          # of reload=, or no process can be forked
+                _report(error, f"{self.server!r}: reloading failed; the worker processes that have not been replaced go on")
+
+    async def replace_all(self):
+        """One after the other: the old one is asked to end once the new one serves."""
+        if self.reload is not None:
+            found = self.reload()
+            if inspect.isawaitable(found):
+                found = await found
+            if found is not None:
+                self.handler = found
+        for place in self.places:
+            new = self.start(place)
+            await flowcoro.when_any(new.serving.wait(), new.ended.wait())
+            if new.status is not None:
+                raise ChildProcessError(f"{new}, before it served")
+            old, place.process, place.delay = place.process, new, 0.0
+            self.watchers.spawn(self.retire(old), name=f"retire worker process {old.pid}")
+
+    # -- in the worker process
+
+    def be_a_worker(self, process):
+        """Serve, in the child of the fork, and never return."""
+        status = 1
+        try:
+            gc.freeze()         # what is the parent's is not for this process to finalize
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)       # so that run() takes it, whatever the supervisor had there
+            signal.signal(signal.SIGINT, signal.SIG_IGN)        # a terminal sends these to all; the supervisor decides
+            if hasattr(signal, "SIGHUP"):
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            os.close(self.lifeline[1])
+            for fd in self.hangups:
+                os.close(fd)
+            process.closed(process.ready)
+            for other in self.processes.values():
+                other.close()
+            for raw in {raw for place in self.places for raw in place.raws} - set(process.place.raws):
+                raw.close()
+            flowcoro.run(self.serve(process), workers=1, grace=self.drain_timeout + END_TIMEOUT / 2)
+            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            _flush()
+            os._exit(status)
+
+    async def serve(self, process):
+        listeners = []
+        for raw, listener in zip(process.place.raws, self.server._listeners):
+            listeners.append(_Listener(raw, _network()))
+            listeners[-1]._local = listener._local
+        server = type(self.server)(listeners, self.server._context)
+        server._shared = process.counts
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(self.hold_lifeline(), name="watch for the end of the supervisor")
+            serving = group.spawn(server.serve(self.handler, drain_timeout=self.drain_timeout, **self.options))
+            os.write(process.tell, b"s")
+            process.close_tell()
+            await serving
+            group.cancel()
+
+    async def hold_lifeline(self):
+        """Nobody ever writes there, so what comes is the end (P1)."""
+        pollable = flowcoro.Pollable(self.lifeline[0])
+        try:
+            pollable.readable = False
+            await pollable.wait_readable()
+        finally:
+            pollable.close()
+        flowcoro.request_stop()
+
+
+# ---- servers --------------------------------------------------------------------------------------------------
+
+class _Server:
+    """What TcpServer and UnixServer share: a server listens, and gives out each connection once."""
+
+    def __init__(self, listeners, context):
+        self._listeners, self._context = listeners, context
+        self._supervisor = None         # while serve(processes=) runs
+        self._shared = None             # in a worker process: where the supervisor sees the counts
+        self._drain = None              # while serve() runs
+        self._closing = flowcoro.Event()
+        self._accepted = self._failed = self._broken = self._unshaken = self._pauses = 0
+        self._reported = -math.inf      # when the last pause was told
+        self._paused = False
+
+    # -- accepting
+
+    async def accept(self):
+        """The next connection, a Socket. With TLS the handshake is made by its first read or write, or handshake().
+
+        Without descriptors left it pauses, says so to sys.unraisablehook, and goes on. ClosedError after close();
+        BusyError when another task accepts. Cancelled: no connection is lost.
+        """
+        await _turn()
+        while True:
+            for listener in self._listeners:
+                if sock := await self._take(listener):
+                    return sock
+            if len(self._listeners) == 1:
+                await self._listeners[0].wait()
+            else:
+                await flowcoro.when_any(*(listener.wait() for listener in self._listeners))
+
+    async def _take(self, listener):
+        """A Socket; None if there is none yet, after a pause if none can be made."""
+        if self.closed:
+            raise self._closed_error()
+        try:
+            found = listener.take()
+            return found and self._taken(listener, found)
+        except OSError as error:
+            await self._cannot_accept(error)
+
+    def _taken(self, listener, found):
+        """The Socket of what the system gave."""
+        raw, address = found
+        sock = None
+        try:
+            sock = Socket(raw, listener._network, None, address)
+            if raw.family != getattr(socket, "AF_UNIX", None):
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._context is not None:
+                sock._set_tls(self._context, True)
+        except BaseException:
+            if sock is not None:
+                sock._close()
+            raw.close()
+            raise
+        self._accepted += 1
+        self._paused = False
+        return sock
+
+    async def _cannot_accept(self, error):
+        """Wait a little if it is that something has run out; those who wait to be accepted stay in the backlog."""
+        if self.closed:
+            raise self._closed_error() from error
+        if error.errno not in _EXHAUSTED:
+            raise error
+        if not self._paused:
+            self._paused = True
+            self._pauses += 1
+            now = flowcoro.now()
+            if now - self._reported >= REPORT_PAUSE:
+                self._reported = now
+                _report(error, f"{self!r} cannot accept connections for the moment: {error.strerror} ({error.errno}). It tries "
+                        "again every few tenths of a second; close some, raise `ulimit -n`, or set max_connections= of serve()")
+        await flowcoro.sleep(PAUSE)
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        """As accept(); the end once the server is closed."""
+        try:
+            return await self.accept()
+        except flowcoro.ClosedError:
+            raise StopAsyncIteration from None
+
+    # -- serving
+
+    async def serve(self, handler, *, max_connections=math.inf, drain_timeout=DRAIN_TIMEOUT,
+                    handshake_timeout=HANDSHAKE_TIMEOUT, processes=None, reload=None):
+        """Run `handler(sock)` (async) in a task of its own for each connection, and close that when it returns.
+
+        Returns when close() was called or a stop requested (SIGTERM, flowcoro.request_stop()): it accepts no more, waits
+        up to `drain_timeout` seconds for the handlers (math.inf: as long as they take), and cancels the rest. A handler's error
+        goes to sys.unraisablehook and ends its connection alone; BrokenError and failed handshakes, which are the peers', are
+        only counted. max_connections: at once; more wait in the backlog. handshake_timeout: seconds, of TLS.
+        BusyError when it is being served already, ClosedError when closed. Cancelled: handlers are too, and it is closed.
+
+        processes: how many worker processes are forked, which serve; max_connections holds for each. This one supervises: one
+        that dies is reported to sys.unraisablehook and replaced after 0.1 s, or longer each time if it dies again soon, up to
+        10 s; a stop reaches all. SIGHUP, or reload(), replaces them one by one, and no connection is lost; before, `reload` (a
+        function, may be async) is called here: what it returns, if not None, is the new handler, and after an error the old
+        ones go on. With listen(reuse_port=True) each has a queue of its own (SO_REUSEPORT), else they share one. Workers ignore
+        SIGINT and SIGHUP, and stop when the supervisor is gone. They get copies of all that is in memory and of all
+        descriptors: call it early. RuntimeError with several workers (threads) or on another network than the system's.
+        """
+        if not callable(handler):
+            raise TypeError(f"serve({handler!r}): give an async function that takes a Socket, not called yet")
+        slots = None
+        if max_connections != math.inf:
+            slots = flowcoro.Semaphore(_whole(max_connections, 1, f"max_connections={max_connections!r}", "connections"))
+        limits = _seconds(drain_timeout, "drain_timeout"), _seconds(handshake_timeout, "handshake_timeout")
+        if processes is not None:
+            options = {"max_connections": max_connections, "handshake_timeout": handshake_timeout}
+            await self._supervise(handler, _checked_processes(processes), reload, limits[0], options)
+            return
+        if reload is not None:
+            raise ValueError("reload= needs processes=: it is called before worker processes are replaced")
+        self._begin_serving()
+        try:
+            async with flowcoro.TaskGroup() as handlers:
+                try:
+                    async with flowcoro.TaskGroup() as accepting:
+                        accepting.spawn(self._close_on_stop(), name="close the server on a stop")
+                        for listener in self._listeners:
+                            accepting.spawn(self._accept_all(listener, handlers, handler, slots, limits[1]),
+                                            name=f"accept on {_shown(listener._local)}")
+                        await self._closing.wait()
+                        accepting.cancel()          # who waits for a place among max_connections, too
+                finally:
+                    self.close_nowait()
+                with flowcoro.move_on_after(limits[0]):
+                    await self._drain.wait()
+                handlers.cancel()
+        finally:
+            self._drain = None
+
+    async def _supervise(self, handler, processes, reload, drain_timeout, options):
+        if reload is not None and not callable(reload):
+            raise TypeError(f"reload={reload!r}: give a function; it is called without arguments")
+        await _turn()
+        self._begin_serving()
+        try:
+            self._supervisor = _Supervisor(self, handler, processes, reload, drain_timeout, options)
+            await self._supervisor.run()
+        finally:
+            self._drain = None
+
+    def reload(self):
+        """As SIGHUP for serve(processes=): replace the worker processes, one by one. RuntimeError if there are none."""
+        if self._supervisor is None or self._drain is None:
+            raise RuntimeError(f"{self!r} has no worker processes: reload() is for serve(processes=), while it runs")
+        self._supervisor.reload_asked.set()
+
+    @flowcoro.atomic
+    def _begin_serving(self):
+        if self.closed:
+            raise self._closed_error()
+        if self._drain is not None:
+            raise flowcoro.BusyError(f"{self!r} is being served already; one serve() at a time")
+        self._drain = _Drain()
+
+    async def _close_on_stop(self):
+        await flowcoro.stop_requested()
+        self.close_nowait()
+
+    async def _accept_all(self, listener, handlers, handler, slots, handshake_timeout):
+        while True:
+            await listener.wait()
+            if slots is not None:               # only now: several addresses share them
+                await slots.acquire()
+            sock = None
+            try:
+                sock = await self._take(listener)
+            except flowcoro.ClosedError:        # as soon as the group hears of it, it is cancelled
+                return
+            finally:
+                if sock is None and slots is not None:
+                    slots.release()
+            if sock is None:
+                continue
+            handling = self._handle(sock, handler, slots, handshake_timeout)
+            self._drain.add(sock)
+            self._show()
+            try:
+                handlers.spawn(handling, name=f"serve {_shown(sock.peer)}")
+            except BaseException:               # too many in a cancelled group
+                handling.close()
+                sock._close()
+                self._drain.remove(sock)
+                raise
+
+    async def _handle(self, sock, handler, slots, handshake_timeout):
+        shaken = False
+        try:
+            async with sock:
+                if sock._tls is not None:
+                    await sock.handshake(timeout=handshake_timeout)
+                shaken = True
+                await handler(sock)
+        except Exception as error:
+            if not shaken:
+                self._unshaken += 1
+            elif _is_the_peers(error):
+                self._broken += 1
+            else:
+                self._failed += 1
+                _report(error, f"the handler of {sock!r} failed; the others go on")
+        finally:
+            if slots is not None:
+                slots.release()
+            self._drain.remove(sock)
+            self._show()
+
+    # -- the end, and what there is to know
+
+    def close_nowait(self):
+        """Accept no more, at once: those in the backlog are reset, those accepted go on. Ends accept(), `async for`, and serve(),
+        which drains first. Twice is once. Never blocks."""
+        for listener in self._listeners:
+            listener._close()
+        self._closing.set()
+
+    close = close_nowait
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, kind, error, trace):
+        self.close_nowait()
+
+    @property
+    def closed(self):
+        """Whether it was closed here."""
+        return self._listeners[0]._closed
+
+    def _closed_error(self):
+        return flowcoro.ClosedError(f"{self!r} has been closed here")
+
+    @property
+    def addresses(self):
+        """Where it listens: a list of addresses, more than one if the host has several."""
+        return [listener._local for listener in self._listeners]
+
+    @property
+    def local(self):
+        """Where it listens: for TCP (host, port), of the first address; for Unix the path."""
+        local = self._listeners[0]._local
+        return local[:2] if isinstance(local, tuple) else local
+
+    def statistics(self):
+        """{"connections": those of serve() now, "accepted": in all, "failed": handlers that raised, "broken": connections that
+        their peers broke, "handshakes_failed", "pauses": how often accepting had to pause}; of serve(processes=) for all of them
+        together, with "processes": their numbers, "restarts": how many have died and were replaced
+        """
+        supervisor = self._supervisor
+        counts = self._counts() if supervisor is None else supervisor.counts()
+        found = dict(zip(("connections", "accepted", "failed", "broken", "handshakes_failed", "pauses"), counts, strict=True))
+        if supervisor is not None:
+            found |= {"processes": list(supervisor.processes), "restarts": supervisor.restarts}
+        return found
+
+    def _counts(self):
+        return (len(self._drain.open) if self._drain else 0, self._accepted, self._failed, self._broken, self._unshaken,
+                self._pauses)
+
+    def _show(self):
+        """In a worker process: to the supervisor."""
+        if self._shared is not None:
+            for index, count in enumerate(self._counts()):
+                self._shared[index] = count
+
+    def __repr__(self):
+        return (f"<{type(self).__name__} on {', '.join(_shown(listener._local) for listener in self._listeners)}"
+                f"{' with TLS' if self._context else ''}{' closed' if self.closed else ''}>")
+
+
+def _checked_processes(processes):
+    _whole(processes, 1, f"processes={processes!r}", "processes")
+    if not hasattr(os, "fork"):
+        raise RuntimeError(f"processes={processes}: this system cannot fork")
+    if _of_kernel().several:
+        raise RuntimeError(f"processes={processes}: a fork takes only one thread along; use run(workers=1), or workers= without "
+                           "processes=")
+    if _network() is not _SYSTEM:
+        raise RuntimeError(f"processes={processes}: other processes do not see {_network()!r}")
+    return processes
+
+
+class TcpServer(_Server):
+    """A server of TCP, and TLS. `await TcpServer.listen(…)`, then accept(), `async for sock in server`, or serve().
+
+    Best in `async with`, which closes it.
+    """
+
+    @classmethod
+    async def listen(cls, host, port, *, tls=None, backlog=BACKLOG, reuse_port=False, dual_stack=True):
+        """Listen on all addresses of `host` ("127.0.0.1", "localhost" …; "" or None: of this machine) and a port (0: any free).
+
+        tls: an ssl.SSLContext, as server_tls() makes it. backlog: connections that may wait to be accepted. reuse_port: several
+        processes share the port. dual_stack: "" takes IPv4 and IPv6, by one socket where the system can.
+        OSError whose message names the address: in use, no permission, not of this machine. ResolveError.
+        """
+        context = _as_context(tls, True)
+        _whole(backlog, 1, f"backlog={backlog!r}", "connections")
+        await _turn()
+        everywhere = host in ("", None)
+        if everywhere:
+            found = [(socket.AF_INET6, ("::", _checked_port(port))), (socket.AF_INET, ("0.0.0.0", port))]
+        else:
+            found = [(family, address) for family, _, _, address in await resolve(host, port, flags=socket.AI_PASSIVE)]
+        for attempt in range(PORT_ATTEMPTS):
+            try:
+                return cls(_listen_on_all(found, port, backlog, reuse_port, dual_stack and everywhere), context)
+            except OSError as error:            # a port that was free on one address is not on another
+                if port or error.errno != errno.EADDRINUSE or attempt == PORT_ATTEMPTS - 1:
+                    raise
+
+
+def _listen_on_all(found, port, backlog, reuse_port, both):
+    """The _Listeners of a list of (family, address), on one port. OSError; then there is none."""
+    network, listeners, absent = _network(), [], None
+    try:
+        for family, address in found:
+            if listeners and both and _takes_both(listeners[0]):
+                break
+            if port == 0 and listeners:
+                address = address[0], listeners[0]._local[1], *address[2:]
+            prepare = functools.partial(_prepare_tcp, family, reuse_port, both)
+            try:
+                listeners.append(_listen(network, family, address, backlog, prepare, reuse_port))
+            except OSError as error:            # a machine without IPv6, or one where it is switched off
+                if family != socket.AF_INET6 or error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                    raise
+                absent = error.with_traceback(None)
+        if not listeners:
+            raise absent
+        return listeners
+    except BaseException:
+        for listener in listeners:
+            listener._close()
+        raise
+
+
+def _prepare_tcp(family, reuse_port, both, raw):
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if reuse_port:
+        if not hasattr(socket, "SO_REUSEPORT"):
+            raise ValueError("reuse_port=True: this system cannot share a port")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if family == socket.AF_INET6:
+        raw.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not both))
+
+
+def _takes_both(listener):
+    return listener._raw.family == socket.AF_INET6 and not listener._raw.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+
+
+class UnixServer(_Server):
+    """A server on a Unix socket. As TcpServer."""
+
+    _file = None            # (device, inode) of the socket's file, which close() removes
+
+    @classmethod
+    async def listen(cls, path, *, tls=None, backlog=BACKLOG, mode=None):
+        """Listen on a path, or on a name that begins with "\\0" (Linux). mode: permissions of the file, such as 0o660.
+
+        A socket's file that is there, and where nobody listens, is replaced. close() removes the file, if it is still this one.
+        OSError whose message names the path: in use, no permission, no directory, longer than 107 bytes.
+        """
+        context, path = _as_context(tls, True), os.fspath(path)
+        _whole(backlog, 1, f"backlog={backlog!r}", "connections")
+        await _turn()
+        network = _network()
+        named = bool(path) and path[:1] not in ("\0", b"\0")
+        if named:
+            await _remove_stale(network, path)
+
+        def prepare(raw):
+            if mode is not None and named:
+                os.fchmod(raw.fileno(), mode)       # before bind: the file never has more permissions (Linux)
+
+        try:
+            server = cls([_listen(network, socket.AF_UNIX, path, backlog, prepare)], context)
+        except OSError as error:
+            if error.errno is None:                 # "AF_UNIX path too long", which comes without a number
+                raise OSError(errno.ENAMETOOLONG, str(error)) from error
+            raise
+        try:
+            if named:
+                found = os.stat(path)
+                server._file = found.st_dev, found.st_ino
+                if mode is not None:
+                    os.chmod(path, mode)
+        except BaseException:
+            server.close_nowait()
+            raise
+        return server
+
+    def close_nowait(self):
+        """As TcpServer.close_nowait(); and removes the socket's file."""
+        if not self.closed and self._file is not None:
+            path = self._listeners[0]._local
+            try:
+                found = os.stat(path)
+                if (found.st_dev, found.st_ino) == self._file:
+                    os.unlink(path)
+            except OSError:             # gone already, or no longer ours to remove
+                pass
+        super().close_nowait()
+
+    close = close_nowait
+
+
+async def _remove_stale(network, path):
+    """Remove the file of a socket whose owner has died: where nobody listens, a connect is refused."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+        raw, pollable = await _connect_one(network, socket.AF_UNIX, socket.SOCK_STREAM, 0, path)
+    except ConnectionRefusedError:
+        os.unlink(path)
+    except OSError:                     # not there, or full: somebody listens
+        pass
+    else:
+        pollable.close()
+        raw.close()
+
+
+# ---- datagrams ------------------------------------------------------------------------------------------------
+
+class UdpSocket(_Owner):
+    """Datagrams of UDP (RFC 768): each arrives whole, more than once, or not at all, in any order. Best in `async with`.
+
+    One task may receive and another send at the same time (else BusyError). ClosedError after close().
+    """
+
+    __slots__ = ("_recvmsg", "_send", "_sendto", "_peer", "_received", "_sent", "_reader", "_writer")
+
+    def __init__(self, raw, network=None, pollable=None, peer=None):
+        super().__init__(raw, network, pollable)
+        self._recvmsg, self._peer = self._call(raw.recvmsg), peer
+        self._send, self._sendto = self._call(raw.send), self._call(raw.sendto)
+        self._received = self._sent = 0
+        self._reader = self._writer = None
+
+    def _close(self):
+        if not super()._close():
+            return False
+        self._recvmsg = self._send = self._sendto = _no_more
+        return True
+
+    @classmethod
+    async def bind(cls, host, port, *, reuse_port=False, reuse_address=False, broadcast=False):
+        """A socket that receives on an address of this machine ("": all of IPv4, "::": all) and a port; 0: a free one.
+
+        reuse_address: others may bind it too, for multicast. reuse_port: several processes share what comes. broadcast: it may
+        send to broadcast addresses. OSError whose message names the address; ResolveError.
+        """
+        await _turn()
+        found = await resolve(host or "0.0.0.0", port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)
+        family, kind, proto, address = found[0]
+
+        def prepare(raw):
+            for name, wanted in ("SO_REUSEADDR", reuse_address), ("SO_REUSEPORT", reuse_port), ("SO_BROADCAST", broadcast):
+                if wanted:
+                    raw.setsockopt(socket.SOL_SOCKET, getattr(socket, name), 1)
+            try:
+                raw.bind(address)
+            except OSError as error:
+                raise _refused(error, "bind", address) from error
+
+        return cls._made(family, kind, proto, prepare, None)
+
+    @classmethod
+    async def connect(cls, host, port, *, broadcast=False):
+        """A socket that sends to one address and receives from that alone: send() and receive(). ResolveError, OSError.
+
+        Nothing is sent, so nobody needs to be there.
+        """
+        await _turn()
+        family, kind, proto, address = (await resolve(host, _checked_port(port, 1), type=socket.SOCK_DGRAM))[0]
+
+        def prepare(raw):
+            if broadcast:
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            if number := raw.connect_ex(address):
+                raise _refused(OSError(number, os.strerror(number)), "send datagrams to", address)
+
+        return cls._made(family, kind, proto, prepare, address)
+
+    @classmethod
+    def _made(cls, family, kind, proto, prepare, peer):
+        network = _network()
+        raw = network.socket(family, kind, proto)
+        try:
+            prepare(raw)
+            return cls(raw, network, None, peer)
+        except BaseException:
+            raw.close()
+            raise
+
+    async def receive_from(self, max_bytes=DATAGRAM):
+        """(data, address) of the next datagram, which may be empty. Cancelled: nothing consumed.
+
+        LimitError for one of more than `max_bytes`, which is lost. BrokenError when what was sent found nobody (connected
+        sockets only); the socket goes on.
+        """
+        await _turn()
+        _whole(max_bytes, 0, f"receive_from({max_bytes!r})")
+        self._begin("_reader", "received from")
+        try:
+            pollable = self._pollable
+            while True:
+                if not pollable.readable:
+                    await pollable.wait_readable()
+                pollable.readable = False
+                try:
+                    data, _, flags, address = self._recvmsg(max_bytes)
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    pollable.readable = True
+                    raise self._failed(error, "receiving") from error
+                pollable.readable = True
+                self._received += 1
+                if flags & socket.MSG_TRUNC:
+                    raise LimitError(f"{self!r}: a datagram from {_shown(address or self._peer)} was longer than max_bytes="
+                                     f"{max_bytes} and is lost; allow more, up to {DATAGRAM}")
+                return data, address or self._peer
+        except flowcoro.ClosedError as error:
+            raise self._closed_error() from error
+        finally:
+            self._reader = None
+
+    async def receive(self, max_bytes=DATAGRAM):
+        """The data of the next datagram. As receive_from()."""
+        return (await self.receive_from(max_bytes))[0]
+
+    async def send_to(self, data, address):
+        """Send one datagram to an address: (host, port) with a number, or what receive_from() gave. Waits for room.
+
+        It says nothing about its arrival. OSError when it is too long (EMSGSIZE: more than 65,507 bytes with IPv4), or there
+        is no way there. Cancelled: not sent.
+        """
+        await _turn()
+        view = _as_bytes(data, "send_to()")
+        self._begin("_writer", "sent to")
+        try:
+            pollable = self._pollable
+            while True:
+                if not pollable.writable:
+                    await pollable.wait_writable()
+                pollable.writable = False
+                try:
+                    self._send(view) if address is None else self._sendto(view, address)
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    pollable.writable = True
+                    raise self._failed(error, f"sending {len(view)} bytes to {_shown(address or self._peer)}") from error
+                pollable.writable = True
+                self._sent += 1
+                return
+        except flowcoro.ClosedError as error:
+            raise self._closed_error() from error
+        finally:
+            self._writer = None
+
+    async def send(self, data):
+        """Send one datagram to the address of connect(). As send_to()."""
+        if self._peer is None:
+            raise ValueError(f"{self!r} is not connected: use send_to(data, address), or make it by UdpSocket.connect()")
+        await self.send_to(data, None)
+
+    def join(self, group, interface=None):
+        """Receive what is sent to a multicast group too, such as "224.0.0.251" or "ff02::fb".
+
+        interface: the address (IPv4) or the name (IPv6) of the network card; None: the system's choice. OSError.
+        """
+        self._membership(group, interface, "IP_ADD_MEMBERSHIP", "IPV6_JOIN_GROUP")
+
+    def leave(self, group, interface=None):
+        """Undo join(). OSError if it had not joined."""
+        self._membership(group, interface, "IP_DROP_MEMBERSHIP", "IPV6_LEAVE_GROUP")
+
+    def _membership(self, group, interface, option4, option6):
+        try:
+            if self._raw.family == socket.AF_INET6:
+                index = socket.if_nametoindex(interface) if interface else 0
+                level, option = socket.IPPROTO_IPV6, option6
+                value = socket.inet_pton(socket.AF_INET6, group) + struct.pack("@I", index)
+            else:
+                level, option = socket.IPPROTO_IP, option4
+                value = socket.inet_aton(group) + socket.inet_aton(interface or "0.0.0.0")
+            self._call(self._raw.setsockopt)(level, getattr(socket, option), value)
+        except OSError as error:
+            if self._closed:
+                raise self._closed_error() from error
+            raise OSError(error.errno, f"{self!r}: cannot join or leave {group!r} on {interface!r}: "
+                          f"{error.strerror or error}") from error
+
+    @flowcoro.atomic
+    def _begin(self, place, verb):
+        task = getattr(self, place)
+        if task is not None:
+            raise flowcoro.BusyError(f"{self!r} is being {verb} by {task!r} already; one task at a time")
+        if self._closed:
+            raise self._closed_error()
+        setattr(self, place, flowcoro.current_task())
+
+    def _failed(self, error, doing):
+        if self._closed:
+            return self._closed_error()
+        if isinstance(error, ConnectionError):
+            return BrokenError(error.errno, f"{self!r}: {doing}: {error.strerror}; what was sent before found nobody there")
+        return OSError(error.errno, f"{self!r}: {doing}: {error.strerror}")
+
+    async def close(self):
+        """Close it; those who wait get ClosedError. Twice is once. A checkpoint; cancelled: it is closed."""
+        self._close()
+        await _turn()
+
+    def close_nowait(self):
+        """Close it at once. Never blocks."""
+        self._close()
+
+    async def __aexit__(self, kind, error, trace):
+        self._close()
+
+    @property
+    def peer(self):
+        """The address of connect(), or None."""
+        return self._peer
+
+    def statistics(self):
+        """{"datagrams_received", "datagrams_sent"}"""
+        return {"datagrams_received": self._received, "datagrams_sent": self._sent}
+
+    def __repr__(self):
+        try:
+            at = f" at {_shown(self._raw.getsockname() if self._local is None else self._local)}"
+        except OSError:
+            at = ""
+        return (f"<UdpSocket{at}{f' to {_shown(self._peer)}' if self._peer else ''}{' closed' if self._closed else ''}>")

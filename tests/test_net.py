@@ -1,0 +1,907 @@
+"""Connections: what Socket promises, against plain sockets of the operating system."""
+
+import array
+import contextlib
+import errno
+import gc
+import io
+import os
+import socket
+import struct
+import threading
+
+import pytest
+
+import flowcoro
+import flowcoro_net
+from flowcoro_net import BrokenError, LimitError, Socket, TcpServer
+from flowcoro_testing import wait_all_tasks_parked
+
+# Seconds after which a test has failed: for a machine that is very slow.
+PATIENCE = 60
+
+
+def open_descriptors():
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    gc.collect()
+    before = open_descriptors()
+    yield
+    gc.collect()
+    assert open_descriptors() == before
+    assert threading.active_count() < 100
+
+
+def run(main, *args, **options):
+    """Run main(*args) in a kernel, which is to watch no descriptor at the end."""
+    async def bounded():
+        with flowcoro.timeout(PATIENCE):
+            result = await main(*args)
+        assert flowcoro.statistics()["descriptors"] == 0
+        return result
+
+    return flowcoro.run(bounded(), **options)
+
+
+def tcp_pair():
+    """Two plain sockets connected by TCP."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = socket.create_connection(server.getsockname(), timeout=PATIENCE)
+        other, _ = server.accept()
+    other.settimeout(PATIENCE)
+    return one, other
+
+
+def unix_pair():
+    one, other = socket.socketpair()
+    other.settimeout(PATIENCE)
+    return one, other
+
+
+@pytest.fixture(params=[tcp_pair, unix_pair], ids=["tcp", "unix"])
+def pair(request):
+    """A function that gives (Socket, plain socket); both are closed at the end."""
+    with contextlib.ExitStack() as stack:
+        def make():
+            one, other = request.param()
+            stack.callback(other.close)
+            return Socket(one), other
+
+        yield make
+
+
+def reset(plain):
+    """Close a plain socket so that its peer is sent an RST."""
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    plain.close()
+
+
+def drain(plain):
+    """All that comes until the end."""
+    found = bytearray()
+    while data := plain.recv(1 << 20):
+        found += data
+    return bytes(found)
+
+
+async def settled(group, coro):
+    task = group.spawn(coro)
+    await wait_all_tasks_parked()
+    return task
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+def test_read_gives_what_is_there_and_nothing_at_the_end_again_and_again(pair):
+    async def main():
+        near, far = pair()
+        async with near:
+            far.sendall(b"hello")
+            assert await near.read() == b"hello"
+            far.sendall(b"world")
+            assert await near.read(3) == b"wor"
+            assert await near.read(3) == b"ld"
+            far.close()
+            for _ in range(3):
+                assert await near.read() == b""
+
+    run(main)
+
+
+def test_read_waits_for_the_first_byte(pair):
+    async def main():
+        near, far = pair()
+        async with near, flowcoro.TaskGroup() as group:
+            reader = await settled(group, near.read())
+            assert not reader.done()
+            far.sendall(b"x")
+            assert await reader == b"x"
+
+    run(main)
+
+
+def test_an_end_that_comes_with_the_last_bytes_is_not_missed(pair):
+    async def main():
+        for _ in range(20):
+            near, far = pair()
+            async with near, flowcoro.TaskGroup() as group:
+                reader = await settled(group, near.read())
+                far.sendall(b"last")
+                far.close()
+                assert await reader == b"last"
+                assert await near.read() == b""
+
+    run(main)
+
+
+def test_bytes_that_fill_the_read_exactly_do_not_hide_those_behind(pair):
+    async def main():
+        near, far = pair()
+        async with near:
+            far.sendall(bytes(range(200)))
+            assert b"".join([await near.read(50) for _ in range(4)]) == bytes(range(200))
+            far.sendall(b"more")
+            assert await near.read(4) == b"more"
+
+    run(main)
+
+
+@pytest.mark.parametrize("wrong, error", [
+    (0, ValueError), (-1, ValueError), (1.5, TypeError), ("1", TypeError), (True, TypeError)])
+def test_read_refuses_what_is_no_number_of_bytes(pair, wrong, error):
+    async def main():
+        near, _ = pair()
+        async with near:
+            with pytest.raises(error, match=repr(wrong)):
+                await near.read(wrong)
+
+    run(main)
+
+
+def test_read_exactly_waits_for_all_and_leaves_the_rest(pair):
+    async def main():
+        near, far = pair()
+        async with near, flowcoro.TaskGroup() as group:
+            reader = await settled(group, near.read_exactly(6))
+            far.sendall(b"abc")
+            await wait_all_tasks_parked()
+            far.sendall(b"defghi")
+            assert await reader == b"abcdef"
+            assert near.statistics()["bytes_buffered"] == 3
+            assert await near.read_exactly(0) == b""
+            assert await near.read(2) == b"gh"
+            assert await near.read_exactly(1) == b"i"
+            assert near.statistics()["bytes_buffered"] == 0
+            far.sendall(b"exact")
+            assert await near.read_exactly(5) == b"exact"
+
+    run(main)
+
+
+def test_read_exactly_says_that_the_peer_ended_and_consumes_nothing(pair):
+    async def main():
+        near, far = pair()
+        async with near:
+            far.sendall(b"abc")
+            far.close()
+            with pytest.raises(BrokenError, match="after 3 bytes, where one of 4 bytes was expected"):
+                await near.read_exactly(4)
+            assert await near.read() == b"abc"
+            assert await near.read() == b""
+            with pytest.raises(BrokenError, match="after 0 bytes"):
+                await near.read_exactly(1)
+
+    run(main)
+
+
+def test_read_until_gives_lines_and_nothing_at_a_clean_end(pair):
+    async def main():
+        near, far = pair()
+        async with near:
+            far.sendall(b"one\ntwo\r\n\nfour")
+            assert await near.read_until(b"\n") == b"one\n"
+            assert await near.read_until(b"\r\n") == b"two\r\n"
+            assert await near.read_until() == b"\n"
+            far.sendall(b"\n")
+            assert await near.read_until() == b"four\n"
+            far.close()
+            assert await near.read_until() == b""
+
+    run(main)
+
+
+def test_a_line_without_its_end_is_an_error_and_stays_readable(pair):
+    async def main():
+        near, far = pair()
+        async with near:
+            far.sendall(b"half a li")
+            far.close()
+            with pytest.raises(BrokenError, match="9 bytes"):
+                await near.read_until()
+            assert await near.read() == b"half a li"
+
+    run(main)
+
+
+def test_a_separator_that_comes_in_pieces_is_found(pair):
+    async def main():
+        near, far = pair()
+        async with near, flowcoro.TaskGroup() as group:
+            reader = group.spawn(near.read_until(b"\r\n\r\n"))
+            for byte in b"head\r\n\r\r\n\r\n":
+                await wait_all_tasks_parked()
+                assert not reader.done()
+                far.sendall(bytes([byte]))
+            assert await reader == b"head\r\n\r\r\n\r\n"
+
+    run(main)
+
+
+def test_a_peer_that_sends_one_byte_at_a_time_is_read_as_any_other(pair):
+    text = b"first line\n" + bytes(range(100)) + b"the rest"
+
+    def send(far):
+        for byte in text:
+            far.sendall(bytes([byte]))
+        far.close()
+
+    async def main():
+        near, far = pair()
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        async with near, flowcoro.TaskGroup() as group:
+            group.spawn(flowcoro.to_thread(send, far))
+            assert await near.read_until(b"\n") == b"first line\n"
+            assert await near.read_exactly(100) == bytes(range(100))
+            assert await near.read_exactly(8) == b"the rest"
+            assert await near.read() == b""
+
+    run(main)
+
+
+def test_a_line_of_64_kib_against_a_limit_of_8_is_refused_and_consumes_nothing(pair):
+    line = b"x" * (64 * 2**10 - 1) + b"\n"
+
+    async def main():
+        near, far = pair()
+        async with near, flowcoro.TaskGroup() as group:
+            group.spawn(flowcoro.to_thread(far.sendall, line))
+            with pytest.raises(LimitError, match=r"limit=8192 bytes; allow more with limit="):
+                await near.read_until(b"\n", limit=8 * 2**10)
+            assert near.statistics()["bytes_buffered"] <= 8 * 2**10 + flowcoro_net.CHUNK
+            assert await near.read_exactly(len(line)) == line
+
+    run(main)
+
+
+def test_a_line_as_long_as_the_limit_is_taken_and_one_byte_more_is_not(pair):
+    async def main():
+        near, far = pair()
+        async with near:
+            far.sendall(b"1234\n12345\n")
+            assert await near.read_until(limit=5) == b"1234\n"
+            with pytest.raises(LimitError):
+                await near.read_until(limit=5)
+            assert await near.read_until(limit=6) == b"12345\n"
+
+    run(main)
+
+
+def test_read_until_refuses_nonsense(pair):
+    async def main():
+        near, _ = pair()
+        async with near:
+            for separator, error in ("\n", TypeError), (b"", ValueError), (10, TypeError):
+                with pytest.raises(error):
+                    await near.read_until(separator)
+            for limit, error in (0, ValueError), ("8", TypeError), (None, TypeError):
+                with pytest.raises(error):
+                    await near.read_until(limit=limit)
+
+    run(main)
+
+
+def test_read_into_fills_a_buffer_of_a_pool(pair):
+    async def main():
+        near, far = pair()
+        pool = flowcoro.BufferPool(8, 1)
+        async with near:
+            with pool.borrow() as buffer:
+                far.sendall(b"0123456789")
+                assert await near.read_into(buffer) == 8
+                assert buffer == b"01234567"
+                assert await near.read_into(memoryview(buffer)[2:]) == 2
+                assert buffer == b"01894567"
+                far.sendall(b"line\nrest")
+                await near.read_until()
+                assert await near.read_into(buffer) == 4        # out of the socket's buffer
+                assert buffer[:4] == b"rest"
+                far.close()
+                assert await near.read_into(buffer) == 0
+                assert await near.read_into(buffer) == 0
+            for wrong, error in (b"read only", TypeError), (bytearray(), ValueError), (5, TypeError):
+                with pytest.raises(error):
+                    await near.read_into(wrong)
+
+    run(main)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------
+
+def test_write_takes_all_kinds_of_bytes(pair):
+    numbers = array.array("i", range(10))
+    kinds = [b"bytes", bytearray(b"bytearray"), memoryview(b"memoryview")[2:], numbers, b""]
+
+    async def main():
+        near, far = pair()
+        async with near:
+            for data in kinds:
+                await near.write(data)
+        assert drain(far) == b"".join(memoryview(data).tobytes() for data in kinds)
+
+    run(main)
+
+
+def test_write_refuses_text(pair):
+    async def main():
+        near, _ = pair()
+        async with near:
+            for write in near.write("text"), near.write_many([b"x", "text"]):
+                with pytest.raises(TypeError, match=r"text\.encode\(\)"):
+                    await write
+
+    run(main)
+
+
+def test_much_data_arrives_whole_though_the_peer_is_slow(pair):
+    data = os.urandom(1 << 20) * 8
+
+    async def main():
+        near, far = pair()
+        async with flowcoro.TaskGroup() as group:
+            reader = group.spawn(flowcoro.to_thread(drain, far))
+            async with near:
+                await near.write(data)
+                assert near.statistics()["bytes_sent"] == len(data)
+            assert await reader == data
+
+    run(main)
+
+
+def test_a_peer_that_never_reads_makes_write_wait_and_memory_stays_bounded(pair):
+    import tracemalloc
+    data = bytes(64 << 20)
+
+    async def main():
+        near, far = pair()
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            async with near:
+                with flowcoro.move_on_after(0.05) as scope:
+                    await near.write(data)
+                assert scope.cancelled_caught
+                assert near.statistics()["bytes_sent"] < len(data) // 2
+            assert tracemalloc.get_traced_memory()[1] - before < 1 << 20
+        finally:
+            tracemalloc.stop()
+
+    run(main)
+
+
+def test_what_is_written_must_not_be_resized_meanwhile(pair):
+    async def main():
+        near, far = pair()
+        data = bytearray(32 << 20)
+        async with near, flowcoro.TaskGroup() as group:
+            writer = await settled(group, near.write(data))
+            assert not writer.done()
+            with pytest.raises(BufferError):
+                data.append(0)
+            writer.cancel()
+
+    run(main)
+
+
+def test_write_many_sends_all_buffers_in_a_row(pair):
+    pieces = [b"head", b"", bytearray(b"x" * 100_000), memoryview(b"tail")] + [b"%d," % n for n in range(3000)]
+    pieces += [os.urandom(3 << 20), b"end"]
+
+    async def main():
+        near, far = pair()
+        async with flowcoro.TaskGroup() as group:
+            reader = group.spawn(flowcoro.to_thread(drain, far))
+            async with near:
+                await near.write_many(pieces)
+                await near.write_many([])
+                await near.write_many(iter([b"", b"x"]))
+            assert await reader == b"".join(pieces) + b"x"
+
+    run(main)
+
+
+@pytest.mark.parametrize("offset, count", [
+    (0, None), (5, None), (0, 7), (1000, 3_000_000), (0, 0), (9_999_999, None), (3, 99_999_999)])
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_send_file_sends_the_part_asked_for(pair, tmp_path, kind, offset, count):
+    content = os.urandom(100_003) * 50
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    wanted = content[offset:] if count is None else content[offset:offset + count]
+
+    async def main():
+        near, far = pair()
+        async with flowcoro.TaskGroup() as group:
+            reader = group.spawn(flowcoro.to_thread(drain, far))
+            with open(path, "rb") if kind == "file" else io.BytesIO(content) as file:
+                async with near:
+                    assert await near.send_file(file, offset, count) == len(wanted)
+                    assert near.statistics()["bytes_sent"] == len(wanted)
+            assert await reader == wanted
+
+    run(main)
+
+
+def test_send_file_reads_itself_where_sendfile_cannot(pair, tmp_path, monkeypatch):
+    def sendfile(*args):
+        raise OSError(errno.EINVAL, "not this file")
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    (tmp_path / "file").write_bytes(b"content")
+
+    async def main():
+        near, far = pair()
+        with open(tmp_path / "file", "rb") as file:
+            async with near:
+                assert await near.send_file(file, 2) == 5
+        assert drain(far) == b"ntent"
+
+    run(main)
+
+
+def test_send_file_refuses_nonsense_and_files_of_text(pair, tmp_path):
+    (tmp_path / "file").write_text("text")
+
+    async def main():
+        near, _ = pair()
+        async with near:
+            with pytest.raises(ValueError):
+                await near.send_file(io.BytesIO(b"x"), -1)
+            with pytest.raises(TypeError):
+                await near.send_file(io.BytesIO(b"x"), 0, 1.5)
+            with pytest.raises(TypeError, match="encode"):
+                await near.send_file(io.StringIO("text"))
+
+    run(main)
+
+
+# ---- ends ------------------------------------------------------------------------------------------------------
+
+def test_after_shutdown_write_the_peer_sees_the_end_and_reading_goes_on(pair):
+    async def main():
+        near, far = pair()
+        async with near:
+            await near.write(b"question")
+            await near.shutdown_write()
+            await near.shutdown_write()
+            assert drain(far) == b"question"
+            far.sendall(b"answer")
+            assert await near.read() == b"answer"
+            for write in near.write(b"x"), near.write_many([b"x"]), near.send_file(io.BytesIO(b"x")):
+                with pytest.raises(flowcoro.ClosedError, match="shut down here"):
+                    await write
+            far.close()
+            assert await near.read() == b""
+
+    run(main)
+
+
+def test_a_peer_that_has_shut_its_writing_can_still_be_written_to(pair):
+    async def main():
+        near, far = pair()
+        async with near:
+            far.shutdown(socket.SHUT_WR)
+            assert await near.read() == b""
+            await near.write(b"still")
+        assert drain(far) == b"still"
+
+    run(main)
+
+
+OPERATIONS = {
+    "read": lambda sock: sock.read(),
+    "read_exactly": lambda sock: sock.read_exactly(5),
+    "read_until": lambda sock: sock.read_until(),
+    "read_into": lambda sock: sock.read_into(bytearray(5)),
+    "write": lambda sock: sock.write(b"x"),
+    "write_many": lambda sock: sock.write_many([b"x"]),
+    "send_file": lambda sock: sock.send_file(io.BytesIO(b"x")),
+    "shutdown_write": lambda sock: sock.shutdown_write(),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_after_close_each_operation_says_so(pair, name):
+    async def main():
+        near, _ = pair()
+        await near.close()
+        await near.close()
+        near.close_nowait()
+        assert near.closed and near.fileno() == -1
+        with pytest.raises(flowcoro.ClosedError, match="has been closed here"):
+            await OPERATIONS[name](near)
+
+    run(main)
+
+
+@pytest.mark.parametrize("name", ["read", "read_exactly", "read_until", "read_into"])
+def test_close_wakes_who_reads(pair, name):
+    async def main():
+        near, far = pair()
+        async with flowcoro.TaskGroup() as group:
+            async def read():
+                with pytest.raises(flowcoro.ClosedError, match="has been closed here"):
+                    await OPERATIONS[name](near)
+
+            reader = await settled(group, read())
+            await near.close()
+            await reader
+        assert far.recv(10) == b""
+
+    run(main)
+
+
+@pytest.mark.parametrize("write", ["write", "write_many", "send_file"])
+def test_close_wakes_who_writes(pair, write, tmp_path):
+    path = tmp_path / "big"
+    with open(path, "wb") as file:
+        file.truncate(32 << 20)
+
+    async def main():
+        near, far = pair()
+        async with flowcoro.TaskGroup() as group:
+            async def work():
+                with open(path, "rb") as file:
+                    with pytest.raises(flowcoro.ClosedError, match="has been closed here"):
+                        await {"write": lambda: near.write(bytes(32 << 20)),
+                               "write_many": lambda: near.write_many([bytes(32 << 20)]),
+                               "send_file": lambda: near.send_file(file)}[write]()
+
+            writer = await settled(group, work())
+            assert near.statistics()["writing"]
+            near.close_nowait()
+            await writer
+
+    run(main)
+
+
+def test_a_second_reader_and_a_second_writer_are_told_that_it_is_busy(pair):
+    async def main():
+        near, far = pair()
+        async with near, flowcoro.TaskGroup() as group:
+            reader = await settled(group, near.read())
+            for name in "read", "read_exactly", "read_until", "read_into":
+                with pytest.raises(flowcoro.BusyError, match="being read by .* already"):
+                    await OPERATIONS[name](near)
+            writer = await settled(group, near.write(bytes(32 << 20)))
+            for name in "write", "write_many", "send_file", "shutdown_write":
+                with pytest.raises(flowcoro.BusyError, match="being written by .* already"):
+                    await OPERATIONS[name](near)
+            assert not reader.done() and not writer.done()
+            reader.cancel()
+            writer.cancel()
+
+    run(main)
+
+
+def test_a_reader_that_is_woken_and_has_not_run_is_still_the_reader(pair):
+    async def main():
+        near, far = pair()
+        async with near, flowcoro.TaskGroup() as group:
+            reader = await settled(group, near.read())
+            far.sendall(b"for the first")
+            near._pollable.ready(1)
+            with pytest.raises(flowcoro.BusyError):
+                await near.read()
+            assert await reader == b"for the first"
+
+    run(main)
+
+
+def test_a_writer_that_is_woken_and_has_not_run_is_still_the_writer(pair):
+    async def main():
+        near, far = pair()
+        data = os.urandom(16 << 20)
+        async with flowcoro.TaskGroup() as group:
+            writer = await settled(group, near.write(data))
+            near._pollable.ready(2)
+            with pytest.raises(flowcoro.BusyError, match="is being written by .*write.* already"):
+                await near.write(b"in between")
+            reader = group.spawn(flowcoro.to_thread(drain, far))
+            await writer
+            near.close_nowait()
+            assert await reader == data
+
+    run(main)
+
+
+def test_a_reset_is_broken_and_stays_so():
+    async def main():
+        one, other = tcp_pair()
+        async with Socket(one) as near:
+            async with flowcoro.TaskGroup() as group:
+                async def read():
+                    with pytest.raises(BrokenError, match="lost while reading: Connection reset by peer") as caught:
+                        await near.read()
+                    assert caught.value.errno == errno.ECONNRESET
+                    assert isinstance(caught.value, ConnectionError)
+
+                await settled(group, read())
+                reset(other)
+            for name in "read", "read_exactly", "read_until", "read_into":
+                with pytest.raises(BrokenError):        # and not an end: something may be missing
+                    await OPERATIONS[name](near)
+            with pytest.raises(BrokenError):
+                await near.write(b"x")
+
+    run(main)
+
+
+def test_a_reset_in_the_middle_of_a_write_is_broken_and_no_signal():
+    async def main():
+        one, other = tcp_pair()
+        async with Socket(one) as near, flowcoro.TaskGroup() as group:
+            async def write():
+                with pytest.raises(BrokenError, match="lost while writing") as caught:
+                    await near.write(bytes(32 << 20))
+                assert caught.value.errno in (errno.ECONNRESET, errno.EPIPE)
+
+            writer = await settled(group, write())
+            reset(other)
+            await writer
+            with pytest.raises(BrokenError):
+                await near.write(b"x")
+
+    run(main)
+
+
+def test_a_reset_that_a_write_has_noticed_is_not_an_end_to_the_reader():
+    async def main():
+        one, other = tcp_pair()
+        async with Socket(one) as near:
+            other.sendall(b"before")
+            reset(other)
+            with pytest.raises(BrokenError):
+                for _ in range(1000):
+                    await near.write(b"x")
+                    await flowcoro.sleep(0.001)
+            with pytest.raises(BrokenError):
+                while await near.read():
+                    pass
+
+    run(main)
+
+
+def test_a_write_after_the_peer_has_closed_raises_and_sends_no_signal(pair):
+    import signal
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)      # it would end the process
+    try:
+        async def main():
+            near, far = pair()
+            async with near:
+                far.close()
+                with pytest.raises(BrokenError, match="lost while writing") as caught:
+                    for _ in range(1000):
+                        await near.write(b"x")
+                        await near.write_many([b"y"])
+                        await flowcoro.sleep(0.001)
+                assert caught.value.errno in (errno.EPIPE, errno.ECONNRESET)
+
+        run(main)
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+
+
+# ---- cancellation ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("read, rest", [
+    ("read", b""), ("read_exactly", b"abc"), ("read_until", b"abc"), ("read_into", b"")])
+def test_a_cancelled_read_has_consumed_nothing(pair, read, rest):
+    async def main():
+        near, far = pair()
+        async with near, flowcoro.TaskGroup() as group:
+            far.sendall(rest) if rest else None
+            reader = await settled(group, OPERATIONS[read](near))
+            reader.cancel()
+            await wait_all_tasks_parked()
+            assert reader.cancelled()
+            far.sendall(b"next")
+            assert await near.read_exactly(len(rest) + 4) == rest + b"next"
+
+    run(main)
+
+
+def test_after_a_cancelled_write_a_known_part_was_sent_and_writing_goes_on(pair):
+    async def main():
+        near, far = pair()
+        async with flowcoro.TaskGroup() as group:
+            data = os.urandom(1 << 20) * 32
+            writer = await settled(group, near.write(data))
+            writer.cancel()
+            await wait_all_tasks_parked()
+            sent = near.statistics()["bytes_sent"]
+            reader = group.spawn(flowcoro.to_thread(drain, far))
+            async with near:
+                await near.write(b"end")
+            assert await reader == data[:sent] + b"end"
+
+    run(main)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_is_a_checkpoint_even_if_it_need_not_wait(pair, name):
+    async def main():
+        near, far = pair()
+        async with near:
+            far.sendall(b"line\nand more")
+            with flowcoro.CancelScope() as scope:
+                scope.cancel()
+                await OPERATIONS[name](near)
+            assert scope.cancelled_caught
+            assert near.statistics() == {"bytes_received": 0, "bytes_sent": 0, "bytes_buffered": 0, "reading": False,
+                                         "writing": False, "tls": None}
+            assert await near.read_until() == b"line\n"
+            await near.write(b"x")
+            assert far.recv(1) == b"x"
+
+    run(main)
+
+
+def test_a_close_that_is_cancelled_has_closed(pair):
+    async def main():
+        near, far = pair()
+        with flowcoro.CancelScope() as scope:
+            scope.cancel()
+            await near.close()
+        assert scope.cancelled_caught and near.closed
+        assert far.recv(1) == b""
+
+    run(main)
+
+
+def test_a_busy_connection_lets_the_other_tasks_run(pair):
+    async def main():
+        near, far = pair()
+        steps = []
+        async with near, flowcoro.TaskGroup() as group:
+            async def other():
+                steps.append(1)
+
+            far.sendall(bytes(10_000))
+            group.spawn(other())
+            for _ in range(1000):
+                await near.read(1)
+                if steps:
+                    break
+            assert steps
+
+    run(main)
+
+
+# ---- a socket, and what it says of itself ----------------------------------------------------------------------
+
+def test_a_socket_knows_its_ends_also_once_it_is_closed():
+    async def main():
+        one, other = tcp_pair()
+        names = one.getsockname(), one.getpeername()
+        with other:
+            async with Socket(one) as near:
+                assert (near.local, near.peer) == names
+                assert near.raw is one and near.fileno() == one.fileno()
+                assert f"{names[0][0]}:{names[0][1]}" in repr(near) and f"{names[1][0]}:{names[1][1]}" in repr(near)
+            assert (near.local, near.peer) == names
+            assert "closed" in repr(near)
+
+    run(main)
+
+
+def test_statistics_count_bytes(pair):
+    async def main():
+        near, far = pair()
+        async with near:
+            await near.write(b"12345")
+            far.sendall(b"123\n4567")
+            await near.read_until()
+            assert near.statistics() == {"bytes_received": 8, "bytes_sent": 5, "bytes_buffered": 4, "reading": False,
+                                         "writing": False, "tls": None}
+
+    run(main)
+
+
+def test_a_socket_that_is_forgotten_warns_and_gives_its_number_back():
+    async def main():
+        one, other = tcp_pair()
+        with other:
+            near = Socket(one)
+            with pytest.warns(ResourceWarning, match="unclosed <Socket"):
+                del near, one
+                gc.collect()
+            assert flowcoro.statistics()["descriptors"] == 0
+            assert other.recv(1) == b""
+
+    run(main)
+
+
+def test_outside_a_kernel_there_is_no_socket():
+    one, other = unix_pair()
+    with one, other, pytest.raises(RuntimeError, match="no FlowCoro kernel"):
+        Socket(one)
+
+
+def test_thousands_of_connections_leave_nothing_behind():
+    async def main():
+        async with await flowcoro_net.TcpServer.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
+            async def echo(sock):
+                await sock.write(await sock.read())
+
+            group.spawn(server.serve(echo))
+
+            async def once():
+                async with await Socket.connect(*server.local) as sock:
+                    await sock.write(b"x")
+                    assert await sock.read() == b"x"
+                    assert await sock.read() == b""
+
+            sizes = []
+            for turn in range(6):
+                for _ in range(5):
+                    await flowcoro.when_all(*(once() for _ in range(20)))
+                gc.collect()
+                sizes.append((len(gc.get_objects()), open_descriptors()))
+            assert sizes[-1][1] == sizes[1][1]
+            assert sizes[-1][0] - sizes[1][0] < 200
+            assert server.statistics()["accepted"] == 600
+            server.close()
+
+    run(main)
+
+
+def test_nothing_is_left_to_the_garbage_collector():
+    async def one_connection(server):
+        async with await Socket.connect(*server.local) as near, await server.accept() as far:
+            await near.write(b"line\nand")
+            assert await far.read_until() == b"line\n"
+            with flowcoro.move_on_after(0):
+                await near.read()
+            reset(far.raw)
+            far.close_nowait()
+            for _ in range(2):
+                with pytest.raises(BrokenError):
+                    await near.read()
+
+    async def one_refused(port):
+        with pytest.raises(BrokenError):
+            await Socket.connect("127.0.0.1", port)
+
+    async def main():
+        async with await TcpServer.listen("127.0.0.1", 0) as server:
+            await one_connection(server)
+            unused = server.local[1]
+            gc.collect()
+            gc.disable()
+            before = len(gc.get_objects())
+            for _ in range(20):
+                await one_connection(server)
+            found = [each for each in gc.get_objects() if isinstance(each, (Socket, OSError))]
+            assert found == [] and len(gc.get_objects()) < before + 100
+        for _ in range(20):
+            await one_refused(unused)
+        assert [each for each in gc.get_objects() if isinstance(each, OSError)] == []
+
+    try:
+        run(main)
+    finally:
+        gc.enable()
