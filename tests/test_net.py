@@ -705,6 +705,20 @@ def test_a_write_after_the_peer_has_closed_raises_and_sends_no_signal(pair):
         signal.signal(signal.SIGPIPE, before)
 
 
+def test_what_a_peer_has_sent_before_it_closed_is_read_also_after_a_write_has_failed():
+    async def main():
+        one, other = unix_pair()
+        async with Socket(one) as near:
+            other.sendall(b"last words")
+            other.close()
+            with pytest.raises(BrokenError) as caught:
+                await near.write(b"x")
+            assert caught.value.errno == errno.EPIPE
+            assert await near.read() == b"last words" and await near.read() == b""
+
+    run(main)
+
+
 # ---- cancellation ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("read, rest", [
