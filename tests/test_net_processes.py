@@ -351,6 +351,9 @@ def test_a_worker_leaves_ctrl_c_and_hangups_to_the_supervisor(program):
         for number in signal.SIGINT, signal.SIGHUP:
             os.kill(pid, number)
             assert client.pid() == pid
+        with open(f"/proc/{pid}/status") as file:
+            [ignored] = re.findall(r"^SigIgn:\s*(\w+)", file.read(), re.MULTILINE)
+        assert int(ignored, 16) & 3 == 3            # SIGHUP is 1, SIGINT 2
     assert server.pids() == {pid}
     server.end()
 
