@@ -592,7 +592,7 @@ class _Tls:
         self._doing = flowcoro.Lock()
         self._lock = threading.Lock() if several else None      # OpenSSL lets no two threads into one connection
 
-    def _alone(self, step, *args):
+    def alone(self, step, *args):
         if self._lock is None:
             return step(*args)
         with self._lock:
@@ -630,7 +630,7 @@ class _Tls:
         """What the peer sends next; after its end b"", and got_end."""
         data = await sock._receive(CHUNK)
         if not data:
-            self._alone(self.incoming.write_eof)
+            self.alone(self.incoming.write_eof)
             self.got_end = True
         return data
 
@@ -647,7 +647,7 @@ class _Tls:
                 if self.failure is not None:
                     raise self.error()
                 try:
-                    self._alone(self._shake, data)
+                    self.alone(self._shake, data)
                     done = True
                 except ssl.SSLWantReadError:
                     pass
@@ -676,14 +676,14 @@ class _Tls:
         if not self.is_done:
             await sock.handshake()
         # To read before something has come would mostly be in vain, and costs 2 us.
-        data = b"" if self.incoming.pending or self.early or self.got_end or self.object.pending() else None
+        data = b"" if self.incoming.pending or self.early or self.got_end or self.alone(self.object.pending) else None
         while True:
             if self.failure is not None:
                 raise self.error()
             if data is None:
                 data = await self._receive(sock)
             try:
-                data = self._alone(self._decrypt, data, max_bytes)
+                data = self.alone(self._decrypt, data, max_bytes)
             except ssl.SSLWantReadError:
                 data = None
             except ssl.SSLZeroReturnError:
@@ -704,7 +704,7 @@ class _Tls:
             if self.failure is not None:
                 raise self.error()
             try:
-                count = self._alone(self.object.write, view[:TLS_CHUNK])
+                count = self.alone(self.object.write, view[:TLS_CHUNK])
             except ssl.SSLError as error:
                 raise self.failed(sock, error) from error
             view = view[count:]
@@ -712,7 +712,7 @@ class _Tls:
 
     def _take_unsent(self):
         if not self.unsent:
-            self.unsent = memoryview(self._alone(self.outgoing.read))
+            self.unsent = memoryview(self.alone(self.outgoing.read))
         return self.unsent
 
     async def flush(self, sock):
@@ -748,7 +748,7 @@ class _Tls:
         looks for the peer's own goodbye, and takes data in its place for an error."""
         if self.is_done and self.failure is None and not self.said_goodbye:
             self.said_goodbye = True
-            self._alone(self._part)
+            self.alone(self._part)
 
 
 # ---- sockets --------------------------------------------------------------------------------------------------
@@ -1333,7 +1333,7 @@ class Socket(_Secured):
     def statistics(self):
         """{"bytes_received", "bytes_sent": as on the wire, "bytes_buffered": received (and decrypted) and not yet read,
         "reading", "writing": whether a task does, "tls": its version or None}"""
-        decrypted = len(self._tls.early) + self._tls.object.pending() if self._tls else 0
+        decrypted = len(self._tls.early) + self._tls.alone(self._tls.object.pending) if self._tls else 0
         return {"bytes_received": self._received, "bytes_sent": self._sent, "bytes_buffered": len(self._buffer) + decrypted,
                 "reading": self._reader is not None, "writing": self._writer is not None,
                 "tls": self._tls and self._tls.object.version()}

@@ -617,13 +617,19 @@ def test_a_writer_that_is_woken_and_has_not_run_is_still_the_writer(pair):
         data = os.urandom(16 << 20)
         async with flowcoro.TaskGroup() as group:
             writer = await settled(group, near.write(data))
+            first = b""
+            far.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    first += far.recv(1 << 20)
+            far.settimeout(PATIENCE)
             near._pollable.ready(2)
             with pytest.raises(flowcoro.BusyError, match="is being written by .*write.* already"):
                 await near.write(b"in between")
             reader = group.spawn(flowcoro.to_thread(drain, far))
             await writer
             near.close_nowait()
-            assert await reader == data
+            assert first + await reader == data
 
     run(main)
 
@@ -703,6 +709,20 @@ def test_a_write_after_the_peer_has_closed_raises_and_sends_no_signal(pair):
         run(main)
     finally:
         signal.signal(signal.SIGPIPE, before)
+
+
+def test_what_a_peer_has_sent_before_it_closed_is_read_also_after_a_write_has_failed():
+    async def main():
+        one, other = unix_pair()
+        async with Socket(one) as near:
+            other.sendall(b"last words")
+            other.close()
+            with pytest.raises(BrokenError) as caught:
+                await near.write(b"x")
+            assert caught.value.errno == errno.EPIPE
+            assert await near.read() == b"last words" and await near.read() == b""
+
+    run(main)
 
 
 # ---- cancellation ----------------------------------------------------------------------------------------------

@@ -554,6 +554,60 @@ def test_a_server_on_several_addresses_serves_them_all(name_server):
     run(main)
 
 
+def refusing(monkeypatch, refuse):
+    """Listening fails where refuse(family, address, count) gives a number of an error; count: how often it was tried before."""
+    listen, tried = flowcoro_net._listen, []
+
+    def maybe(network, family, address, *rest):
+        number = refuse(family, address, len(tried))
+        tried.append(address)
+        if number:
+            raise OSError(number, os.strerror(number))
+        return listen(network, family, address, *rest)
+
+    monkeypatch.setattr(flowcoro_net, "_listen", maybe)
+    return tried
+
+
+def test_a_port_that_is_taken_on_the_second_address_is_exchanged_for_another(name_server, monkeypatch):
+    name_server.answer = found(("127.0.0.1", 0), ("127.0.0.2", 0))
+    tried = refusing(monkeypatch, lambda family, address, count: errno.EADDRINUSE if count in (1, 3) else 0)
+
+    async def main():
+        async with await TcpServer.listen("host.example", 0) as server:
+            assert len(tried) == 6 and len({port for _, port in server.addresses}) == 1
+        tried[:] = []
+        with pytest.raises(OSError) as caught:          # a port that was asked for is not
+            await TcpServer.listen("host.example", unused_port())
+        assert caught.value.errno == errno.EADDRINUSE and len(tried) == 2
+
+    run(main)
+
+
+def test_a_machine_without_ipv6_listens_by_ipv4(name_server, monkeypatch):
+    refusing(monkeypatch, lambda family, address, count: errno.EADDRNOTAVAIL if family == socket.AF_INET6 else 0)
+    name_server.answer = found(("::1", 0), ("::2", 0))
+
+    async def main():
+        async with await TcpServer.listen("", 0) as server:
+            assert [address for address, _ in server.addresses] == ["0.0.0.0"]
+        with pytest.raises(OSError) as caught:
+            await TcpServer.listen("only-ipv6.example", 0)
+        assert caught.value.errno == errno.EADDRNOTAVAIL
+
+    run(main)
+
+
+def test_small_writes_are_not_held_back_at_either_end():
+    async def main():
+        async with await TcpServer.listen("127.0.0.1", 0) as server, await Socket.connect(*server.local) as near, \
+                await server.accept() as far:
+            for sock in near, far:
+                assert sock.raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    run(main)
+
+
 def test_accept_waits_for_any_of_several_addresses(name_server):
     name_server.answer = found(("127.0.0.1", 0), ("127.0.0.2", 0))
 
@@ -848,30 +902,36 @@ def test_without_descriptors_accepting_pauses_and_says_so(reports, monkeypatch):
     monkeypatch.setattr(flowcoro_net, "PAUSE", 0.01)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
+    async def one_who_comes_late(server, before, turn):
+        with socket.socket() as late:
+            late.setblocking(False)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (late.fileno() + 1, hard))
+            with contextlib.suppress(BlockingIOError):
+                late.connect(server.local)
+            steps = flowcoro.statistics()["steps"]
+            while server.statistics()["pauses"] < turn:
+                await flowcoro.sleep(0.001)
+            await flowcoro.sleep(0.1)
+            assert flowcoro.statistics()["steps"] - steps < 3000
+            assert len(reports) == 1            # once a minute
+            await before.write(b"y")            # who is there goes on
+            assert await before.read() == b"y"
+            late.send(b"late")
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            await flowcoro.wait_readable(late)
+            assert late.recv(10) == b"late"
+            flowcoro.notify_closing(late)
+        while server.statistics()["connections"] > 1:
+            await flowcoro.sleep(0.001)
+
     async def main():
         async with await TcpServer.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
             group.spawn(server.serve(echo))
             async with await Socket.connect(*server.local) as before:
                 await before.write(b"x")
                 assert await before.read() == b"x"
-                with socket.socket() as late:
-                    late.setblocking(False)
-                    resource.setrlimit(resource.RLIMIT_NOFILE, (late.fileno() + 1, hard))
-                    with contextlib.suppress(BlockingIOError):
-                        late.connect(server.local)
-                    steps = flowcoro.statistics()["steps"]
-                    while not server.statistics()["pauses"]:
-                        await flowcoro.sleep(0.001)
-                    await flowcoro.sleep(0.1)
-                    assert flowcoro.statistics()["steps"] - steps < 3000
-                    assert len(reports) == 1
-                    await before.write(b"y")            # who is there goes on
-                    assert await before.read() == b"y"
-                    late.send(b"late")
-                    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-                    await flowcoro.wait_readable(late)
-                    assert late.recv(10) == b"late"
-                    flowcoro.notify_closing(late)
+                for turn in 1, 2:
+                    await one_who_comes_late(server, before, turn)
             server.close()
 
     try:

@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -150,6 +151,48 @@ def test_several_workers_share_a_tls_connection(certificates):
             async with flowcoro.TaskGroup() as group:
                 for _ in range(8):
                     group.spawn(client())
+
+    run(main, workers=3)
+
+
+def test_no_two_workers_are_in_one_tls_connection_at_once(certificates):
+    """OpenSSL forbids it, and would crash, sometimes."""
+    class Watched:
+        def __init__(self, inner):
+            self.inner, self.inside, self.overlaps, self.calls = inner, 0, 0, 0
+
+        def __getattr__(self, name):
+            method = getattr(self.inner, name)
+            if name not in ("read", "write", "pending"):
+                return method
+
+            def watched(*args):
+                self.calls += 1
+                self.inside += 1
+                time.sleep(0.001)           # another worker goes on
+                self.overlaps += self.inside > 1
+                try:
+                    return method(*args)
+                finally:
+                    self.inside -= 1
+            return watched
+
+    async def main():
+        near, far = await tls_pair(certificates)
+        near._tls.object = watched = Watched(near._tls.object)
+        async with near, far, flowcoro.TaskGroup() as group:
+            group.spawn(echo(far))
+
+            async def read():
+                for _ in range(100):
+                    await near.read_exactly(10)
+
+            reader = group.spawn(read())
+            for _ in range(100):
+                await near.write(b"0123456789")
+            await reader
+            await near.shutdown_write()
+        assert watched.calls > 200 and watched.overlaps == 0
 
     run(main, workers=3)
 
