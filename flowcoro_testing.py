@@ -510,6 +510,8 @@ class _Raw:
     def recv(self, bufsize, flags=0):
         if bufsize < 0:
             raise ValueError("negative buffersize in recv")
+        if not bufsize:
+            return b""                  # so does Python, without asking the system
         return self._take(bufsize, flags)[0]
 
     def recvfrom(self, bufsize, flags=0):
@@ -519,6 +521,8 @@ class _Raw:
         return data, address
 
     def recv_into(self, buffer, nbytes=0, flags=0):
+        if not nbytes and not len(_bytes_of(buffer)):
+            return 0
         return self.recvfrom_into(buffer, nbytes, flags)[0]
 
     def recvfrom_into(self, buffer, nbytes=0, flags=0):
@@ -563,7 +567,8 @@ class _Stream(_Raw):
     def __init__(self, *args):
         super().__init__(*args)
         self._inbox = bytearray()
-        self._eof = False               # the peer has said that there is no more
+        self._done = False              # the peer has said that there is no more
+        self._eof = False               # there is no more
         self._deaf = False              # SHUT_RD
         self._shut = False              # SHUT_WR, or broken: what is sent gets EPIPE
         self._full = False              # a send did not find room for all: tell when there is some
@@ -581,6 +586,8 @@ class _Stream(_Raw):
                 del self._inbox[:len(data)]
                 self._has_read(len(data))
             return data, 0, None
+        if self._done:                  # also when it was reset after that; to send still tells
+            return b"", 0, None
         self._raise_pending()
         if self._eof or self._deaf:
             return b"", 0, None
@@ -593,7 +600,8 @@ class _Stream(_Raw):
     @flowcoro.atomic
     def _give(self, data, flags, address):
         self._check(flags)
-        self._raise_pending()
+        if self.family != socket.AF_UNIX:
+            self._raise_pending()
         if self._shut:
             raise _os_error(errno.EPIPE)
         if not self._is_connected():
@@ -672,7 +680,7 @@ class _MemoryEnd(_Stream):
         peer = self._peer
         if not peer._closed:
             peer._eof = peer._shut = True
-            if self._inbox or self._lingers_not():      # what was sent is lost, and who has sent it is told
+            if self._inbox:                     # what was sent is lost, and who has sent it is told
                 peer._error = errno.ECONNRESET
             peer.edge(READ | WRITE | HANGUP)
         self._inbox.clear()
@@ -939,7 +947,7 @@ class _Connection(_OnHost, _Stream):
         self.host.open.pop(self, None)
         self.host.bound.pop(self, None)
         if self.state == "connected":
-            self._orphan = True
+            self._orphan = self._deaf = True
             if self._inbox or self._lingers_not():
                 self.note("closed, resets")
                 self._abort()
@@ -1000,13 +1008,12 @@ class _Connection(_OnHost, _Stream):
             self.edge(WRITE)
 
     def on_reset(self):
-        state, done = self.state, self._eof and self._fin == "acked"
-        if state == "half-open" or self._orphan or done:
+        if self.state == "half-open" or self._orphan:
             self._end()
-        elif state == "connecting":
+        elif self.state == "connecting":
             self._fail(errno.ECONNREFUSED)
         else:
-            self._fail(errno.EPIPE if self._eof and self._fin is None else errno.ECONNRESET)
+            self._fail(errno.EPIPE if self._done and self._fin is None else errno.ECONNRESET)
 
     def _abort(self):
         if self.key is not None and self.state != "over":
@@ -1040,7 +1047,7 @@ class _Connection(_OnHost, _Stream):
 
     def _leave_if_done(self):
         """Both ends have said that there is no more, and know that of each other."""
-        if self._orphan and self._eof and self._fin == "acked" and self.state == "connected":
+        if self._done and self._fin == "acked" and self.state == "connected":
             self.host.linger(self.key, self._expected)
             self._end()
 
@@ -1143,9 +1150,11 @@ class _Connection(_OnHost, _Stream):
         while self._expected in self._ahead:
             kind, data = self._ahead.pop(self._expected)
             self._expected += 1
-            if kind == "data" and self._orphan or kind == "hello" and self._listener.state != "listening":
+            if kind == "data" and self._deaf and self._fin is not None or (
+                    kind == "hello" and self._listener.state != "listening"):
                 self.note("is closed: resets")
-                self._abort()
+                self.host.send_reset(self.key)
+                self._fail(errno.ECONNRESET)
                 return
             self._arrived(kind, data)
         self._acknowledge()
@@ -1157,13 +1166,11 @@ class _Connection(_OnHost, _Stream):
             del self._listener._half_open[self]
             self._listener._queue.append(self)
             self._listener.edge(READ)
-        elif kind == "data" and self._deaf:
-            self._consumed += len(data)
         elif kind == "data":
             self._inbox += data
             self.edge(READ)
         elif kind == "fin":
-            self._eof = True
+            self._done = self._eof = True
             self.edge(READ | HANGUP)
 
     def _acknowledge(self, lost=None):
