@@ -115,7 +115,8 @@ RETRY_SECONDS, LONGEST_RETRY, RETRIES = 0.2, 120.0, 15
 # Seconds after which a listener forgets who has not finished the handshake (Linux: five retries, 63 s).
 HALF_OPEN_SECONDS = 63.0
 
-# Seconds for which the end of a connection is remembered: TCP_TIMEWAIT_LEN of Linux.
+# Seconds for which the end of a connection is remembered, and for which one that was closed here waits for the end that the
+# peer has to say: TCP_TIMEWAIT_LEN and tcp_fin_timeout of Linux.
 LINGER_SECONDS = 60.0
 
 # Seconds of the way from a host to itself.
@@ -1050,6 +1051,8 @@ class _Connection(_OnHost, _Stream):
         if self._done and self._fin == "acked" and self.state == "connected":
             self.host.linger(self.key, self._expected)
             self._end()
+        elif self._orphan and self._fin == "acked" and self._timer is None and self.state == "connected":
+            self._timer = self.host.network.at(LINGER_SECONDS, self._end)       # (FIN-WAIT-2)
 
     # -- sending
 
@@ -1581,7 +1584,7 @@ class SimulatedHost:
         for each in [*self._tasks, *self._scopes]:      # first these, so that no task sees how its sockets die
             each.cancel()
         connections = [*self.connections.values()]
-        for raw in {**self.open, **self.bound, **self.connections}:
+        for raw in {**self.open, **self.bound, **dict.fromkeys(connections)}:
             raw.die()
         for table in self._tasks, self.open, self.bound, self.connections, self._lingering:
             table.clear()
