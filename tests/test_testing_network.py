@@ -1271,11 +1271,11 @@ class Bank:
                 pass
 
 
-async def deposit(number, amount, log):
-    """Ask until there is an answer, at most five times; True or False."""
-    for _ in range(5):
+async def deposit(number, amount, log, *, seconds=2):
+    """Ask until there is an answer, at most four times, each for so many seconds; True or False."""
+    for _ in range(4):
         try:
-            with flowcoro.timeout(3), await Stream.connect("bank", 80) as stream:
+            with flowcoro.timeout(seconds), await Stream.connect("bank", 80) as stream:
                 await stream.write(b"deposit %d %d\n" % (number, amount))
                 answer = await stream.read_line()
                 if answer.endswith(b"\n"):
@@ -1308,12 +1308,12 @@ async def chaos(seed):
 
     async def trouble():
         while True:
-            await flowcoro.sleep(draw.expovariate(1 / 3))
+            await flowcoro.sleep(draw.expovariate(1))
             kind = draw.choice(["crash", "partition", "break", "nothing"])
             if kind == "crash":
                 counts["crashes"] += 1
                 network.crash(server)
-                await flowcoro.sleep(draw.random() * 4)
+                await flowcoro.sleep(draw.random() * 8)
                 network.restart(server)
             elif kind == "partition":
                 counts["cuts"] += 1
@@ -1336,7 +1336,8 @@ async def chaos(seed):
             if host is not server:
                 network.set_link(host, server, loss=0)
         await flowcoro.sleep(100)
-        assert await network.host("client0").run(deposit(1000, 1, network.host("client0").note)), "it does not come back"
+        again = network.host("client0")
+        assert await again.run(deposit(1000, 1, again.note, seconds=100)), "it does not come back"
         network.crash(server)
 
     assert sorted(outcomes) == list(range(REQUESTS * CLIENTS))
