@@ -852,7 +852,163 @@ class _OnHost:
         return self.host.address6 if ":" in text else self.host.address
 
 
-class _Connection(_OnHost, _Stream):
+class _Transfer(_OnHost, _Stream):
+    """How the two ends of a connection bring each other segments: numbers, acknowledgements, windows, the timer."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.key = None                 # (local text, port, remote text, port): the name of the connection on this host
+        self.peer_host = None
+        # sending
+        self._outbox = bytearray()
+        self._next, self._unacked = 0, {}           # the number of the next segment; number -> (kind, data)
+        self._sent, self._window = 0, 0             # bytes that were sent, and may be, in all
+        self._timer, self._retries = None, 0
+        self._fin = None                            # "asked", "sent", "acked"
+        # receiving
+        self._expected, self._ahead = 0, {}         # the number that comes next; what has overtaken it
+        self._consumed, self._told = 0, 0           # bytes that were read; the window that the peer was told
+
+    # -- sending
+
+    def _room(self):
+        return self._limit_out - len(self._outbox) if self.state == "connected" else 0
+
+    def _carry(self, data):
+        self.note(f"sends {_kind_of(data)}")
+        self._outbox += data
+        self._flush()
+
+    def _say_end(self):
+        self.note("shuts down")
+        self._fin = "asked"
+        self._flush()
+
+    def _flush(self):
+        """Send what is in the outbox, as far as the peer has room."""
+        random, split = self.host.network.random, self.host.network.split
+        while self._outbox and self._window > self._sent:
+            size = min(len(self._outbox), self._window - self._sent, SEGMENT)
+            if split and size > 1 and random.random() < split:
+                size = random.randrange(1, size)
+            data = bytes(self._outbox[:size])
+            del self._outbox[:size]
+            self._sent += size
+            self._segment("data", data)
+        if self._fin == "asked" and not self._outbox:
+            self._fin = "sent"
+            self._segment("fin", b"")
+
+    def _segment(self, kind, data):
+        number, self._next = self._next, self._next + 1
+        self._unacked[number] = kind, data
+        self._transmit(number)
+        if self._timer is None:
+            self._start_timer()
+
+    def _transmit(self, number):
+        kind, data = self._unacked[number]
+        shown = _kind_of(data) if kind == "data" else kind
+        self._packet(f"#{number} {shown}", "SEGMENT", number, kind, data, size=len(data))
+
+    def _packet(self, what, *message, size=0, lost=None):
+        network = self.host.network
+        network.transmit(self.host, self.peer_host, HEADER + size, what, self.peer_host.take, message[0],
+                         (*self.key[2:], *self.key[:2]), *message[1:], lost=lost)
+
+    def _start_timer(self):
+        link = self.host.network.link
+        there, back = link(self.host, self.peer_host), link(self.peer_host, self.host)
+        queued = max(0.0, there.busy_until - flowcoro.now())
+        patience = RETRY_SECONDS + 2 * (there.latency + there.jitter + back.latency + back.jitter) + queued
+        self._timer = self.host.network.at(min(patience * 2 ** self._retries, LONGEST_RETRY), self._send_again)
+
+    def _stop_timer(self):
+        if self._timer is not None:
+            self.host.network.forget(self._timer)
+        self._timer, self._retries = None, 0
+
+    def _send_again(self):
+        self._timer = None
+        self._retries += 1
+        if self._retries > RETRIES:
+            self.note("gives up: nobody answers")
+            self._fail(errno.ETIMEDOUT)
+            return
+        number = next(iter(self._unacked))
+        self.note(f"sends #{number} again")
+        self._transmit(number)
+        self._start_timer()
+
+    def on_ack(self, expected, window):
+        answered = [number for number in self._unacked if number < expected]
+        for number in answered:
+            if self._unacked.pop(number)[0] == "fin":
+                self._fin = "acked"
+        if answered:
+            self._stop_timer()
+            if self._unacked:
+                self._start_timer()
+        self._window = max(self._window, window)
+        self._flush()
+        if self._full and self._room() > 0:
+            self._full = False
+            self.edge(WRITE)
+        self._leave_if_done()
+
+    def probe(self):
+        """The peer may have told in vain that it has room: ask it, again and again, unless it is being asked already."""
+        if self.state == "connected" and not self._unacked and self._outbox:
+            self._segment("probe", b"")
+
+    # -- receiving
+
+    def on_segment(self, number, kind, data):
+        if number >= self._expected:
+            self._ahead[number] = kind, data
+        while self._expected in self._ahead:
+            kind, data = self._ahead.pop(self._expected)
+            self._expected += 1
+            if kind == "data" and self._deaf and self._fin is not None or (
+                    kind == "hello" and self._listener.state != "listening"):
+                self.note("is closed: resets")
+                self.host.send_reset(self.key)
+                self._fail(errno.ECONNRESET)
+                return
+            self._arrived(kind, data)
+        self._acknowledge()
+        self._leave_if_done()
+
+    def _arrived(self, kind, data):
+        if kind == "hello":
+            self._go("hello")
+            del self._listener._half_open[self]
+            self._listener._queue.append(self)
+            self._listener.edge(READ)
+        elif kind == "data":
+            self._inbox += data
+            self.edge(READ)
+        elif kind == "fin":
+            self._done = self._eof = True
+            self.edge(READ | HANGUP)
+
+    def _acknowledge(self, lost=None):
+        self._told = self._consumed + self._limit_in
+        self._packet(f"ACK {self._expected}", "ACK", self._expected, self._told, lost=lost)
+
+    def _has_read(self, count):
+        self._consumed += count
+        if self.state == "connected" and not self._eof and (
+                self._consumed + self._limit_in - self._told >= max(1, self._limit_in // 2)):
+            self._acknowledge(lost=self._told_in_vain)
+
+    def _told_in_vain(self):
+        peer = self.peer_host.connections.get((*self.key[2:], *self.key[:2]))
+        if peer is not None:
+            peer.probe()
+
+
+class _Connection(_Transfer):
     """A simulated TCP socket: new, listening, or one end of a connection."""
 
     # (state, event) -> state. A listening or new socket that ends is only closed; all else is an error of this module.
@@ -866,19 +1022,8 @@ class _Connection(_OnHost, _Stream):
 
     def __init__(self, host, family, proto=0):
         super().__init__(host, family, socket.SOCK_STREAM, proto, None)
-        self.key = None                 # (local text, port, remote text, port): the name of the connection on this host
-        self.peer_host = None
         self._orphan = False            # the program has closed it, and the system brings what is left to its end
         self._backlog, self._queue, self._half_open, self._listener = 0, collections.deque(), {}, None
-        # sending
-        self._outbox = bytearray()
-        self._next, self._unacked = 0, {}           # the number of the next segment; number -> (kind, data)
-        self._sent, self._window = 0, 0             # bytes that were sent, and may be, in all
-        self._timer, self._retries = None, 0
-        self._fin = None                            # "asked", "sent", "acked"
-        # receiving
-        self._expected, self._ahead = 0, {}
-        self._consumed, self._told = 0, 0           # bytes that were read; the window that the peer was told
 
     def _go(self, event):
         self.state = self.NEXT[self.state, event]
@@ -888,9 +1033,6 @@ class _Connection(_OnHost, _Stream):
 
     def _may_shut(self):
         return self.state == "connected"
-
-    def _link(self):
-        return self.host.network.link(self.host, self.peer_host)
 
     # -- what a program calls
 
@@ -1053,143 +1195,6 @@ class _Connection(_OnHost, _Stream):
             self._end()
         elif self._orphan and self._fin == "acked" and self._timer is None and self.state == "connected":
             self._timer = self.host.network.at(LINGER_SECONDS, self._end)       # (FIN-WAIT-2)
-
-    # -- sending
-
-    def _room(self):
-        return self._limit_out - len(self._outbox) if self.state == "connected" else 0
-
-    def _carry(self, data):
-        self.note(f"sends {_kind_of(data)}")
-        self._outbox += data
-        self._flush()
-
-    def _say_end(self):
-        self.note("shuts down")
-        self._fin = "asked"
-        self._flush()
-
-    def _flush(self):
-        """Send what is in the outbox, as far as the peer has room."""
-        random, split = self.host.network.random, self.host.network.split
-        while self._outbox and self._window > self._sent:
-            size = min(len(self._outbox), self._window - self._sent, SEGMENT)
-            if split and size > 1 and random.random() < split:
-                size = random.randrange(1, size)
-            data = bytes(self._outbox[:size])
-            del self._outbox[:size]
-            self._sent += size
-            self._segment("data", data)
-        if self._fin == "asked" and not self._outbox:
-            self._fin = "sent"
-            self._segment("fin", b"")
-
-    def _segment(self, kind, data):
-        number, self._next = self._next, self._next + 1
-        self._unacked[number] = kind, data
-        self._transmit(number)
-        if self._timer is None:
-            self._start_timer()
-
-    def _transmit(self, number):
-        kind, data = self._unacked[number]
-        shown = _kind_of(data) if kind == "data" else kind
-        self._packet(f"#{number} {shown}", "SEGMENT", number, kind, data, size=len(data))
-
-    def _packet(self, what, *message, size=0, lost=None):
-        network = self.host.network
-        network.transmit(self.host, self.peer_host, HEADER + size, what, self.peer_host.take, message[0],
-                         (*self.key[2:], *self.key[:2]), *message[1:], lost=lost)
-
-    def _start_timer(self):
-        there, back = self._link(), self.host.network.link(self.peer_host, self.host)
-        queued = max(0.0, there.busy_until - flowcoro.now())
-        patience = RETRY_SECONDS + 2 * (there.latency + there.jitter + back.latency + back.jitter) + queued
-        self._timer = self.host.network.at(min(patience * 2 ** self._retries, LONGEST_RETRY), self._send_again)
-
-    def _stop_timer(self):
-        if self._timer is not None:
-            self.host.network.forget(self._timer)
-        self._timer, self._retries = None, 0
-
-    def _send_again(self):
-        self._timer = None
-        self._retries += 1
-        if self._retries > RETRIES:
-            self.note("gives up: nobody answers")
-            self._fail(errno.ETIMEDOUT)
-            return
-        number = next(iter(self._unacked))
-        self.note(f"sends #{number} again")
-        self._transmit(number)
-        self._start_timer()
-
-    def on_ack(self, expected, window):
-        answered = [number for number in self._unacked if number < expected]
-        for number in answered:
-            if self._unacked.pop(number)[0] == "fin":
-                self._fin = "acked"
-        if answered:
-            self._stop_timer()
-            if self._unacked:
-                self._start_timer()
-        self._window = max(self._window, window)
-        self._flush()
-        if self._full and self._room() > 0:
-            self._full = False
-            self.edge(WRITE)
-        self._leave_if_done()
-
-    def probe(self):
-        """The peer may have told in vain that it has room: ask it, again and again, unless it is being asked already."""
-        if self.state == "connected" and not self._unacked and self._outbox:
-            self._segment("probe", b"")
-
-    # -- receiving
-
-    def on_segment(self, number, kind, data):
-        if number >= self._expected:
-            self._ahead[number] = kind, data
-        while self._expected in self._ahead:
-            kind, data = self._ahead.pop(self._expected)
-            self._expected += 1
-            if kind == "data" and self._deaf and self._fin is not None or (
-                    kind == "hello" and self._listener.state != "listening"):
-                self.note("is closed: resets")
-                self.host.send_reset(self.key)
-                self._fail(errno.ECONNRESET)
-                return
-            self._arrived(kind, data)
-        self._acknowledge()
-        self._leave_if_done()
-
-    def _arrived(self, kind, data):
-        if kind == "hello":
-            self._go("hello")
-            del self._listener._half_open[self]
-            self._listener._queue.append(self)
-            self._listener.edge(READ)
-        elif kind == "data":
-            self._inbox += data
-            self.edge(READ)
-        elif kind == "fin":
-            self._done = self._eof = True
-            self.edge(READ | HANGUP)
-
-    def _acknowledge(self, lost=None):
-        self._told = self._consumed + self._limit_in
-        self._packet(f"ACK {self._expected}", "ACK", self._expected, self._told, lost=lost)
-
-    def _has_read(self, count):
-        self._consumed += count
-        if self.state == "connected" and not self._eof and (
-                self._consumed + self._limit_in - self._told >= max(1, self._limit_in // 2)):
-            self._acknowledge(lost=self._told_in_vain)
-
-    def _told_in_vain(self):
-        peer = self.peer_host.connections.get((*self.key[2:], *self.key[:2]))
-        if peer is not None:
-            peer.probe()
 
 
 class _Datagrams(_OnHost, _Raw):
@@ -1489,10 +1494,12 @@ class SimulatedHost:
         raise _os_error(errno.EADDRINUSE)
 
     def check_limit(self):
+        """OSError (EMFILE) if there may be no more sockets."""
         if self.max_sockets is not None and len(self.open) >= self.max_sockets:
             raise _os_error(errno.EMFILE)
 
     def datagrams(self):
+        """The bound sockets for datagrams."""
         return [raw for raw in self.bound if raw.type == socket.SOCK_DGRAM]
 
     def _best(self, kind, text, port, state):
@@ -1539,6 +1546,7 @@ class SimulatedHost:
         self.network.transmit(self, peer, HEADER, what, peer.take, kind, (*key[2:], *key[:2]), *rest)
 
     def send_reset(self, key):
+        """Tell the other end of `key` that there is no such connection here."""
         self._answer(key, "RST", "RST")
 
     def linger(self, key, expected):
@@ -1551,6 +1559,7 @@ class SimulatedHost:
         self._lingering[key] = now + LINGER_SECONDS, expected
 
     def take_datagram(self, source, target, data):
+        """A datagram: for all who have joined the group, or one that is bound to the address, or it is refused."""
         text, port = target
         if ipaddress.ip_address(text).is_multicast:
             fitting = [raw for raw in self.datagrams() if text in raw.groups and raw.local[1] == port]
@@ -1573,6 +1582,7 @@ class SimulatedHost:
         return None if best in connected else best
 
     def take_refusal(self, source, target):
+        """What was sent from `source` to `target` was refused there."""
         for raw in self.datagrams():
             if raw.remote == target and raw.takes(*source):
                 raw.refused()
@@ -1580,6 +1590,7 @@ class SimulatedHost:
     # -- crash and restart, for the network
 
     def go_down(self):
+        """The part of crash() that is this host's."""
         self.up = False
         for each in [*self._tasks, *self._scopes]:      # first these, so that no task sees how its sockets die
             each.cancel()
@@ -1592,6 +1603,7 @@ class SimulatedHost:
             raw._told_in_vain()
 
     def go_up(self):
+        """The part of restart() that is this host's."""
         self.up = True
         for group, function, name in self._boots:
             self.spawn(group, function(), name=name)
@@ -1897,10 +1909,17 @@ class SimulatedNetwork:
     def wake_up(self, when=math.inf):
         """See to it that the pump runs if there is anything to do, and looks up at `when` at the latest."""
         if self._pump is None or self._pump.done():
-            if self._next() is not None:
+            if self._next() is not None and self._is_running():
                 self._pump = flowcoro.spawn(self._deliver(), name="simulated network")
         elif self._nap is not None and when < self._nap.deadline:
             self._nap.deadline = when
+
+    def _is_running(self):
+        """Whether this is its run: sockets may be closed after it, by finalisers, which nobody else hears of."""
+        try:
+            return self._kernel() is flowcoro.current_kernel()
+        except RuntimeError:
+            return False
 
     def _next(self):
         """When the next thing happens; None: nothing is under way."""

@@ -1032,7 +1032,8 @@ async def test_word_of_new_room_may_get_lost(network):
 async def test_word_of_new_room_that_meets_a_partition_comes_once_it_is_healed(network):
     near, far = await connected(network)
     with near, far:
-        near.send(bytes(2**16)), near.send(bytes(2**16))
+        for _ in range(2):
+            near.send(bytes(2**16))
         await flowcoro.sleep(10)
         network.partition("client", "server")
         assert len(far.recv(2**16)) == 2**16
@@ -1195,11 +1196,29 @@ def test_a_network_serves_one_run_with_one_worker():
         flowcoro.run(use(), workers=2)
 
 
+def test_a_socket_may_be_closed_when_its_run_is_over():
+    async def main():
+        near, far = await connected(SimulatedNetwork())
+        near.send(b"never read")
+        far.send(b"never read")
+        return near, far
+
+    near, far = flowcoro.run(main(), clock=VirtualClock())
+    near.close()
+
+    async def close():
+        far.close()
+
+    flowcoro.run(close())
+    assert near.fileno() == far.fileno() == -1
+
+
 @pytest.mark.parametrize("wrong, error, said", [
     (dict(seed=[]), TypeError, "seed=[]"), (dict(latency=-1), ValueError, "latency=-1"),
     (dict(latency="1"), TypeError, "latency='1'"), (dict(jitter=float("nan")), ValueError, "jitter=nan"),
     (dict(loss=1.1), ValueError, "loss=1.1"), (dict(duplication=2), ValueError, "duplication=2"),
-    (dict(bandwidth=0), ValueError, "bandwidth=0"), (dict(split=-1), ValueError, "split=-1"), (dict(keep=-1), ValueError, "keep=-1"),
+    (dict(bandwidth=0), ValueError, "bandwidth=0"), (dict(split=-1), ValueError, "split=-1"),
+    (dict(keep=-1), ValueError, "keep=-1"),
 ])
 def test_wrong_settings_are_named(wrong, error, said):
     with pytest.raises(error, match=re.escape(said)):
