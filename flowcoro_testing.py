@@ -45,7 +45,8 @@ et al., ASPLOS 2010) on how few orders find most bugs. RFC 9293 (TCP), RFC 6298 
 errors and limits.
 
 What it does not do: it makes no order that the kernel itself could not make, and knows nothing of threads' orders. Of TCP:
-no congestion control (see bandwidth), urgent data, keep-alive; no Unix sockets, no broadcast, no errors on the wire.
+no congestion control (see bandwidth), urgent data, keep-alive; no Unix sockets, no broadcast, no errors on the wire. What
+draws its chance elsewhere, such as TLS its keys, sends other bytes in each run, at the same times as a rule.
 
 SPDX-License-Identifier: MIT
 """
@@ -610,7 +611,8 @@ class _Stream(_Raw):
         if address is not None:
             raise _os_error(errno.EISCONN)
         taken = min(len(data), max(0, self._room()), self._most)
-        self._full = taken < len(data)
+        if data:
+            self._full = taken < len(data)
         if taken:
             self._carry(bytes(data[:taken]))
         elif data:
@@ -1433,7 +1435,7 @@ class SimulatedHost:
         port = _port_number(port, type)
         kinds = [(kind, proto) for kind, proto in (
             (socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP)) if type in (0, kind)]
-        found = []
+        found, failure = [], socket.gaierror(socket.EAI_FAMILY, "the simulated network has TCP and UDP over IPv4 and IPv6 only")
         for each in (socket.AF_INET, socket.AF_INET6):
             if family not in (0, each):
                 continue
@@ -1444,7 +1446,7 @@ class SimulatedHost:
                 else:
                     there = text, port
                 if flags & socket.AI_NUMERICHOST and text is not None and not _is_address(text):
-                    raise socket.gaierror(socket.EAI_NONAME, os.strerror(errno.ENOENT))
+                    raise socket.gaierror(socket.EAI_NONAME, f"{text!r} is no address, as AI_NUMERICHOST demands")
                 address, port = self.parse(there, each)
             except socket.gaierror as error:
                 failure = error
@@ -1453,7 +1455,7 @@ class SimulatedHost:
             found += [(each, kind, proto, "", full) for kind, proto in kinds]
         if not found:
             self.note(f"does not resolve {text!r}")
-            raise failure if family or text is not None else socket.gaierror(socket.EAI_FAMILY, "no such family")
+            raise failure
         return found
 
     # -- addresses and ports
@@ -1475,7 +1477,7 @@ class SimulatedHost:
         if _is_address(text):
             parsed = ipaddress.ip_address(text.partition("%")[0])
             if (parsed.version == 6) != v6:
-                raise socket.gaierror(socket.EAI_ADDRFAMILY if hasattr(socket, "EAI_ADDRFAMILY") else socket.EAI_NONAME,
+                raise socket.gaierror(getattr(socket, "EAI_ADDRFAMILY", socket.EAI_NONAME),
                                       f"{text} is no address of this family")
             return str(getattr(parsed, "ipv4_mapped", None) or parsed), port
         there = self.network.hosts.get(text)
@@ -1502,9 +1504,9 @@ class SimulatedHost:
         """The bound sockets for datagrams."""
         return [raw for raw in self.bound if raw.type == socket.SOCK_DGRAM]
 
-    def _best(self, kind, text, port, state):
-        """Of the bound sockets the one that fits an address best; of those that share a port, any."""
-        fitting = [(raw.takes(text, port), raw) for raw in self.bound if raw.type == kind and raw.state == state]
+    def _best(self, candidates, text, port):
+        """Of these bound sockets the one that fits an address best; of those that share a port, any."""
+        fitting = [(raw.takes(text, port), raw) for raw in candidates]
         best = max((fit for fit, _ in fitting), default=0)
         if not best:
             return None
@@ -1528,7 +1530,8 @@ class SimulatedHost:
                 self._answer(key, f"ACK {expected}", "ACK", expected, 0)
 
     def _take_syn(self, raw, key, window, family):
-        listener = None if raw is not None else self._best(socket.SOCK_STREAM, *key[:2], "listening")
+        listener = None if raw is not None else self._best(
+            [bound for bound in self.bound if bound.state == "listening"], *key[:2])
         if raw is not None:
             raw.answer_syn()
         elif listener is None:
@@ -1566,7 +1569,7 @@ class SimulatedHost:
         else:
             fitting = [raw for raw in self.datagrams() if raw.remote == source and raw.takes(text, port)]
             if not fitting:
-                best = self._best_datagram(text, port)
+                best = self._best([raw for raw in self.datagrams() if raw.remote is None], text, port)
                 fitting = [] if best is None else [best]
             if not fitting:
                 self.note(f"nobody listens on {self.name}:{port}: refuses")
@@ -1575,11 +1578,6 @@ class SimulatedHost:
         for raw in fitting:
             if not raw.arrived(data, source):
                 self.note(f"{raw.name}: no room, drops {_kind_of(data)}")
-
-    def _best_datagram(self, text, port):
-        connected = [raw for raw in self.datagrams() if raw.remote is not None]
-        best = self._best(socket.SOCK_DGRAM, text, port, "new")
-        return None if best in connected else best
 
     def take_refusal(self, source, target):
         """What was sent from `source` to `target` was refused there."""

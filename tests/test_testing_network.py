@@ -352,6 +352,11 @@ async def test_all_forms_of_receiving_and_sending_agree():
         assert one.send(b"gh") == 2 and other.recvmsg_into(pieces) == (3, [], 0, None)
         assert pieces == [b"f", b"gh\0\0\0"]
         assert attempt(other.recv, 5, socket.MSG_OOB) == errno.errorcode[errno.EOPNOTSUPP]
+        for raw in one, other:
+            raw.settimeout(0)
+            assert attempt(raw.detach) == errno.errorcode[errno.EOPNOTSUPP] and attempt(os.fstat, raw.fileno()) == "EBADF"
+            with pytest.raises(ValueError, match="cannot block a thread"):
+                raw.setblocking(True)
     assert attempt(one.send, b"x") == attempt(other.recv, 1) == "EBADF" and one.fileno() == -1
 
 
@@ -799,6 +804,9 @@ async def test_names_are_those_of_the_hosts(network):
         ("0.0.0.0", 80)]
     assert [found[4][0] for found in await client.getaddrinfo("::1", 80, 0, STREAM)] == ["::1"]
     assert [found[4][0] for found in await client.getaddrinfo("localhost", 80, 0, STREAM)] == ["127.0.0.1", "::1"]
+    for family, kind in (socket.AF_UNIX, STREAM), (0, socket.SOCK_RAW):
+        with pytest.raises(socket.gaierror, match="TCP and UDP"):
+            await client.getaddrinfo("server", 80, family, kind)
     for host, port, flags in ("nowhere", 80, 0), ("server", 80, socket.AI_NUMERICHOST), ("server", "nonsense", 0):
         with pytest.raises(socket.gaierror):
             await client.getaddrinfo(host, port, 0, STREAM, flags)
@@ -889,6 +897,23 @@ async def test_a_connected_datagram_socket_learns_that_nobody_listens(network):
         one.send(b"y")
         await flowcoro.sleep(1)
         assert all_datagrams(other) == [b"y"]
+
+
+@on_network
+async def test_one_port_may_have_a_socket_for_all_and_one_for_a_single_peer(network):
+    one, other = datagram_sockets(network)
+    with one, other, network.host("server").socket(type=socket.SOCK_DGRAM) as special:
+        for raw in other, special:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        special.bind(("server", 53))
+        special.connect(("client", 1000))
+        one.bind(("", 999))
+        one.sendto(b"for all", ("server", 53))
+        with network.host("client").socket(type=socket.SOCK_DGRAM) as peer:
+            peer.bind(("", 1000))
+            peer.sendto(b"for one", ("server", 53))
+            await flowcoro.sleep(1)
+        assert all_datagrams(other) == [b"for all"] and all_datagrams(special) == [b"for one"]
 
 
 @on_network
