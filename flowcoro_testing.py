@@ -354,6 +354,8 @@ class _Watch:
             task.budget -= 1
         else:
             await flowcoro.checkpoint()
+        if self.raw.owed:
+            self._pay()
         if getattr(self, flag) and not self._closed:
             return
         lot.reason = f"wait until {self.raw.name} is {flag}"
@@ -362,6 +364,12 @@ class _Watch:
             await lot.park_unless(functools.partial(self._is_ready, flag, done, lot))
         finally:
             self.raw.wait_ends()
+
+    @flowcoro.atomic
+    def _pay(self):
+        """Not in the call that was short, but later, as the system's edges come: who sees a short read unsets the flag then."""
+        bits, self.raw.owed = self.raw.owed, 0
+        self.ready(bits)
 
     def _is_ready(self, flag, done, lot):
         if self._closed:
@@ -405,6 +413,7 @@ class _Raw:
         self.watch = None               # its pollable, while it has one
         self.hung_up = False            # the peer has closed or reset
         self._number, self._closed = next(_NUMBERS), False
+        self.owed = 0                   # edges for calls that were short and yet leave it ready: who waits next gets them
         self._lost = False              # its host has crashed, and nobody will close it
         self._error = 0                 # errno of what went wrong meanwhile; the next call raises it, once
         self._options = {}
@@ -587,6 +596,8 @@ class _Stream(_Raw):
             if not flags & socket.MSG_PEEK:
                 del self._inbox[:len(data)]
                 self._has_read(len(data))
+                if len(data) == self._most and self._inbox:
+                    self.owed |= READ
             return data, 0, None
         if self._done:                  # also when it was reset after that; to send still tells
             return b"", 0, None
@@ -610,11 +621,14 @@ class _Stream(_Raw):
             raise _os_error(errno.ENOTCONN)
         if address is not None:
             raise _os_error(errno.EISCONN)
-        taken = min(len(data), max(0, self._room()), self._most)
+        room = max(0, self._room())
+        taken = min(len(data), room, self._most)
         if data:
-            self._full = taken < len(data)
+            self._full = taken < len(data) and taken == room
         if taken:
             self._carry(bytes(data[:taken]))
+            if taken < min(len(data), room):
+                self.owed |= WRITE
         elif data:
             raise _os_error(errno.EAGAIN)
         return taken
