@@ -58,7 +58,6 @@ import pathlib
 import platform
 import re
 import runpy
-import socket
 import statistics
 import subprocess
 import sys
@@ -118,7 +117,6 @@ READERS = 4             # files read at the same time; a disk seldom gains from 
 CLIENTS = 1_000
 MESSAGES = 10           # per client: 10,000 round trips, about a second
 SPARE_FILES = 64        # descriptors the process needs besides the sockets of the clients
-BACKLOG = 1_024         # connections waiting to be accepted; one too many is dropped and comes a second late
 
 MODULE = r"flowcoro(?:_\w+)?"
 FLAT_IMPORT = re.compile(rf"^import ({MODULE})\b", re.MULTILINE)
@@ -398,75 +396,26 @@ def _scene_pipeline(screen):
 
 
 # ---- Scene: echo -------------------------------------------------------------------------------------------
-# The socket module and three functions of the kernel, nothing else: what a network layer is built on.
+# The server and its clients on flowcoro_net.
 
-async def _when_ready(wait, sock, operation, *arguments):
-    """Try `operation` on a non-blocking socket until it goes through; `wait` for the socket in between."""
-    while True:
-        try:
-            return operation(*arguments)
-        except BlockingIOError:
-            await wait(sock.fileno())
-
-
-async def _send(sock, data):
-    """Send every byte of `data`."""
-    while data:
-        sent = await _when_ready(flowcoro.wait_writable, sock, sock.send, data)
-        data = data[sent:]
-
-
-async def _receive(sock):
-    """What has arrived, at least one byte; b"" when the other side has closed."""
-    return await _when_ready(flowcoro.wait_readable, sock, sock.recv, 4096)
-
-
-@contextlib.contextmanager
-def _closing(sock):
-    """Close the socket at the end; the kernel is told first, so that who waits for it gets ClosedError."""
-    try:
-        yield sock
-    finally:
-        flowcoro.notify_closing(sock.fileno())
-        sock.close()
-
-
-async def _echo(connection):
+async def _echo(sock):
     """Serve one client: everything comes back, until it closes."""
-    with _closing(connection):
-        while data := await _receive(connection):
-            await _send(connection, data)
+    while data := await sock.read():
+        await sock.write(data)
 
 
-async def _serve(listener):
-    """Accept clients until cancelled; a task of its own serves each."""
-    async with flowcoro.TaskGroup() as group:
-        while True:
-            connection, _ = await _when_ready(flowcoro.wait_readable, listener, listener.accept)
-            connection.setblocking(False)
-            group.spawn(_echo(connection))
-
-
-async def _call(address, number, everybody, reply_arrived):
+async def _call(net, address, number, everybody, reply_arrived):
     """One client: connect, wait until `everybody` has, then send MESSAGES and report each reply."""
-    with _closing(socket.socket()) as sock:
-        sock.setblocking(False)
-        try:
-            sock.connect(address)
-        except BlockingIOError:                 # under way: it is done when the socket is writable
-            await flowcoro.wait_writable(sock.fileno())
-            if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                raise OSError(code, os.strerror(code)) from None        # a ConnectionRefusedError, say
+    async with await net.Socket.connect(*address) as sock:
         await everybody.wait()
         for message in range(MESSAGES):
-            sent, start, reply = b"client %d, message %d\n" % (number, message), time.perf_counter(), b""
-            await _send(sock, sent)
-            while len(reply) < len(sent) and (data := await _receive(sock)):
-                reply += data
+            sent, start = b"client %d, message %d\n" % (number, message), time.perf_counter()
+            await sock.write(sent)
+            reply = await sock.read_until(b"\n")
             reply_arrived(time.perf_counter() - start, reply == sent)
 
 
-async def _echo_session(clients, progress):
+async def _echo_session(net, clients, progress):
     """A server and `clients` clients on loopback: ([(latency, right?) of each reply], seconds in all)."""
     replies = []
 
@@ -474,18 +423,16 @@ async def _echo_session(clients, progress):
         replies.append((latency, is_right))
         progress(len(replies))
 
-    with _closing(socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)) as listener:
-        listener.setblocking(False)
-        everybody = flowcoro.Barrier(clients + 1)
-        async with flowcoro.TaskGroup() as servers:
-            servers.spawn(_serve(listener), name="server")
-            async with flowcoro.TaskGroup() as group:
-                for number in range(clients):
-                    group.spawn(_call(listener.getsockname(), number, everybody, reply_arrived))
-                await everybody.wait()          # now all are connected, and stay so until they are done
-                start = time.perf_counter()
-            seconds = time.perf_counter() - start
-            servers.cancel()
+    everybody = flowcoro.Barrier(clients + 1)
+    async with await net.TcpServer.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as servers:
+        servers.spawn(server.serve(_echo), name="server")
+        async with flowcoro.TaskGroup() as group:
+            for number in range(clients):
+                group.spawn(_call(net, server.local, number, everybody, reply_arrived))
+            await everybody.wait()              # now all are connected, and stay so until they are done
+            start = time.perf_counter()
+        seconds = time.perf_counter() - start
+        server.close_nowait()
     return replies, seconds
 
 
@@ -505,13 +452,13 @@ def _affordable_clients(wanted):
 def _scene_echo(screen):
     """1,000 clients, all connected at once, talk to an echo server: one thread serves and calls."""
     screen.say("Look at the number of clients: all connected at the same time, and one thread is both sides.")
-    clients = _affordable_clients(CLIENTS)
+    net, clients = _load("flowcoro_net"), _affordable_clients(CLIENTS)
     total = clients * MESSAGES
     if clients < CLIENTS:
         screen.say(f"(The limit on open files allows {clients:,} clients, not {CLIENTS:,}.)")
     refused = None
     try:
-        replies, seconds = flowcoro.run(_echo_session(clients, lambda count: screen.progress(count, total)))
+        replies, seconds = flowcoro.run(_echo_session(net, clients, lambda count: screen.progress(count, total)))
     except* OSError as errors:                  # the listener's own, or what has left the groups of tasks
         refused = errors
     if refused:                                 # not raised up there: that would make a group of it

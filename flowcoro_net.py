@@ -1,4 +1,4 @@
-"""flowcoro_net 0.1.0: the network: connections (TCP, Unix, TLS), servers, datagrams, names.
+"""flowcoro_net 0.1.0: the network: connections (TCP, Unix, TLS), servers, datagrams, names, pools.
 
 To vendor, copy: flowcoro.py, flowcoro_net.py
 
@@ -21,7 +21,8 @@ Example:
     flowcoro.run(main())
 
 Contents: constants · errors · the network underneath · names · sockets: the base · TLS · sockets · connecting · servers:
-the base · several processes · servers · datagrams
+the base · several processes · servers · datagrams · the
+connection pool
 
 How it works:
 
@@ -58,7 +59,8 @@ them. It keeps all listening sockets open, so those who wait to be accepted lose
     P3  whatever ends serve(), no process is left: asked (SIGTERM) and waited for, asked again, killed
 
 Sources: RFC 9293 (TCP), RFC 8305 (happy eyeballs), RFC 8446 (TLS 1.3), RFC 6066 (SNI), RFC 7301 (ALPN), RFC 768 (UDP);
-trio's _highlevel_*.py and _ssl.py; Go's net (self-connect, accept errors); epoll(7), sendfile(2), unix(7).
+trio's _highlevel_*.py and _ssl.py; Go's net (self-connect, accept errors); epoll(7), sendfile(2), unix(7); HikariCP
+(bypass of validation, lifetimes spread), Go's database/sql (closing counts, generations).
 
 What it does not do: QUIC, raw IP, urgent data (RFC 6093 says to leave it), descriptors over Unix sockets, proxies.
 Where sendfile(2) has to read from a cold disk it blocks its worker, as it does nginx.
@@ -66,6 +68,7 @@ Where sendfile(2) has to read from a cold disk it blocks its worker, as it does 
 SPDX-License-Identifier: MIT
 """
 
+import collections
 import errno
 import functools
 import gc
@@ -82,6 +85,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import types
 import warnings
 import weakref
@@ -90,7 +94,7 @@ import flowcoro
 
 __version__ = "0.1.0"
 
-__all__ = ["Socket", "TcpServer", "UnixServer", "UdpSocket", "resolve", "client_tls", "server_tls",
+__all__ = ["Socket", "TcpServer", "UnixServer", "UdpSocket", "ConnectionPool", "resolve", "client_tls", "server_tls",
            "NetworkError", "BrokenError", "ResolveError", "TlsError", "LimitError"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
@@ -244,16 +248,16 @@ def _whole(number, least, said, what="bytes"):
     return number
 
 
-def _seconds(number, said):
-    """A timeout in seconds; None is math.inf."""
+def _seconds(number, said, least=0.0):
+    """A limit in seconds, as a float; None is math.inf."""
     if number is None:
         return math.inf
     try:
-        if number >= 0 and not isinstance(number, bool):
+        if number >= least and not isinstance(number, bool):
             return float(number)
     except TypeError:
         raise TypeError(f"{said}={number!r}: give a number of seconds; None or math.inf for no limit") from None
-    raise ValueError(f"{said}={number!r}: seconds must be 0 or more; None or math.inf for no limit")
+    raise ValueError(f"{said}={number!r}: seconds must be {least:g} or more; None or math.inf for no limit")
 
 
 def _as_bytes(data, taker):
@@ -2617,3 +2621,929 @@ class UdpSocket(_Owner):
         except OSError:
             at = ""
         return (f"<UdpSocket{at}{f' to {_shown(self._peer)}' if self._peer else ''}{' closed' if self._closed else ''}>")
+
+
+# ---- the connection pool --------------------------------------------------------------------------------------
+# _PoolBooks know who has what: they neither wait nor call anybody's code, are told the time, and take atomic steps.
+# ConnectionPool waits, connects and validates. After each step of the books tidy() of _PoolCare does what they have noted:
+# closes the condemned, reports the lost, starts the keeper.
+#
+# A connection moves as the table says and in no other way. All but the gone count against max_connections, the closing too,
+# for the other side still counts them:
+#
+#   connecting ──► in_use ◄──► idle         failed or lost: gone
+#                     └──► closing ◄──┘     closed: gone
+#
+#   P1  while anybody waits, no connection is idle and no place is free: each step that frees something ends in serve(), which
+#       hands it to who has waited longest, and marks it as taken before that one runs. So nobody can come in between, and a
+#       grant is never lost: a task that is cancelled after it was woken still gets it (I3 of the kernel).
+#   P2  between a grant and the caller's next line there is no await but the connect and the validation, and each of these
+#       gives its place back however it ends.
+#   P3  the pool holds a connection that is lent by a weak reference (where its type allows that), so that a lost one is
+#       noticed. The finaliser may run anywhere, in any thread: it appends to a deque, sets a Promise, and does no more.
+#
+# Connects are made by the borrower's task: its cancellation, its deadline, its context and its traceback are the right ones,
+# and no task of the pool's own can be left over. (Go's connects are made by one that nobody waits for, and a caller is told
+# the error of somebody else's.) A borrower that connects stays with that, also if a connection comes back meanwhile.
+#
+# The keeper is the pool's one task besides those that close. It is started when a connection becomes idle or a task waits,
+# belongs to the kernel as all that flowcoro.spawn() starts, and ends when there is nothing to keep. It has a deadline only
+# while something can expire, so that a deadlock is reported without delay: the scope's deadline is moved to infinity
+# when the last idle connection is taken, which costs no heap operation, and back when it returns. When the run ends the
+# keeper is cancelled, and closes what is idle; what is returned after that starts another one, with the same fate.
+
+# Connections at most, idle ones included. HikariCP's default too: a database serves few at once well.
+MAX_CONNECTIONS = 10
+
+# Seconds that a connection may be idle. Below nginx's 75 and the 60 after which many load balancers forget a connection.
+IDLE_TIMEOUT = 50.0
+
+# Seconds after which a connection is not used again: so that a changed address or a rotated certificate is noticed, and
+# what leaks on the other side is freed. HikariCP's default.
+MAX_LIFETIME = 1800.0
+
+# The share of its lifetime that a connection may be spared, so that those made together do not end together (HikariCP:
+# 0.025, psycopg_pool: 0.05). The n-th is spared the fraction of n golden ratios, which spreads evenly and is no chance.
+LIFETIME_SPREAD = 0.05
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+# Seconds to wait for a connection, as HikariCP, psycopg_pool and SQLAlchemy: whoever waits longer is better told.
+ACQUIRE_TIMEOUT = 30.0
+
+# Seconds that a connection may have been idle and is still lent without a validation. HikariCP: 0.5.
+VALIDATE_AFTER = 0.5
+
+# Seconds that an async close may take before it is cancelled: its place is needed, and the end of the run waits for it.
+CLOSE_TIMEOUT = 5.0
+
+# Seconds between two sweeps at least, or an eighth of the shortest limit: what is overdue is closed late by that, but is
+# never lent. A sweep looks at all idle connections.
+SWEEP_SECONDS = 1.0
+
+# Frames of a borrower's stack that are kept with leak_after: the nearest say who it was.
+LEAK_FRAMES = 16
+
+# Why a connection was closed, as statistics() counts it. idle, lifetime: its time was up. invalid: validate() said no. broken:
+# it was returned by an error, or closed. discarded: by discard(). interrupted: its borrower was cancelled while it was
+# validated. cleared, shrunk, pool_closed: clear(), set_max_connections(), close(). run_ended: nobody has closed the pool.
+# lost: nobody has returned it.
+_REASONS = ("idle", "lifetime", "invalid", "broken", "discarded", "interrupted", "cleared", "shrunk", "pool_closed",
+            "run_ended", "lost")
+
+_CONNECTING, _IN_USE, _IDLE, _CLOSING, _GONE = "connecting", "in_use", "idle", "closing", "gone"
+
+_POOL_MOVES = {
+    (_CONNECTING, "connected"): _IN_USE,
+    (_CONNECTING, "failed"): _GONE,
+    (_IN_USE, "returned"): _IDLE,
+    (_IDLE, "lent"): _IN_USE,
+    (_IN_USE, "condemned"): _CLOSING,
+    (_IDLE, "condemned"): _CLOSING,
+    (_IN_USE, "lost"): _GONE,
+    (_CLOSING, "closed"): _GONE,
+}
+
+_AGAIN = object()       # instead of a grant: look again, there was something to close first
+
+
+class _Pooled:
+    """One place in the pool, and the connection there once it is made."""
+
+    __slots__ = ("books", "state", "generation", "expires", "returned", "connection", "ref", "key", "loan", "since",
+                 "unproven", "borrower", "name", "stack", "scope")
+
+    def __init__(self, books):
+        self.books = books
+        self.state = _CONNECTING
+        self.generation = books.generation  # of the begin: clear() means those under way as well
+        self.expires = self.returned = math.inf
+        self.connection = None              # while idle, or where there are no weak references to it; else None (P3)
+        self.ref = None                     # a weak reference, or a function that returns the connection
+        self.key = None                     # its id
+        self.loan = 0                       # how often it was lent: an old loan cannot return a new one
+        self.since = 0.0                    # the time of that
+        self.unproven = False               # it has been idle for so long that it is validated
+        self.borrower = self.name = self.stack = None       # a weak reference to a task; with leak_after its name and stack
+        self.scope = None                   # of the connect, for close() to cancel
+
+    def finalised(self, _):
+        """Called by the garbage collector, in any thread, in the middle of anything (P3)."""
+        self.books.lost.append(self)
+        self.books.ring()
+
+
+class _PoolQueue(flowcoro.ParkingLot):
+    """Where tasks wait for others to return connections: a dump and the deadlock report follow who holds them."""
+
+    __slots__ = ("_lent",)
+
+    def __init__(self, reason, lent):
+        self._lent = lent
+        super().__init__(reason)
+
+    @property
+    def holder(self):
+        tasks = [entry.borrower and entry.borrower() for entry in list(self._lent.values())]
+        return [task for task in tasks if task is not None and not task.done()]
+
+    @holder.setter
+    def holder(self, _):
+        """It is always asked for anew."""
+
+
+class _PoolMoves:
+    """Who has which connection, and who comes next: what the steps of the books are made of. Called in such steps only."""
+
+    def __init__(self, max_connections, max_connecting, idle_timeout, max_lifetime, validate_after, leak_after):
+        self.max_connections, self.max_connecting = max_connections, max_connecting
+        self.idle_timeout, self.max_lifetime = idle_timeout, max_lifetime
+        self.validate_after, self.leak_after = validate_after, leak_after
+        self.generation, self.closed = 0, False
+        self.total = 0                              # connections that count against max_connections, and their states
+        self.counts = {_CONNECTING: 0, _IN_USE: 0, _IDLE: 0, _CLOSING: 0, _GONE: 0}
+        self.idle = collections.deque()             # longest idle first
+        self.lent = {}                              # id of the connection -> _Pooled, in use
+        self.connects = {}                          # _Pooled, connecting, in order
+        self.first = _PoolQueue("wait for another connection in place of an invalid one", self.lent)
+        self.queue = _PoolQueue("acquire a connection from a ConnectionPool", self.lent)
+        self.emptied = _PoolQueue("close a ConnectionPool", self.lent)
+        self.condemned = collections.deque()        # (_Pooled, connection) to be closed by tidy()
+        self.lost = collections.deque()             # _Pooled of connections that died while lent
+        self.leaks = collections.deque()            # texts to be reported by tidy()
+        self.kept = False                           # the keeper is there
+        self.scope = self.alarm = None              # what wakes it: a deadline, and a Promise for finalisers
+        self.swept = -math.inf                      # when it has last looked
+        self.set_grain()
+        self.reasons = dict.fromkeys(_REASONS, 0)
+        self.created = self.connects_failed = self.closes_failed = self.acquired = self.waits = 0
+        self.wait_sum = self.wait_max = 0.0
+
+    def ring(self):
+        """Wake the keeper for the lost. Also from a finaliser."""
+        alarm = self.alarm
+        try:
+            if alarm is not None and not alarm.done():
+                alarm.set_result(None)
+        except Exception:       # set by another finaliser in between; or the stack ends here, and the next operation looks
+            pass
+
+    # -- the ways of a connection
+
+    def move(self, entry, event):
+        state = _POOL_MOVES[entry.state, event]     # a KeyError is a mistake in this section
+        self.counts[entry.state] -= 1
+        self.counts[state] += 1
+        self.total -= state is _GONE
+        entry.state = state
+
+    def excess(self):
+        """How many more there are than may be, but for those that are being closed."""
+        return self.total - self.counts[_CLOSING] - self.max_connections
+
+    def worn(self, entry, now):
+        """Why an idle connection must not be lent again, or None."""
+        if entry.generation != self.generation:
+            return "cleared"
+        if entry.expires <= now:
+            return "lifetime"
+        if self.idle_timeout and entry.returned + self.idle_timeout <= now:
+            return "idle"
+        return None
+
+    def grant(self, now):
+        """The last returned connection that is still good, or the right to make one, or None. It is taken with that."""
+        while self.idle:
+            entry = self.idle.pop()
+            if not self.idle and self.scope is not None and self.leak_after is None:
+                self.scope.deadline = math.inf
+            reason = self.worn(entry, now)
+            if reason is not None:
+                self.condemn(entry, reason)
+                continue
+            self.move(entry, "lent")
+            entry.unproven = entry.returned + self.validate_after <= now
+            self.lend(entry, now)
+            return entry
+        if self.total < self.max_connections and self.counts[_CONNECTING] < self.max_connecting:
+            entry = _Pooled(self)
+            self.total += 1
+            self.counts[_CONNECTING] += 1
+            self.connects[entry] = None
+            return entry
+        return None
+
+    def lend(self, entry, now):
+        entry.loan += 1
+        entry.since = now
+        self.lent[entry.key] = entry
+        self.acquired += 1
+
+    def serve(self, now):
+        """P1: hand what is free to who has waited longest."""
+        while queue := self.first or self.queue:
+            entry = self.grant(now)
+            if entry is None:
+                return
+            try:
+                queue.unpark(1, value=entry)
+            except BaseException:           # the stack ends here: whoever comes next serves
+                if entry.state is _CONNECTING:
+                    self.forget(entry, "failed")
+                else:
+                    self.put_back(entry)
+                raise
+
+    def put_back(self, entry):
+        del self.lent[entry.key]
+        self.move(entry, "returned")
+        self.idle.append(entry)
+
+    def condemn(self, entry, reason):
+        """Take it from wherever it is, for tidy() to close."""
+        connection = entry.connection if entry.ref is None or entry.connection is not None else entry.ref()
+        if entry.state is _IN_USE:
+            self.lent.pop(entry.key, None)
+        if connection is None:              # its finaliser has run, or is about to
+            return
+        self.move(entry, "condemned")
+        self.reasons[reason] += 1
+        entry.connection = entry.ref = entry.borrower = entry.stack = None
+        self.condemned.append((entry, connection))
+
+    def forget(self, entry, event):
+        """It is gone, its place free."""
+        self.move(entry, event)
+        self.connects.pop(entry, None)
+        entry.connection = entry.ref = entry.scope = entry.borrower = entry.stack = None
+        if self.closed:
+            self.emptied.unpark_all()
+        if not self.total and self.scope is not None:
+            self.scope.cancel()             # the keeper looks whether there is anything to keep
+
+    def reap(self, now):
+        """Count and report those that the garbage collector has found, and free their places."""
+        while self.lost:
+            entry = self.lost.popleft()
+            if entry.state is not _IN_USE:
+                continue                    # condemned, or its place reaped before
+            if self.lent.get(entry.key) is entry:
+                del self.lent[entry.key]
+            self.reasons["lost"] += 1
+            self.report_leak(entry, now, "was never returned: it has been garbage-collected. Its place is free again; use "
+                                         "`async with pool.acquire()`")
+            self.forget(entry, "lost")
+        self.serve(now)
+
+    def report_leak(self, entry, now, what):
+        if entry.stack is not None:
+            stack = "".join(entry.stack.format()) or "    (no frames)\n"
+            self.leaks.append(f"a connection that task {entry.name!r} acquired {now - entry.since:.3f} seconds ago {what}. "
+                              f"It was acquired here:\n{stack}")
+            entry.stack = None              # once
+
+
+class _PoolBooks(_PoolMoves):
+    """The steps that ConnectionPool and the keeper take, each of them atomic."""
+
+    @flowcoro.atomic
+    def take(self, now):
+        """A grant, or None. flowcoro.ClosedError once the pool is closed."""
+        if self.closed:
+            raise flowcoro.ClosedError("this ConnectionPool is closed")
+        if self.lost:
+            self.reap(now)
+        return self.grant(now)
+
+    @flowcoro.atomic
+    def connecting(self, entry, scope):
+        """The connect begins, in `scope`. flowcoro.ClosedError, and its place is free, once the pool is closed."""
+        if self.closed:
+            self.forget(entry, "failed")
+            raise flowcoro.ClosedError("this ConnectionPool is closed")
+        entry.scope = scope
+
+    @flowcoro.atomic
+    def pick(self, entry, task, stack, now):
+        """The connection of a grant, for the borrower. From here on it alone holds it (P3)."""
+        if self.closed:                     # since the grant; _abandon() gives it back, unless it is condemned
+            raise flowcoro.ClosedError("this ConnectionPool was closed while the task waited for a connection")
+        connection = entry.connection
+        if entry.ref is not None:
+            entry.connection = None
+        entry.borrower = weakref.ref(task)
+        if stack is not None:
+            entry.name, entry.stack = task.name, stack
+            if self.scope is not None:
+                self.wake_at(now + self.leak_after)
+        return connection
+
+    @flowcoro.atomic
+    def connected(self, entry, connection, now):
+        """A connect is done: it is lent. False if the pool was closed meanwhile. PoolError if it is lent already."""
+        if self.lost:
+            self.reap(now)
+        key = id(connection)
+        if key in self.lent or any(connection is other.connection for other in self.idle):
+            raise flowcoro.PoolError(f"the factory returned a {type(connection).__name__} that this ConnectionPool has already: "
+                                     "it must make a new connection each time")
+        spared = self.created * GOLDEN % 1 * LIFETIME_SPREAD
+        self.created += 1
+        entry.expires = now + self.max_lifetime * (1 - spared)
+        entry.key, entry.connection = key, connection
+        try:
+            entry.ref = weakref.ref(connection, entry.finalised)
+        except TypeError:
+            pass
+        self.connects.pop(entry, None)
+        entry.scope = None
+        self.move(entry, "connected")
+        self.lend(entry, now)
+        if self.closed:
+            self.condemn(entry, "pool_closed")
+        else:
+            self.serve(now)                 # a place among those that may connect at once is free
+        return not self.closed
+
+    @flowcoro.atomic
+    def connect_failed(self, entry, now):
+        if entry.state is _CONNECTING:
+            self.connects_failed += 1
+            self.forget(entry, "failed")
+            self.serve(now)
+
+    @flowcoro.atomic
+    def give_back(self, entry, loan, reason, now):
+        """The end of a loan. reason: why it cannot be used again, or None. False if it has ended before."""
+        if entry.state is not _IN_USE or entry.loan != loan:
+            return False
+        if self.lost:
+            self.reap(now)
+        if self.closed:
+            reason = "pool_closed"
+        if reason is None and self.excess() > 0:
+            reason = "shrunk"
+        entry.returned = now
+        reason = reason or self.worn(entry, now)
+        if reason is not None:
+            self.condemn(entry, reason)
+            return True
+        entry.borrower = entry.stack = None
+        if entry.connection is None:
+            entry.connection = entry.ref()
+        self.put_back(entry)
+        self.serve(now)
+        if entry.state is _IDLE:
+            if not self.idle_timeout:
+                self.idle.remove(entry)
+                self.condemn(entry, "idle")
+            elif self.scope is not None:
+                self.wake_at(min(now + self.idle_timeout, entry.expires))
+        return True
+
+    @flowcoro.atomic
+    def find(self, connection):
+        """The loan of a connection: (its _Pooled, its number). PoolError if it is not lent; None so once all is closed."""
+        entry = self.lent.get(id(connection))
+        if entry is None or (entry.connection if entry.ref is None else entry.ref()) is not connection:
+            if self.closed:
+                return None
+            raise flowcoro.PoolError(f"this {type(connection).__name__} is not lent by this ConnectionPool: it was returned "
+                                     "twice, or belongs to another one")
+        return entry, entry.loan
+
+    @flowcoro.atomic
+    def gone(self, entry, failed, now):
+        """A condemned one has been closed."""
+        self.closes_failed += failed
+        self.forget(entry, "closed")
+        if not self.closed:
+            self.serve(now)
+
+    @flowcoro.atomic
+    def waited(self, seconds):
+        self.waits += 1
+        self.wait_sum += seconds
+        self.wait_max = max(self.wait_max, seconds)
+
+    # -- what changes all of them
+
+    def condemn_worn(self, now):
+        idle, self.idle = self.idle, collections.deque()
+        for entry in idle:
+            reason = self.worn(entry, now)
+            if reason is None:
+                self.idle.append(entry)
+            else:
+                self.condemn(entry, reason)
+
+    @flowcoro.atomic
+    def condemn_idle(self, reason, down_to=0):
+        while len(self.idle) > down_to:
+            self.condemn(self.idle.popleft(), reason)
+        if not self.idle and self.scope is not None and self.leak_after is None:
+            self.scope.deadline = math.inf
+
+    @flowcoro.atomic
+    def clear(self):
+        self.generation += 1
+        self.condemn_idle("cleared")
+
+    @flowcoro.atomic
+    def resize(self, count, now):
+        self.reap(now)
+        self.max_connections = count
+        self.condemn_worn(now)
+        self.condemn_idle("shrunk", max(0, len(self.idle) - max(0, self.excess())))
+        if not self.closed:
+            self.serve(now)
+
+    @flowcoro.atomic
+    def set_idle_timeout(self, seconds, now):
+        self.idle_timeout = seconds
+        self.set_grain()
+        self.condemn_worn(now)
+        if not seconds:
+            self.condemn_idle("idle")
+        if self.scope is not None:
+            self.scope.cancel()             # the keeper plans anew
+
+    @flowcoro.atomic
+    def shut(self, at_once):
+        """Refuse what comes, send away who waits, cancel the connects; at_once: condemn those in use."""
+        self.closed = True
+        self.condemn_idle("pool_closed")
+        for queue in (self.first, self.queue):
+            queue.unpark_all(error=flowcoro.ClosedError("this ConnectionPool was closed while the task waited for a connection"))
+        for entry in list(self.connects):
+            if entry.scope is not None:
+                entry.scope.cancel()
+        if at_once:
+            for entry in list(self.lent.values()):
+                self.condemn(entry, "pool_closed")
+        if self.scope is not None:
+            self.scope.cancel()
+
+    # -- the keeper's part
+
+    def set_grain(self):
+        self.grain = min(SWEEP_SECONDS, min(self.idle_timeout, self.max_lifetime, self.leak_after or math.inf) / 8)
+
+    def next_deadline(self):
+        """When the next one is overdue. O(idle), and with leak_after O(all)."""
+        deadline = math.inf
+        if self.idle:
+            deadline = min(self.idle[0].returned + self.idle_timeout, min(entry.expires for entry in self.idle))
+        if self.leak_after is not None:
+            deadline = min([deadline, *(entry.since + self.leak_after for entry in self.lent.values() if entry.stack)])
+        return deadline
+
+    def wake_at(self, deadline):
+        """Have the keeper look then, if it would not before."""
+        if deadline < self.scope.deadline:
+            self.scope.deadline = max(deadline, self.swept + self.grain)
+
+    def wants_keeper(self):
+        """Idle ones are overdue some day; who waits, also for the end of all, may have to be told of a lost one."""
+        return bool(self.idle or self.queue or self.first or self.emptied or self.leak_after is not None and self.lent)
+
+    @flowcoro.atomic
+    def hire(self, waiting=False):
+        """Whether a keeper has to be started now. waiting: there is about to be who waits."""
+        if self.kept or not waiting and not self.wants_keeper():
+            return False
+        self.kept = True
+        return True
+
+    @flowcoro.atomic
+    def plan(self, scope):
+        """The keeper is about to wait in `scope`: the Promise to wait for, or None if there is nothing to keep."""
+        if not self.wants_keeper() and (self.closed or not self.total):     # as a rule some will be idle again
+            self.kept, self.scope, self.alarm = False, None, None
+            return None
+        self.scope, self.alarm = scope, flowcoro.Promise()
+        if self.lost:
+            self.ring()                     # found after the last look
+        self.wake_at(self.next_deadline())
+        return self.alarm
+
+    @flowcoro.atomic
+    def sweep(self, now):
+        """Condemn the idle that are overdue; report those held for too long."""
+        self.swept = now
+        self.reap(now)
+        self.condemn_worn(now)
+        if self.leak_after is not None:
+            for entry in self.lent.values():
+                if entry.stack is not None and entry.since + self.leak_after <= now:
+                    self.report_leak(entry, now, f"has not been returned yet, and leak_after={self.leak_after:g}")
+
+    @flowcoro.atomic
+    def dismiss(self):
+        """The keeper ends because the run does: nothing stays idle."""
+        self.kept, self.scope, self.alarm = False, None, None
+        self.condemn_idle("run_ended")
+
+    @flowcoro.atomic
+    def numbers(self, now):
+        self.reap(now)
+        counts = self.counts
+        return {"max_connections": self.max_connections, "idle": counts[_IDLE], "in_use": counts[_IN_USE],
+                "connecting": counts[_CONNECTING], "closing": counts[_CLOSING], "waiting": len(self.queue) + len(self.first),
+                "acquired": self.acquired, "created": self.created, "connects_failed": self.connects_failed,
+                "closed": {reason: count for reason, count in self.reasons.items() if count},
+                "closes_failed": self.closes_failed, "waits": self.waits, "wait_sum": self.wait_sum, "wait_max": self.wait_max,
+                "generation": self.generation}
+
+
+def _callable_or_none(value, name, what):
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}={value!r}: give {what}, or None")
+    return value
+
+
+_RUNTIME_FILES = {os.path.abspath(flowcoro.checkpoint.__code__.co_filename), os.path.abspath(_seconds.__code__.co_filename)}
+
+
+def _borrower_stack():
+    """The stack of the running task, without the runtime's own frames; source lines are read when it is shown."""
+    frames = ((frame, line) for frame, line in traceback.walk_stack(sys._getframe(1))
+              if os.path.abspath(frame.f_code.co_filename) not in _RUNTIME_FILES)
+    stack = traceback.StackSummary.extract(frames, limit=LEAK_FRAMES, lookup_lines=False)
+    stack.reverse()
+    return stack
+
+
+class _PoolCare:
+    """What the books have noted is done here: connections are closed, leaks reported, and the keeper kept."""
+
+    def __init__(self, books, close, close_timeout):
+        self.books, self.close, self.close_timeout = books, close, close_timeout
+
+    def tidy(self, *, later=False, hire=True):
+        """After each step of the books: close the condemned (later: each in a task), report the lost, start the keeper."""
+        books = self.books
+        while books.condemned:
+            try:
+                entry, connection = books.condemned.popleft()
+            except IndexError:      # another worker was faster
+                break
+            self._close_one(entry, connection, later)
+        while books.leaks:
+            try:
+                message = books.leaks.popleft()
+            except IndexError:
+                break
+            _report(flowcoro.PoolError(message), "a connection was not returned to its pool")
+        if hire and not books.kept and books.hire():
+            self.start_keeper()
+
+    def start_keeper(self):
+        try:
+            flowcoro.spawn(self._keep(), name="keeper of a ConnectionPool")
+        except RuntimeError:        # no kernel is here any more, or it has too many tasks that refuse to end
+            self.books.dismiss()
+            self.tidy(hire=False)
+
+    def _close_one(self, entry, connection, later):
+        failed, closing = True, None
+        try:
+            closing = self._close_later(connection) if later else self._begin_close(connection)
+            if inspect.isawaitable(closing):
+                flowcoro.spawn(self._finish_close(entry, closing), name="close a connection of a ConnectionPool")
+                entry = None
+            failed = False
+        except Exception:           # the connection is done with, whatever it says; or no kernel is here to close it
+            if inspect.iscoroutine(closing):
+                closing.close()
+        finally:
+            if entry is not None:
+                self.books.gone(entry, failed, flowcoro.now())
+
+    def _begin_close(self, connection):
+        return connection.close() if self.close is None else self.close(connection)
+
+    async def _close_later(self, connection):
+        closing = self._begin_close(connection)
+        if inspect.isawaitable(closing):
+            await closing
+
+    async def _finish_close(self, entry, closing):
+        failed = True
+        try:
+            with flowcoro.CancelScope(deadline=flowcoro.now() + self.close_timeout, shield=True):
+                await closing
+                failed = False
+        except Exception:
+            pass
+        finally:
+            self.books.gone(entry, failed, flowcoro.now())
+            self.tidy()
+
+    async def _keep(self):
+        """The keeper: see the head of this section."""
+        books = self.books
+        try:
+            while True:
+                with flowcoro.CancelScope() as scope:
+                    alarm = books.plan(scope)
+                    if alarm is None:
+                        return
+                    await alarm
+                books.sweep(flowcoro.now())
+                self.tidy()
+        except BaseException:       # the run ends
+            books.dismiss()
+            self.tidy(hire=False)  # who waits now is cancelled too; a new one would end as this did
+            raise
+
+
+class _Acquire:
+    """What acquire() returns: `async with` it, or await it once."""
+
+    __slots__ = ("_pool", "_timeout", "_entry", "_loan", "_connection")
+
+    def __init__(self, pool, timeout):
+        self._pool, self._timeout, self._entry = pool, timeout, None
+
+    def __await__(self):
+        return self._pool._acquire(self._timeout, None).__await__()
+
+    async def __aenter__(self):
+        if self._entry is not None:
+            raise RuntimeError("an acquire() serves one `async with`; call it again for another connection")
+        return await self._pool._acquire(self._timeout, self)
+
+    async def __aexit__(self, kind, error, trace):
+        connection, self._connection = self._connection, None
+        self._pool._give_back(connection, (self._entry, self._loan), error)
+
+
+class ConnectionPool:
+    """Connections kept for reuse, of any kind: `async with pool.acquire() as connection:`.
+
+    factory: async function without arguments that makes a connection. It runs in the borrower's task, and its error is
+    the borrower's. If it is cancelled it must leave nothing open.
+
+    max_connections: how many there are at most, idle, in use, under way and being closed together. max_connecting: connects
+    at the same time at most; None: no limit of its own. acquire_timeout: seconds that acquire() takes at most, with connect
+    and validation. idle_timeout: seconds after which an idle one is closed; 0 keeps none. max_lifetime: seconds after which
+    one is not lent again (up to 5 % fewer, so that not all end at once). validate: function of a connection, plain or async,
+    that says whether it is still good; asked only after validate_after seconds of idleness; an Exception means no.
+    reusable: plain function (connection, error) that says whether a returned one can be lent again; error is what ended the
+    `async with`, or None. By default: if there was no error, and the connection has no attribute `closed` that is True. A
+    request that was cancelled half-way leaves a connection of which nobody knows what it will say next.
+    close: function that closes a connection, plain or async; by default connection.close(). An async one runs in a task of
+    its own, shielded, for close_timeout seconds at most; its Exceptions are counted in statistics().
+    leak_after: report connections held for longer than this many seconds, and those never returned, with the stack that
+    acquired them, to sys.unraisablehook (as a PoolError); math.inf: only those never returned; None: none, for to keep
+    the stack costs tens of microseconds for each acquire(). The places of those never returned are found again in any case,
+    if the connections are of a type that has weak references.
+    For each limit in seconds None is math.inf. TypeError and ValueError for arguments that make no sense.
+
+    Waiters are served in order: one that comes back goes to who has waited longest, as does the right to connect. Of the
+    idle ones the last returned is lent first, so that those too many become old. A failed connect harms nobody else: the
+    next one tries its own. A pool serves one kernel at a time. What is idle when the run ends is closed then.
+
+    Atomic: each change of who has what. The functions given above are called outside of that, with several workers by any.
+    """
+
+    def __init__(self, factory, *, max_connections=MAX_CONNECTIONS, max_connecting=None, idle_timeout=IDLE_TIMEOUT,
+                 max_lifetime=MAX_LIFETIME, acquire_timeout=ACQUIRE_TIMEOUT, validate=None, validate_after=VALIDATE_AFTER,
+                 reusable=None, close=None, close_timeout=CLOSE_TIMEOUT, leak_after=None):
+        if not callable(factory):
+            raise TypeError(f"ConnectionPool({factory!r}): give an async function that makes a connection")
+        self._factory = factory
+        self._validate = _callable_or_none(validate, "validate", "a function of a connection")
+        self._reusable = _callable_or_none(reusable, "reusable", "a function of a connection and an error")
+        self._acquire_timeout = _seconds(acquire_timeout, "acquire_timeout")
+        self._books = _PoolBooks(
+            _whole(max_connections, 1, f"max_connections={max_connections!r}", "connections"),
+            math.inf if max_connecting is None else _whole(max_connecting, 1, f"max_connecting={max_connecting!r}", "connections"),
+            _seconds(idle_timeout, "idle_timeout"), _seconds(max_lifetime, "max_lifetime", 0.001),
+            _seconds(validate_after, "validate_after"),
+            None if leak_after is None else _seconds(leak_after, "leak_after", 0.001))
+        self._care = _PoolCare(self._books, _callable_or_none(close, "close", "a function of a connection"),
+                               _seconds(close_timeout, "close_timeout"))
+
+    # -- borrowing
+
+    def acquire(self, *, timeout=None):
+        """A connection: `async with pool.acquire() as connection:` returns it at the end of the block, however that ends.
+
+        It may be returned in the block too. `connection = await pool.acquire()` leaves the return to you: release() or
+        discard(). timeout: seconds, instead of acquire_timeout. A checkpoint. Cancelled: nothing is borrowed, a connect under
+        way is cancelled. TimeoutError when the time is up (and what the factory raises, which may be another one);
+        flowcoro.ClosedError once the pool is closed; the factory's error; TypeError, ValueError.
+        """
+        return _Acquire(self, self._acquire_timeout if timeout is None else _seconds(timeout, "timeout"))
+
+    async def _acquire(self, timeout, owner):
+        task = flowcoro.current_task()
+        if task.budget > 0:         # a point of cancellation always, of scheduling when it has had its turn
+            task.budget -= 1
+        else:
+            await flowcoro.checkpoint()
+        books, began = self._books, flowcoro.now()
+        entry = books.take(began)
+        try:
+            if entry is None or entry.state is not _IN_USE or entry.unproven and self._validate is not None:
+                entry = await self._acquire_slowly(entry, timeout)
+                books.waited(flowcoro.now() - began)
+            stack = None if books.leak_after is None else _borrower_stack()
+            connection = books.pick(entry, task, stack, began)
+            self._care.tidy()
+            if owner is not None:
+                owner._entry, owner._loan, owner._connection = entry, entry.loan, connection
+            return connection
+        except BaseException:
+            self._abandon(entry)
+            raise
+
+    async def _acquire_slowly(self, entry, timeout):
+        """From a grant, or None, to an entry in use, connected or validated. It gives back what it had if it fails."""
+        books = self._books
+        queue = books.queue
+        with flowcoro.move_on_after(timeout) as scope:
+            try:                            # inside: the scope keeps its own Cancelled to itself
+                self._care.tidy()
+                while True:
+                    while entry is None or entry is _AGAIN:
+                        entry = await queue.park_unless(self._grant_or_wait)
+                        self._care.tidy()
+                    if entry.state is _CONNECTING:
+                        await self._connect(entry, scope)
+                        return entry
+                    if not entry.unproven or self._validate is None or await self._is_valid(entry):
+                        return entry
+                    # It keeps its turn: it looks first, and waits before all others. The invalid one is closed by a task, so
+                    # that it gives its place away only after that.
+                    queue = books.first
+                    entry = books.take(flowcoro.now())
+                    self._care.tidy(later=True)
+            except BaseException:
+                self._abandon(entry)
+                raise
+        if books.closed:
+            raise flowcoro.ClosedError("this ConnectionPool was closed while the task waited for a connection")
+        raise TimeoutError(f"no connection within {timeout:g} seconds: {self._in_words()}. Return them sooner, or give the pool "
+                           "a larger max_connections or acquire_timeout")
+
+    def _grant_or_wait(self):
+        """What a task gets as it is about to wait: a grant after all, or None, and then it waits."""
+        books = self._books
+        entry = books.take(flowcoro.now())
+        if entry is None:
+            if books.condemned:
+                return _AGAIN       # close them first
+            if books.hire(waiting=True):
+                self._care.start_keeper()
+        return entry
+
+    def _abandon(self, entry):
+        """Whatever has ended an acquire, a signal handler's error even: it leaves nothing behind."""
+        if entry is not None and entry is not _AGAIN:
+            self._books.give_back(entry, entry.loan, "interrupted", flowcoro.now())
+            self._books.connect_failed(entry, flowcoro.now())
+        self._care.tidy()
+
+    async def _connect(self, entry, scope):
+        books = self._books
+        books.connecting(entry, scope)      # if it fails, _abandon() gives the place to the next one
+        making = self._factory()
+        if not inspect.isawaitable(making):
+            raise TypeError(f"the factory returned {making!r}: give an async function that makes a connection")
+        connection = await making
+        if connection is None:
+            raise TypeError("the factory made None instead of a connection")
+        if not books.connected(entry, connection, flowcoro.now()):
+            raise flowcoro.ClosedError("this ConnectionPool was closed while the task connected")
+
+    async def _is_valid(self, entry):
+        books, connection = self._books, entry.connection
+        if connection is None:              # condemned since the grant
+            raise flowcoro.ClosedError("this ConnectionPool was closed while the task waited for a connection")
+        try:
+            good = self._validate(connection)
+            if inspect.isawaitable(good):
+                good = await good
+        except Exception:
+            good = False
+        if not good:
+            books.give_back(entry, entry.loan, "invalid", flowcoro.now())
+        return good
+
+    def release(self, connection):
+        """Return it, to who has waited longest. Never blocks.
+
+        PoolError if it is not lent: returned twice (as far as nobody else has it by now), or another pool's. Nothing, once
+        the pool is closed.
+        """
+        self._return(connection, None)
+
+    def discard(self, connection):
+        """Return it to be closed, because it is broken or in an unknown state. Never blocks. PoolError as release()."""
+        self._return(connection, "discarded")
+
+    def _return(self, connection, reason):
+        loan = self._books.find(connection)
+        if loan is not None and not self._give_back(connection, loan, None, reason) and not self._books.closed:
+            raise flowcoro.PoolError(f"{connection!r} was returned by another task at the same time: it was returned twice")
+
+    def _give_back(self, connection, loan, error, reason=None):
+        """Whether the loan had not ended before."""
+        if reason is None:
+            try:
+                if self._reusable is None:
+                    good = error is None and getattr(connection, "closed", False) is not True
+                else:
+                    good = self._reusable(connection, error)
+                reason = None if good else "broken"
+            except BaseException:
+                self._books.give_back(*loan, "broken", flowcoro.now())
+                self._care.tidy()
+                raise
+        given = self._books.give_back(*loan, reason, flowcoro.now())
+        self._care.tidy()
+        return given
+
+    # -- changing it while in use
+
+    def clear(self):
+        """Close what is idle now, and what is in use or under way once it is returned. Never blocks."""
+        self._books.clear()
+        self._care.tidy()
+
+    def set_max_connections(self, count):
+        """Allow that many, from now on. If there are more, idle ones are closed, the oldest first, and others when returned."""
+        self._books.resize(_whole(count, 1, f"max_connections={count!r}", "connections"), flowcoro.now())
+        self._care.tidy()
+
+    def set_idle_timeout(self, seconds):
+        """Close those idle for longer, from now on."""
+        self._books.set_idle_timeout(_seconds(seconds, "idle_timeout"), flowcoro.now())
+        self._care.tidy()
+
+    # -- closing
+
+    async def close(self, *, timeout=None):
+        """Lend no more, wait until all connections are returned, for `timeout` seconds at most, then close what is left.
+
+        Who waits for a connection gets flowcoro.ClosedError. timeout=0: at once; None: without a limit. Returns when all are
+        closed. Twice is once. Cancelled: the pool is closed all the same, and those in use are when they are returned.
+        """
+        timeout, books = _seconds(timeout, "timeout"), self._books
+        books.shut(at_once=not timeout)
+        self._care.tidy()
+        await flowcoro.checkpoint()
+        with flowcoro.move_on_after(timeout):
+            while books.total:
+                await books.emptied.park_unless(self._is_empty)
+        if books.total:
+            self.close_nowait()
+            while books.counts[_CLOSING]:
+                await books.emptied.park_unless(lambda: not books.counts[_CLOSING])
+
+    def _is_empty(self):
+        """Asked as a task is about to wait for it; then those that are never returned have to be noticed."""
+        books = self._books
+        if books.lost:
+            books.reap(flowcoro.now())
+        if books.total and books.hire(waiting=True):
+            self._care.start_keeper()
+        return not books.total
+
+    def close_nowait(self):
+        """Close all connections, those in use too, under their borrowers' feet. Async closes go on in tasks. Never blocks."""
+        self._books.shut(at_once=True)
+        self._care.tidy()
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, kind, error, trace):
+        await self.close(timeout=None if error is None else 0)
+
+    # -- telling
+
+    def statistics(self):
+        """Numbers, as a dict.
+
+        idle, in_use (also while it is validated), connecting, closing: connections in that state · waiting: tasks in line ·
+        max_connections · acquired: loans so far · created · connects_failed, cancelled ones included · closed: {reason: how
+        many}, for the reasons there were: idle, lifetime, invalid, broken, discarded, interrupted, cleared, shrunk,
+        pool_closed, run_ended, lost · closes_failed: closes that raised, or took too long · waits: acquires that had to wait
+        for a connection, a connect or a validation, wait_sum and wait_max: the seconds of those that got one · generation:
+        how often it was cleared.
+        """
+        numbers = self._books.numbers(flowcoro.now())
+        self._care.tidy()
+        return numbers
+
+    def _in_words(self):
+        numbers = self._books.numbers(flowcoro.now())
+        return (f"of max_connections={numbers['max_connections']} there are {numbers['in_use']} in use, {numbers['connecting']} "
+                f"connecting, {numbers['closing']} closing, and {numbers['waiting']} tasks wait")
+
+    def __repr__(self):
+        numbers = self.statistics()
+        return "<ConnectionPool " + " ".join(f"{name}={numbers[name]}" for name in ("idle", "in_use", "waiting")) + ">"

@@ -6,6 +6,7 @@ import pathlib
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -384,10 +385,9 @@ def test_the_pipeline_scene_fails_if_its_counts_differ_from_the_plain_loop(cli, 
 
 
 def test_the_echo_scene_fails_if_a_reply_is_wrong(cli, small, monkeypatch):
-    async def shout(connection):
-        with flowcoro_cli._closing(connection):
-            while data := await flowcoro_cli._receive(connection):
-                await flowcoro_cli._send(connection, data.upper())
+    async def shout(sock):
+        while data := await sock.read():
+            await sock.write(data.upper())
     monkeypatch.setattr(flowcoro_cli, "_echo", shout)
     status, out, _ = cli("demo", "echo")
     assert status == 1 and "FAILED: 0 of 90 messages came back as they were sent" in out
@@ -395,9 +395,9 @@ def test_the_echo_scene_fails_if_a_reply_is_wrong(cli, small, monkeypatch):
 
 def test_the_echo_scene_fails_in_one_line_if_its_clients_are_refused(cli, small, monkeypatch):
     call = flowcoro_cli._call
-    with flowcoro_cli.socket.socket() as silent:                 # bound, but it does not listen
+    with socket.socket() as silent:                              # bound, but it does not listen
         silent.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(flowcoro_cli, "_call", lambda _, *rest: call(silent.getsockname(), *rest))
+        monkeypatch.setattr(flowcoro_cli, "_call", lambda net, _, *rest: call(net, silent.getsockname(), *rest))
         status, out, err = cli("demo", "echo")
     assert (status, err) == (1, "")
     assert re.search(r"FAILED: no TCP on 127.0.0.1 here: .*refused$", out, re.MULTILINE)
