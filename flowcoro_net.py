@@ -3318,7 +3318,8 @@ class ConnectionPool:
         self._acquire_timeout = _seconds(acquire_timeout, "acquire_timeout")
         self._books = _PoolBooks(
             _whole(max_connections, 1, f"max_connections={max_connections!r}", "connections"),
-            math.inf if max_connecting is None else _whole(max_connecting, 1, f"max_connecting={max_connecting!r}", "connections"),
+            (math.inf if max_connecting is None
+             else _whole(max_connecting, 1, f"max_connecting={max_connecting!r}", "connections")),
             _seconds(idle_timeout, "idle_timeout"), _seconds(max_lifetime, "max_lifetime", 0.001),
             _seconds(validate_after, "validate_after"),
             None if leak_after is None else _seconds(leak_after, "leak_after", 0.001))
