@@ -1812,17 +1812,22 @@ class _WakeUp:
             far.setblocking(False)
             self.fd, self.write_fd = near.fileno(), far.fileno()
             self._near, self._far = _End(near.recv, near.close), _End(far.send, far.close)
+        self.callers = []           # an entry for each that is in call()
 
     def call(self):
         """From any thread, signal handler and finaliser, which may hold any lock: it takes none.
 
         Whoever is in here holds on to the end that it writes to, so its number cannot be another file's meanwhile.
         """
-        if (end := self._far) is not None:
-            try:
+        self.callers.append(None)
+        try:
+            if (end := self._far) is not None:
                 end.use(b"\0")
-            except BlockingIOError:             # full: it is awake
-                pass
+        except (BlockingIOError, ConnectionError):      # full: it is awake; closed by now
+            pass
+        finally:
+            end = None
+            self.callers.pop()
 
     def wants(self):
         return selectors.EVENT_READ
@@ -1835,7 +1840,12 @@ class _WakeUp:
             pass
 
     def close(self):
-        self._far = self._near = None
+        self._far = None
+        for _ in range(100):                    # so that the descriptors are closed now; else with the last who is in call()
+            if not self.callers:
+                break
+            time.sleep(0.001)
+        self._near = None
 
 
 # Where sockets come from; None: the operating system. A ContextVar, so that it follows tasks: what a task spawns has its
@@ -3747,6 +3757,7 @@ def _after_fork_in_child():
             kernel.signals.release_wakeup_fd()
             kernel.signals.restore()
         for worker in kernel.workers:
+            worker.waker.callers.clear()        # other threads
             worker.ready.clear()
             worker.ready.append(_Poison())
             worker.inbox.clear()

@@ -18,7 +18,7 @@ import pytest
 import flowcoro
 from conftest import MARKED, PLAIN
 from test_flowcoro_signals import Child
-from test_flowcoro_workers import PATIENCE, pipe, run, wait_until
+from test_flowcoro_workers import PATIENCE, descriptors, pipe, run, wait_until
 
 
 class Struck(Exception):
@@ -584,3 +584,24 @@ def test_a_wait_that_another_workers_close_cuts_short_leaves_no_registration(kin
     real = flowcoro._plain_fd
     monkeypatch.setattr(flowcoro, "_plain_fd", paused)
     run(main, workers=2)
+
+
+def test_a_thread_that_wakes_a_worker_as_the_run_ends_writes_to_no_other_file_and_the_descriptors_are_closed():
+    def slow(data):
+        inside.set()
+        time.sleep(0.01)                    # meanwhile the run ends
+        return write(data)
+
+    async def main():
+        nonlocal write
+        waker = flowcoro.current_task()._worker.waker
+        write, waker._far.use = waker._far.use, slow
+        thread = threading.Thread(target=waker.call)
+        thread.start()
+        assert inside.wait(PATIENCE)
+        return thread
+
+    write, inside, before = None, threading.Event(), descriptors()
+    thread = flowcoro.run(main())
+    assert descriptors() == before
+    thread.join()
