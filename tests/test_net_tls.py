@@ -15,7 +15,7 @@ import pytest
 import flowcoro
 import flowcoro_net
 from flowcoro_net import BrokenError, Socket, TcpServer, TlsError, UnixServer, client_tls, server_tls
-from flowcoro_testing import wait_all_tasks_parked
+from flowcoro_testing import memory_socket_pair, wait_all_tasks_parked
 from test_net import PATIENCE, drain, nothing_is_left_behind, reset, run, settled, tcp_pair  # noqa: F401  (a fixture)
 from test_net_servers import echo
 
@@ -214,12 +214,8 @@ def test_tls_over_a_unix_socket(certificates, tmp_path):
 
 
 def test_tls_in_memory(certificates):
-    import flowcoro_testing
-    if not hasattr(flowcoro_testing, "memory_socket_pair"):
-        pytest.skip("flowcoro_testing has no memory_socket_pair yet")
-
     async def main():
-        near, far = flowcoro_testing.memory_socket_pair(Socket, capacity=1000)
+        near, far = memory_socket_pair(Socket, capacity=1000)
         async with near, far, flowcoro.TaskGroup() as group:
             group.spawn(near.start_tls(client_tls(ca=certificates.ca), server_name="localhost"))
             await far.start_tls(server_tls(*certificates.good), server_side=True)
