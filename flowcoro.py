@@ -1861,16 +1861,6 @@ class _WakeUp:
 network = contextvars.ContextVar("flowcoro.network", default=None)
 
 
-# Where sockets come from; None: the operating system. A ContextVar, so that it follows tasks: what a task spawns has its
-# network too. A network is an object with
-#     socket(family, type, proto=0)       a raw socket that never blocks, with the methods and the OSErrors of socket.socket
-#     pollable(raw)                       what tells when it is ready, with the interface of Pollable
-#     async getaddrinfo(host, port, family, type, flags)      a list as from socket.getaddrinfo()
-# The kernel does not look at it. It stands here because those who ask (flowcoro_net) and those who answer (flowcoro_testing's
-# simulated network) must not know each other.
-network = contextvars.ContextVar("flowcoro.network", default=None)
-
-
 # ---- sleeping -------------------------------------------------------------------------------------------------
 
 def now():
