@@ -451,8 +451,8 @@ def _affordable_clients(wanted):
 
 def _scene_echo(screen):
     """1,000 clients, all connected at once, talk to an echo server: one thread serves and calls."""
-    screen.say("Look at the number of clients: all connected at the same time, and one thread is both sides.")
     net, clients = _load("flowcoro_net"), _affordable_clients(CLIENTS)
+    screen.say("Look at the number of clients: all connected at the same time, and one thread is both sides.")
     total = clients * MESSAGES
     if clients < CLIENTS:
         screen.say(f"(The limit on open files allows {clients:,} clients, not {CLIENTS:,}.)")
