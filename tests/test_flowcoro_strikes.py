@@ -289,19 +289,23 @@ def test_a_thread_can_post_while_an_atomic_step_is_long(monkeypatch):
             assert posted.wait(PATIENCE)
 
     def post():
-        with pytest.raises(TimeoutError):
-            flowcoro.call_from_thread(lambda: None, kernel=kernel, timeout=0)
+        kernel.worker.post(lambda: None)
         posted.set()
 
     async def hold():
-        wait_until(lambda: kernel.worker.sleeping)      # else nobody has to wake it
+        assert asleep.wait(PATIENCE)
         Primitive().hold()
 
+    def wait(timeout):
+        if timeout:
+            asleep.set()
+        return real(timeout)
+
     async def main():
-        nonlocal kernel
-        kernel = flowcoro.current_kernel()
+        nonlocal kernel, real
+        kernel, worker = flowcoro.current_kernel(), flowcoro.current_task()._worker
+        real, worker.poller.wait = worker.poller.wait, wait
         async with flowcoro.TaskGroup() as group:
-            worker = flowcoro.current_task()._worker
             with flowcoro._GUARD:
                 task = group.spawn(hold(), pinned=True)
                 worker.ready.remove(task)
@@ -312,7 +316,7 @@ def test_a_thread_can_post_while_an_atomic_step_is_long(monkeypatch):
 
     for name in "TICK", "IDLE_TICK", "LONGEST_POLL":
         monkeypatch.setattr(flowcoro, name, 1000.0)
-    kernel, posted, thread = None, threading.Event(), threading.Thread(target=post)
+    kernel, real, asleep, posted, thread = None, None, threading.Event(), threading.Event(), threading.Thread(target=post)
     run(main, workers=2)
 
 
