@@ -713,6 +713,8 @@ class _Tls:
                 raise self.failed(sock, error) from error
             view = view[count:]
             await self.flush(sock)
+            if view:
+                await _turn()
 
     def _take_unsent(self):
         if not self.unsent:
@@ -855,8 +857,10 @@ class _Stream(_Owner):
                 data = recv(*rest, max_bytes)
             except BlockingIOError:
                 continue
-            except OSError as error:
+            except BaseException as error:
                 pollable.readable = True
+                if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                    raise
                 raise self._broken(error, "reading") from error
             count = data if rest else len(data)
             if count == max_bytes or pollable.hangup:
@@ -883,8 +887,10 @@ class _Stream(_Owner):
                 sent = self._send(view, _NO_SIGNAL)
             except BlockingIOError:
                 continue
-            except OSError as error:
+            except BaseException as error:
                 pollable.writable = True
+                if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                    raise
                 raise self._broken(error, "writing") from error
             if sent == len(view):
                 pollable.writable = True
@@ -935,6 +941,8 @@ class _Stream(_Owner):
             return
         while view:
             view = view[await self._send_some(view):]
+            if view:
+                await _turn()           # as in read_exactly()
 
     def _cut_short(self, wanted):
         return BrokenError(None, f"{self!r}: the peer ended after {len(self._buffer)} bytes, where {wanted} was expected; "
@@ -997,8 +1005,10 @@ class _Bulk(_Stream):
                     sent = sendmsg(several, (), _NO_SIGNAL)
                 except BlockingIOError:
                     continue
-                except OSError as error:
+                except BaseException as error:
                     pollable.writable = True
+                    if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                        raise
                     raise self._broken(error, "writing") from error
                 if sent == sum(map(len, several)):
                     pollable.writable = True
@@ -1008,6 +1018,8 @@ class _Bulk(_Stream):
                     done += 1
                 if sent:
                     rest[done] = rest[done][sent:]
+                if done < len(rest):
+                    await _turn()       # as in read_exactly()
         finally:
             self._end_write()
 
@@ -1055,8 +1067,10 @@ class _Bulk(_Stream):
                 some = sendfile(self._raw.fileno(), number, offset + sent, int(min(count - sent, SENDFILE_CHUNK)))
             except BlockingIOError:
                 continue
-            except OSError as error:
+            except BaseException as error:
                 pollable.writable = True
+                if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                    raise
                 if not sent and not self._closed and error.errno in _NO_SENDFILE:
                     return None
                 raise self._broken(error, "writing") from error
@@ -1174,8 +1188,10 @@ class Socket(_Secured):
                 data = self._recv(max_bytes)
             except BlockingIOError:
                 continue
-            except OSError as error:
+            except BaseException as error:
                 pollable.readable = True
+                if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                    raise
                 raise self._broken(error, "reading") from error
             count = len(data)
             if count == max_bytes or pollable.hangup:
@@ -1227,6 +1243,7 @@ class Socket(_Secured):
                 if len(data) == count and not buffer:
                     return data
                 buffer += data
+                await _turn()           # a fast peer may never let it wait
             return self._take(count)
         finally:
             self._end_read()
@@ -1539,8 +1556,10 @@ class _Listener(_Owner):
                 found = self._accept()
             except BlockingIOError:
                 continue
-            except OSError as error:
+            except BaseException as error:
                 pollable.readable = True
+                if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                    raise
                 if self._closed:
                     raise self._closed_error() from error
                 if error.errno not in _ONE_LOST:
@@ -2497,8 +2516,10 @@ class UdpSocket(_Owner):
                     data, _, flags, address = self._recvmsg(max_bytes)
                 except BlockingIOError:
                     continue
-                except OSError as error:
+                except BaseException as error:
                     pollable.readable = True
+                    if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                        raise
                     raise self._failed(error, "receiving") from error
                 pollable.readable = True
                 self._received += 1
@@ -2534,8 +2555,10 @@ class UdpSocket(_Owner):
                     self._send(view) if address is None else self._sendto(view, address)
                 except BlockingIOError:
                     continue
-                except OSError as error:
+                except BaseException as error:
                     pollable.writable = True
+                    if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                        raise
                     raise self._failed(error, f"sending {len(view)} bytes to {_shown(address or self._peer)}") from error
                 pollable.writable = True
                 self._sent += 1
@@ -2674,7 +2697,7 @@ ACQUIRE_TIMEOUT = 30.0
 VALIDATE_AFTER = 0.5
 
 # Seconds that an async close may take before it is cancelled: its place is needed, and the end of the run waits for it.
-CLOSE_TIMEOUT = 5.0
+POOL_CLOSE_TIMEOUT = 5.0
 
 # Seconds between two sweeps at least, or an eighth of the shortest limit: what is overdue is closed late by that, but is
 # never lent. A sweep looks at all idle connections.
@@ -3309,7 +3332,7 @@ class ConnectionPool:
 
     def __init__(self, factory, *, max_connections=MAX_CONNECTIONS, max_connecting=None, idle_timeout=IDLE_TIMEOUT,
                  max_lifetime=MAX_LIFETIME, acquire_timeout=ACQUIRE_TIMEOUT, validate=None, validate_after=VALIDATE_AFTER,
-                 reusable=None, close=None, close_timeout=CLOSE_TIMEOUT, leak_after=None):
+                 reusable=None, close=None, close_timeout=POOL_CLOSE_TIMEOUT, leak_after=None):
         if not callable(factory):
             raise TypeError(f"ConnectionPool({factory!r}): give an async function that makes a connection")
         self._factory = factory

@@ -925,3 +925,17 @@ def test_nothing_is_left_to_the_garbage_collector():
         run(main)
     finally:
         gc.enable()
+
+
+def test_a_length_that_python_refuses_does_not_keep_later_reads_waiting():
+    async def main():
+        one, other = tcp_pair()
+        async with Socket(one) as near:
+            other.sendall(b"hello")
+            for _ in range(3):
+                with pytest.raises(OverflowError):
+                    await near.read(2**63)
+            assert await near.read(10) == b"hello"
+        other.close()
+
+    run(main)

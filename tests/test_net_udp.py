@@ -356,3 +356,15 @@ def test_socat_is_answered():
             answering.cancel()
 
     run(main)
+
+
+def test_an_address_that_python_refuses_does_not_keep_later_datagrams_waiting(plain):
+    async def main():
+        async with await UdpSocket.bind("127.0.0.1", 0) as sock:
+            for _ in range(5):
+                with pytest.raises(OverflowError):
+                    await sock.send_to(b"lost", ("127.0.0.1", 70_000))
+            await sock.send_to(b"hello", plain.getsockname())
+            assert plain.recv(100) == b"hello"
+
+    run(main)
