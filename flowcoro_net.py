@@ -228,7 +228,6 @@ def _report(error, what):
     """To sys.unraisablehook, where the kernel reports too what it has nobody to tell."""
     try:
         if sys.unraisablehook is sys.__unraisablehook__:        # it takes only what the interpreter itself has made
-            import traceback
             sys.stderr.write("".join([f"flowcoro_net: {what}\n", *traceback.format_exception(error)]))
         else:
             sys.unraisablehook(types.SimpleNamespace(exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__,
@@ -859,7 +858,7 @@ class _Stream(_Owner):
                 continue
             except BaseException as error:
                 pollable.readable = True
-                if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
                     raise
                 raise self._broken(error, "reading") from error
             count = data if rest else len(data)
@@ -889,7 +888,7 @@ class _Stream(_Owner):
                 continue
             except BaseException as error:
                 pollable.writable = True
-                if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
                     raise
                 raise self._broken(error, "writing") from error
             if sent == len(view):
@@ -1007,7 +1006,7 @@ class _Bulk(_Stream):
                     continue
                 except BaseException as error:
                     pollable.writable = True
-                    if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                    if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
                         raise
                     raise self._broken(error, "writing") from error
                 if sent == sum(map(len, several)):
@@ -1069,7 +1068,7 @@ class _Bulk(_Stream):
                 continue
             except BaseException as error:
                 pollable.writable = True
-                if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
                     raise
                 if not sent and not self._closed and error.errno in _NO_SENDFILE:
                     return None
@@ -1190,7 +1189,7 @@ class Socket(_Secured):
                 continue
             except BaseException as error:
                 pollable.readable = True
-                if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
                     raise
                 raise self._broken(error, "reading") from error
             count = len(data)
@@ -1558,7 +1557,7 @@ class _Listener(_Owner):
                 continue
             except BaseException as error:
                 pollable.readable = True
-                if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
                     raise
                 if self._closed:
                     raise self._closed_error() from error
@@ -2518,7 +2517,7 @@ class UdpSocket(_Owner):
                     continue
                 except BaseException as error:
                     pollable.readable = True
-                    if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                    if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
                         raise
                     raise self._failed(error, "receiving") from error
                 pollable.readable = True
@@ -2557,7 +2556,7 @@ class UdpSocket(_Owner):
                     continue
                 except BaseException as error:
                     pollable.writable = True
-                    if not isinstance(error, OSError):      # a wrong argument, or a signal handler\'s
+                    if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
                         raise
                     raise self._failed(error, f"sending {len(view)} bytes to {_shown(address or self._peer)}") from error
                 pollable.writable = True
