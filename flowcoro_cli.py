@@ -24,7 +24,8 @@ demo · vendor · bench · the command line.
 How it works:
     A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
     module is imported when its row is asked for, no earlier, so that a missing file costs its own rows only
-    (flowcoro_net.py: the scene `echo`); the message then says which file to copy. No module of a lower layer imports this one: a command is handed
+    (flowcoro_net.py: the scene `echo`); the message then says which file to copy. No module of a lower layer
+    imports this one: a command is handed
     its arguments (a list of strings) and returns the exit status, a scene is handed a Screen and draws on it.
     Exit status: 0 done · 1 a scene failed, or a vendored copy differs · 2 the command line cannot be obeyed ·
     130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
