@@ -165,15 +165,21 @@ _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 # What a non-blocking connect says while it is under way.
 _UNDER_WAY = {errno.EINPROGRESS, errno.EINTR}
 
-# What accept() says when descriptors or memory have run out.
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+# What the system says when descriptors or memory have run out, or (epoll) what of it one user may watch.
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC}
 
 # What accept() says of one connection that was lost while it waited, or that a firewall forbids; the next may be well.
 _ONE_LOST = {errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EINTR, errno.ENETDOWN, errno.ENETUNREACH,
              errno.EHOSTUNREACH, errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.ETIMEDOUT}
 
 # What sendfile() says when it cannot do it with this file or this socket.
-_NO_SENDFILE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTSOCK, errno.EBADF, errno.EOVERFLOW}
+_NO_SENDFILE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTSOCK, errno.EBADF, errno.EOVERFLOW,
+                errno.ESPIPE}
+
+# What a system call says of a connection that is no more, besides what Python has as ConnectionError. All else is no word about
+# the peer: memory that has run out, a disk that cannot be read.
+_GONE = {errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.EPROTO,
+         getattr(errno, "EHOSTDOWN", errno.EHOSTUNREACH)}
 
 # What OpenSSL says when it is sent something that is no TLS.
 _NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_TOO_SMALL",
@@ -478,6 +484,53 @@ class _Owner:
 
     def _closed_error(self):
         return flowcoro.ClosedError(f"{self!r} has been closed here")
+
+    # -- the system calls, and the waits for them
+
+    async def _wait_readable(self):
+        try:
+            await self._pollable.wait_readable()
+        except flowcoro.ClosedError as error:
+            raise self._closed_error() from error
+
+    async def _wait_writable(self):
+        try:
+            await self._pollable.wait_writable()
+        except flowcoro.ClosedError as error:
+            raise self._closed_error() from error
+
+    async def _when_readable(self, call, *args):
+        """What a receiving system call returns as soon as it need not wait. It leaves the flag down: the caller knows whether
+        there may be more. The call's errors, and then the flag is up. Cancelled: nothing received."""
+        pollable = self._pollable
+        while True:
+            if not pollable.readable:
+                await self._wait_readable()
+            pollable.readable = False           # first this, then try: no edge is lost
+            try:
+                return call(*args)
+            except BlockingIOError:
+                pass
+            except BaseException:               # also a wrong argument, or a signal handler's
+                pollable.readable = True
+                raise
+
+    async def _when_writable(self, call, *args):
+        """The same for one that sends."""
+        pollable = self._pollable
+        while True:
+            if not pollable.writable:
+                await self._wait_writable()
+            pollable.writable = False
+            try:
+                return call(*args)
+            except BlockingIOError:
+                pass
+            except BaseException:
+                pollable.writable = True
+                raise
+
+    # -- about it
 
     @property
     def closed(self):
@@ -826,44 +879,23 @@ class _Stream(_Owner):
         """What to raise for the system's error."""
         if self._closed:
             return self._closed_error()
+        if not isinstance(error, ConnectionError) and error.errno not in _GONE:
+            return OSError(error.errno, f"{self!r}: {doing} failed: {error.strerror}")
         lost = error.errno, f"{self!r}: the connection was lost while {doing}: {error.strerror}"
         if error.errno != errno.EPIPE:          # which says that the peer reads no more; what it has sent is still to be read
             self._lost, self._special = lost, True
         return BrokenError(*lost)
 
-    # -- the system calls, and the waits for them
-
-    async def _wait_readable(self):
-        try:
-            await self._pollable.wait_readable()
-        except flowcoro.ClosedError as error:
-            raise self._closed_error() from error
-
-    async def _wait_writable(self):
-        try:
-            await self._pollable.wait_writable()
-        except flowcoro.ClosedError as error:
-            raise self._closed_error() from error
-
     async def _receive(self, max_bytes, recv=None, *rest):
         """The next bytes as they come (of `recv`: how many), b"" (0) at the end. Cancelled: nothing consumed."""
-        recv, pollable = recv or self._recv, self._pollable
-        while not self._ended:
-            if not pollable.readable:
-                await self._wait_readable()
-            pollable.readable = False           # first this, then try: no edge is lost
+        if not self._ended:
             try:
-                data = recv(*rest, max_bytes)
-            except BlockingIOError:
-                continue
-            except BaseException as error:
-                pollable.readable = True
-                if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
-                    raise
+                data = await self._when_readable(recv or self._recv, *rest, max_bytes)
+            except OSError as error:
                 raise self._broken(error, "reading") from error
             count = data if rest else len(data)
-            if count == max_bytes or pollable.hangup:
-                pollable.readable = True
+            if count == max_bytes or self._pollable.hangup:
+                self._pollable.readable = True
             if count:
                 self._received += count
                 return data
@@ -877,24 +909,14 @@ class _Stream(_Owner):
 
     async def _send_some(self, view):
         """Send as much as there is room for, 1 byte at least. Cancelled: nothing was sent."""
-        pollable = self._pollable
-        while True:
-            if not pollable.writable:
-                await self._wait_writable()
-            pollable.writable = False
-            try:
-                sent = self._send(view, _NO_SIGNAL)
-            except BlockingIOError:
-                continue
-            except BaseException as error:
-                pollable.writable = True
-                if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
-                    raise
-                raise self._broken(error, "writing") from error
-            if sent == len(view):
-                pollable.writable = True
-            self._sent += sent
-            return sent
+        try:
+            sent = await self._when_writable(self._send, view, _NO_SIGNAL)
+        except OSError as error:
+            raise self._broken(error, "writing") from error
+        if sent == len(view):
+            self._pollable.writable = True
+        self._sent += sent
+        return sent
 
     def _pull(self, max_bytes):
         """To be awaited: the next bytes for the reader, b"" at the end."""
@@ -994,23 +1016,15 @@ class _Bulk(_Stream):
                 for view in rest:
                     await self._push(view)
                 return
-            sendmsg, pollable, done = self._call(self._raw.sendmsg), self._pollable, 0
+            sendmsg, done = self._call(self._raw.sendmsg), 0
             while done < len(rest):
-                if not pollable.writable:
-                    await self._wait_writable()
-                pollable.writable = False
                 several = rest[done:done + IOV_MAX]
                 try:
-                    sent = sendmsg(several, (), _NO_SIGNAL)
-                except BlockingIOError:
-                    continue
-                except BaseException as error:
-                    pollable.writable = True
-                    if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
-                        raise
+                    sent = await self._when_writable(sendmsg, several, (), _NO_SIGNAL)
+                except OSError as error:
                     raise self._broken(error, "writing") from error
                 if sent == sum(map(len, several)):
-                    pollable.writable = True
+                    self._pollable.writable = True
                 self._sent += sent
                 while done < len(rest) and sent >= len(rest[done]):
                     sent -= len(rest[done])
@@ -1026,10 +1040,15 @@ class _Bulk(_Stream):
         """Send `count` bytes (None: all that is there) of a file opened for reading in binary, from `offset`; returns how many.
 
         Less if the file ends before. By sendfile(2), where the data never come into this process; with TLS, in memory, or for
-        files that are none of the system's (io.BytesIO), it is read in threads. The file's position is used only then. Cancelled:
-        an unknown part was sent.
+        files that are none of the system's (io.BytesIO), it is read in threads, and only then the file's position is used. It may
+        be closed meanwhile by another task where sendfile(2) does it. BrokenError, ClosedError, BusyError; TypeError for what is
+        no file, ValueError for offset and count; OSError, io.UnsupportedOperation if it cannot be read, or not from there (a
+        pipe). Cancelled: an unknown part was sent.
         """
         await _turn()
+        if isinstance(file, io.TextIOBase) or not (hasattr(file, "read") and hasattr(file, "seek")):
+            raise TypeError(f"send_file({file!r:.80}): give a file opened for reading in binary: open(path, \"rb\"); text has to be "
+                            "encoded")
         _whole(offset, 0, f"offset={offset!r}")
         count = math.inf if count is None else _whole(count, 0, f"count={count!r}")
         self._begin_write()
@@ -1049,35 +1068,34 @@ class _Bulk(_Stream):
             self._end_write()
 
     def _number_for_sendfile(self, file):
+        """A descriptor of its own for the file, so that nobody's close() puts another file in its place; or None."""
         if self._tls is not None or not isinstance(self._raw, socket.socket) or not hasattr(os, "sendfile"):
             return None
         try:
-            return file.fileno()
+            return os.dup(file.fileno())
         except (AttributeError, io.UnsupportedOperation):
             return None
 
     async def _send_by_sendfile(self, number, offset, count):
-        """How many bytes were sent; None if sendfile() does not do it with this file."""
-        sendfile, pollable, sent = self._call(os.sendfile), self._pollable, 0
-        while sent < count:
-            await (_turn() if pollable.writable else self._wait_writable())
-            pollable.writable = False
-            try:
-                some = sendfile(self._raw.fileno(), number, offset + sent, int(min(count - sent, SENDFILE_CHUNK)))
-            except BlockingIOError:
-                continue
-            except BaseException as error:
-                pollable.writable = True
-                if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
-                    raise
-                if not sent and not self._closed and error.errno in _NO_SENDFILE:
-                    return None
-                raise self._broken(error, "writing") from error
-            pollable.writable = True        # a short one may be the file's end; that the buffer is full the next one says
-            if not some:
-                break
-            sent += some
-            self._sent += some
+        """How many bytes were sent; None if sendfile() does not do it with this file. It closes the descriptor `number`."""
+        sendfile, sent = self._call(os.sendfile), 0
+        try:
+            while sent < count:
+                if self._pollable.writable:
+                    await _turn()
+                some = await self._when_writable(sendfile, self._raw.fileno(), number, offset + sent,
+                                                 int(min(count - sent, SENDFILE_CHUNK)))
+                self._pollable.writable = True  # a short one may be the file's end; that the buffer is full the next one says
+                if not some:
+                    break
+                sent += some
+                self._sent += some
+        except OSError as error:
+            if not sent and not self._closed and error.errno in _NO_SENDFILE:
+                return None
+            raise self._broken(error, "writing") from error
+        finally:
+            os.close(number)
         return sent
 
 
@@ -1408,11 +1426,10 @@ class Socket(_Secured):
         """The Socket, after the handshake if it has TLS."""
         sock = cls(raw, network, pollable, address)
         try:
-            if raw.family != getattr(socket, "AF_UNIX", None):
-                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _send_at_once(raw)
             if context is not None:
                 sock._set_tls(context, False, server_name)
-                await sock.handshake(timeout=None)
+                await sock.handshake()
         except BaseException:
             sock._close()
             raise
@@ -1420,6 +1437,15 @@ class Socket(_Secured):
 
 
 # ---- connecting -----------------------------------------------------------------------------------------------
+
+def _send_at_once(raw):
+    """What is written is sent at once, and not kept back until the last has been acknowledged (RFC 9293 section 3.7.4)."""
+    if raw.family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:             # some systems say EINVAL once the peer has reset it, which reading will tell
+            pass
+
 
 async def _until_connected(raw, pollable):
     while True:
@@ -1555,17 +1581,18 @@ class _Listener(_Owner):
                 found = self._accept()
             except BlockingIOError:
                 continue
-            except BaseException as error:
+            except BaseException as error:      # also a signal handler's
                 pollable.readable = True
-                if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
+                if not isinstance(error, OSError):
                     raise
                 if self._closed:
                     raise self._closed_error() from error
                 if error.errno not in _ONE_LOST:
                     raise
-            else:
-                pollable.readable = True
-                return found
+                return None                     # and not the next at once: it may say so again and again
+            pollable.readable = True
+            return found
+        return None
 
     async def wait(self):
         """Until take() may find something, or has an error."""
@@ -2002,6 +2029,7 @@ class _Server:
         self._supervisor = None         # while serve(processes=) runs
         self._shared = None             # in a worker process: where the supervisor sees the counts
         self._drain = None              # while serve() runs
+        self._accepting = None          # the task in accept()
         self._closing = flowcoro.Event()
         self._accepted = self._failed = self._broken = self._unshaken = self._pauses = 0
         self._reported = -math.inf      # when the last pause was told
@@ -2016,33 +2044,70 @@ class _Server:
         BusyError when another task accepts. Cancelled: no connection is lost.
         """
         await _turn()
-        while True:
-            for listener in self._listeners:
-                if sock := await self._take(listener):
-                    return sock
-            if len(self._listeners) == 1:
-                await self._listeners[0].wait()
-            else:
-                await flowcoro.when_any(*(listener.wait() for listener in self._listeners))
+        self._begin_accepting()
+        try:
+            while True:
+                for listener in self._listeners:
+                    if sock := await self._take(listener):
+                        return sock
+                if len(self._listeners) == 1:
+                    await self._listeners[0].wait()
+                else:
+                    await flowcoro.when_any(*(listener.wait() for listener in self._listeners))
+        finally:
+            self._accepting = None
+
+    @flowcoro.atomic
+    def _begin_accepting(self):
+        if self.closed:
+            raise self._closed_error()
+        self._refuse_second()
+        self._accepting = flowcoro.current_task()
+
+    def _refuse_second(self):
+        if self._drain is not None:
+            raise flowcoro.BusyError(f"{self!r} is being served already; one serve() at a time, and no accept() meanwhile")
+        if self._accepting is not None:
+            raise flowcoro.BusyError(f"{self._accepting!r} is in accept() of {self!r} already; one task at a time, which may give "
+                                     "the connections to others")
 
     async def _take(self, listener):
         """A Socket; None if there is none yet, after a pause if none can be made."""
         if self.closed:
             raise self._closed_error()
+        address = None
         try:
             found = listener.take()
-            return found and self._taken(listener, found)
+            if found is None:
+                return None
+            raw, address = found
+            return self._taken(listener, raw, address)
         except OSError as error:
-            await self._cannot_accept(error)
+            if error.errno in _EXHAUSTED:
+                await self._pause(error)
+            elif self.closed:
+                raise self._closed_error() from error
+            elif address is None:
+                raise
+            else:
+                self._not_taken(error, address)
+        except Exception as error:
+            if address is None:
+                raise
+            self._not_taken(error, address)
+        return None
 
-    def _taken(self, listener, found):
+    def _not_taken(self, error, address):
+        """It harms no other."""
+        self._failed += 1
+        _report(error, f"{self!r} has closed a connection of {_shown(address)}, of which no Socket could be made")
+
+    def _taken(self, listener, raw, address):
         """The Socket of what the system gave."""
-        raw, address = found
         sock = None
         try:
             sock = Socket(raw, listener._network, None, address)
-            if raw.family != getattr(socket, "AF_UNIX", None):
-                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _send_at_once(raw)
             if self._context is not None:
                 sock._set_tls(self._context, True)
         except BaseException:
@@ -2054,12 +2119,8 @@ class _Server:
         self._paused = False
         return sock
 
-    async def _cannot_accept(self, error):
-        """Wait a little if it is that something has run out; those who wait to be accepted stay in the backlog."""
-        if self.closed:
-            raise self._closed_error() from error
-        if error.errno not in _EXHAUSTED:
-            raise error
+    async def _pause(self, error):
+        """Wait a little, for something has run out; those who wait to be accepted stay in the backlog."""
         if not self._paused:
             self._paused = True
             self._pauses += 1
@@ -2152,8 +2213,7 @@ class _Server:
     def _begin_serving(self):
         if self.closed:
             raise self._closed_error()
-        if self._drain is not None:
-            raise flowcoro.BusyError(f"{self!r} is being served already; one serve() at a time")
+        self._refuse_second()
         self._drain = _Drain()
 
     async def _close_on_stop(self):
@@ -2506,30 +2566,17 @@ class UdpSocket(_Owner):
         _whole(max_bytes, 0, f"receive_from({max_bytes!r})")
         self._begin("_reader", "received from")
         try:
-            pollable = self._pollable
-            while True:
-                if not pollable.readable:
-                    await pollable.wait_readable()
-                pollable.readable = False
-                try:
-                    data, _, flags, address = self._recvmsg(max_bytes)
-                except BlockingIOError:
-                    continue
-                except BaseException as error:
-                    pollable.readable = True
-                    if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
-                        raise
-                    raise self._failed(error, "receiving") from error
-                pollable.readable = True
-                self._received += 1
-                if flags & socket.MSG_TRUNC:
-                    raise LimitError(f"{self!r}: a datagram from {_shown(address or self._peer)} was longer than max_bytes="
-                                     f"{max_bytes} and is lost; allow more, up to {DATAGRAM}")
-                return data, address or self._peer
-        except flowcoro.ClosedError as error:
-            raise self._closed_error() from error
+            data, _, flags, address = await self._when_readable(self._recvmsg, max_bytes)
+        except OSError as error:
+            raise self._failed(error, "receiving") from error
         finally:
             self._reader = None
+        self._pollable.readable = True
+        self._received += 1
+        if flags & socket.MSG_TRUNC:
+            raise LimitError(f"{self!r}: a datagram from {_shown(address or self._peer)} was longer than max_bytes="
+                             f"{max_bytes} and is lost; allow more, up to {DATAGRAM}")
+        return data, address or self._peer
 
     async def receive(self, max_bytes=DATAGRAM):
         """The data of the next datagram. As receive_from()."""
@@ -2545,27 +2592,14 @@ class UdpSocket(_Owner):
         view = _as_bytes(data, "send_to()")
         self._begin("_writer", "sent to")
         try:
-            pollable = self._pollable
-            while True:
-                if not pollable.writable:
-                    await pollable.wait_writable()
-                pollable.writable = False
-                try:
-                    self._send(view) if address is None else self._sendto(view, address)
-                except BlockingIOError:
-                    continue
-                except BaseException as error:
-                    pollable.writable = True
-                    if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
-                        raise
-                    raise self._failed(error, f"sending {len(view)} bytes to {_shown(address or self._peer)}") from error
-                pollable.writable = True
-                self._sent += 1
-                return
-        except flowcoro.ClosedError as error:
-            raise self._closed_error() from error
+            await (self._when_writable(self._send, view) if address is None
+                   else self._when_writable(self._sendto, view, address))
+        except OSError as error:
+            raise self._failed(error, f"sending {len(view)} bytes to {_shown(address or self._peer)}") from error
         finally:
             self._writer = None
+        self._pollable.writable = True
+        self._sent += 1
 
     async def send(self, data):
         """Send one datagram to the address of connect(). As send_to()."""
