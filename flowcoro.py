@@ -139,8 +139,8 @@ STEPS_PER_LOOK = 15
 # Seconds that one step may take before run(watchdog=True) reports it.
 WATCHDOG_LIMIT = 1.0
 
-# Looks of the watchdog at the workers within its limit: a report is late by one of them at most, and a hundredth of the limit. Each
-# look takes the GIL from who works; with 8 of them, and not before a due report, it cost a load of system calls 1.1 %.
+# Looks of the watchdog at the workers within its limit; it looks again when a report is due, which is late by one of these at
+# most, and a hundredth of the limit. Each look takes the GIL from who works: 8 of them cost a load of system calls 1.1 %.
 WATCHDOG_LOOKS = 4
 
 # Seconds between two samples of step times and latencies that the watchdog takes of a worker: two calls of a microsecond. A pass

@@ -178,8 +178,8 @@ _NO_SENDFILE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, err
 
 # What a system call says of a connection that is no more, besides what Python has as ConnectionError. All else is no word about
 # the peer: memory that has run out, a disk that cannot be read.
-_GONE = {errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET, errno.EPROTO,
-         getattr(errno, "EHOSTDOWN", errno.EHOSTUNREACH)}
+_CUT_OFF = {errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET,
+            errno.EPROTO, getattr(errno, "EHOSTDOWN", errno.EHOSTUNREACH)}
 
 # What OpenSSL says when it is sent something that is no TLS.
 _NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "PACKET_LENGTH_TOO_LONG", "RECORD_TOO_SMALL",
@@ -281,6 +281,45 @@ def _checked_port(port, least=0):
     return port
 
 
+@functools.lru_cache(1024)
+def _family_of_number(host):
+    """AF_INET or AF_INET6 of an address in numbers, AF_UNSPEC of "" (any); None for a name."""
+    if host == "":
+        return socket.AF_UNSPEC
+    if host == "<broadcast>":
+        return socket.AF_INET
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, host.partition("%")[0])
+            return family
+        except OSError:
+            pass
+    return None
+
+
+def _checked_address(address, said):
+    """The family of (address in numbers, port, ...). A name would be looked up by the system call, and all tasks would wait."""
+    if not isinstance(address, tuple) or len(address) < 2 or not isinstance(address[0], str):
+        raise TypeError(f"{said}={address!r}: give a tuple of an address and a port, such as (\"127.0.0.1\", 8000)")
+    _checked_port(address[1])
+    family = _family_of_number(address[0])
+    if family is None:
+        raise ValueError(f"{said}={address!r}: {address[0]!r} is no address in numbers; look names up before: await "
+                         "resolve(host, port)")
+    return family
+
+
+def _checked_path(path):
+    try:
+        return os.fspath(path)
+    except TypeError:
+        raise TypeError(f"path={path!r}: give the path of a Unix socket: a str, bytes, or os.PathLike") from None
+
+
+def _why(error):
+    return error.strerror or str(error)     # some that Python itself makes have no number: "AF_UNIX path too long"
+
+
 def _shown(address):
     """An address as people write it: 127.0.0.1:80, [::1]:80, a path."""
     if isinstance(address, tuple):
@@ -292,12 +331,13 @@ def _shown(address):
 
 def _refused(error, doing, address):
     """The same OSError, of the same class, whose message names the address and what to do."""
+    number = error.errno or errno.ENAMETOOLONG          # "AF_UNIX path too long" comes without one
     remedy = {errno.EADDRINUSE: "; another socket has it: choose another port (0: any that is free), or end that program",
               errno.EADDRNOTAVAIL: "; this machine has no such address: give one of its own, or \"\" for all",
               errno.EACCES: "; ports below 1024 and the directories of others need permission",
-              errno.ENOENT: "; make its directory first"}.get(error.errno, "")
-    said = f"cannot {doing} {_shown(address)}: {error.strerror or error}{remedy}"
-    return OSError(said) if error.errno is None else OSError(error.errno, said)
+              errno.ENAMETOOLONG: "; a Unix socket's has at most 107 bytes: choose a shorter one, or a relative one",
+              errno.ENOENT: "; make its directory first"}.get(number, "")
+    return OSError(number, f"cannot {doing} {_shown(address)}: {_why(error)}{remedy}")
 
 
 # ---- the network underneath -----------------------------------------------------------------------------------
@@ -320,7 +360,9 @@ def _of_kernel():
 class _System:
     """The operating system, as flowcoro.network has it."""
 
-    names = {}          # arguments of getaddrinfo: (until when, list); what happens to it is atomic
+    # Arguments of getaddrinfo: (until when, list). Each call is atomic; a lock that another thread holds during a fork would stay
+    # locked in the child.
+    names = collections.OrderedDict()
 
     @staticmethod
     def socket(family, type, proto=0):
@@ -355,7 +397,7 @@ class _System:
         if not found:
             found = socket.getaddrinfo(*asked)
             while len(self.names) >= NAMES:
-                self.names.pop(next(iter(self.names), None), None)
+                self.names.popitem(last=False)
             self.names[asked] = time.monotonic() + NAME_SECONDS, found
         return found
 
@@ -591,8 +633,6 @@ def server_tls(certificate, key=None, *, password=None, client_ca=None, alpn=())
 
 def _equipped(context, certificate, key, password, alpn):
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # Some versions of Python take a connection that was cut for one that has ended: what was read may be but a part of it.
-    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     if certificate is not None:
         context.load_cert_chain(certificate, key, password)
     elif key is not None:
@@ -635,15 +675,15 @@ class _Tls:
     Socket, which its methods are given: two objects that know each other are garbage that only a collector finds.
     """
 
-    __slots__ = ("object", "incoming", "outgoing", "early", "unsent", "is_done", "failure", "got_end", "said_goodbye", "_doing",
-                 "_lock")
+    __slots__ = ("object", "incoming", "outgoing", "early", "unsent", "is_done", "failure", "got_end", "got_goodbye",
+                 "said_goodbye", "_doing", "_lock")
 
     def __init__(self, context, server_side, server_name, several):
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.object = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side, server_hostname=server_name)
         self.early = bytearray()    # decrypted before anybody asked for it: by say_goodbye()
         self.unsent = b""           # encrypted, and not yet with the system
-        self.is_done = self.got_end = self.said_goodbye = False
+        self.is_done = self.got_end = self.got_goodbye = self.said_goodbye = False
         self.failure = None         # what ended it: (class of the error, message, OpenSSL's word)
         self._doing = flowcoro.Lock()
         self._lock = threading.Lock() if several else None      # OpenSSL lets no two threads into one connection
@@ -656,9 +696,9 @@ class _Tls:
 
     def failed(self, sock, error):
         """The NetworkError for an ssl.SSLError, which ends this connection."""
-        kind, reason, why = TlsError, error.reason or "", error.strerror or str(error)
+        kind, reason, why = TlsError, getattr(error, "reason", None) or "", _why(error)
         doing = "TLS" if self.is_done else "the TLS handshake"
-        if isinstance(error, ssl.SSLEOFError) or reason == "UNEXPECTED_EOF_WHILE_READING":
+        if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or reason == "UNEXPECTED_EOF_WHILE_READING":
             if self.is_done:
                 kind, why = BrokenError, ("the connection was cut without a TLS goodbye (close_notify): what was read may be "
                                           "less than the peer has sent")
@@ -718,14 +758,17 @@ class _Tls:
                     data = await self._receive(sock)
 
     def _decrypt(self, data, max_bytes):
-        """What to read, in one step with the coming of `data`, so that say_goodbye() finds all of it or nothing."""
+        """What to read, in one step with the coming of `data`, so that say_goodbye() finds all of it or nothing. b"": the end."""
         if data:
             self.incoming.write(data)
         if self.early:
             taken = bytes(self.early[:max_bytes])
             del self.early[:max_bytes]
             return taken
-        return self.object.read(max_bytes)
+        try:
+            return self.object.read(max_bytes)
+        except ssl.SSLZeroReturnError:          # instead of b"", if our goodbye is said
+            return b""
 
     async def read(self, sock, max_bytes):
         """From 1 byte to one record (16 KiB); b"" after the peer's goodbye. Cancelled: nothing consumed."""
@@ -740,10 +783,10 @@ class _Tls:
                 data = await self._receive(sock)
             try:
                 data = self.alone(self._decrypt, data, max_bytes)
+                if not data:
+                    self._check_end()
             except ssl.SSLWantReadError:
                 data = None
-            except ssl.SSLZeroReturnError:
-                return b""
             except ssl.SSLError as error:
                 self.flush_nowait(sock)
                 raise self.failed(sock, error) from error
@@ -751,6 +794,13 @@ class _Tls:
                 self.flush_nowait(sock)
             if data is not None:
                 return data
+
+    def _check_end(self):
+        """SSLEOFError, if what OpenSSL calls the end is not the peer's goodbye. With OP_IGNORE_UNEXPECTED_EOF, which most
+        contexts have, it calls a connection that was cut the same; but of a cut it is told last."""
+        self.got_goodbye = self.got_goodbye or not self.got_end
+        if not self.got_goodbye:
+            raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the connection was cut")
 
     async def write(self, sock, view):
         """All of it. Cancelled: an unknown number of whole records was written, and no part of one is lost."""
@@ -794,6 +844,7 @@ class _Tls:
         try:
             while data := self.object.read(CHUNK):
                 self.early += data
+            self._check_end()           # the peer's goodbye: no later read is told when it came
         except ssl.SSLError:            # no more, or what the next read will say
             pass
         try:
@@ -879,7 +930,7 @@ class _Stream(_Owner):
         """What to raise for the system's error."""
         if self._closed:
             return self._closed_error()
-        if not isinstance(error, ConnectionError) and error.errno not in _GONE:
+        if not isinstance(error, ConnectionError) and error.errno not in _CUT_OFF:
             return OSError(error.errno, f"{self!r}: {doing} failed: {error.strerror}")
         lost = error.errno, f"{self!r}: the connection was lost while {doing}: {error.strerror}"
         if error.errno != errno.EPIPE:          # which says that the peer reads no more; what it has sent is still to be read
@@ -1007,6 +1058,8 @@ class _Bulk(_Stream):
         Cancelled: an unknown part was sent.
         """
         await _turn()
+        if isinstance(buffers, (bytes, bytearray, memoryview)) or not hasattr(buffers, "__iter__"):
+            raise TypeError(f"write_many({buffers!r:.80}): give a list of bytes-like objects; write() takes a single one")
         rest = [view for view in (_as_bytes(data, "write_many()") for data in buffers) if view]
         self._begin_write()
         try:
@@ -1047,8 +1100,8 @@ class _Bulk(_Stream):
         """
         await _turn()
         if isinstance(file, io.TextIOBase) or not (hasattr(file, "read") and hasattr(file, "seek")):
-            raise TypeError(f"send_file({file!r:.80}): give a file opened for reading in binary: open(path, \"rb\"); text has to be "
-                            "encoded")
+            raise TypeError(f"send_file({file!r:.80}): give a file opened for reading in binary: open(path, \"rb\"); text has to "
+                            "be encoded")
         _whole(offset, 0, f"offset={offset!r}")
         count = math.inf if count is None else _whole(count, 0, f"count={count!r}")
         self._begin_write()
@@ -1269,15 +1322,16 @@ class Socket(_Secured):
         """All bytes up to and including `separator`; b"" at the end, if nothing is left.
 
         limit: bytes, separator included. LimitError when so many come without it, BrokenError when the peer ends before it:
-        nothing is consumed, and read() still gives what has come. Cancelled: nothing consumed. ValueError for an empty separator.
+        nothing is consumed, and read() still gives what has come. Cancelled: nothing consumed. ValueError for an empty separator,
+        or one that is longer than the limit.
         """
         await _turn()
         if not isinstance(separator, (bytes, bytearray)):
             raise TypeError(f"read_until({separator!r}): the separator must be bytes, such as b\"\\n\"")
         if not separator:
             raise ValueError("read_until(b\"\"): the separator must have at least one byte")
-        if limit != math.inf:
-            _whole(limit, 1, f"limit={limit!r}")
+        if limit != math.inf and _whole(limit, 1, f"limit={limit!r}") < len(separator):
+            raise ValueError(f"limit={limit!r}: the separator itself has {len(separator)} bytes, and counts; allow more")
         self._begin_read()
         try:
             buffer, searched = self._buffer, 0
@@ -1392,34 +1446,45 @@ class Socket(_Secured):
         """Connect by TCP to a host by name or address: the first of its addresses that answers (RFC 8305).
 
         tls: True for client_tls(), or an ssl.SSLContext; the handshake is made, and the certificate must be for `host` (or
-        server_name). timeout: seconds for all of it (TimeoutError); None: the system's, two minutes. local: (address, port) to
-        connect from. family: socket.AF_INET or AF_INET6 only.
-        ResolveError, BrokenError with the error of every attempt, TlsError, OSError. Cancelled: nothing is left behind.
+        server_name). timeout: seconds for all of it (TimeoutError, which says how far it came); None: the system's, two minutes
+        for each address, and 60 seconds for the handshake. local: (address, port) to connect from, which chooses the family too;
+        port 0: a free one. family: socket.AF_INET or AF_INET6 only.
+        ResolveError; BrokenError with the error of every attempt, also in its `errors`; TlsError; OSError for what is wrong here,
+        such as `local` or too few descriptors; TypeError, ValueError. Cancelled: nothing is left behind.
         """
         context, timeout = _as_context(tls, False), _seconds(timeout, "timeout")
-        failures = []
-        with flowcoro.move_on_after(timeout) as scope:
+        if local is not None:
+            its_family = _checked_address(local, "local")
+            if its_family and family not in (0, its_family):
+                raise ValueError(f"local={local!r} is not of family={family!r}: leave family= out")
+            family = family or its_family
+        attempts = {}           # address -> its OSError, None while it has not answered
+        with flowcoro.move_on_after(timeout):
             await _turn()
             network = _network()
             found = _interleaved(await resolve(host, _checked_port(port, 1), family=family))
-            raw, pollable, address = await _connect_to_any(network, found, f"{host}:{port}", local, failures)
+            raw, pollable, address = await _connect_to_any(network, found, f"{host}:{port}", local, attempts)
+            attempts = {address: None}
             return await cls._ready(raw, network, pollable, address, context, server_name or host)
-        raise TimeoutError(f"connecting to {host}:{port} took longer than timeout={timeout:g} s"
-                           + "".join(f"; {_shown(address)}: {error.strerror}" for address, error in failures))
+        raise TimeoutError(f"connecting to {host}:{port} took longer than timeout={timeout:g} s: " + ("; ".join(
+            f"{_shown(address)}: {'no answer yet' if error is None else _why(error)}" for address, error in attempts.items())
+            or "its name was not yet resolved") + ". Is the host up, and does a firewall let you through? Else allow more time")
 
     @classmethod
     async def connect_unix(cls, path, *, tls=None, server_name=None, timeout=None):
-        """Connect to a Unix socket: a path, or a name that begins with "\\0" (Linux). Otherwise as connect().
+        """Connect to a Unix socket: a path, or a name that begins with "\0" (Linux). Otherwise as connect().
 
-        BrokenError also when nobody listens, or the path is not there.
+        BrokenError also when nobody listens, or the path is not there. timeout=None: while the server's backlog is full this
+        waits for as long as that is. OSError for a path of more than 107 bytes.
         """
-        context, timeout, path = _as_context(tls, False), _seconds(timeout, "timeout"), os.fspath(path)
-        with flowcoro.move_on_after(timeout) as scope:
+        context, timeout, path = _as_context(tls, False), _seconds(timeout, "timeout"), _checked_path(path)
+        with flowcoro.move_on_after(timeout):
             await _turn()
             network = _network()
             raw, pollable = await _connect_unix(network, path)
             return await cls._ready(raw, network, pollable, path, context, server_name)
-        raise TimeoutError(f"connecting to {_shown(path)} took longer than timeout={timeout:g} s")
+        raise TimeoutError(f"connecting to {_shown(path)} took longer than timeout={timeout:g} s: its backlog was full, or the "
+                           "TLS handshake not done. Does its server accept connections?")
 
     @classmethod
     async def _ready(cls, raw, network, pollable, address, context, server_name):
@@ -1489,15 +1554,19 @@ async def _connect_one(network, family, kind, proto, address, local=None):
         raise
 
 
-async def _connect_to_any(network, found, target, local, failures):
-    """(raw, pollable, address) of the first that connects: RFC 8305 section 5. BrokenError with every failure."""
+async def _connect_to_any(network, found, target, local, attempts):
+    """(raw, pollable, address) of the first that connects: RFC 8305 section 5. BrokenError with every failure.
+
+    `attempts` gets each address, and its error once there is one.
+    """
     won = []
 
     async def attempt(family, kind, proto, address, done):
+        attempts[address] = None
         try:
             raw, pollable = await _connect_one(network, family, kind, proto, address, local)
         except OSError as error:
-            failures.append((address, error.with_traceback(None)))          # the frames would know it, and it them
+            attempts[address] = error.with_traceback(None)          # the frames would know it, and it them
             done.set()
             return
         won.append((raw, pollable, address))
@@ -1508,12 +1577,13 @@ async def _connect_to_any(network, found, target, local, failures):
             group.cancel()
 
     try:
-        if len(found) == 1:
+        if len(found) == 1:                     # most are: without tasks
             family, kind, proto, address = found[0]
+            attempts[address] = None
             try:
                 return *await _connect_one(network, family, kind, proto, address, local), address
             except OSError as error:
-                failures.append((address, error.with_traceback(None)))
+                attempts[address] = error.with_traceback(None)
         else:
             async with flowcoro.TaskGroup() as group:
                 for each in found:
@@ -1528,17 +1598,17 @@ async def _connect_to_any(network, found, target, local, failures):
             pollable.close()
             raw.close()
         raise
-    raise _not_connected(target, failures) from failures[0][1]
+    raise _not_connected(target, attempts) from next(iter(attempts.values()))
 
 
-def _not_connected(target, failures):
-    """The error for failed attempts, a list of (address, OSError)."""
-    said = "; ".join(f"{_shown(address)}: {error.strerror}" for address, error in failures)
-    number = failures[0][1].errno
-    if all(error.errno in _EXHAUSTED for _, error in failures):
+def _not_connected(target, attempts):
+    """The error for failed attempts, {address: OSError}."""
+    said = "; ".join(f"{_shown(address)}: {_why(error)}" for address, error in attempts.items())
+    number = next(iter(attempts.values())).errno
+    if all(error.errno in _EXHAUSTED for error in attempts.values()):
         return OSError(number, f"cannot connect to {target}: {said}; close some descriptors, or raise `ulimit -n`")
     broken = BrokenError(number, f"cannot connect to {target}: {said}")
-    broken.errors = tuple(failures)
+    broken.errors = tuple(attempts.items())
     return broken
 
 
@@ -1551,7 +1621,9 @@ async def _connect_unix(network, path):
             await flowcoro.sleep(delay)
             delay = min(2 * delay, LONGEST_RETRY)
         except OSError as error:
-            raise _not_connected(_shown(path), [(path, error.with_traceback(None))]) from error
+            if error.errno is None:     # "AF_UNIX path too long"
+                raise _refused(error, "connect to", path) from error
+            raise _not_connected(_shown(path), {path: error.with_traceback(None)}) from error
 
 
 # ---- servers: the base ----------------------------------------------------------------------------------------
@@ -2021,8 +2093,8 @@ class _Supervisor:
 
 # ---- servers --------------------------------------------------------------------------------------------------
 
-class _Server:
-    """What TcpServer and UnixServer share: a server listens, and gives out each connection once."""
+class _Acceptor:
+    """What TcpServer and UnixServer share: it listens, and gives out each connection once."""
 
     def __init__(self, listeners, context):
         self._listeners, self._context = listeners, context
@@ -2068,8 +2140,8 @@ class _Server:
         if self._drain is not None:
             raise flowcoro.BusyError(f"{self!r} is being served already; one serve() at a time, and no accept() meanwhile")
         if self._accepting is not None:
-            raise flowcoro.BusyError(f"{self._accepting!r} is in accept() of {self!r} already; one task at a time, which may give "
-                                     "the connections to others")
+            raise flowcoro.BusyError(f"{self._accepting!r} is in accept() of {self!r} already; one task at a time, which may "
+                                     "give the connections to others")
 
     async def _take(self, listener):
         """A Socket; None if there is none yet, after a pause if none can be made."""
@@ -2141,7 +2213,49 @@ class _Server:
         except flowcoro.ClosedError:
             raise StopAsyncIteration from None
 
-    # -- serving
+    # -- the end, and what there is to know
+
+    def close_nowait(self):
+        """Accept no more, at once: those in the backlog are reset, those accepted go on. Ends accept(), `async for`, and serve(),
+        which drains first. Twice is once. Never blocks."""
+        for listener in self._listeners:
+            listener._close()
+        self._closing.set()
+
+    close = close_nowait
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, kind, error, trace):
+        self.close_nowait()
+
+    @property
+    def closed(self):
+        """Whether it was closed here."""
+        return self._listeners[0]._closed
+
+    def _closed_error(self):
+        return flowcoro.ClosedError(f"{self!r} has been closed here")
+
+    @property
+    def addresses(self):
+        """Where it listens: a list of addresses, more than one if the host has several."""
+        return [listener._local for listener in self._listeners]
+
+    @property
+    def local(self):
+        """Where it listens: for TCP (host, port), of the first address; for Unix the path."""
+        local = self._listeners[0]._local
+        return local[:2] if isinstance(local, tuple) else local
+
+    def __repr__(self):
+        return (f"<{type(self).__name__} on {', '.join(_shown(listener._local) for listener in self._listeners)}"
+                f"{' with TLS' if self._context else ''}{' closed' if self.closed else ''}>")
+
+
+class _Server(_Acceptor):
+    """A server that calls a handler for each connection."""
 
     async def serve(self, handler, *, max_connections=math.inf, drain_timeout=DRAIN_TIMEOUT,
                     handshake_timeout=HANDSHAKE_TIMEOUT, processes=None, reload=None):
@@ -2268,42 +2382,6 @@ class _Server:
             self._drain.remove(sock)
             self._show()
 
-    # -- the end, and what there is to know
-
-    def close_nowait(self):
-        """Accept no more, at once: those in the backlog are reset, those accepted go on. Ends accept(), `async for`, and serve(),
-        which drains first. Twice is once. Never blocks."""
-        for listener in self._listeners:
-            listener._close()
-        self._closing.set()
-
-    close = close_nowait
-
-    async def __aenter__(self):
-        return self
-
-    async def __aexit__(self, kind, error, trace):
-        self.close_nowait()
-
-    @property
-    def closed(self):
-        """Whether it was closed here."""
-        return self._listeners[0]._closed
-
-    def _closed_error(self):
-        return flowcoro.ClosedError(f"{self!r} has been closed here")
-
-    @property
-    def addresses(self):
-        """Where it listens: a list of addresses, more than one if the host has several."""
-        return [listener._local for listener in self._listeners]
-
-    @property
-    def local(self):
-        """Where it listens: for TCP (host, port), of the first address; for Unix the path."""
-        local = self._listeners[0]._local
-        return local[:2] if isinstance(local, tuple) else local
-
     def statistics(self):
         """{"connections": those of serve() now, "accepted": in all, "failed": handlers that raised, "broken": connections that
         their peers broke, "handshakes_failed", "pauses": how often accepting had to pause}; of serve(processes=) for all of them
@@ -2325,10 +2403,6 @@ class _Server:
         if self._shared is not None:
             for index, count in enumerate(self._counts()):
                 self._shared[index] = count
-
-    def __repr__(self):
-        return (f"<{type(self).__name__} on {', '.join(_shown(listener._local) for listener in self._listeners)}"
-                f"{' with TLS' if self._context else ''}{' closed' if self.closed else ''}>")
 
 
 def _checked_processes(processes):
@@ -2424,7 +2498,7 @@ class UnixServer(_Server):
         A socket's file that is there, and where nobody listens, is replaced. close() removes the file, if it is still this one.
         OSError whose message names the path: in use, no permission, no directory, longer than 107 bytes.
         """
-        context, path = _as_context(tls, True), os.fspath(path)
+        context, path = _as_context(tls, True), _checked_path(path)
         _whole(backlog, 1, f"backlog={backlog!r}", "connections")
         await _turn()
         network = _network()
@@ -2436,12 +2510,7 @@ class UnixServer(_Server):
             if mode is not None and named:
                 os.fchmod(raw.fileno(), mode)       # before bind: the file never has more permissions (Linux)
 
-        try:
-            server = cls([_listen(network, socket.AF_UNIX, path, backlog, prepare)], context)
-        except OSError as error:
-            if error.errno is None:                 # "AF_UNIX path too long", which comes without a number
-                raise OSError(errno.ENAMETOOLONG, str(error)) from error
-            raise
+        server = cls([_listen(network, socket.AF_UNIX, path, backlog, prepare)], context)
         try:
             if named:
                 found = os.stat(path)
@@ -2507,14 +2576,16 @@ class UdpSocket(_Owner):
         return True
 
     @classmethod
-    async def bind(cls, host, port, *, reuse_port=False, reuse_address=False, broadcast=False):
-        """A socket that receives on an address of this machine ("": all of IPv4, "::": all) and a port; 0: a free one.
+    async def bind(cls, host, port, *, family=0, reuse_port=False, reuse_address=False, broadcast=False):
+        """A socket that receives on an address of this machine and a port; 0: a free one.
 
-        reuse_address: others may bind it too, for multicast. reuse_port: several processes share what comes. broadcast: it may
-        send to broadcast addresses. OSError whose message names the address; ResolveError.
+        host: "": all of IPv4; "::": all, where IPv4's are ::ffff:192.0.2.1; of a name the first address. family: socket.AF_INET
+        or AF_INET6, for names and "". reuse_address: others may bind it too, for multicast. reuse_port: several processes share
+        what comes. broadcast: it may send to broadcast addresses. OSError whose message names the address; ResolveError.
         """
         await _turn()
-        found = await resolve(host or "0.0.0.0", port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)
+        host = host or ("::" if family == socket.AF_INET6 else "0.0.0.0")
+        found = await resolve(host, port, family=family, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)
         family, kind, proto, address = found[0]
 
         def prepare(raw):
@@ -2529,13 +2600,14 @@ class UdpSocket(_Owner):
         return cls._made(family, kind, proto, prepare, None)
 
     @classmethod
-    async def connect(cls, host, port, *, broadcast=False):
+    async def connect(cls, host, port, *, family=0, broadcast=False):
         """A socket that sends to one address and receives from that alone: send() and receive(). ResolveError, OSError.
 
-        Nothing is sent, so nobody needs to be there.
+        Nothing is sent, so nobody needs to be there; of a name it is the first address. family: socket.AF_INET or AF_INET6.
         """
         await _turn()
-        family, kind, proto, address = (await resolve(host, _checked_port(port, 1), type=socket.SOCK_DGRAM))[0]
+        found = await resolve(host, _checked_port(port, 1), family=family, type=socket.SOCK_DGRAM)
+        family, kind, proto, address = found[0]
 
         def prepare(raw):
             if broadcast:
@@ -2583,13 +2655,17 @@ class UdpSocket(_Owner):
         return (await self.receive_from(max_bytes))[0]
 
     async def send_to(self, data, address):
-        """Send one datagram to an address: (host, port) with a number, or what receive_from() gave. Waits for room.
+        """Send one datagram to an address: (address, port), in numbers, or what receive_from() gave. Waits for room.
 
         It says nothing about its arrival. OSError when it is too long (EMSGSIZE: more than 65,507 bytes with IPv4), or there
-        is no way there. Cancelled: not sent.
+        is no way there. ValueError for a name: resolve() it before. Cancelled: not sent.
         """
+        _checked_address(address, "address")
+        await self._send_one(data, address)
+
+    async def _send_one(self, data, address):
         await _turn()
-        view = _as_bytes(data, "send_to()")
+        view = _as_bytes(data, "send()" if address is None else "send_to()")
         self._begin("_writer", "sent to")
         try:
             await (self._when_writable(self._send, view) if address is None
@@ -2605,12 +2681,13 @@ class UdpSocket(_Owner):
         """Send one datagram to the address of connect(). As send_to()."""
         if self._peer is None:
             raise ValueError(f"{self!r} is not connected: use send_to(data, address), or make it by UdpSocket.connect()")
-        await self.send_to(data, None)
+        await self._send_one(data, None)
 
     def join(self, group, interface=None):
         """Receive what is sent to a multicast group too, such as "224.0.0.251" or "ff02::fb".
 
-        interface: the address (IPv4) or the name (IPv6) of the network card; None: the system's choice. OSError.
+        interface: the name of the network card ("eth0"), with IPv4 also its address; None: the system's choice. OSError;
+        ValueError for what is no address of this socket's family.
         """
         self._membership(group, interface, "IP_ADD_MEMBERSHIP", "IPV6_JOIN_GROUP")
 
@@ -2619,20 +2696,29 @@ class UdpSocket(_Owner):
         self._membership(group, interface, "IP_DROP_MEMBERSHIP", "IPV6_LEAVE_GROUP")
 
     def _membership(self, group, interface, option4, option6):
+        family = self._raw.family
         try:
-            if self._raw.family == socket.AF_INET6:
-                index = socket.if_nametoindex(interface) if interface else 0
+            value = socket.inet_pton(family, group)
+        except (OSError, TypeError):
+            example = "ff02::fb" if family == socket.AF_INET6 else "224.0.0.251"
+            raise ValueError(f"group={group!r}: give the address of a multicast group of this socket's family, such as "
+                             f"{example!r}") from None
+        try:
+            if family == socket.AF_INET6:
                 level, option = socket.IPPROTO_IPV6, option6
-                value = socket.inet_pton(socket.AF_INET6, group) + struct.pack("@I", index)
+                value += struct.pack("@I", socket.if_nametoindex(interface) if interface else 0)
+            elif _family_of_number(interface or "") is None:        # a name: struct ip_mreqn
+                level, option = socket.IPPROTO_IP, option4
+                value += struct.pack("@4xI", socket.if_nametoindex(interface))
             else:
                 level, option = socket.IPPROTO_IP, option4
-                value = socket.inet_aton(group) + socket.inet_aton(interface or "0.0.0.0")
+                value += socket.inet_aton(interface or "0.0.0.0")
             self._call(self._raw.setsockopt)(level, getattr(socket, option), value)
         except OSError as error:
             if self._closed:
                 raise self._closed_error() from error
-            raise OSError(error.errno, f"{self!r}: cannot join or leave {group!r} on {interface!r}: "
-                          f"{error.strerror or error}") from error
+            raise OSError(error.errno or errno.ENODEV, f"{self!r}: cannot join or leave {group!r} on interface={interface!r}: "
+                          f"{_why(error)}") from error
 
     @flowcoro.atomic
     def _begin(self, place, verb):

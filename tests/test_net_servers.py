@@ -1,13 +1,16 @@
 """Connecting and serving: addresses, names, servers, and what goes wrong there."""
 
+import collections
 import contextlib
 import errno
+import functools
 import gc
 import math
 import os
 import resource
 import shutil
 import socket
+import ssl
 import stat
 import struct
 import subprocess
@@ -86,7 +89,7 @@ def name_server(monkeypatch):
     server.asked = []
     server.answer = lambda host: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))]
     monkeypatch.setattr(socket, "getaddrinfo", server.getaddrinfo)
-    monkeypatch.setattr(flowcoro_net._System, "names", {})
+    monkeypatch.setattr(flowcoro_net._System, "names", collections.OrderedDict())
     yield server
     threads = flowcoro._ThreadPool         # what was cancelled still asks, and is not to ask the real one
     while len(threads.idle) < len(threads.threads):
@@ -259,10 +262,41 @@ def test_a_refused_connection_names_the_address_and_is_broken():
 def test_a_black_hole_ends_with_the_timeout_and_leaves_nothing():
     async def main():
         with black_hole() as address:
-            with pytest.raises(TimeoutError, match="took longer than timeout=0.05 s"):
+            said = f"took longer than timeout=0.05 s: 127.0.0.1:{address[1]}: no answer yet. Is the host up"
+            with pytest.raises(TimeoutError, match=said):
                 await Socket.connect(*address, timeout=0.05)
             assert flowcoro.statistics()["descriptors"] == 0
 
+    run(main)
+
+
+def test_a_timeout_tells_of_each_address_how_far_it_came(name_server, monkeypatch):
+    monkeypatch.setattr(flowcoro_net, "ATTEMPT_DELAY", 0)
+    port, asked = unused_port(), threading.Event()
+
+    async def main():
+        with black_hole() as hole:
+            name_server.answer = found(("127.0.0.1", port), hole)
+            with pytest.raises(TimeoutError, match=f"127.0.0.1:{port}: Connection refused; 127.0.0.1:{hole[1]}: no answer yet"):
+                await Socket.connect("host.example", 80, timeout=0.05)
+        name_server.answer = lambda host: asked.wait(PATIENCE) and found(("127.0.0.1", port))(host)
+        with pytest.raises(TimeoutError, match="its name was not yet resolved"):
+            await Socket.connect("slow.example", 80, timeout=0.01)
+        asked.set()
+
+    run(main)
+
+
+def test_a_handshake_that_the_peer_never_answers_is_limited_without_a_timeout_too(monkeypatch):
+    defaults = Socket.handshake.__kwdefaults__
+    monkeypatch.setitem(defaults, "timeout", 0.05)
+
+    async def main():
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            with pytest.raises(TimeoutError, match="the TLS handshake was not done within 0.05 s"):
+                await Socket.connect(*server.getsockname(), tls=True, server_name="localhost")
+
+    assert defaults["timeout"] == 0.05 and flowcoro_net.HANDSHAKE_TIMEOUT == 60
     run(main)
 
 
@@ -282,6 +316,24 @@ def test_the_error_of_every_attempt_is_in_the_message(name_server):
         for port in ports:
             assert f"127.0.0.1:{port}: Connection refused" in str(caught.value)
         assert len(caught.value.errors) == 2
+
+    run(main)
+
+
+def test_a_connect_without_descriptors_closes_what_it_has():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def main():
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            with open(os.devnull) as last:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno() + 1, hard))
+                try:
+                    with pytest.raises(OSError, match="cannot connect to .*Too many open files; close some.*ulimit") as caught:
+                        await Socket.connect(*server.getsockname())
+                finally:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert caught.value.errno == errno.EMFILE and not isinstance(caught.value, BrokenError)
+            (await Socket.connect(*server.getsockname())).close_nowait()
 
     run(main)
 
@@ -376,6 +428,36 @@ def test_connect_from_an_address_of_ones_choice():
     run(main)
 
 
+@pytest.mark.parametrize("local, error, said", [
+    (("127.0.0.1", 70_000), ValueError, "port=70000"), ("127.0.0.1", TypeError, "give a tuple of an address and a port"),
+    (("localhost", 0), ValueError, "'localhost' is no address in numbers; look names up before: await resolve"),
+    (("127.0.0.1", None), TypeError, "port=None"), (("127.0.0.1",), TypeError, "give a tuple"), (5, TypeError, "local=5")])
+@pytest.mark.parametrize("addresses", [1, 2])
+def test_an_address_to_connect_from_that_is_none_is_refused(name_server, local, error, said, addresses):
+    name_server.answer = found(*[("127.0.0.1", unused_port()) for _ in range(addresses)])
+
+    async def main():
+        with pytest.raises(error, match=said):
+            await Socket.connect("host.example", 80, local=local)
+
+    run(main)
+
+
+@needs_ipv6
+def test_the_address_to_connect_from_chooses_the_family(name_server):
+    async def main():
+        async with await TcpServer.listen("", 0) as server:
+            six, four = ("::1", server.local[1], 0, 0), ("127.0.0.1", server.local[1])
+            name_server.answer = found(six, four)
+            for local, family in (("127.0.0.1", 0), socket.AF_INET), (("::1", 0), socket.AF_INET6):
+                async with await Socket.connect("localhost", server.local[1], local=local) as near:
+                    assert near.raw.family == family
+            with pytest.raises(ValueError, match="is not of family="):
+                await Socket.connect("localhost", server.local[1], local=("::1", 0), family=socket.AF_INET)
+
+    run(main)
+
+
 def test_a_connection_of_a_port_with_itself_is_refused(monkeypatch):
     port = unused_port()
 
@@ -457,6 +539,18 @@ def test_unix_errors_name_the_path(tmp_path):
             await UnixServer.listen(tmp_path / "no" / "directory")
         with pytest.raises(OSError, match="cannot listen on .*too long"):
             await UnixServer.listen("/tmp/" + "x" * 200)
+
+    run(main)
+
+
+def test_a_unix_path_that_is_too_long_or_none_is_told():
+    async def main():
+        for connect_or_listen in Socket.connect_unix, UnixServer.listen:
+            with pytest.raises(OSError, match="/ppp.*: AF_UNIX path too long; a Unix socket's has at most 107 bytes") as caught:
+                await connect_or_listen("/" + "p" * 200)
+            assert caught.value.errno == errno.ENAMETOOLONG and not isinstance(caught.value, BrokenError)
+            with pytest.raises(TypeError, match="path=5: give the path of a Unix socket"):
+                await connect_or_listen(5)
 
     run(main)
 
@@ -659,6 +753,130 @@ def test_accept_and_async_for_end_with_the_server():
                 await server.accept()
             with pytest.raises(flowcoro.ClosedError):
                 await server.serve(echo)
+
+    run(main)
+
+
+@pytest.mark.parametrize("addresses", [1, 2])
+def test_a_second_accept_is_told_that_the_server_is_busy(name_server, addresses):
+    name_server.answer = found(*[(f"127.0.0.{number + 1}", 0) for number in range(addresses)])
+
+    async def main():
+        async with await TcpServer.listen("host.example", 0) as server, flowcoro.TaskGroup() as group:
+            accepting = await settled(group, server.accept())
+            for again in server.accept, functools.partial(server.serve, echo):
+                with pytest.raises(flowcoro.BusyError, match="is in accept.. of <TcpServer on"):
+                    await again()
+            assert not accepting.done()
+            accepting.cancel()
+            await wait_all_tasks_parked()
+            group.spawn(server.serve(echo))
+            await wait_all_tasks_parked()
+            with pytest.raises(flowcoro.BusyError, match="<TcpServer on .* is being served already"):
+                await server.accept()
+            server.close()
+
+    run(main)
+
+
+def test_those_beyond_the_backlog_wait_until_others_are_accepted():
+    async def main():
+        async with await TcpServer.listen("127.0.0.1", 0, backlog=1) as server:
+            near = []
+            with flowcoro.move_on_after(PATIENCE):
+                while True:
+                    try:
+                        near.append(await Socket.connect(*server.local, timeout=0.1))
+                    except TimeoutError:
+                        break
+            assert len(near) == 2                       # Linux lets one more in
+            for sock in near:
+                sock.close_nowait()
+                (await server.accept()).close_nowait()
+            (await Socket.connect(*server.local, timeout=PATIENCE)).close_nowait()
+
+    run(main)
+
+
+@pytest.mark.parametrize("failing", ["pollable", "tls", "memory"])
+def test_a_connection_of_which_no_socket_can_be_made_harms_no_other(reports, failing, monkeypatch):
+    class Failing:
+        socket, getaddrinfo = staticmethod(flowcoro_net._SYSTEM.socket), flowcoro_net._SYSTEM.getaddrinfo
+        left = 0
+
+        def pollable(self, raw):
+            if self.left:
+                self.left -= 1
+                raise OSError(errno.EPERM, "no such luck") if failing == "pollable" else MemoryError("none left")
+            return flowcoro.Pollable(raw)
+
+    async def main():
+        network = Failing()
+        flowcoro.network.set(network)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if failing == "tls" else None         # a server with this one is none
+        async with await TcpServer.listen("127.0.0.1", 0, tls=context) as server, flowcoro.TaskGroup() as group:
+            group.spawn(server.serve(echo, max_connections=1))
+            await wait_all_tasks_parked()
+            network.left = 2
+            for _ in range(2):
+                with socket.create_connection(server.local) as plain:
+                    assert await flowcoro.to_thread(plain.recv, 1) == b""
+            assert server.statistics()["failed"] == 2
+            if failing != "tls":
+                async with await Socket.connect(*server.local) as near:
+                    await near.write(b"x")
+                    assert await near.read() == b"x"
+            server.close()
+
+    run(main)
+    assert len(reports) == 2 and all("of which no Socket could be made" in message for message, _ in reports)
+
+
+def test_where_no_more_can_be_watched_accepting_pauses_and_goes_on(reports, monkeypatch):
+    monkeypatch.setattr(flowcoro_net, "PAUSE", 0.01)
+
+    class Full:
+        socket, getaddrinfo = staticmethod(flowcoro_net._SYSTEM.socket), flowcoro_net._SYSTEM.getaddrinfo
+        full = False
+
+        def pollable(self, raw):
+            if self.full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return flowcoro.Pollable(raw)
+
+    async def main():
+        network = Full()
+        flowcoro.network.set(network)
+        async with await TcpServer.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
+            group.spawn(server.serve(echo))
+            await wait_all_tasks_parked()
+            network.full = True
+            with socket.create_connection(server.local):
+                while not server.statistics()["pauses"]:
+                    await flowcoro.sleep(0.001)
+            network.full = False
+            async with await Socket.connect(*server.local) as near:
+                await near.write(b"x")
+                assert await near.read() == b"x"
+            server.close()
+
+    run(main)
+    [(message, error)] = reports
+    assert "cannot accept connections for the moment" in message and error.errno == errno.ENOSPC
+
+
+def test_an_error_that_accept_says_again_and_again_lets_others_run(monkeypatch):
+    async def main():
+        async with await TcpServer.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
+            def refused():
+                raise PermissionError(errno.EPERM, "a firewall")
+
+            server._listeners[0]._accept = refused
+            accepting = group.spawn(server.accept())
+            for _ in range(3):
+                await flowcoro.checkpoint()
+            assert not accepting.done()
+            accepting.cancel()
 
     run(main)
 

@@ -324,19 +324,6 @@ def test_contexts_refuse_nonsense(certificates):
             make()
 
 
-def test_a_cut_is_not_taken_for_an_end_where_python_would(certificates, monkeypatch):
-    made, option = ssl.create_default_context, getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-
-    def lenient(*args, **options):
-        context = made(*args, **options)
-        context.options |= option
-        return context
-
-    monkeypatch.setattr(ssl, "create_default_context", lenient)
-    for context in client_tls(), server_tls(*certificates.good):
-        assert not context.options & option
-
-
 # ---- what is not TLS -------------------------------------------------------------------------------------------
 
 def test_a_plain_client_on_a_tls_port_is_counted_and_harms_nobody(certificates, reports):
@@ -493,15 +480,30 @@ def test_start_tls_waits_for_no_reader():
 
 # ---- ends ------------------------------------------------------------------------------------------------------
 
-def test_a_goodbye_is_an_end_and_a_cut_is_broken(certificates):
+@pytest.fixture(params=["strict", "lenient"])
+def end_contexts(request, certificates):
+    """(client's, server's) ssl.SSLContext. `lenient`: OpenSSL is told, as most contexts tell it, to take a cut for an end."""
+    contexts = client_tls(ca=certificates.ca), server_tls(*certificates.good)
+    option = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    if request.param == "lenient" and not option:
+        pytest.skip("this OpenSSL cannot ignore a cut")
+    for context in contexts:
+        context.options = context.options | option if request.param == "lenient" else context.options & ~option
+    return contexts
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_a_goodbye_is_an_end_and_a_cut_is_broken(certificates, end_contexts, version):
+    end_contexts[0].maximum_version = ssl.TLSVersion[version]
+
     async def main():
-        near, far = await tls_pair(certificates)
+        near, far = await tls_pair(certificates, *end_contexts)
         async with near:
             await far.write(b"all")
             await far.close()
             assert await near.read_exactly(3) == b"all"
             assert await near.read() == b"" and await near.read() == b""
-        near, far = await tls_pair(certificates)
+        near, far = await tls_pair(certificates, *end_contexts)
         async with near:
             await far.write(b"some of it")
             far.close_nowait()
@@ -509,6 +511,43 @@ def test_a_goodbye_is_an_end_and_a_cut_is_broken(certificates):
             for _ in range(2):
                 with pytest.raises(BrokenError, match="cut without a TLS goodbye"):
                     await near.read()
+
+    run(main)
+
+
+def test_after_our_goodbye_the_peers_is_an_end_and_a_cut_is_broken(certificates, end_contexts):
+    async def main():
+        for said in True, False:
+            for read_before in True, False:
+                near, far = await tls_pair(certificates, *end_contexts)
+                async with near:
+                    await far.write(b"answer")
+                    if said:
+                        await far.shutdown_write()
+                    else:
+                        far.raw.shutdown(socket.SHUT_WR)
+                    if read_before:
+                        assert await near.read() == b"answer"
+                    await near.shutdown_write()         # it decrypts what has come, the peer's goodbye too
+                    if not read_before:
+                        assert await near.read() == b"answer"
+                    if said:
+                        assert await near.read() == b"" and await near.read() == b""
+                    else:
+                        with pytest.raises(BrokenError, match="cut without a TLS goodbye"):
+                            await near.read()
+                far.close_nowait()
+
+    run(main)
+
+
+def test_a_peer_that_ends_in_the_handshake_is_no_end(certificates, end_contexts):
+    async def main():
+        one, other = tcp_pair()
+        async with Socket(one) as near:
+            other.close()
+            with pytest.raises(TlsError, match="the peer closed the connection"):
+                await near.start_tls(end_contexts[0], server_name="localhost")
 
     run(main)
 

@@ -126,11 +126,16 @@ def test_multicast_reaches_those_who_have_joined():
             await sender.send_to(b"to all", (group, one.local[1]))
             assert await one.receive() == await other.receive() == b"to all"
             other.leave(group, "127.0.0.1")
-            with pytest.raises(OSError, match="cannot join or leave '239.255.77.77' on '127.0.0.1'"):
+            with pytest.raises(OSError, match="cannot join or leave '239.255.77.77' on interface='127.0.0.1'"):
                 other.leave(group, "127.0.0.1")
-            for wrong in "127.0.0.1", "no address":
-                with pytest.raises(OSError, match=f"cannot join or leave '{wrong}'"):
+            with pytest.raises(OSError, match="cannot join or leave '127.0.0.1'"):
+                one.join("127.0.0.1")
+            for wrong in "no address", "ff02::fb", None:
+                with pytest.raises(ValueError, match=f"group={wrong!r}: give the address of a multicast group .*'224.0.0.251'"):
                     one.join(wrong)
+            with pytest.raises(OSError, match="on interface='no such card': no interface") as caught:
+                one.join(group, "no such card")
+            assert caught.value.errno == errno.ENODEV
 
     run(main)
 
@@ -156,7 +161,7 @@ def test_multicast_by_ipv6():
             await sender.send_to(b"to all", ("ff01::77", sock.local[1], 0, index))
             assert await sock.receive() == b"to all"
             sock.leave("ff01::77", name)
-            with pytest.raises(OSError, match="on 'no such card'"):
+            with pytest.raises(OSError, match="on interface='no such card'"):
                 sock.join("ff01::77", "no such card")
 
     run(main)
@@ -358,13 +363,57 @@ def test_socat_is_answered():
     run(main)
 
 
-def test_an_address_that_python_refuses_does_not_keep_later_datagrams_waiting(plain):
+@pytest.mark.parametrize("address, error, said", [
+    (("127.0.0.1", 70_000), ValueError, "port=70000"), (("localhost", 9), ValueError, "look names up before: await resolve"),
+    (("127.0.0.1", "9"), TypeError, "port='9'"), ("127.0.0.1", TypeError, "give a tuple"), (None, TypeError, "give a tuple"),
+    (("127.0.0.1",), TypeError, "give a tuple"), ((None, 9), TypeError, "give a tuple")])
+def test_an_address_that_is_none_is_refused_and_keeps_no_later_datagram_waiting(plain, address, error, said, monkeypatch):
     async def main():
         async with await UdpSocket.bind("127.0.0.1", 0) as sock:
             for _ in range(5):
-                with pytest.raises(OverflowError):
-                    await sock.send_to(b"lost", ("127.0.0.1", 70_000))
+                with pytest.raises(error, match=said):
+                    await sock.send_to(b"lost", address)
             await sock.send_to(b"hello", plain.getsockname())
             assert plain.recv(100) == b"hello"
+
+    run(main)
+
+
+def test_what_only_the_system_refuses_keeps_no_later_datagram_waiting(plain):
+    async def main():
+        async with await UdpSocket.bind("127.0.0.1", 0) as sock:
+            for _ in range(5):
+                with pytest.raises(OSError, match="sending 70000 bytes to .*Message too long"):
+                    await sock.send_to(bytes(70_000), plain.getsockname())
+                with pytest.raises(OSError, match="sending 1 bytes to"):
+                    await sock.send_to(b"x", ("::1", 9))
+            await sock.send_to(b"hello", plain.getsockname())
+            assert plain.recv(100) == b"hello"
+
+    run(main)
+
+
+@needs_ipv6
+def test_one_family_can_be_asked_for(monkeypatch):
+    asked, real = [], socket.getaddrinfo
+
+    def getaddrinfo(host, port, family, *rest):
+        asked.append((host, family))
+        return real(host, port, family, *rest)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+    async def main():
+        for family, any_address, one in (socket.AF_INET, "0.0.0.0", "127.0.0.1"), (socket.AF_INET6, "::", "::1"):
+            async with await UdpSocket.bind("", 0, family=family) as sock:
+                assert sock.raw.family == family and sock.local[0] == any_address
+                async with await UdpSocket.connect(one, sock.local[1], family=family) as sender:
+                    await sender.send(b"x")
+                    assert await sock.receive() == b"x"
+            assert asked == [(any_address, family), (one, family)]
+            asked.clear()
+        for make in UdpSocket.bind, UdpSocket.connect:
+            with pytest.raises(ResolveError):
+                await make("127.0.0.1", 9, family=socket.AF_INET6)
 
     run(main)

@@ -735,8 +735,13 @@ def test_no_function_and_no_class_outgrows_its_idea(module):
 def test_lines_fit_and_no_definition_hides_another_of_the_same_name(path):
     text = path.read_text(encoding="utf-8")
     assert not [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 130]
-    definitions = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
-    names = [node.name for node in ast.parse(text).body if isinstance(node, definitions)]
+    definitions, names = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef), []
+    for node in ast.parse(text).body:
+        if isinstance(node, definitions):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign):
+            names += [name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)
+                      and isinstance(name.ctx, ast.Store)]
     assert not [name for name in set(names) if names.count(name) > 1]
 
 
