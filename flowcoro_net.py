@@ -124,8 +124,8 @@ ATTEMPT_DELAY = 0.25
 # Seconds that a TLS handshake may take; asyncio's and nginx's limit too.
 HANDSHAKE_TIMEOUT = 60.0
 
-# Seconds that close() spends on a TLS goodbye that the peer may not take.
-CLOSE_TIMEOUT = 2.0
+# Seconds that close() spends on a TLS goodbye that the peer may not take, or not answer, and bytes that it drops meanwhile.
+CLOSE_TIMEOUT, LINGER_BYTES = 2.0, 256 * 2**10
 
 # Connections that wait to be accepted; the system cuts it to net.core.somaxconn (4096). Go and nginx: that, and 511.
 BACKLOG = 1024
@@ -203,6 +203,8 @@ _NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "PACKE
 class NetworkError(flowcoro.FlowCoroError, OSError):
     """The base of what goes wrong out there. `errno` is the system's, or None; the message says of which connection."""
 
+    _of = None          # a weak reference to the Socket, if it is the error of one
+
     def __str__(self):
         return self.strerror if self.errno is None and self.strerror else super().__str__()     # not "[Errno None] …"
 
@@ -229,6 +231,8 @@ class TlsError(NetworkError):
 class LimitError(flowcoro.FlowCoroError):
     """More bytes than a limit. The message says where, how many are allowed, and what to do."""
 
+    _of = None          # as NetworkError's
+
 
 def _report(error, what):
     """To sys.unraisablehook, where the kernel reports too what it has nobody to tell."""
@@ -244,12 +248,14 @@ def _report(error, what):
 
 # ---- arguments ------------------------------------------------------------------------------------------------
 
-def _whole(number, least, said, what="bytes"):
-    """`number`, if it is an int from `least` up."""
+def _whole(number, least, said, what="bytes", most=sys.maxsize):
+    """`number`, if it is an int from `least` to `most`."""
     if not isinstance(number, int) or isinstance(number, bool):
         raise TypeError(f"{said}: give a number of {what}, an int")
     if number < least:
         raise ValueError(f"{said}: the number of {what} must be {least} or more")
+    if number > most:
+        raise ValueError(f"{said}: the number of {what} must be {most} or less")
     return number
 
 
@@ -311,9 +317,17 @@ def _checked_address(address, said):
 
 def _checked_path(path):
     try:
-        return os.fspath(path)
+        path = os.fspath(path)
     except TypeError:
         raise TypeError(f"path={path!r}: give the path of a Unix socket: a str, bytes, or os.PathLike") from None
+    if not path or "\0" in os.fsdecode(path[1:]) and not _is_nameless(path):
+        raise ValueError(f"path={path!r}: give the path of a Unix socket, or a name that begins with a zero byte (Linux)")
+    return path
+
+
+def _is_nameless(path):
+    """Whether the address of a Unix socket is no path: Linux has names that begin with a zero byte."""
+    return path[:1] in ("\0", b"\0")
 
 
 def _why(error):
@@ -332,7 +346,10 @@ def _shown(address):
 def _refused(error, doing, address):
     """The same OSError, of the same class, whose message names the address and what to do."""
     number = error.errno or errno.ENAMETOOLONG          # "AF_UNIX path too long" comes without one
-    remedy = {errno.EADDRINUSE: "; another socket has it: choose another port (0: any that is free), or end that program",
+    in_use = ("; another socket has it: choose another port (0: any that is free), or end that program"
+              if isinstance(address, tuple) else
+              "; another socket has it, or it is something else: choose another path, end that program, or remove what is there")
+    remedy = {errno.EADDRINUSE: in_use, errno.EMFILE: "; close some, or raise `ulimit -n`",
               errno.EADDRNOTAVAIL: "; this machine has no such address: give one of its own, or \"\" for all",
               errno.EACCES: "; ports below 1024 and the directories of others need permission",
               errno.ENAMETOOLONG: "; a Unix socket's has at most 107 bytes: choose a shorter one, or a relative one",
@@ -415,15 +432,21 @@ async def resolve(host, port, *, family=0, type=socket.SOCK_STREAM, flags=0):
     """The addresses of a host, best first: a list of (family, type, protocol, address), each but once.
 
     family: socket.AF_INET or AF_INET6; 0: both. Asked in a thread of its own (16 at once, apart from those of to_thread), and
-    remembered for 5 seconds; what are addresses already asks nobody. ResolveError. Cancelled: at once; the thread ends by itself.
+    remembered for 5 seconds; what are addresses already asks nobody. ResolveError; TypeError and ValueError for what is no host,
+    port or family. Cancelled: at once; the thread ends by itself, and holds its place among the 16 until then.
     """
     if not isinstance(host, (str, bytes, types.NoneType)):
         raise TypeError(f"host={host!r}: give a name or an address as a str")
+    if host and ("\0" if isinstance(host, str) else b"\0") in host:        # the C library would look at what is before that
+        raise ValueError(f"host={host!r}: a name has no zero byte in it")
+    if family not in (0, socket.AF_INET, socket.AF_INET6):
+        raise ValueError(f"family={family!r}: give socket.AF_INET, socket.AF_INET6, or 0 for both")
     try:
         found = await _network().getaddrinfo(host, _checked_port(port), family, type, flags)
     except socket.gaierror as error:
-        raise ResolveError(error.errno, f"cannot resolve {host!r}: {error.strerror}; is the name spelt right, and is there a "
-                           "name server?") from error
+        remedy = {socket.EAI_AGAIN: "; no name server answers: is there a network, and are descriptors left (ulimit -n)?",
+                  socket.EAI_NONAME: "; is the name spelt right, has it an address of this family, and is there a name server?"}
+        raise ResolveError(error.errno, f"cannot resolve {host!r}: {error.strerror}{remedy.get(error.errno, '')}") from error
     except UnicodeError as error:
         raise ResolveError(socket.EAI_NONAME, f"cannot resolve {host!r}: this is no name of a host: {error}") from error
     if not found:
@@ -496,6 +519,8 @@ class _Owner:
 
     def __init__(self, raw, network=None, pollable=None):
         self._closed, self._local = True, None          # until it has all, there is nothing to close
+        if not hasattr(raw, "recv") or not hasattr(raw, "gettimeout"):
+            raise TypeError(f"{type(self).__name__}({raw!r}): give a socket.socket, or one of the network that is current")
         self._raw = raw
         self._network = network or _network()
         self._several = _of_kernel().several
@@ -604,14 +629,16 @@ class _Owner:
 # ---- TLS ------------------------------------------------------------------------------------------------------
 
 def client_tls(*, ca=None, certificate=None, key=None, password=None, alpn=(), verify=True):
-    """An ssl.SSLContext for clients: the peer's certificate and name are verified, TLS 1.2 or later.
+    """An ssl.SSLContext for clients: the peer's certificate and name are verified, TLS 1.2 or later, no renegotiation.
 
     ca: a file or directory of the certificates to trust instead of the system's. certificate, key: files of one's own,
     if the server wants one. alpn: protocols in order of preference, as ["h2", "http/1.1"]. verify=False: talk to anybody, who
-    may be in the middle; for tests. OSError for a file that is not there, ssl.SSLError for one that is none.
+    may be in the middle; for tests. OSError for a file that is not there, ssl.SSLError for one that is none; both name it.
     """
-    context = ssl.create_default_context(
-        **({} if ca is None else {"capath" if os.path.isdir(ca) else "cafile": ca}))
+    context = ssl.create_default_context()
+    if ca is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        _trust(context, "ca", ca)
     if not verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -626,19 +653,39 @@ def server_tls(certificate, key=None, *, password=None, client_ca=None, alpn=())
     """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     if client_ca is not None:
-        context.load_verify_locations(**{"capath" if os.path.isdir(client_ca) else "cafile": client_ca})
+        _trust(context, "client_ca", client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
     return _equipped(context, certificate, key, password, alpn)
 
 
+def _loaded(said, load, *args):
+    """load(*args); its errors name the file."""
+    try:
+        load(*args)
+    except ssl.SSLError as error:
+        raise ssl.SSLError(error.errno, f"{said}: {_why(error)}; give files in the PEM format, the key being that of the "
+                           "certificate, with its password if it has one") from error
+    except OSError as error:
+        raise OSError(error.errno, f"{said}: {_why(error)}") from error
+
+
+def _trust(context, name, ca):
+    if not isinstance(ca, (str, bytes, os.PathLike)):
+        raise TypeError(f"{name}={ca!r}: give the path of a file or directory of certificates")
+    _loaded(f"{name}={ca!r}", context.load_verify_locations, *((None, ca) if os.path.isdir(ca) else (ca,)))
+
+
 def _equipped(context, certificate, key, password, alpn):
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # TLS 1.3 has no renegotiation, and in TLS 1.2 it makes a write wait for a read, and servers work for nothing.
+    context.options |= ssl.OP_NO_RENEGOTIATION
     if certificate is not None:
-        context.load_cert_chain(certificate, key, password)
+        _loaded(f"certificate={certificate!r}, key={key!r}", context.load_cert_chain, certificate, key, password)
     elif key is not None:
         raise ValueError("key= needs certificate=: a private key alone proves nothing")
-    if isinstance(alpn, str):
-        raise TypeError(f"alpn={alpn!r}: give a list of protocols, such as [{alpn!r}]")
+    if not isinstance(alpn, (list, tuple)) or not all(isinstance(name, str) and name.isascii() and 0 < len(name) < 256
+                                                      for name in alpn):
+        raise TypeError(f"alpn={alpn!r}: give a list of protocols, such as [\"h2\", \"http/1.1\"]")
     if alpn:
         context.set_alpn_protocols(list(alpn))
     return context
@@ -656,10 +703,21 @@ def _as_context(tls, server_side):
         return None
     if tls is True and not server_side:
         return _default_client_tls()
+    wanted = "server_tls(certificate, key) makes" if server_side else "client_tls() makes, or True"
     if not isinstance(tls, ssl.SSLContext):
-        raise TypeError(f"tls={tls!r}: give an ssl.SSLContext, as " + (
-            "server_tls(certificate, key) makes" if server_side else "client_tls() makes, or True"))
+        raise TypeError(f"tls={tls!r}: give an ssl.SSLContext, as {wanted}")
+    if tls.protocol == (ssl.PROTOCOL_TLS_CLIENT if server_side else ssl.PROTOCOL_TLS_SERVER):
+        raise ValueError(f"tls={tls!r} is for {'clients' if server_side else 'servers'}: give one as {wanted}")
     return tls
+
+
+def _client_context(tls, server_name):
+    if not isinstance(server_name, (str, types.NoneType)):
+        raise TypeError(f"server_name={server_name!r}: give the name that the certificate must be for, a str")
+    context = _as_context(tls, False)
+    if context is None and server_name is not None:
+        raise ValueError(f"server_name={server_name!r} is for TLS alone: give tls=True too, or leave it out")
+    return context
 
 
 def _name_for_tls(host):
@@ -675,7 +733,7 @@ class _Tls:
     Socket, which its methods are given: two objects that know each other are garbage that only a collector finds.
     """
 
-    __slots__ = ("object", "incoming", "outgoing", "early", "unsent", "is_done", "failure", "got_end", "got_goodbye",
+    __slots__ = ("object", "incoming", "outgoing", "early", "unsent", "is_done", "failure", "got_data", "got_end", "got_goodbye",
                  "said_goodbye", "_doing", "_lock")
 
     def __init__(self, context, server_side, server_name, several):
@@ -683,7 +741,7 @@ class _Tls:
         self.object = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side, server_hostname=server_name)
         self.early = bytearray()    # decrypted before anybody asked for it: by say_goodbye()
         self.unsent = b""           # encrypted, and not yet with the system
-        self.is_done = self.got_end = self.got_goodbye = self.said_goodbye = False
+        self.is_done = self.got_data = self.got_end = self.got_goodbye = self.said_goodbye = False
         self.failure = None         # what ended it: (class of the error, message, OpenSSL's word)
         self._doing = flowcoro.Lock()
         self._lock = threading.Lock() if several else None      # OpenSSL lets no two threads into one connection
@@ -705,22 +763,26 @@ class _Tls:
             else:
                 reason, why = "UNEXPECTED_EOF", "the peer closed the connection; perhaps it refuses us, or speaks no TLS"
         elif isinstance(error, ssl.SSLCertVerificationError):
-            why = (f"the certificate is not trusted: {error.verify_message}. For a private authority give client_tls(ca=…) (a "
-                   "server: client_ca=…); for another name server_name=…")
+            why = f"the certificate is not trusted: {error.verify_message.rstrip('.')}. " + (
+                "Is the clock right? Else it has to be renewed" if error.verify_code in (9, 10)        # X509_V_ERR_CERT_…
+                else "For another name than the host's give server_name=…" if error.verify_code in (62, 64)
+                else "For a private authority give client_tls(ca=…), a server client_ca=…")
+        elif isinstance(error, ssl.SSLWantReadError):
+            why = "the peer wants to negotiate anew in the middle (which TLS 1.3 has no more); contexts of client_tls() refuse that"
         elif reason in _NO_TLS and not self.is_done:
             why = f"the peer does not speak TLS here ({reason}); connect without tls= if it should not"
         elif "ALERT" in reason:
             why = f"the peer refuses: {reason.lower().replace('_', ' ')}"
         self.failure = kind, f"{sock!r}: {why}" if kind is BrokenError else f"{sock!r}: {doing} failed: {why}", reason
-        return self.error()
+        return self.error(sock)
 
-    def error(self):
+    def error(self, sock):
         """What ended it, as an error that nobody has raised yet."""
         kind, said, reason = self.failure
         error = kind(None, said)
         if kind is TlsError:
             error.reason = reason
-        return error
+        return sock._own(error)
 
     async def _receive(self, sock):
         """What the peer sends next; after its end b"", and got_end."""
@@ -741,7 +803,7 @@ class _Tls:
             data, done = b"", False
             while not self.is_done:
                 if self.failure is not None:
-                    raise self.error()
+                    raise self.error(sock)
                 try:
                     self.alone(self._shake, data)
                     done = True
@@ -755,6 +817,7 @@ class _Tls:
                 if done:
                     self.is_done = True
                 else:
+                    await _turn()
                     data = await self._receive(sock)
 
     def _decrypt(self, data, max_bytes):
@@ -778,15 +841,18 @@ class _Tls:
         data = b"" if self.incoming.pending or self.early or self.got_end or self.alone(self.object.pending) else None
         while True:
             if self.failure is not None:
-                raise self.error()
+                raise self.error(sock)
             if data is None:
                 data = await self._receive(sock)
             try:
                 data = self.alone(self._decrypt, data, max_bytes)
-                if not data:
+                if data:
+                    self.got_data = True
+                else:
                     self._check_end()
             except ssl.SSLWantReadError:
                 data = None
+                await _turn()           # what comes need not be data, again and again
             except ssl.SSLError as error:
                 self.flush_nowait(sock)
                 raise self.failed(sock, error) from error
@@ -808,7 +874,7 @@ class _Tls:
             await sock.handshake()
         while view:
             if self.failure is not None:
-                raise self.error()
+                raise self.error(sock)
             try:
                 count = self.alone(self.object.write, view[:TLS_CHUNK])
             except ssl.SSLError as error:
@@ -851,6 +917,12 @@ class _Tls:
             self.object.unwrap()
         except ssl.SSLError:            # it waits for the peer's, which is not needed
             pass
+
+    def awaits_tickets(self):
+        """Whether it is a client to which tickets may be under way, with which servers let it resume a session (RFC 8446 section
+        4.6.1): they send them after the handshake, unasked, and before their first data."""
+        return (not self.object.server_side and not self.got_data and not self.early and not self.got_end
+                and self.object.version() == "TLSv1.3")
 
     def say_goodbye(self):
         """Encrypt the close_notify (RFC 8446 section 6.1). What has come and was not read is decrypted first, and kept: OpenSSL
@@ -935,7 +1007,12 @@ class _Stream(_Owner):
         lost = error.errno, f"{self!r}: the connection was lost while {doing}: {error.strerror}"
         if error.errno != errno.EPIPE:          # which says that the peer reads no more; what it has sent is still to be read
             self._lost, self._special = lost, True
-        return BrokenError(*lost)
+        return self._own(BrokenError(*lost))
+
+    def _own(self, error):
+        """The same error, which is of this connection."""
+        error._of = weakref.ref(self)
+        return error
 
     async def _receive(self, max_bytes, recv=None, *rest):
         """The next bytes as they come (of `recv`: how many), b"" (0) at the end. Cancelled: nothing consumed."""
@@ -952,7 +1029,7 @@ class _Stream(_Owner):
                 return data
             self._at_end()
         if self._lost is not None:
-            raise BrokenError(*self._lost)
+            raise self._own(BrokenError(*self._lost))
         return 0 if rest else b""
 
     def _at_end(self):
@@ -1017,8 +1094,8 @@ class _Stream(_Owner):
                 await _turn()           # as in read_exactly()
 
     def _cut_short(self, wanted):
-        return BrokenError(None, f"{self!r}: the peer ended after {len(self._buffer)} bytes, where {wanted} was expected; "
-                           "read() still gives them")
+        return self._own(BrokenError(None, f"{self!r}: the peer ended after {len(self._buffer)} bytes, where {wanted} was "
+                                     "expected; read() still gives them"))
 
 
 def _read_at(file, offset, count):
@@ -1269,7 +1346,7 @@ class Socket(_Secured):
             if not count:
                 self._at_end()
                 if self._lost is not None:
-                    raise BrokenError(*self._lost)
+                    raise self._own(BrokenError(*self._lost))
             self._received += count
             return data
 
@@ -1339,8 +1416,8 @@ class Socket(_Secured):
                 found = buffer.find(separator, searched)
                 length = found + len(separator) if found >= 0 else len(buffer)
                 if length > limit:
-                    raise LimitError(f"{self!r}: no {bytes(separator)!r} within limit={limit} bytes; allow more with limit=, or "
-                                     "take pieces of any length with read()")
+                    raise self._own(LimitError(f"{self!r}: no {bytes(separator)!r} within limit={limit} bytes; allow more with "
+                                               "limit=, or take pieces of any length with read()"))
                 if found >= 0:
                     return self._take(length)
                 searched = max(0, length - len(separator) + 1)
@@ -1350,6 +1427,7 @@ class Socket(_Secured):
                         raise self._cut_short(f"a {bytes(separator)!r}")
                     return b""
                 buffer += data
+                await _turn()           # as in read_exactly()
         finally:
             self._end_read()
 
@@ -1386,17 +1464,32 @@ class Socket(_Secured):
     async def close(self):
         """Close the connection. Twice is once. What write() has returned from is delivered, unless the peer still sends.
 
-        With TLS it says goodbye first, for at most 2 seconds. Tasks that wait for it get ClosedError. Cancelled: it is closed.
+        With TLS it says goodbye first; and a client that has received nothing waits for the server's end, so that what it has
+        written arrives. Both take 2 seconds at most. Tasks that wait for it get ClosedError. Cancelled: it is closed.
         """
         try:
-            if self._tls is not None and self._tls.is_done and not self._closed and not self._shut and self._writer is None:
+            if self._tls is not None and self._tls.is_done and not self._closed and self._writer is None:
                 with flowcoro.move_on_after(CLOSE_TIMEOUT):
-                    await self._say_goodbye()
-        except (NetworkError, flowcoro.ClosedError, flowcoro.BusyError):        # then it is closed without
+                    await self.shutdown_write()
+                    await self._drop_rest()
+        except (OSError, flowcoro.ClosedError, flowcoro.BusyError):     # then it is closed without
             pass
         finally:
             self._close()
         await _turn()
+
+    async def _drop_rest(self):
+        """Receive and drop what is there. A close with something unread makes the system send a reset, and drop what is still
+        under way to the peer (RFC 9293 section 3.6.1)."""
+        self._begin_read()
+        try:
+            left = LINGER_BYTES
+            while left > 0 and (data := await self._receive(CHUNK) if self._tls.awaits_tickets() else self._recv(CHUNK)):
+                left -= len(data)
+        except BlockingIOError:         # no more
+            pass
+        finally:
+            self._end_read()
 
     def close_nowait(self):
         """Close at once: no TLS goodbye, else as close(). Never blocks."""
@@ -1452,7 +1545,7 @@ class Socket(_Secured):
         ResolveError; BrokenError with the error of every attempt, also in its `errors`; TlsError; OSError for what is wrong here,
         such as `local` or too few descriptors; TypeError, ValueError. Cancelled: nothing is left behind.
         """
-        context, timeout = _as_context(tls, False), _seconds(timeout, "timeout")
+        context, timeout = _client_context(tls, server_name), _seconds(timeout, "timeout")
         if local is not None:
             its_family = _checked_address(local, "local")
             if its_family and family not in (0, its_family):
@@ -1477,7 +1570,7 @@ class Socket(_Secured):
         BrokenError also when nobody listens, or the path is not there. timeout=None: while the server's backlog is full this
         waits for as long as that is. OSError for a path of more than 107 bytes.
         """
-        context, timeout, path = _as_context(tls, False), _seconds(timeout, "timeout"), _checked_path(path)
+        context, timeout, path = _client_context(tls, server_name), _seconds(timeout, "timeout"), _checked_path(path)
         with flowcoro.move_on_after(timeout):
             await _turn()
             network = _network()
@@ -1603,7 +1696,8 @@ async def _connect_to_any(network, found, target, local, attempts):
 
 def _not_connected(target, attempts):
     """The error for failed attempts, {address: OSError}."""
-    said = "; ".join(f"{_shown(address)}: {_why(error)}" for address, error in attempts.items())
+    told = [f"{_shown(address)}: {_why(error)}" for address, error in attempts.items()]
+    said = "; ".join(told).removeprefix(f"{target}: ") if len(told) == 1 else "; ".join(told)
     number = next(iter(attempts.values())).errno
     if all(error.errno in _EXHAUSTED for error in attempts.values()):
         return OSError(number, f"cannot connect to {target}: {said}; close some descriptors, or raise `ulimit -n`")
@@ -1698,22 +1792,26 @@ class _Drain:
         await self.empty.park_unless(lambda: not self.open)
 
 
-def _is_the_peers(error):
+def _is_the_peers(error, sock):
+    """Whether the peer of this connection has caused it, and not that of another which the handler has."""
     if isinstance(error, ExceptionGroup):
-        return all(map(_is_the_peers, error.exceptions))
-    return isinstance(error, (BrokenError, TlsError))
+        return all(_is_the_peers(each, sock) for each in error.exceptions)
+    of = getattr(error, "_of", None)
+    return of is not None and of() is sock
 
 
 def _listening(network, family, address, backlog, prepare):
     """A raw socket that listens. OSError that names the address."""
-    raw = network.socket(family, socket.SOCK_STREAM, 0)
+    raw = None
     try:
+        raw = network.socket(family, socket.SOCK_STREAM, 0)
         prepare(raw)
         raw.bind(address)
         raw.listen(backlog)
         return raw
     except BaseException as error:
-        raw.close()
+        if raw is not None:
+            raw.close()
         if isinstance(error, OSError):
             raise _refused(error, "listen on", address) from error
         raise
@@ -2263,8 +2361,9 @@ class _Server(_Acceptor):
 
         Returns when close() was called or a stop requested (SIGTERM, flowcoro.request_stop()): it accepts no more, waits
         up to `drain_timeout` seconds for the handlers (math.inf: as long as they take), and cancels the rest. A handler's error
-        goes to sys.unraisablehook and ends its connection alone; BrokenError and failed handshakes, which are the peers', are
-        only counted. max_connections: at once; more wait in the backlog. handshake_timeout: seconds, of TLS.
+        goes to sys.unraisablehook and ends its connection alone; failed handshakes, and BrokenError, TlsError and LimitError of
+        that connection itself, which are its peer's, are only counted. max_connections: at once; more wait in the backlog.
+        handshake_timeout: seconds, of TLS.
         BusyError when it is being served already, ClosedError when closed. Cancelled: handlers are too, and it is closed.
 
         processes: how many worker processes are forked, which serve; max_connections holds for each. This one supervises: one
@@ -2371,7 +2470,7 @@ class _Server(_Acceptor):
         except Exception as error:
             if not shaken:
                 self._unshaken += 1
-            elif _is_the_peers(error):
+            elif _is_the_peers(error, sock):
                 self._broken += 1
             else:
                 self._failed += 1
@@ -2432,7 +2531,7 @@ class TcpServer(_Server):
         OSError whose message names the address: in use, no permission, not of this machine. ResolveError.
         """
         context = _as_context(tls, True)
-        _whole(backlog, 1, f"backlog={backlog!r}", "connections")
+        _whole(backlog, 1, f"backlog={backlog!r}", "connections", 2**31 - 1)
         await _turn()
         everywhere = host in ("", None)
         if everywhere:
@@ -2499,10 +2598,12 @@ class UnixServer(_Server):
         OSError whose message names the path: in use, no permission, no directory, longer than 107 bytes.
         """
         context, path = _as_context(tls, True), _checked_path(path)
-        _whole(backlog, 1, f"backlog={backlog!r}", "connections")
+        _whole(backlog, 1, f"backlog={backlog!r}", "connections", 2**31 - 1)
         await _turn()
         network = _network()
-        named = bool(path) and path[:1] not in ("\0", b"\0")
+        named = not _is_nameless(path)
+        if mode is not None:
+            _whole(mode, 0, f"mode={mode!r}", "permissions", 0o777)
         if named:
             await _remove_stale(network, path)
 
@@ -2592,12 +2693,9 @@ class UdpSocket(_Owner):
             for name, wanted in ("SO_REUSEADDR", reuse_address), ("SO_REUSEPORT", reuse_port), ("SO_BROADCAST", broadcast):
                 if wanted:
                     raw.setsockopt(socket.SOL_SOCKET, getattr(socket, name), 1)
-            try:
-                raw.bind(address)
-            except OSError as error:
-                raise _refused(error, "bind", address) from error
+            raw.bind(address)
 
-        return cls._made(family, kind, proto, prepare, None)
+        return cls._made(family, kind, proto, prepare, "bind", address)
 
     @classmethod
     async def connect(cls, host, port, *, family=0, broadcast=False):
@@ -2613,19 +2711,22 @@ class UdpSocket(_Owner):
             if broadcast:
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
             if number := raw.connect_ex(address):
-                raise _refused(OSError(number, os.strerror(number)), "send datagrams to", address)
+                raise OSError(number, os.strerror(number))
 
-        return cls._made(family, kind, proto, prepare, address)
+        return cls._made(family, kind, proto, prepare, "send datagrams to", address, address)
 
     @classmethod
-    def _made(cls, family, kind, proto, prepare, peer):
-        network = _network()
-        raw = network.socket(family, kind, proto)
+    def _made(cls, family, kind, proto, prepare, doing, address, peer=None):
+        network, raw = _network(), None
         try:
+            raw = network.socket(family, kind, proto)
             prepare(raw)
             return cls(raw, network, None, peer)
-        except BaseException:
-            raw.close()
+        except BaseException as error:
+            if raw is not None:
+                raw.close()
+            if isinstance(error, OSError):
+                raise _refused(error, doing, address) from error
             raise
 
     async def receive_from(self, max_bytes=DATAGRAM):
