@@ -1338,6 +1338,7 @@ class Socket(_Secured):
             except BaseException as error:
                 pollable.readable = True
                 if not isinstance(error, OSError):      # a wrong argument, or a signal handler's
+                    _whole(max_bytes, 1, f"read({max_bytes!r})")
                     raise
                 raise self._broken(error, "reading") from error
             count = len(data)

@@ -914,6 +914,33 @@ def test_a_busy_connection_lets_the_other_tasks_run(pair):
     run(main)
 
 
+@pytest.mark.parametrize("read", [lambda sock: sock.read_exactly(200 * flowcoro_net.CHUNK),
+                                  lambda sock: sock.read_until(b"end", limit=201 * flowcoro_net.CHUNK)], ids=["exactly", "until"])
+def test_a_long_read_from_a_peer_that_is_faster_lets_the_other_tasks_run(pair, read, monkeypatch):
+    monkeypatch.setattr(flowcoro_net, "LARGEST_CHUNK", flowcoro_net.CHUNK)
+
+    async def main():
+        near, far = pair()
+        async with near, flowcoro.TaskGroup() as group:
+            receives = [0]
+
+            def receive(max_bytes):
+                receives[0] += 1
+                return b"x" * max_bytes if receives[0] < 200 else b"x" * (max_bytes - 3) + b"end"
+
+            near._recv = receive                # there always is more, as much as asked for
+            seen = []
+
+            async def other():
+                seen.append(receives[0])
+
+            group.spawn(other())
+            await read(near)
+            assert seen and seen[0] < 150
+
+    run(main)
+
+
 # ---- a socket, and what it says of itself ----------------------------------------------------------------------
 
 def test_a_socket_knows_its_ends_also_once_it_is_closed():
@@ -954,6 +981,32 @@ def test_a_socket_that_is_forgotten_warns_and_gives_its_number_back():
                 gc.collect()
             assert flowcoro.statistics()["descriptors"] == 0
             assert other.recv(1) == b""
+
+    run(main)
+
+
+@pytest.mark.parametrize("kind", [Socket, flowcoro_net.UdpSocket])
+def test_what_is_no_socket_is_refused(kind):
+    async def main():
+        with pytest.raises(TypeError, match=f"{kind.__name__}.5.: give a socket.socket"):
+            kind(5)
+
+    run(main)
+
+
+def test_numbers_beyond_what_a_machine_has_are_refused_by_name(pair):
+    async def main():
+        near, _ = pair()
+        async with near:
+            for operation, name in ((near.read(2**70), "read"), (near.read_exactly(2**70), "read_exactly"),
+                                    (near.send_file(io.BytesIO(b""), 2**70), "offset=")):
+                with pytest.raises(ValueError, match=f"{name}.*must be {sys.maxsize} or less"):
+                    await operation
+            for wrong in b"abc", None, 5:
+                with pytest.raises(TypeError, match="write_many.*give a list of bytes-like objects"):
+                    await near.write_many(wrong)
+        with pytest.raises(ValueError, match="backlog=.*must be 2147483647 or less"):
+            await TcpServer.listen("127.0.0.1", 0, backlog=2**31)
 
     run(main)
 
@@ -1052,7 +1105,7 @@ def test_a_length_that_python_refuses_does_not_keep_later_reads_waiting():
         async with Socket(one) as near:
             other.sendall(b"hello")
             for _ in range(3):
-                with pytest.raises(OverflowError):
+                with pytest.raises(ValueError):
                     await near.read(2**63)
             assert await near.read(10) == b"hello"
         other.close()

@@ -142,6 +142,8 @@ def test_starttls_at_both_ends(workers, certificates):  # noqa: F811
                 async def other(make):
                     with contextlib.suppress(flowcoro_net.NetworkError, flowcoro.ClosedError):
                         await make()
+                        if make is server:
+                            await far.close()           # near's close, who is a client, waits for that
 
                 client = functools.partial(near.start_tls, context, server_name="localhost")
                 server = functools.partial(far.start_tls, theirs, server_side=True)
@@ -150,6 +152,8 @@ def test_starttls_at_both_ends(workers, certificates):  # noqa: F811
                     group.spawn(other(that))
                     try:
                         await this()
+                        if this is server:
+                            await far.close()
                         await near.close()
                     finally:
                         near.close_nowait()

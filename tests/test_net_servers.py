@@ -223,6 +223,18 @@ def test_connect_refuses_what_is_no_host_or_port(host, port, error):
     run(main)
 
 
+def test_a_zero_byte_in_a_name_and_a_family_that_is_none_are_refused():
+    async def main():
+        for host in "localhost\0.evil.example", b"localhost\0.evil.example":
+            for asks in Socket.connect, TcpServer.listen, flowcoro_net.resolve:
+                with pytest.raises(ValueError, match="a name has no zero byte in it"):
+                    await asks(host, 80)
+        with pytest.raises(ValueError, match="family=5: give socket.AF_INET"):
+            await Socket.connect("localhost", 80, family=5)
+
+    run(main)
+
+
 def test_families_take_turns():
     found = [(family, 1, 6, number) for number, family in enumerate([6, 6, 6, 4, 4])]
     assert [number for *_, number in flowcoro_net._interleaved(found)] == [0, 3, 1, 4, 2]
@@ -551,6 +563,22 @@ def test_a_unix_path_that_is_too_long_or_none_is_told():
             assert caught.value.errno == errno.ENAMETOOLONG and not isinstance(caught.value, BrokenError)
             with pytest.raises(TypeError, match="path=5: give the path of a Unix socket"):
                 await connect_or_listen(5)
+
+    run(main)
+
+
+def test_unix_paths_and_modes_that_are_none_are_told(tmp_path):
+    async def main():
+        for path in "", "with\0zero", b"with\0zero":
+            for asks in Socket.connect_unix, UnixServer.listen:
+                with pytest.raises(ValueError, match="path=.*: give the path of a Unix socket, or a name that begins with"):
+                    await asks(path)
+        for mode, error in ("660", TypeError), (1.5, TypeError), (-1, ValueError), (0o1777, ValueError):
+            with pytest.raises(error, match="mode="):
+                await UnixServer.listen(str(tmp_path / "socket"), mode=mode)
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OSError, match="Address already in use; .*it is something else: choose another path"):
+            await UnixServer.listen(str(tmp_path / "file"))
 
     run(main)
 
@@ -952,6 +980,42 @@ def test_an_error_in_one_handler_is_reported_and_harms_no_other(reports):
     run(main)
     [(message, error)] = reports
     assert "the handler of <Socket to 127.0.0.1" in message and isinstance(error, ZeroDivisionError)
+
+
+def test_another_connection_of_a_handler_that_breaks_is_reported(reports):
+    async def main():
+        async with await TcpServer.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
+            async def upstream_is_down(sock):
+                await Socket.connect("127.0.0.1", unused_port())
+
+            async def upstream_ends(sock):
+                one, other = socket.socketpair()
+                other.close()
+                async with Socket(one) as upstream:
+                    await upstream.read_exactly(1)
+
+            async def client_ends(sock):
+                async with flowcoro.TaskGroup() as inner:
+                    inner.spawn(sock.read_exactly(1))
+
+            async def client_says_too_much(sock):
+                await sock.read_until(limit=1)
+
+            handlers = iter([upstream_is_down, upstream_ends, client_ends, client_says_too_much])
+            group.spawn(server.serve(lambda sock: next(handlers)(sock)))
+            for say in b"", b"", b"", b"too much":
+                with socket.create_connection(server.local) as plain:
+                    plain.sendall(say)
+                    plain.shutdown(socket.SHUT_WR)
+                    await flowcoro.wait_readable(plain)
+                    flowcoro.notify_closing(plain)
+                while server.statistics()["connections"]:
+                    await flowcoro.checkpoint()
+            assert {name: server.statistics()[name] for name in ("failed", "broken")} == {"failed": 2, "broken": 2}
+            server.close()
+
+    run(main)
+    assert [type(error) for _, error in reports] == [BrokenError, BrokenError]
 
 
 def test_a_connection_that_its_peer_breaks_is_counted_and_not_reported(reports):

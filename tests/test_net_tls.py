@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import shutil
 import socket
 import ssl
@@ -317,11 +318,39 @@ def test_a_server_may_ask_for_certificates_of_clients(certificates):
     run(main)
 
 
-def test_contexts_refuse_nonsense(certificates):
-    for make, error in ((lambda: client_tls(key="x"), ValueError), (lambda: client_tls(alpn="h2"), TypeError),
-                        (lambda: client_tls(ca="/no/such/file"), OSError), (lambda: server_tls("/no/such/file"), OSError)):
-        with pytest.raises(error):
+def test_contexts_refuse_nonsense_and_say_which(certificates):
+    good, key = certificates.good
+    for make, error, said in (
+            (lambda: client_tls(key="x"), ValueError, "key= needs certificate="),
+            (lambda: client_tls(alpn="h2"), TypeError, "alpn='h2': give a list"),
+            (lambda: client_tls(alpn=5), TypeError, "alpn=5: give a list"),
+            (lambda: client_tls(alpn=[b"x"]), TypeError, "alpn=.b'x'.: give a list"),
+            (lambda: client_tls(alpn=[""]), TypeError, "give a list"),
+            (lambda: client_tls(ca="/no/such/file"), FileNotFoundError, "ca='/no/such/file': No such file"),
+            (lambda: client_tls(ca=5), TypeError, "ca=5: give the path"),
+            (lambda: client_tls(ca=key), ssl.SSLError, "ca='.*good.key': .*PEM"),
+            (lambda: server_tls("/no/such/file"), FileNotFoundError, "certificate='/no/such/file', key=None: No such file"),
+            (lambda: server_tls(good, certificates.client[1]), ssl.SSLError, "good.pem', key='.*client.key': .*PEM"),
+            (lambda: server_tls(good, key, client_ca="/no/such/file"), FileNotFoundError, "client_ca='/no/such/file'")):
+        with pytest.raises(error, match=said):
             make()
+    assert client_tls(ca=certificates.directory).verify_mode == ssl.CERT_REQUIRED
+
+
+def test_a_context_of_the_other_side_and_a_name_without_tls_are_refused_before_anything_is_sent(certificates):
+    async def main():
+        for wrong, error in (client_tls(), ValueError), (True, TypeError), (5, TypeError):
+            with pytest.raises(error, match="tls=.*as server_tls"):
+                await TcpServer.listen("127.0.0.1", 0, tls=wrong)
+        with pytest.raises(ValueError, match="is for servers: give one as client_tls"):
+            await Socket.connect("127.0.0.1", 9, tls=server_tls(*certificates.good))
+        for connect in functools.partial(Socket.connect, "127.0.0.1", 9), functools.partial(Socket.connect_unix, "path"):
+            with pytest.raises(ValueError, match="server_name='x' is for TLS alone"):
+                await connect(server_name="x")
+            with pytest.raises(TypeError, match="server_name=5: give the name"):
+                await connect(server_name=5, tls=True)
+
+    run(main)
 
 
 # ---- what is not TLS -------------------------------------------------------------------------------------------
@@ -548,6 +577,61 @@ def test_a_peer_that_ends_in_the_handshake_is_no_end(certificates, end_contexts)
             other.close()
             with pytest.raises(TlsError, match="the peer closed the connection"):
                 await near.start_tls(end_contexts[0], server_name="localhost")
+
+    run(main)
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+def test_what_a_client_has_written_arrives_though_it_reads_nothing(certificates, version):
+    context, data = client_tls(ca=certificates.ca), os.urandom(1 << 20)
+    context.maximum_version = ssl.TLSVersion[version]
+    got = []
+
+    async def slow(sock):
+        await flowcoro.sleep(0.01)          # so that all of the client's close is over, if it waits for nothing
+        while len(got) < len(data) // 2**14:
+            got.append(await sock.read_exactly(2**14))
+        assert await sock.read() == b""
+
+    async def main():
+        async with served(slow, server_tls(*certificates.good)) as server:
+            async with await Socket.connect("127.0.0.1", server.local[1], tls=context) as sock:
+                await sock.write(data)
+            while not server.statistics()["accepted"] or server.statistics()["connections"]:
+                await flowcoro.sleep(0.001)
+            assert b"".join(got) == data
+            assert server.statistics()["broken"] == 0
+
+    run(main)
+
+
+def test_a_client_waits_for_no_end_once_it_has_heard_something_and_not_for_long(certificates, monkeypatch):
+    monkeypatch.setattr(flowcoro_net, "CLOSE_TIMEOUT", 0.05)
+
+    async def main():
+        for heard in True, False:
+            near, far = await tls_pair(certificates)
+            async with far:
+                await far.write(b"x" * heard + b"")
+                if heard:
+                    assert await near.read() == b"x"
+                    flowcoro_net.CLOSE_TIMEOUT = PATIENCE * 2
+                await near.close()
+                flowcoro_net.CLOSE_TIMEOUT = 0.05
+                assert near.closed and await far.read() == b""
+
+    run(main)
+
+
+def test_a_long_write_to_a_peer_that_takes_all_lets_the_other_tasks_run(certificates):
+    async def main():
+        near, far = await tls_pair(certificates)
+        async with far, near, flowcoro.TaskGroup() as group:
+            near._send = lambda view, flags: len(view)
+            other = group.spawn(flowcoro.checkpoint())
+            await near.write(bytes(flowcoro_net.TLS_CHUNK * 300))
+            assert other.done()
+            near.close_nowait()
 
     run(main)
 
