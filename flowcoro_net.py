@@ -156,6 +156,9 @@ NAME_SECONDS, NAMES, RESOLVERS = 5.0, 1024, 16
 # Seconds between two attempts to connect to a Unix socket whose backlog is full, first and at most: nothing tells when to.
 FIRST_RETRY, LONGEST_RETRY = 0.001, 0.05
 
+# Seconds that UnixServer.listen() waits for others who begin to listen in the same directory.
+LOCK_SECONDS = 1.0
+
 # Bytes of a datagram at most: what fits into the 16 bits of its length (RFC 768).
 DATAGRAM = 65_535
 
@@ -390,19 +393,20 @@ class _System:
     pollable = flowcoro.Pollable
 
     async def getaddrinfo(self, host, port, family=0, type=0, flags=0):
-        asked = host, port, family, type, 0, flags
         try:        # an address asks nobody
-            found = socket.getaddrinfo(*asked[:5], flags | socket.AI_NUMERICHOST)
+            found = socket.getaddrinfo(host, port, family, type, 0, flags | socket.AI_NUMERICHOST)
         except socket.gaierror as error:
             if error.errno not in (socket.EAI_NONAME, getattr(socket, "EAI_ADDRFAMILY", None)):
                 raise
         else:
             await flowcoro.checkpoint()
             return found
+        asked = host, 0, family, type, 0, flags         # for all ports at once
         if found := self.remembered(asked):
             await flowcoro.checkpoint()
-            return found
-        return await flowcoro.to_thread(self.look_up, asked, abandon_on_cancel=True, limiter=_of_kernel().resolvers)
+        else:
+            found = await flowcoro.to_thread(self.look_up, asked, abandon_on_cancel=True, limiter=_of_kernel().resolvers)
+        return [(*rest, (address[0], address[1] or port, *address[2:])) for *rest, address in found]
 
     def remembered(self, asked):
         until, found = self.names.get(asked, (0, None))
@@ -634,6 +638,7 @@ def client_tls(*, ca=None, certificate=None, key=None, password=None, alpn=(), v
     ca: a file or directory of the certificates to trust instead of the system's. certificate, key: files of one's own,
     if the server wants one. alpn: protocols in order of preference, as ["h2", "http/1.1"]. verify=False: talk to anybody, who
     may be in the middle; for tests. OSError for a file that is not there, ssl.SSLError for one that is none; both name it.
+    From Python 3.13 on certificates must keep RFC 5280 to the letter: an authority's say keyUsage.
     """
     context = ssl.create_default_context()
     if ca is not None:
@@ -763,12 +768,14 @@ class _Tls:
             else:
                 reason, why = "UNEXPECTED_EOF", "the peer closed the connection; perhaps it refuses us, or speaks no TLS"
         elif isinstance(error, ssl.SSLCertVerificationError):
+            code = error.verify_code            # openssl-verify(1)
             why = f"the certificate is not trusted: {error.verify_message.rstrip('.')}. " + (
-                "Is the clock right? Else it has to be renewed" if error.verify_code in (9, 10)        # X509_V_ERR_CERT_…
-                else "For another name than the host's give server_name=…" if error.verify_code in (62, 64)
-                else "For a private authority give client_tls(ca=…), a server client_ca=…")
+                "Is the clock right? Else it has to be renewed" if code in (9, 10)
+                else "For another name than the host's give server_name=…" if code in (62, 64)
+                else "For a private authority give client_tls(ca=…), a server client_ca=…" if code in (18, 19, 20, 21)
+                else "It has to be made anew")
         elif isinstance(error, ssl.SSLWantReadError):
-            why = "the peer wants to negotiate anew in the middle (which TLS 1.3 has no more); contexts of client_tls() refuse that"
+            why = "the peer wants to negotiate anew in the middle, which TLS 1.3 has no more; contexts of client_tls() refuse it"
         elif reason in _NO_TLS and not self.is_done:
             why = f"the peer does not speak TLS here ({reason}); connect without tls= if it should not"
         elif "ALERT" in reason:
@@ -875,6 +882,8 @@ class _Tls:
         while view:
             if self.failure is not None:
                 raise self.error(sock)
+            if self.said_goodbye:           # by a shutdown_write() that was cancelled
+                raise sock._shut_error()
             try:
                 count = self.alone(self.object.write, view[:TLS_CHUNK])
             except ssl.SSLError as error:
@@ -988,11 +997,14 @@ class _Stream(_Owner):
         if self._closed:
             raise self._closed_error()
         if self._shut:
-            raise flowcoro.ClosedError(f"{self!r}: writing was shut down here, by shutdown_write()")
+            raise self._shut_error()
         self._writer = flowcoro.current_task()
 
     def _end_write(self):
         self._writer = None
+
+    def _shut_error(self):
+        return flowcoro.ClosedError(f"{self!r}: writing was shut down here, by shutdown_write()")
 
     def _busy(self, verb, task):
         return flowcoro.BusyError(f"{self!r} is being {verb} by {task} already; one task at a time (flowcoro.dump_tasks() shows "
@@ -1098,6 +1110,19 @@ class _Stream(_Owner):
                                      "expected; read() still gives them"))
 
 
+def _in_records(views):
+    """Memoryviews joined, so that small ones share a TLS record, and a system call; large ones are not copied."""
+    several, size = [], 0
+    for view in views:
+        if several and size + len(view) > TLS_CHUNK:
+            yield several[0] if len(several) == 1 else memoryview(b"".join(several))
+            several, size = [], 0
+        several.append(view)
+        size += len(view)
+    if several:
+        yield several[0] if len(several) == 1 else memoryview(b"".join(several))
+
+
 def _read_at(file, offset, count):
     file.seek(offset)
     return file.read(count)
@@ -1141,10 +1166,9 @@ class _Bulk(_Stream):
         self._begin_write()
         try:
             if self._tls is not None:
-                if sum(map(len, rest)) <= TLS_CHUNK:        # small ones share a record
-                    rest = [memoryview(b"".join(rest))]
-                for view in rest:
+                for view in _in_records(rest):
                     await self._push(view)
+                    await _turn()       # as in read_exactly()
                 return
             sendmsg, done = self._call(self._raw.sendmsg), 0
             while done < len(rest):
@@ -1463,7 +1487,8 @@ class Socket(_Secured):
             self._end_write()
 
     async def close(self):
-        """Close the connection. Twice is once. What write() has returned from is delivered, unless the peer still sends.
+        """Close the connection. Twice is once. What write() has returned from is delivered, unless the peer still sends: to
+        answer one that does, shutdown_write(), then read and drop until the end, for as long as you like, and close.
 
         With TLS it says goodbye first; and a client that has received nothing waits for the server's end, so that what it has
         written arrives. Both take 2 seconds at most. Tasks that wait for it get ClosedError. Cancelled: it is closed.
@@ -1558,7 +1583,7 @@ class Socket(_Secured):
             network = _network()
             found = _interleaved(await resolve(host, _checked_port(port, 1), family=family))
             raw, pollable, address = await _connect_to_any(network, found, f"{host}:{port}", local, attempts)
-            attempts = {address: None}
+            attempts = {address: OSError(None, "connected, and the TLS handshake is not done")}
             return await cls._ready(raw, network, pollable, address, context, server_name or host)
         raise TimeoutError(f"connecting to {host}:{port} took longer than timeout={timeout:g} s: " + ("; ".join(
             f"{_shown(address)}: {'no answer yet' if error is None else _why(error)}" for address, error in attempts.items())
@@ -2363,8 +2388,8 @@ class _Server(_Acceptor):
         Returns when close() was called or a stop requested (SIGTERM, flowcoro.request_stop()): it accepts no more, waits
         up to `drain_timeout` seconds for the handlers (math.inf: as long as they take), and cancels the rest. A handler's error
         goes to sys.unraisablehook and ends its connection alone; failed handshakes, and BrokenError, TlsError and LimitError of
-        that connection itself, which are its peer's, are only counted. max_connections: at once; more wait in the backlog.
-        handshake_timeout: seconds, of TLS.
+        that connection itself, which are its peer's, are only counted. max_connections: at once; more wait in the backlog
+        (with TLS one that closes counts until the goodbye is taken, 2 seconds at most). handshake_timeout: seconds, of TLS.
         BusyError when it is being served already, ClosedError when closed. Cancelled: handlers are too, and it is closed.
 
         processes: how many worker processes are forked, which serve; max_connections holds for each. This one supervises: one
@@ -2589,36 +2614,40 @@ def _takes_both(listener):
 class UnixServer(_Server):
     """A server on a Unix socket. As TcpServer."""
 
-    _file = None            # (device, inode) of the socket's file, which close() removes
+    _file = None            # (path, device, inode) of the socket's file, which close() removes
 
     @classmethod
     async def listen(cls, path, *, tls=None, backlog=BACKLOG, mode=None):
         """Listen on a path, or on a name that begins with "\\0" (Linux). mode: permissions of the file, such as 0o660.
 
         A socket's file that is there, and where nobody listens, is replaced. close() removes the file, if it is still this one.
-        OSError whose message names the path: in use, no permission, no directory, longer than 107 bytes.
+        OSError whose message names the path: in use, no permission, no directory, longer than 107 bytes; TypeError, ValueError.
         """
         context, path = _as_context(tls, True), _checked_path(path)
         _whole(backlog, 1, f"backlog={backlog!r}", "connections", 2**31 - 1)
-        await _turn()
-        network = _network()
-        named = not _is_nameless(path)
         if mode is not None:
             _whole(mode, 0, f"mode={mode!r}", "permissions", 0o777)
-        if named:
-            await _remove_stale(network, path)
+        await _turn()
+        network = _network()
+        if _is_nameless(path):
+            return cls([_listen(network, socket.AF_UNIX, path, backlog, lambda raw: None)], context)
 
         def prepare(raw):
-            if mode is not None and named:
+            if mode is not None:
                 os.fchmod(raw.fileno(), mode)       # before bind: the file never has more permissions (Linux)
 
-        server = cls([_listen(network, socket.AF_UNIX, path, backlog, prepare)], context)
+        lock = await _lock_directory(path)
         try:
-            if named:
-                found = os.stat(path)
-                server._file = found.st_dev, found.st_ino
-                if mode is not None:
-                    os.chmod(path, mode)
+            await _remove_stale(network, path)
+            server = cls([_listen(network, socket.AF_UNIX, path, backlog, prepare)], context)
+        finally:
+            if lock is not None:
+                os.close(lock)
+        try:
+            found = os.stat(path)
+            server._file = os.path.abspath(path), found.st_dev, found.st_ino
+            if mode is not None:
+                os.chmod(path, mode)
         except BaseException:
             server.close_nowait()
             raise
@@ -2627,16 +2656,41 @@ class UnixServer(_Server):
     def close_nowait(self):
         """As TcpServer.close_nowait(); and removes the socket's file."""
         if not self.closed and self._file is not None:
-            path = self._listeners[0]._local
+            path, *identity = self._file
             try:
                 found = os.stat(path)
-                if (found.st_dev, found.st_ino) == self._file:
+                if [found.st_dev, found.st_ino] == identity:
                     os.unlink(path)
             except OSError:             # gone already, or no longer ours to remove
                 pass
         super().close_nowait()
 
     close = close_nowait
+
+
+async def _lock_directory(path):
+    """A descriptor that locks a path's directory until it is closed: of several programs that begin to listen there each sees
+    whether another one does. None where that cannot be, or somebody else keeps it for a second."""
+    try:
+        import fcntl
+        directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_CLOEXEC)
+    except (ImportError, OSError):
+        return None
+    try:
+        until = flowcoro.now() + LOCK_SECONDS
+        while flowcoro.now() < until:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return directory
+            except BlockingIOError:
+                await flowcoro.sleep(LONGEST_RETRY / 10)
+    except OSError:                     # a file system without locks
+        pass
+    except BaseException:
+        os.close(directory)
+        raise
+    os.close(directory)
+    return None
 
 
 async def _remove_stale(network, path):

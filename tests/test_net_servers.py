@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import errno
+import fcntl
 import functools
 import gc
 import math
@@ -107,6 +108,18 @@ def test_a_name_is_remembered_for_a_while(name_server, monkeypatch):
         now[0] += flowcoro_net.NAME_SECONDS
         await flowcoro_net.resolve("host.example", 80)
         assert len(name_server.asked) == 2
+
+    run(main)
+
+
+def test_a_name_is_looked_up_once_for_all_ports(name_server):
+    name_server.answer = found(("127.0.0.1", 0), ("::1", 0, 0, 0))
+
+    async def main():
+        for port in 1, 2, 65535:
+            addresses = [address for *_, address in await flowcoro_net.resolve("host.example", port)]
+            assert addresses == [("127.0.0.1", port), ("::1", port, 0, 0)]
+        assert name_server.asked == ["host.example"]
 
     run(main)
 
@@ -307,6 +320,8 @@ def test_a_handshake_that_the_peer_never_answers_is_limited_without_a_timeout_to
         with socket.create_server(("127.0.0.1", 0)) as server:
             with pytest.raises(TimeoutError, match="the TLS handshake was not done within 0.05 s"):
                 await Socket.connect(*server.getsockname(), tls=True, server_name="localhost")
+            with pytest.raises(TimeoutError, match="connected, and the TLS handshake is not done"):
+                await Socket.connect(*server.getsockname(), tls=True, server_name="localhost", timeout=0.01)
 
     assert defaults["timeout"] == 0.05 and flowcoro_net.HANDSHAKE_TIMEOUT == 60
     run(main)
@@ -470,6 +485,14 @@ def test_the_address_to_connect_from_chooses_the_family(name_server):
     run(main)
 
 
+def test_a_host_without_an_address_of_the_family_to_connect_from_is_not_resolved():
+    async def main():
+        with pytest.raises(ResolveError, match="cannot resolve '::1'"):
+            await Socket.connect("::1", 9, local=("127.0.0.1", 0))
+
+    run(main)
+
+
 def test_a_connection_of_a_port_with_itself_is_refused(monkeypatch):
     port = unused_port()
 
@@ -551,6 +574,59 @@ def test_unix_errors_name_the_path(tmp_path):
             await UnixServer.listen(tmp_path / "no" / "directory")
         with pytest.raises(OSError, match="cannot listen on .*too long"):
             await UnixServer.listen("/tmp/" + "x" * 200)
+
+    run(main)
+
+
+def test_of_those_who_replace_a_stale_file_at_once_one_listens_and_is_reached(tmp_path):
+    path = str(tmp_path / "socket")
+
+    async def main():
+        for _ in range(30):
+            with socket.socket(socket.AF_UNIX) as dead:
+                dead.bind(path)
+            servers = []
+
+            async def begin():
+                with contextlib.suppress(OSError):
+                    servers.append(await UnixServer.listen(path))
+
+            await flowcoro.when_all(*(begin() for _ in range(3)))
+            [server] = servers
+            async with server, flowcoro.TaskGroup() as group:
+                group.spawn(server.serve(echo))
+                async with await Socket.connect_unix(path) as sock:
+                    await sock.write(b"x")
+                    assert await sock.read() == b"x"
+                server.close()
+            assert not os.path.exists(path)
+
+    run(main)
+
+
+def test_who_holds_the_lock_of_a_directory_keeps_nobody_from_listening_for_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(flowcoro_net, "LOCK_SECONDS", 0.02)
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+
+        async def main():
+            with flowcoro.move_on_after(0.001):
+                await UnixServer.listen(str(tmp_path / "cancelled"))
+            async with await UnixServer.listen(str(tmp_path / "socket")):
+                pass
+
+        run(main)
+    finally:
+        os.close(directory)
+
+
+def test_the_file_is_removed_though_the_program_is_elsewhere_by_then(tmp_path, monkeypatch):
+    async def main():
+        monkeypatch.chdir(tmp_path)
+        async with await UnixServer.listen("socket"):
+            monkeypatch.chdir("/")
+        assert list(tmp_path.iterdir()) == []
 
     run(main)
 

@@ -334,6 +334,8 @@ def test_contexts_refuse_nonsense_and_say_which(certificates):
             (lambda: server_tls(good, key, client_ca="/no/such/file"), FileNotFoundError, "client_ca='/no/such/file'")):
         with pytest.raises(error, match=said):
             make()
+    for context in client_tls(ca=certificates.directory), client_tls(), server_tls(good, key):
+        assert context.options & ssl.OP_NO_RENEGOTIATION and context.minimum_version == ssl.TLSVersion.TLSv1_2
     assert client_tls(ca=certificates.directory).verify_mode == ssl.CERT_REQUIRED
 
 
@@ -632,6 +634,74 @@ def test_a_long_write_to_a_peer_that_takes_all_lets_the_other_tasks_run(certific
             await near.write(bytes(flowcoro_net.TLS_CHUNK * 300))
             assert other.done()
             near.close_nowait()
+
+    run(main)
+
+
+def test_many_small_pieces_share_records_and_let_the_other_tasks_run(certificates):
+    pieces = [b"x"] * 200_000 + [b"y" * 100_000] * 8 + [b"z"] * 3
+    count = sum(map(len, pieces))
+
+    async def main():
+        near, far = await tls_pair(certificates)
+        async with far, near, flowcoro.TaskGroup() as group:
+            calls, send = [], near._send
+            near._send = lambda view, flags: calls.append(1) or send(view, flags)
+            reader = group.spawn(far.read_exactly(count))
+            await near.write_many(pieces)
+            assert await reader == b"".join(pieces)
+            assert near.statistics()["bytes_sent"] < count * 1.01
+            calls.clear()
+            near._send = lambda view, flags: calls.append(1) or len(view)           # a peer that takes all
+            other = group.spawn(flowcoro.checkpoint())
+            await near.write_many([bytes(flowcoro_net.TLS_CHUNK)] * 300)
+            assert len(calls) == 300 and other.done()
+            near.close_nowait()
+
+    run(main)
+
+
+def test_a_cancelled_goodbye_is_the_end_of_writing_and_not_of_reading(certificates):
+    async def main():
+        near, far = await tls_pair(certificates)
+        async with far, near:
+            send, near._send = near._send, lambda view, flags: (_ for _ in ()).throw(BlockingIOError())
+            with flowcoro.move_on_after(0.01) as scope:
+                await near.shutdown_write()
+            assert scope.cancelled_caught
+            near._send, near._pollable.writable = send, True
+            with pytest.raises(flowcoro.ClosedError, match="writing was shut down here"):
+                await near.write(b"more")
+            await far.write(b"still read")
+            assert await near.read() == b"still read"
+            await near.shutdown_write()
+            assert await far.read() == b""
+
+    run(main)
+
+
+@pytest.mark.parametrize("step", ["_decrypt", "_shake"])
+def test_a_peer_that_sends_records_without_data_lets_the_other_tasks_run(certificates, monkeypatch, step):
+    steps = [0]
+
+    def wants_more(self, *args):
+        steps[0] += 1
+        if steps[0] == 300:
+            raise ssl.SSLError("enough")
+        raise ssl.SSLWantReadError
+
+    async def main():
+        near, far = await tls_pair(certificates)
+        async with flowcoro.TaskGroup() as group:
+            monkeypatch.setattr(flowcoro_net._Tls, step, wants_more)
+            near._recv = lambda max_bytes: b"x" * max_bytes                 # there always is more
+            near._tls.is_done = step == "_decrypt"
+            other = group.spawn(flowcoro.checkpoint())
+            with pytest.raises(TlsError, match="enough"):
+                await near.read()
+            assert other.done()
+            near.close_nowait()
+            far.close_nowait()
 
     run(main)
 
