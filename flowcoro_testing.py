@@ -1355,6 +1355,12 @@ class _Datagrams(_OnHost, _Raw):
 
 # ---- the simulated network: hosts -----------------------------------------------------------------------------
 
+def _drop(coro):
+    """Close what is refused, or it would complain that nobody awaited it."""
+    if hasattr(coro, "close"):
+        coro.close()
+
+
 class HostCrashed(flowcoro.FlowCoroError):
     """The simulated host on which this ran has crashed."""
 
@@ -1396,9 +1402,12 @@ class SimulatedHost:
         """group.spawn(coro), on this host: sockets are its sockets, and if it crashes the task is cancelled.
 
         So are the tasks of its own groups. Its `finally` blocks run, but nothing that they send leaves the host. Returns the
-        Task. HostCrashed if the host is down.
+        Task. TypeError for what is no group. HostCrashed if the host is down.
         """
         self._check_up(coro)
+        if not hasattr(group, "spawn"):
+            _drop(coro)
+            raise TypeError(f"spawn({group!r}, …): give a TaskGroup, in which the task runs")
         with self:
             task = group.spawn(coro, name=name)
         self._tasks = {task: None for task in [*self._tasks, task] if not task.done()}
@@ -1433,8 +1442,7 @@ class SimulatedHost:
 
     def _check_up(self, coro):
         if not self.up:
-            if hasattr(coro, "close"):
-                coro.close()            # else it would complain that nobody awaited it
+            _drop(coro)
             raise HostCrashed(f"host {self.name!r} is down; restart() it first")
 
     # -- what flowcoro.network is asked for
@@ -1751,7 +1759,7 @@ class SimulatedNetwork:
         return host
 
     def set_link(self, source, target, *, one_way=False, **settings):
-        """Give the link between two hosts (names) settings of its own: latency, jitter, loss, duplication, bandwidth.
+        """Give the links between hosts (as for partition()) settings of their own: latency, jitter, loss, duplication, bandwidth.
 
         What is not given stays. one_way: only from source to target. TypeError, ValueError.
         """
@@ -1764,29 +1772,35 @@ class SimulatedNetwork:
     def partition(self, source, target, *, one_way=False):
         """Let no packet from `source` reach `target`, nor (unless one_way) the reverse; those under way are lost.
 
-        Each is a host's name or several. Nobody is told: connections hang, until heal() or until they time out.
+        Each is a host, its name, or several. Nobody is told: connections hang, until heal() or until they time out.
+        TypeError, ValueError.
         """
         for one, other in self._directions(source, target, one_way):
             self.link(one, other).cut = True
             self._control(f"partition: nothing from {one.name} to {other.name}")
 
     def heal(self, source=None, target=None):
-        """End the partition between two hosts (or several); without arguments, all partitions."""
-        pairs = self._directions(source, target, False) if source is not None else [
-            (self.hosts[one], self.hosts[other]) for one, other in self._links]
-        for one, other in pairs:
-            link = self.link(one, other)
-            if link.cut:
+        """End the partitions between `source` and `target` (hosts as for partition()), both ways.
+
+        With one of them, all that it is cut off by; without arguments, all there are. TypeError, ValueError.
+        """
+        concerned = self._between(source, target)
+        for names, link in self._links.items():
+            one, other = (self.hosts[name] for name in names)
+            if link.cut and concerned(one, other):
                 link.cut = False
                 self._control(f"heal: packets from {one.name} to {other.name} again")
 
     def break_connections(self, source=None, target=None):
-        """Reset all TCP connections, or those of one host, or between two: both ends get ECONNRESET now. Returns how many."""
-        broken = 0
-        ends = {self._known(each) for each in (source, target) if each is not None}
-        for host in list(self.hosts.values()):
+        """Reset all TCP connections, or those of `source`, or those between it and `target`. Returns how many there were.
+
+        Each is a host, its name, or several. Both ends learn it now, as of a reset by the other: ECONNRESET; while it is being
+        made, ECONNREFUSED; where the other end has ended before, EPIPE, as Linux has it. TypeError, ValueError.
+        """
+        broken, concerned = 0, self._between(source, target)
+        for host in self.hosts.values():
             for raw in list(host.connections.values()):
-                if raw.state != "over" and ends <= {host, raw.peer_host}:
+                if raw.state != "over" and concerned(host, raw.peer_host):
                     broken += 1
                     peer = raw.peer_host.connections.get(raw.peer_key)
                     self._control(f"breaks {raw.name}")
@@ -1844,11 +1858,27 @@ class SimulatedNetwork:
             raise ValueError(f"{host!r} is no host of this network, which has {', '.join(self.hosts) or 'none yet'}; "
                              "host(name) makes one") from None
 
-    def _directions(self, source, target, one_way):
+    def _several(self, hosts, name):
+        """A list of SimulatedHosts, in the order of their making, whatever the order of a set."""
+        if isinstance(hosts, (str, SimulatedHost)):
+            return [self._known(hosts)]
+        if not isinstance(hosts, collections.abc.Iterable):
+            raise TypeError(f"{name}={hosts!r}: give a host, its name, or several")
+        known = {self._known(host): None for host in hosts}
+        if not known:
+            raise ValueError(f"{name}={hosts!r}: give one host or more")
+        return [host for host in self.hosts.values() if host in known]
+
+    def _between(self, source, target):
+        """A function that says of two hosts whether they are these two, either way; None stands for any."""
         sources, targets = (
-            [self._known(host) for host in ([side] if isinstance(side, (str, SimulatedHost)) else side)]
-            for side in (source, target))
-        pairs = [(one, other) for one in sources for other in targets if one is not other]
+            list(self.hosts.values()) if side is None else self._several(side, name)
+            for side, name in ((source, "source"), (target, "target")))
+        return lambda one, other: one in sources and other in targets or one in targets and other in sources
+
+    def _directions(self, source, target, one_way):
+        pairs = [(one, other) for one in self._several(source, "source") for other in self._several(target, "target")
+                 if one is not other]
         if not pairs:
             raise ValueError(f"{source!r} and {target!r}: between a host and itself there is no link")
         return pairs if one_way else [direction for one, other in pairs for direction in ((one, other), (other, one))]
