@@ -805,11 +805,11 @@ class _OnHost:
             self.name += f" > {self.host.network.name_of(remote, self.host)}"
 
     def wait_begins(self):
-        self.host.network.waiting += 1
-        self.host.network.wake_up()
+        self.host.network.timeline.waiting += 1
+        self.host.network.timeline.wake_up()
 
     def wait_ends(self):
-        self.host.network.waiting -= 1
+        self.host.network.timeline.waiting -= 1
 
     def note(self, what):
         self.host.note(f"{self.name}: {what}")
@@ -960,11 +960,11 @@ class _Transfer(_OnHost, _Stream):
         there, back = link(self.host, self.peer_host), link(self.peer_host, self.host)
         queued = max(0.0, there.busy_until - flowcoro.now())
         patience = RETRY_SECONDS + 2 * (there.latency + there.jitter + back.latency + back.jitter) + queued
-        self._timer = self.host.network.after(min(patience * 2 ** self._retries, LONGEST_RETRY), self._send_again)
+        self._timer = self.host.network.timeline.after(min(patience * 2 ** self._retries, LONGEST_RETRY), self._send_again)
 
     def _stop_timer(self):
         if self._timer is not None:
-            self.host.network.forget(self._timer)
+            self.host.network.timeline.forget(self._timer)
         self._timer, self._retries = None, 0
 
     def _send_again(self):
@@ -1157,7 +1157,7 @@ class _Connection(_Transfer):
             self._fail(errno.ETIMEDOUT)
             return
         self._packet("SYN", "SYN", self._limit_in, self.family)
-        self._timer = self.host.network.after(SYN_SECONDS * 2 ** self._retries, self._send_syn)
+        self._timer = self.host.network.timeline.after(SYN_SECONDS * 2 ** self._retries, self._send_syn)
         self._retries += 1
 
     def begin_half_open(self, listener, key, window):
@@ -1238,7 +1238,7 @@ class _Connection(_Transfer):
             self.host.linger(self.key, self._expected)
             self._end()
         elif self._orphan and self._fin == "acked" and self._timer is None and self.state == "connected":
-            self._timer = self.host.network.after(LINGER_SECONDS, self._end)       # (FIN-WAIT-2)
+            self._timer = self.host.network.timeline.after(LINGER_SECONDS, self._end)       # (FIN-WAIT-2)
 
 
 class _Datagrams(_OnHost, _Raw):
@@ -1710,6 +1710,79 @@ class _Link:
         return {name: getattr(self, name) for name in self.SETTINGS}
 
 
+class _Timeline:
+    """What is going to happen when, and the task, the pump, that lets it happen."""
+
+    def __init__(self):
+        self.kernel = None              # a weak reference to that of the run, once it is known
+        self.heap, self._serial = [], itertools.count()     # of lists: when, serial number, function, arguments
+        self.waiting = 0                # tasks that wait for sockets
+        self._pump, self._nap, self._nap_ends = None, None, -math.inf       # the task, the scope of its sleep, and until when
+
+    def after(self, seconds, function, *arguments):
+        """Call function(*arguments) in `seconds` from now. Returns what forget() takes."""
+        return self.at(flowcoro.now() + seconds, function, *arguments)
+
+    def at(self, when, function, *arguments):
+        """As after(), at a time of now()."""
+        entry = [when, next(self._serial), function, arguments]
+        heapq.heappush(self.heap, entry)
+        self.wake_up(when)
+        return entry
+
+    def forget(self, entry):
+        """Do not call it."""
+        entry[2] = entry[3] = None
+
+    def wake_up(self, when=math.inf):
+        """See to it that the pump runs if there is anything to do, and looks up at `when` at the latest."""
+        if self._pump is None or self._pump.done():
+            if self._next() is not None and self._is_running():
+                self._pump = flowcoro.spawn(self._deliver(), name="simulated network")
+        elif self._nap is not None and when < self._nap_ends:
+            self._nap_ends = self._nap.deadline = when
+
+    def _is_running(self):
+        """Whether this is its run: sockets may be closed after it, by finalisers, which nobody else hears of."""
+        try:
+            return self.kernel() is flowcoro.current_kernel()
+        except RuntimeError:
+            return False
+
+    def _next(self):
+        """When the next thing happens; None: nothing is under way."""
+        while self.heap and self.heap[0][2] is None:
+            heapq.heappop(self.heap)
+        return self.heap[0][0] if self.heap else None
+
+    async def _deliver(self):
+        """The pump: let happen what is due, one after the other, until nothing is under way."""
+        try:
+            await self._pumped(lambda: True)
+        except flowcoro.Cancelled:      # main has ended: go on as long as somebody's last words wait for an answer
+            with flowcoro.CancelScope(shield=True):
+                await flowcoro.checkpoint()
+                await self._pumped(lambda: self.waiting)
+            raise
+
+    async def _pumped(self, wanted):
+        while wanted() and (when := self._next()) is not None:
+            if when > flowcoro.now():
+                try:
+                    with flowcoro.CancelScope() as self._nap:
+                        self._nap_ends = when
+                        await flowcoro.sleep_until(when)
+                finally:
+                    self._nap = None
+            else:
+                await flowcoro.checkpoint()
+            now, heap = flowcoro.now(), self.heap
+            while heap and heap[0][0] <= now:
+                _, _, function, arguments = heapq.heappop(heap)
+                if function is not None:
+                    function(*arguments)
+
+
 class SimulatedNetwork:
     """A network of hosts that exist in this kernel only, with faults on command and by chance, the same for the same seed.
 
@@ -1733,12 +1806,9 @@ class SimulatedNetwork:
         self.events = collections.deque(maxlen=_count(keep, 0, "keep", "the number of events that the trace keeps"))
         self.hosts = {}
         self.random = None              # made when the run is known
-        self.waiting = 0                # tasks that wait for sockets
+        self.timeline = _Timeline()
         self._links = {}                # (name, name) -> _Link
         self._by_address = {}
-        self._kernel = None
-        self._heap, self._serial = [], itertools.count()
-        self._pump, self._nap, self._nap_ends = None, None, -math.inf       # a task, the scope of its sleep, and until when
         self._counts = dict.fromkeys(("sent", "arrived", "lost"), 0)
 
     def __repr__(self):
@@ -1840,7 +1910,7 @@ class SimulatedNetwork:
     def statistics(self):
         """{"packets": {"sent": int, "arrived": int, "lost": int, "in_flight": int}, "hosts": {name: {"up": bool, "sockets":
         int, "connections": int, "tasks": int}}}: sockets that programs hold, connections also those on their way to an end."""
-        flying = sum(entry[2] is not None and entry[2] == self._arrive for entry in self._heap)
+        flying = sum(entry[2] is not None and entry[2] == self._arrive for entry in self.timeline.heap)
         return {"packets": {**self._counts, "in_flight": flying},
                 "hosts": {name: {"up": host.up, "sockets": len(host.open), "connections": len(host.connections),
                                  "tasks": sum(not task.done() for task in host._tasks) + len(host._scopes)}
@@ -1888,15 +1958,15 @@ class SimulatedNetwork:
     def begin(self):
         """Belong to this run from now on."""
         kernel = flowcoro.current_kernel()
-        if self._kernel is None:
+        if self.timeline.kernel is None:
             if flowcoro.statistics()["workers"]["count"] > 1:
                 raise RuntimeError("a SimulatedNetwork needs a run with one worker, for only its order can be repeated: "
                                    "run(…, workers=1), or a clock= or seed=, which imply that")
-            self._kernel = weakref.ref(kernel)
+            self.timeline.kernel = weakref.ref(kernel)
             if self.seed is None:
                 self.seed = flowcoro.runtime_info()["seed"] or 0
             self.random = random.Random(self.seed)
-        elif self._kernel() is not kernel:
+        elif self.timeline.kernel() is not kernel:
             raise RuntimeError("a SimulatedNetwork serves one run; make a new one in each")
 
     def link(self, source, target):
@@ -1938,7 +2008,7 @@ class SimulatedNetwork:
             arrival = left + link.latency
             if link.jitter:
                 arrival += link.jitter * self.random.random()
-            self.at(arrival, self._arrive, link, source, target, now, left, what, take, message, lost)
+            self.timeline.at(arrival, self._arrive, link, source, target, now, left, what, take, message, lost)
 
     def _arrive(self, link, source, target, sent, left, what, take, message, lost):
         if link.cut:
@@ -1956,69 +2026,4 @@ class SimulatedNetwork:
         self._counts["lost"] += 1
         self.events.append((flowcoro.now(), source.name, f"lost to {target.name}, {why}: {what}"))
         if lost is not None:
-            self.after(RETRY_SECONDS, lost)
-
-    # -- time
-
-    def after(self, seconds, function, *arguments):
-        """Call function(*arguments) in `seconds` from now. Returns what forget() takes."""
-        return self.at(flowcoro.now() + seconds, function, *arguments)
-
-    def at(self, when, function, *arguments):
-        """As after(), at a time of now()."""
-        entry = [when, next(self._serial), function, arguments]
-        heapq.heappush(self._heap, entry)
-        self.wake_up(when)
-        return entry
-
-    def forget(self, entry):
-        """Do not call it."""
-        entry[2] = entry[3] = None
-
-    def wake_up(self, when=math.inf):
-        """See to it that the pump runs if there is anything to do, and looks up at `when` at the latest."""
-        if self._pump is None or self._pump.done():
-            if self._next() is not None and self._is_running():
-                self._pump = flowcoro.spawn(self._deliver(), name="simulated network")
-        elif self._nap is not None and when < self._nap_ends:
-            self._nap_ends = self._nap.deadline = when
-
-    def _is_running(self):
-        """Whether this is its run: sockets may be closed after it, by finalisers, which nobody else hears of."""
-        try:
-            return self._kernel() is flowcoro.current_kernel()
-        except RuntimeError:
-            return False
-
-    def _next(self):
-        """When the next thing happens; None: nothing is under way."""
-        while self._heap and self._heap[0][2] is None:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
-
-    async def _deliver(self):
-        """The pump: let happen what is due, one after the other, until nothing is under way."""
-        try:
-            await self._pumped(lambda: True)
-        except flowcoro.Cancelled:      # main has ended: go on as long as somebody's last words wait for an answer
-            with flowcoro.CancelScope(shield=True):
-                await flowcoro.checkpoint()
-                await self._pumped(lambda: self.waiting)
-            raise
-
-    async def _pumped(self, wanted):
-        while wanted() and (when := self._next()) is not None:
-            if when > flowcoro.now():
-                try:
-                    with flowcoro.CancelScope() as self._nap:
-                        self._nap_ends = when
-                        await flowcoro.sleep_until(when)
-                finally:
-                    self._nap = None
-            else:
-                await flowcoro.checkpoint()
-            now, heap = flowcoro.now(), self._heap
-            while heap and heap[0][0] <= now:
-                _, _, function, arguments = heapq.heappop(heap)
-                if function is not None:
-                    function(*arguments)
+            self.timeline.after(RETRY_SECONDS, lost)
