@@ -162,6 +162,38 @@ LOCK_SECONDS = 1.0
 # Bytes of a datagram at most: what fits into the 16 bits of its length (RFC 768).
 DATAGRAM = 65_535
 
+# Connections of a ConnectionPool at most, idle ones included. HikariCP's default too: a database serves few at once well.
+POOL_CONNECTIONS = 10
+
+# Seconds that a connection may be idle in a pool. Below nginx's 75 and the 60 after which many load balancers forget one.
+POOL_IDLE_TIMEOUT = 50.0
+
+# Seconds after which a pool does not lend a connection again: so that a changed address or a rotated certificate is noticed,
+# and what leaks on the other side is freed. HikariCP's default.
+POOL_LIFETIME = 1800.0
+
+# The share of its lifetime that a connection may be spared, so that those made together do not end together (HikariCP:
+# 0.025, psycopg_pool: 0.05). The n-th is spared the fraction of n golden ratios, which spreads evenly and is no chance.
+POOL_LIFETIME_SPREAD = 0.05
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+# Seconds to wait for a connection of a pool, as HikariCP, psycopg_pool and SQLAlchemy: whoever waits longer is better told.
+POOL_ACQUIRE_TIMEOUT = 30.0
+
+# Seconds that a connection may have been idle and is still lent without a validation. HikariCP: 0.5.
+POOL_VALIDATE_AFTER = 0.5
+
+# Seconds that an async close of a pooled connection may take before it is cancelled: its place is needed, and the end of the
+# run waits for it.
+POOL_CLOSE_TIMEOUT = 5.0
+
+# Seconds between two sweeps of a pool at least, or an eighth of the shortest limit: what is overdue is closed late by that,
+# but is never lent. A sweep looks at all idle connections.
+POOL_SWEEP_SECONDS = 1.0
+
+# Frames of a borrower's stack that a pool keeps with leak_after: the nearest say who it was.
+POOL_LEAK_FRAMES = 16
+
 # A write to a connection that the peer has closed is an error, and never a signal that ends the process.
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 
@@ -2950,37 +2982,6 @@ class UdpSocket(_Owner):
 # when the last idle connection is taken, which costs no heap operation, and back when it returns. When the run ends the
 # keeper is cancelled, and closes what is idle; what is returned after that starts another one, with the same fate.
 
-# Connections at most, idle ones included. HikariCP's default too: a database serves few at once well.
-MAX_CONNECTIONS = 10
-
-# Seconds that a connection may be idle. Below nginx's 75 and the 60 after which many load balancers forget a connection.
-IDLE_TIMEOUT = 50.0
-
-# Seconds after which a connection is not used again: so that a changed address or a rotated certificate is noticed, and
-# what leaks on the other side is freed. HikariCP's default.
-MAX_LIFETIME = 1800.0
-
-# The share of its lifetime that a connection may be spared, so that those made together do not end together (HikariCP:
-# 0.025, psycopg_pool: 0.05). The n-th is spared the fraction of n golden ratios, which spreads evenly and is no chance.
-LIFETIME_SPREAD = 0.05
-GOLDEN = (math.sqrt(5) - 1) / 2
-
-# Seconds to wait for a connection, as HikariCP, psycopg_pool and SQLAlchemy: whoever waits longer is better told.
-ACQUIRE_TIMEOUT = 30.0
-
-# Seconds that a connection may have been idle and is still lent without a validation. HikariCP: 0.5.
-VALIDATE_AFTER = 0.5
-
-# Seconds that an async close may take before it is cancelled: its place is needed, and the end of the run waits for it.
-POOL_CLOSE_TIMEOUT = 5.0
-
-# Seconds between two sweeps at least, or an eighth of the shortest limit: what is overdue is closed late by that, but is
-# never lent. A sweep looks at all idle connections.
-SWEEP_SECONDS = 1.0
-
-# Frames of a borrower's stack that are kept with leak_after: the nearest say who it was.
-LEAK_FRAMES = 16
-
 # Why a connection was closed, as statistics() counts it. idle, lifetime: its time was up. invalid: validate() said no. broken:
 # it was returned by an error, or closed. discarded: by discard(). interrupted: its borrower was cancelled while it was
 # validated. cleared, shrunk, pool_closed: clear(), set_max_connections(), close(). run_ended: nobody has closed the pool.
@@ -3002,6 +3003,7 @@ _POOL_MOVES = {
 }
 
 _AGAIN = object()       # instead of a grant: look again, there was something to close first
+_THE_POOLS = object()   # instead of a timeout: the pool's acquire_timeout
 
 
 class _Pooled:
@@ -3244,7 +3246,7 @@ class _PoolBooks(_PoolMoves):
         if key in self.lent or any(connection is other.connection for other in self.idle):
             raise flowcoro.PoolError(f"the factory returned a {type(connection).__name__} that this ConnectionPool has already: "
                                      "it must make a new connection each time")
-        spared = self.created * GOLDEN % 1 * LIFETIME_SPREAD
+        spared = self.created * GOLDEN_RATIO % 1 * POOL_LIFETIME_SPREAD
         self.created += 1
         entry.expires = now + self.max_lifetime * (1 - spared)
         entry.key, entry.connection = key, connection
@@ -3384,7 +3386,7 @@ class _PoolBooks(_PoolMoves):
     # -- the keeper's part
 
     def set_grain(self):
-        self.grain = min(SWEEP_SECONDS, min(self.idle_timeout, self.max_lifetime, self.leak_after or math.inf) / 8)
+        self.grain = min(POOL_SWEEP_SECONDS, min(self.idle_timeout, self.max_lifetime, self.leak_after or math.inf) / 8)
 
     def next_deadline(self):
         """When the next one is overdue. O(idle), and with leak_after O(all)."""
@@ -3466,7 +3468,7 @@ def _borrower_stack():
     """The stack of the running task, without the runtime's own frames; source lines are read when it is shown."""
     frames = ((frame, line) for frame, line in traceback.walk_stack(sys._getframe(1))
               if os.path.abspath(frame.f_code.co_filename) not in _RUNTIME_FILES)
-    stack = traceback.StackSummary.extract(frames, limit=LEAK_FRAMES, lookup_lines=False)
+    stack = traceback.StackSummary.extract(frames, limit=POOL_LEAK_FRAMES, lookup_lines=False)
     stack.reverse()
     return stack
 
@@ -3556,19 +3558,25 @@ class _PoolCare:
 
 
 class _Acquire:
-    """What acquire() returns: `async with` it, or await it once."""
+    """What acquire() returns: `async with` it, or await it, once."""
 
-    __slots__ = ("_pool", "_timeout", "_entry", "_loan", "_connection")
+    __slots__ = ("_pool", "_timeout", "_used", "_entry", "_loan", "_connection")
 
     def __init__(self, pool, timeout):
-        self._pool, self._timeout, self._entry = pool, timeout, None
+        self._pool, self._timeout, self._used = pool, timeout, False
+
+    def _use(self):
+        if self._used:
+            raise RuntimeError("an acquire() is awaited, or entered by `async with`, once; call pool.acquire() again for another "
+                               "connection")
+        self._used = True
 
     def __await__(self):
+        self._use()
         return self._pool._acquire(self._timeout, None).__await__()
 
     async def __aenter__(self):
-        if self._entry is not None:
-            raise RuntimeError("an acquire() serves one `async with`; call it again for another connection")
+        self._use()
         return await self._pool._acquire(self._timeout, self)
 
     async def __aexit__(self, kind, error, trace):
@@ -3605,9 +3613,10 @@ class ConnectionPool:
     Atomic: each change of who has what. The functions given above are called outside of that, with several workers by any.
     """
 
-    def __init__(self, factory, *, max_connections=MAX_CONNECTIONS, max_connecting=None, idle_timeout=IDLE_TIMEOUT,
-                 max_lifetime=MAX_LIFETIME, acquire_timeout=ACQUIRE_TIMEOUT, validate=None, validate_after=VALIDATE_AFTER,
-                 reusable=None, close=None, close_timeout=POOL_CLOSE_TIMEOUT, leak_after=None):
+    def __init__(self, factory, *, max_connections=POOL_CONNECTIONS, max_connecting=None, idle_timeout=POOL_IDLE_TIMEOUT,
+                 max_lifetime=POOL_LIFETIME, acquire_timeout=POOL_ACQUIRE_TIMEOUT, validate=None,
+                 validate_after=POOL_VALIDATE_AFTER, reusable=None, close=None, close_timeout=POOL_CLOSE_TIMEOUT,
+                 leak_after=None):
         if not callable(factory):
             raise TypeError(f"ConnectionPool({factory!r}): give an async function that makes a connection")
         self._factory = factory
@@ -3626,15 +3635,16 @@ class ConnectionPool:
 
     # -- borrowing
 
-    def acquire(self, *, timeout=None):
+    def acquire(self, *, timeout=_THE_POOLS):
         """A connection: `async with pool.acquire() as connection:` returns it at the end of the block, however that ends.
 
         It may be returned in the block too. `connection = await pool.acquire()` leaves the return to you: release() or
-        discard(). timeout: seconds, instead of acquire_timeout. A checkpoint. Cancelled: nothing is borrowed, a connect under
-        way is cancelled. TimeoutError when the time is up (and what the factory raises, which may be another one);
-        flowcoro.ClosedError once the pool is closed; the factory's error; TypeError, ValueError.
+        discard(). What acquire() returns serves once. timeout: seconds, instead of acquire_timeout; None: no limit.
+        A checkpoint. Cancelled: nothing is borrowed, a connect under way is cancelled. TimeoutError when the time is up, which
+        says what took it (and what the factory raises, which may be another one); flowcoro.ClosedError once the pool is
+        closed; the factory's error; TypeError, ValueError; RuntimeError if used twice.
         """
-        return _Acquire(self, self._acquire_timeout if timeout is None else _seconds(timeout, "timeout"))
+        return _Acquire(self, self._acquire_timeout if timeout is _THE_POOLS else _seconds(timeout, "timeout"))
 
     async def _acquire(self, timeout, owner):
         task = flowcoro.current_task()
@@ -3661,7 +3671,7 @@ class ConnectionPool:
     async def _acquire_slowly(self, entry, timeout):
         """From a grant, or None, to an entry in use, connected or validated. It gives back what it had if it fails."""
         books = self._books
-        queue = books.queue
+        queue, began, late = books.queue, None, ""
         with flowcoro.move_on_after(timeout) as scope:
             try:                            # inside: the scope keeps its own Cancelled to itself
                 self._care.tidy()
@@ -3669,6 +3679,7 @@ class ConnectionPool:
                     while entry is None or entry is _AGAIN:
                         entry = await queue.park_unless(self._grant_or_wait)
                         self._care.tidy()
+                    began = flowcoro.now()          # of the connect or the validation
                     if entry.state is _CONNECTING:
                         await self._connect(entry, scope)
                         return entry
@@ -3680,12 +3691,15 @@ class ConnectionPool:
                     entry = books.take(flowcoro.now())
                     self._care.tidy(later=True)
             except BaseException:
-                self._abandon(entry)
+                try:
+                    if scope.cancel_called:
+                        late = self._in_words(entry, began)     # before its place is free again
+                finally:
+                    self._abandon(entry)
                 raise
         if books.closed:
             raise flowcoro.ClosedError("this ConnectionPool was closed while the task waited for a connection")
-        raise TimeoutError(f"no connection within {timeout:g} seconds: {self._in_words()}. Return them sooner, or give the pool "
-                           "a larger max_connections or acquire_timeout")
+        raise TimeoutError(f"no connection within {timeout:g} seconds: {late}")
 
     def _grant_or_wait(self):
         """What a task gets as it is about to wait: a grant after all, or None, and then it waits."""
@@ -3838,10 +3852,29 @@ class ConnectionPool:
         self._care.tidy()
         return numbers
 
-    def _in_words(self):
-        numbers = self._books.numbers(flowcoro.now())
-        return (f"of max_connections={numbers['max_connections']} there are {numbers['in_use']} in use, {numbers['connecting']} "
-                f"connecting, {numbers['closing']} closing, and {numbers['waiting']} tasks wait")
+    def _in_words(self, entry, began):
+        """What an acquire was at when its time was up, and what helps. `entry`: as _acquire_slowly() has it."""
+        now, connecting_most = flowcoro.now(), self._books.max_connecting
+        numbers = self._books.numbers(now)
+        if entry is not None and entry is not _AGAIN:
+            if entry.state is _CONNECTING:
+                phase = f"it has been connecting for {now - began:.3g} seconds"
+                remedy = "See whether the other side can be reached, or give the pool a larger acquire_timeout"
+            else:
+                phase = f"validate() has not answered for {now - began:.3g} seconds"
+                remedy = "Give it a timeout of its own after which it returns False: then another connection is tried"
+        elif numbers["connecting"] >= connecting_most and self._books.total < numbers["max_connections"]:
+            phase = f"it waited for its turn to connect, with max_connecting={connecting_most}"
+            remedy = "See why connects take so long, or give the pool a larger max_connecting or acquire_timeout"
+        elif numbers["closing"] and not numbers["in_use"]:
+            phase = "it waited for one to be closed"
+            remedy = "See why that takes so long, or give the pool a smaller close_timeout or a larger max_connections"
+        else:
+            phase = "it waited for one to be returned"
+            remedy = "Return them sooner, or give the pool a larger max_connections or acquire_timeout"
+        return (f"{phase}; of max_connections={numbers['max_connections']} there were {numbers['in_use']} in use, "
+                f"{numbers['connecting']} connecting, {numbers['closing']} closing, and {numbers['waiting']} other tasks waited. "
+                f"{remedy}")
 
     def __repr__(self):
         numbers = self.statistics()

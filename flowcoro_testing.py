@@ -87,6 +87,10 @@ _MARK = -1
 # Directions, as flowcoro.Pollable has them.
 READ, WRITE, HANGUP = 1, 2, 4
 
+# Flags of calls that change nothing here, and those of a socket's type, as ints: an enum works each "|" out anew.
+_HARMLESS = int(socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0) | getattr(socket, "MSG_MORE", 0))
+_TYPE_FLAGS = int(getattr(socket, "SOCK_NONBLOCK", 0) | getattr(socket, "SOCK_CLOEXEC", 0))
+
 # Bytes that wait on each side of a stream, unless SO_RCVBUF and SO_SNDBUF say otherwise: enough for throughput, and so few that
 # a test meets back-pressure. Linux begins with 16 to 128 KiB.
 BUFFER = 64 * 2**10
@@ -512,7 +516,7 @@ class _Raw:
     def _check(self, flags=0, allowed=0):
         if self._closed:
             raise _os_error(errno.EBADF)
-        if flags & ~(allowed | socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0) | getattr(socket, "MSG_MORE", 0)):
+        if flags and flags & ~(allowed | _HARMLESS):
             raise _os_error(errno.EOPNOTSUPP)
 
     def _raise_pending(self):
@@ -759,6 +763,25 @@ def memory_socket_pair(wrap=None, *, capacity=BUFFER, most=None):
 # is no hope. So loss is delay, a partition is delay until it is healed or the connection times out, and what arrives at a
 # host that knows nothing of it (any more) is answered with a reset. A datagram is one packet, and nobody looks after it.
 
+@functools.lru_cache(1024)      # to parse one costs as much as the packet that goes there
+def _address(text):
+    """The ipaddress object of an address, without its zone; None if it is no address."""
+    try:
+        return ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+
+
+@functools.lru_cache(1024)
+def _in_one_form(address):
+    """The text of an ipaddress object; of an IPv4 address inside IPv6 that of the IPv4 address."""
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def _is_loopback(text):
+    return text == "::1" or text.startswith("127.")
+
+
 def _kind_of(data):
     """How the trace shows data: its length and a checksum, for two runs that differ must not look the same."""
     return f"{len(data)} bytes {zlib.crc32(data):08x}"
@@ -770,26 +793,23 @@ class _OnHost:
     local = remote = None
     state = "new"
 
-    @property
-    def name(self):
-        """For dumps, messages and the trace."""
-        here = self.host.name if self.local is None else f"{self.host.name}:{self.local[1]}"
-        return here if self.remote is None else f"{here} > {self.host.network.name_of(self.remote, self.host)}"
+    def __init__(self, host, family, kind, proto):
+        super().__init__(host, family, kind, proto, host.name)
+        self.host = host
 
-    @name.setter
-    def name(self, name):
-        """It follows from the addresses."""
-
-    @property
-    def host(self):
-        return self.network
+    def has_addresses(self, local, remote):
+        """Take them, and the name that follows, for dumps, messages and the trace: host:port > host:port."""
+        self.local, self.remote = local, remote
+        self.name = f"{self.host.name}:{local[1]}"
+        if remote is not None:
+            self.name += f" > {self.host.network.name_of(remote, self.host)}"
 
     def wait_begins(self):
-        self.host.network.waiting += 1
-        self.host.network.wake_up()
+        self.host.network.timeline.waiting += 1
+        self.host.network.timeline.wake_up()
 
     def wait_ends(self):
-        self.host.network.waiting -= 1
+        self.host.network.timeline.waiting -= 1
 
     def note(self, what):
         self.host.note(f"{self.name}: {what}")
@@ -801,11 +821,11 @@ class _OnHost:
             raise _os_error(errno.EINVAL)
         text, port = self.host.parse(address, self.family)
         if not (text in ("0.0.0.0", "::", self.host.address, self.host.address6) or _is_loopback(text)
-                or self.type == socket.SOCK_DGRAM and ipaddress.ip_address(text).is_multicast):
+                or self.type == socket.SOCK_DGRAM and _address(text).is_multicast):
             raise _os_error(errno.EADDRNOTAVAIL)
         if port and any(self._conflicts(other, text, port) for other in self.host.bound):
             raise OSError(errno.EADDRINUSE, f"{os.strerror(errno.EADDRINUSE)}: {self.host.name}:{port}")
-        self.local = text, port or self.host.free_port(self.type)
+        self.has_addresses((text, port or self.host.free_port(self.type)), None)
         self.host.bound[self] = None
 
     def _conflicts(self, other, text, port):
@@ -875,7 +895,8 @@ class _Transfer(_OnHost, _Stream):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.key = None                 # (local text, port, remote text, port): the name of the connection on this host
+        # (local text, port, remote text, port): the name of the connection on this host, and on the other
+        self.key = self.peer_key = None
         self.peer_host = None
         # sending
         self._outbox = bytearray()
@@ -929,21 +950,21 @@ class _Transfer(_OnHost, _Stream):
         shown = _kind_of(data) if kind == "data" else kind
         self._packet(f"#{number} {shown}", "SEGMENT", number, kind, data, size=len(data))
 
-    def _packet(self, what, *message, size=0, lost=None):
+    def _packet(self, what, kind, *message, size=0, lost=None):
         network = self.host.network
-        network.transmit(self.host, self.peer_host, HEADER + size, what, self.peer_host.take, message[0],
-                         (*self.key[2:], *self.key[:2]), *message[1:], lost=lost)
+        network.transmit(self.host, self.peer_host, HEADER + size, what, self.peer_host.take, kind, self.peer_key, *message,
+                         lost=lost)
 
     def _start_timer(self):
         link = self.host.network.link
         there, back = link(self.host, self.peer_host), link(self.peer_host, self.host)
         queued = max(0.0, there.busy_until - flowcoro.now())
         patience = RETRY_SECONDS + 2 * (there.latency + there.jitter + back.latency + back.jitter) + queued
-        self._timer = self.host.network.at(min(patience * 2 ** self._retries, LONGEST_RETRY), self._send_again)
+        self._timer = self.host.network.timeline.after(min(patience * 2 ** self._retries, LONGEST_RETRY), self._send_again)
 
     def _stop_timer(self):
         if self._timer is not None:
-            self.host.network.forget(self._timer)
+            self.host.network.timeline.forget(self._timer)
         self._timer, self._retries = None, 0
 
     def _send_again(self):
@@ -1021,7 +1042,7 @@ class _Transfer(_OnHost, _Stream):
             self._acknowledge(lost=self._told_in_vain)
 
     def _told_in_vain(self):
-        peer = self.peer_host.connections.get((*self.key[2:], *self.key[:2]))
+        peer = self.peer_host.connections.get(self.peer_key)
         if peer is not None:
             peer.probe()
 
@@ -1038,8 +1059,11 @@ class _Connection(_Transfer):
         ("connecting", "end"): "over", ("half-open", "end"): "over", ("connected", "end"): "over",
     }
 
+    # kind of a packet -> the method that takes it
+    TAKES = {"SYN-ACK": "on_syn_ack", "SEGMENT": "on_segment", "ACK": "on_ack", "RST": "on_reset"}
+
     def __init__(self, host, family, proto=0):
-        super().__init__(host, family, socket.SOCK_STREAM, proto, None)
+        super().__init__(host, family, socket.SOCK_STREAM, proto)
         self._orphan = False            # the program has closed it, and the system brings what is left to its end
         self._backlog, self._queue, self._half_open, self._listener = 0, collections.deque(), {}, None
 
@@ -1098,7 +1122,8 @@ class _Connection(_Transfer):
         if key in self.host.connections:
             return errno.EADDRINUSE
         self._go("connect")
-        self.local, self.remote, self.key, self.peer_host = source, (text, port), key, peer
+        self.has_addresses(source, (text, port))
+        self.key, self.peer_key, self.peer_host = key, (text, port, *source), peer
         self.host.connections[key] = self
         self.note("connects")
         self._send_syn()
@@ -1132,14 +1157,15 @@ class _Connection(_Transfer):
             self._fail(errno.ETIMEDOUT)
             return
         self._packet("SYN", "SYN", self._limit_in, self.family)
-        self._timer = self.host.network.at(SYN_SECONDS * 2 ** self._retries, self._send_syn)
+        self._timer = self.host.network.timeline.after(SYN_SECONDS * 2 ** self._retries, self._send_syn)
         self._retries += 1
 
     def begin_half_open(self, listener, key, window):
         """A SYN has come for `listener`."""
         self._closed = True             # no program holds it yet
         self._go("syn")
-        self._listener, self.key, self.local, self.remote, self._window = listener, key, key[:2], key[2:], window
+        self.has_addresses(key[:2], key[2:])
+        self._listener, self.key, self.peer_key, self._window = listener, key, (*key[2:], *key[:2]), window
         self.peer_host = self.host.network.host_at(key[2], self.host)
         self._options, self._limit_in, self._limit_out = (
             dict(listener._options), listener._limit_in, listener._limit_out)
@@ -1212,14 +1238,14 @@ class _Connection(_Transfer):
             self.host.linger(self.key, self._expected)
             self._end()
         elif self._orphan and self._fin == "acked" and self._timer is None and self.state == "connected":
-            self._timer = self.host.network.at(LINGER_SECONDS, self._end)       # (FIN-WAIT-2)
+            self._timer = self.host.network.timeline.after(LINGER_SECONDS, self._end)       # (FIN-WAIT-2)
 
 
 class _Datagrams(_OnHost, _Raw):
     """A simulated UDP socket."""
 
     def __init__(self, host, family, proto=0):
-        super().__init__(host, family, socket.SOCK_DGRAM, proto, None)
+        super().__init__(host, family, socket.SOCK_DGRAM, proto)
         self._inbox, self._size = collections.deque(), 0
         self.groups = {}                # multicast addresses that it has joined
         self._limit_in = DATAGRAM_BUFFER
@@ -1236,7 +1262,7 @@ class _Datagrams(_OnHost, _Raw):
         if self.host.network.host_at(text, self.host) is None:
             return errno.ENETUNREACH
         self._ensure_bound()
-        self.remote = text, port
+        self.has_addresses(self.local, (text, port))
         return 0
 
     def setsockopt(self, level, option, value, length=None):
@@ -1278,7 +1304,7 @@ class _Datagrams(_OnHost, _Raw):
         target = self.remote if address is None else self.host.parse(address, self.family)
         self._ensure_bound()
         data, network = bytes(data), self.host.network
-        if ipaddress.ip_address(target[0]).is_multicast:
+        if _address(target[0]).is_multicast:
             receivers = [host for host in network.hosts.values() if any(target[0] in raw.groups for raw in host.datagrams())]
         else:
             receivers = [network.host_at(target[0], self.host)]
@@ -1329,8 +1355,10 @@ class _Datagrams(_OnHost, _Raw):
 
 # ---- the simulated network: hosts -----------------------------------------------------------------------------
 
-def _is_loopback(text):
-    return text == "::1" or text.startswith("127.")
+def _drop(coro):
+    """Close what is refused, or it would complain that nobody awaited it."""
+    if hasattr(coro, "close"):
+        coro.close()
 
 
 class HostCrashed(flowcoro.FlowCoroError):
@@ -1374,9 +1402,12 @@ class SimulatedHost:
         """group.spawn(coro), on this host: sockets are its sockets, and if it crashes the task is cancelled.
 
         So are the tasks of its own groups. Its `finally` blocks run, but nothing that they send leaves the host. Returns the
-        Task. HostCrashed if the host is down.
+        Task. TypeError for what is no group. HostCrashed if the host is down.
         """
         self._check_up(coro)
+        if not hasattr(group, "spawn"):
+            _drop(coro)
+            raise TypeError(f"spawn({group!r}, …): give a TaskGroup, in which the task runs")
         with self:
             task = group.spawn(coro, name=name)
         self._tasks = {task: None for task in [*self._tasks, task] if not task.done()}
@@ -1411,8 +1442,7 @@ class SimulatedHost:
 
     def _check_up(self, coro):
         if not self.up:
-            if hasattr(coro, "close"):
-                coro.close()            # else it would complain that nobody awaited it
+            _drop(coro)
             raise HostCrashed(f"host {self.name!r} is down; restart() it first")
 
     # -- what flowcoro.network is asked for
@@ -1424,7 +1454,7 @@ class SimulatedHost:
             raise _os_error(errno.ENETDOWN)
         if family not in (socket.AF_INET, socket.AF_INET6):
             raise _os_error(errno.EAFNOSUPPORT)
-        kind = type & ~(getattr(socket, "SOCK_NONBLOCK", 0) | getattr(socket, "SOCK_CLOEXEC", 0))
+        kind = type & ~_TYPE_FLAGS
         if kind not in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
             raise _os_error(errno.EPROTONOSUPPORT)
         self.check_limit()
@@ -1444,7 +1474,7 @@ class SimulatedHost:
         self.network.begin()
         link = self.network.defaults
         text = host.decode() if isinstance(host, bytes) else host
-        if text is None or text in ("", "localhost") or _is_address(text):
+        if text is None or text in ("", "localhost") or _address(text):
             await flowcoro.checkpoint()
         else:
             await flowcoro.sleep(2 * (link.latency + link.jitter * self.network.random.random()))
@@ -1461,7 +1491,7 @@ class SimulatedHost:
                     there = ("" if flags & socket.AI_PASSIVE else loop), port
                 else:
                     there = text, port
-                if flags & socket.AI_NUMERICHOST and text is not None and not _is_address(text):
+                if flags & socket.AI_NUMERICHOST and text is not None and not _address(text):
                     raise socket.gaierror(socket.EAI_NONAME, f"{text!r} is no address, as AI_NUMERICHOST demands")
                 address, port = self.parse(there, each)
             except socket.gaierror as error:
@@ -1490,12 +1520,11 @@ class SimulatedHost:
             return ("::" if v6 else "0.0.0.0"), port
         if text == "localhost":
             return ("::1" if v6 else "127.0.0.1"), port
-        if _is_address(text):
-            parsed = ipaddress.ip_address(text.partition("%")[0])
+        if parsed := _address(text):
             if (parsed.version == 6) != v6:
                 raise socket.gaierror(getattr(socket, "EAI_ADDRFAMILY", socket.EAI_NONAME),
                                       f"{text} is no address of this family")
-            return str(getattr(parsed, "ipv4_mapped", None) or parsed), port
+            return _in_one_form(parsed), port
         there = self.network.hosts.get(text)
         if there is None:
             raise socket.gaierror(socket.EAI_NONAME, f"the simulated network has no host {text!r}")
@@ -1537,7 +1566,7 @@ class SimulatedHost:
         if kind == "SYN":
             self._take_syn(raw, key, *rest)
         elif raw is not None:
-            {"SYN-ACK": raw.on_syn_ack, "SEGMENT": raw.on_segment, "ACK": raw.on_ack, "RST": raw.on_reset}[kind](*rest)
+            getattr(raw, _Connection.TAKES[kind])(*rest)
         elif kind != "RST":
             until, expected = self._lingering.get(key, (-math.inf, 0))
             if flowcoro.now() > until:
@@ -1580,7 +1609,7 @@ class SimulatedHost:
     def take_datagram(self, source, target, data):
         """A datagram: for all who have joined the group, or one that is bound to the address, or it is refused."""
         text, port = target
-        if ipaddress.ip_address(text).is_multicast:
+        if _address(text).is_multicast:
             fitting = [raw for raw in self.datagrams() if text in raw.groups and raw.local[1] == port]
         else:
             fitting = [raw for raw in self.datagrams() if raw.remote == source and raw.takes(text, port)]
@@ -1628,14 +1657,6 @@ class SimulatedHost:
 _outer = contextvars.ContextVar("flowcoro_testing.outer", default=())
 
 
-def _is_address(text):
-    try:
-        ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return False
-    return True
-
-
 def _port_number(port, kind):
     """What getaddrinfo() makes of None, a number in text, and the few names of services that all systems know."""
     if port is None:
@@ -1666,17 +1687,100 @@ class _Link:
 
     __slots__ = ("latency", "jitter", "loss", "duplication", "bandwidth", "cut", "busy_until")
 
-    def __init__(self, latency, jitter, loss, duplication, bandwidth):
-        self.latency = _checked_number(latency, "latency", 0, 1e6, "the seconds that a packet is under way")
-        self.jitter = _checked_number(jitter, "jitter", 0, 1e6, "the seconds that it may take longer")
-        self.loss = _checked_number(loss, "loss", 0, 1, "the probability that a packet gets lost")
-        self.duplication = _checked_number(duplication, "duplication", 0, 1, "the probability that a datagram comes twice")
-        self.bandwidth = _checked_number(bandwidth, "bandwidth", 1, math.inf, "bytes a second, math.inf for no limit")
+    # name: (the least, the most, what to give)
+    SETTINGS = {
+        "latency": (0, 1e6, "the seconds that a packet is under way"),
+        "jitter": (0, 1e6, "the seconds that it may take longer"),
+        "loss": (0, 1, "the probability that a packet gets lost"),
+        "duplication": (0, 1, "the probability that a datagram comes twice"),
+        "bandwidth": (1, math.inf, "bytes a second, math.inf for no limit"),
+    }
+
+    def __init__(self, **settings):
         self.cut = False                # by partition()
         self.busy_until = -math.inf     # when what was sent so far has left
+        self.change(**settings)
+
+    def change(self, **settings):
+        """All of them, or none if one is wrong."""
+        for name, value in {name: _checked_number(value, name, *self.SETTINGS[name]) for name, value in settings.items()}.items():
+            setattr(self, name, value)
 
     def settings(self):
-        return {name: getattr(self, name) for name in ("latency", "jitter", "loss", "duplication", "bandwidth")}
+        return {name: getattr(self, name) for name in self.SETTINGS}
+
+
+class _Timeline:
+    """What is going to happen when, and the task, the pump, that lets it happen."""
+
+    def __init__(self):
+        self.kernel = None              # a weak reference to that of the run, once it is known
+        self.heap, self._serial = [], itertools.count()     # of lists: when, serial number, function, arguments
+        self.waiting = 0                # tasks that wait for sockets
+        self._pump, self._nap, self._nap_ends = None, None, -math.inf       # the task, the scope of its sleep, and until when
+
+    def after(self, seconds, function, *arguments):
+        """Call function(*arguments) in `seconds` from now. Returns what forget() takes."""
+        return self.at(flowcoro.now() + seconds, function, *arguments)
+
+    def at(self, when, function, *arguments):
+        """As after(), at a time of now()."""
+        entry = [when, next(self._serial), function, arguments]
+        heapq.heappush(self.heap, entry)
+        self.wake_up(when)
+        return entry
+
+    def forget(self, entry):
+        """Do not call it."""
+        entry[2] = entry[3] = None
+
+    def wake_up(self, when=math.inf):
+        """See to it that the pump runs if there is anything to do, and looks up at `when` at the latest."""
+        if self._pump is None or self._pump.done():
+            if self._next() is not None and self._is_running():
+                self._pump = flowcoro.spawn(self._deliver(), name="simulated network")
+        elif self._nap is not None and when < self._nap_ends:
+            self._nap_ends = self._nap.deadline = when
+
+    def _is_running(self):
+        """Whether this is its run: sockets may be closed after it, by finalisers, which nobody else hears of."""
+        try:
+            return self.kernel() is flowcoro.current_kernel()
+        except RuntimeError:
+            return False
+
+    def _next(self):
+        """When the next thing happens; None: nothing is under way."""
+        while self.heap and self.heap[0][2] is None:
+            heapq.heappop(self.heap)
+        return self.heap[0][0] if self.heap else None
+
+    async def _deliver(self):
+        """The pump: let happen what is due, one after the other, until nothing is under way."""
+        try:
+            await self._pumped(lambda: True)
+        except flowcoro.Cancelled:      # main has ended: go on as long as somebody's last words wait for an answer
+            with flowcoro.CancelScope(shield=True):
+                await flowcoro.checkpoint()
+                await self._pumped(lambda: self.waiting)
+            raise
+
+    async def _pumped(self, wanted):
+        while wanted() and (when := self._next()) is not None:
+            if when > flowcoro.now():
+                try:
+                    with flowcoro.CancelScope() as self._nap:
+                        self._nap_ends = when
+                        await flowcoro.sleep_until(when)
+                finally:
+                    self._nap = None
+            else:
+                await flowcoro.checkpoint()
+            now, heap = flowcoro.now(), self.heap
+            while heap and heap[0][0] <= now:
+                _, _, function, arguments = heapq.heappop(heap)
+                if function is not None:
+                    function(*arguments)
 
 
 class SimulatedNetwork:
@@ -1697,17 +1801,14 @@ class SimulatedNetwork:
         if seed is not None and not isinstance(seed, (int, str, bytes, float)):
             raise TypeError(f"seed={seed!r}: give an int or a str; None for that of the run")
         self.seed = seed
-        self.defaults = _Link(latency, jitter, loss, duplication, bandwidth)
+        self.defaults = _Link(latency=latency, jitter=jitter, loss=loss, duplication=duplication, bandwidth=bandwidth)
         self.split = _checked_number(split, "split", 0, 1, "the probability that a segment is cut in two")
         self.events = collections.deque(maxlen=_count(keep, 0, "keep", "the number of events that the trace keeps"))
         self.hosts = {}
         self.random = None              # made when the run is known
-        self.waiting = 0                # tasks that wait for sockets
+        self.timeline = _Timeline()
         self._links = {}                # (name, name) -> _Link
         self._by_address = {}
-        self._kernel = None
-        self._heap, self._serial = [], itertools.count()
-        self._lot, self._nap, self._pump = flowcoro.ParkingLot("wait for the next packet"), None, None
         self._counts = dict.fromkeys(("sent", "arrived", "lost"), 0)
 
     def __repr__(self):
@@ -1721,14 +1822,14 @@ class SimulatedNetwork:
             raise TypeError(f"host({name!r}): the name of a host is a str")
         host = self.hosts.get(name)
         if host is None:
-            if not name or name == "localhost" or _is_address(name) or any(part.isspace() for part in name):
+            if not name or name == "localhost" or _address(name) or any(part.isspace() for part in name):
                 raise ValueError(f"host({name!r}): give a name without spaces that is neither 'localhost' nor an address")
             host = self.hosts[name] = SimulatedHost(self, name, len(self.hosts) + 1)
             self._by_address[host.address] = self._by_address[host.address6] = host
         return host
 
     def set_link(self, source, target, *, one_way=False, **settings):
-        """Give the link between two hosts (names) settings of its own: latency, jitter, loss, duplication, bandwidth.
+        """Give the links between hosts (as for partition()) settings of their own: latency, jitter, loss, duplication, bandwidth.
 
         What is not given stays. one_way: only from source to target. TypeError, ValueError.
         """
@@ -1736,39 +1837,42 @@ class SimulatedNetwork:
         if unknown:
             raise TypeError(f"a link has no {', '.join(sorted(unknown))}: it has {', '.join(self.defaults.settings())}")
         for one, other in self._directions(source, target, one_way):
-            old = self.link(one, other)
-            new = _Link(**{**old.settings(), **settings})
-            new.cut, new.busy_until = old.cut, old.busy_until
-            self._links[one.name, other.name] = new
+            self.link(one, other).change(**settings)
 
     def partition(self, source, target, *, one_way=False):
         """Let no packet from `source` reach `target`, nor (unless one_way) the reverse; those under way are lost.
 
-        Each is a host's name or several. Nobody is told: connections hang, until heal() or until they time out.
+        Each is a host, its name, or several. Nobody is told: connections hang, until heal() or until they time out.
+        TypeError, ValueError.
         """
         for one, other in self._directions(source, target, one_way):
             self.link(one, other).cut = True
             self._control(f"partition: nothing from {one.name} to {other.name}")
 
     def heal(self, source=None, target=None):
-        """End the partition between two hosts (or several); without arguments, all partitions."""
-        pairs = self._directions(source, target, False) if source is not None else [
-            (self.hosts[one], self.hosts[other]) for one, other in self._links]
-        for one, other in pairs:
-            link = self.link(one, other)
-            if link.cut:
+        """End the partitions between `source` and `target` (hosts as for partition()), both ways.
+
+        With one of them, all that it is cut off by; without arguments, all there are. TypeError, ValueError.
+        """
+        concerned = self._between(source, target)
+        for names, link in self._links.items():
+            one, other = (self.hosts[name] for name in names)
+            if link.cut and concerned(one, other):
                 link.cut = False
                 self._control(f"heal: packets from {one.name} to {other.name} again")
 
     def break_connections(self, source=None, target=None):
-        """Reset all TCP connections, or those of one host, or between two: both ends get ECONNRESET now. Returns how many."""
-        broken = 0
-        ends = {self._known(each) for each in (source, target) if each is not None}
-        for host in list(self.hosts.values()):
+        """Reset all TCP connections, or those of `source`, or those between it and `target`. Returns how many there were.
+
+        Each is a host, its name, or several. Both ends learn it now, as of a reset by the other: ECONNRESET; while it is being
+        made, ECONNREFUSED; where the other end has ended before, EPIPE, as Linux has it. TypeError, ValueError.
+        """
+        broken, concerned = 0, self._between(source, target)
+        for host in self.hosts.values():
             for raw in list(host.connections.values()):
-                if raw.state != "over" and ends <= {host, raw.peer_host}:
+                if raw.state != "over" and concerned(host, raw.peer_host):
                     broken += 1
-                    peer = raw.peer_host.connections.get((*raw.key[2:], *raw.key[:2]))
+                    peer = raw.peer_host.connections.get(raw.peer_key)
                     self._control(f"breaks {raw.name}")
                     for each in (raw, peer):
                         if each is not None:
@@ -1806,7 +1910,7 @@ class SimulatedNetwork:
     def statistics(self):
         """{"packets": {"sent": int, "arrived": int, "lost": int, "in_flight": int}, "hosts": {name: {"up": bool, "sockets":
         int, "connections": int, "tasks": int}}}: sockets that programs hold, connections also those on their way to an end."""
-        flying = sum(entry[2] is not None and entry[2] == self._arrive for entry in self._heap)
+        flying = sum(entry[2] is not None and entry[2] == self._arrive for entry in self.timeline.heap)
         return {"packets": {**self._counts, "in_flight": flying},
                 "hosts": {name: {"up": host.up, "sockets": len(host.open), "connections": len(host.connections),
                                  "tasks": sum(not task.done() for task in host._tasks) + len(host._scopes)}
@@ -1824,11 +1928,27 @@ class SimulatedNetwork:
             raise ValueError(f"{host!r} is no host of this network, which has {', '.join(self.hosts) or 'none yet'}; "
                              "host(name) makes one") from None
 
-    def _directions(self, source, target, one_way):
+    def _several(self, hosts, name):
+        """A list of SimulatedHosts, in the order of their making, whatever the order of a set."""
+        if isinstance(hosts, (str, SimulatedHost)):
+            return [self._known(hosts)]
+        if not isinstance(hosts, collections.abc.Iterable):
+            raise TypeError(f"{name}={hosts!r}: give a host, its name, or several")
+        known = {self._known(host): None for host in hosts}
+        if not known:
+            raise ValueError(f"{name}={hosts!r}: give one host or more")
+        return [host for host in self.hosts.values() if host in known]
+
+    def _between(self, source, target):
+        """A function that says of two hosts whether they are these two, either way; None stands for any."""
         sources, targets = (
-            [self._known(host) for host in ([side] if isinstance(side, (str, SimulatedHost)) else side)]
-            for side in (source, target))
-        pairs = [(one, other) for one in sources for other in targets if one is not other]
+            list(self.hosts.values()) if side is None else self._several(side, name)
+            for side, name in ((source, "source"), (target, "target")))
+        return lambda one, other: one in sources and other in targets or one in targets and other in sources
+
+    def _directions(self, source, target, one_way):
+        pairs = [(one, other) for one in self._several(source, "source") for other in self._several(target, "target")
+                 if one is not other]
         if not pairs:
             raise ValueError(f"{source!r} and {target!r}: between a host and itself there is no link")
         return pairs if one_way else [direction for one, other in pairs for direction in ((one, other), (other, one))]
@@ -1838,24 +1958,25 @@ class SimulatedNetwork:
     def begin(self):
         """Belong to this run from now on."""
         kernel = flowcoro.current_kernel()
-        if self._kernel is None:
+        if self.timeline.kernel is None:
             if flowcoro.statistics()["workers"]["count"] > 1:
                 raise RuntimeError("a SimulatedNetwork needs a run with one worker, for only its order can be repeated: "
                                    "run(…, workers=1), or a clock= or seed=, which imply that")
-            self._kernel = weakref.ref(kernel)
+            self.timeline.kernel = weakref.ref(kernel)
             if self.seed is None:
                 self.seed = flowcoro.runtime_info()["seed"] or 0
             self.random = random.Random(self.seed)
-        elif self._kernel() is not kernel:
+        elif self.timeline.kernel() is not kernel:
             raise RuntimeError("a SimulatedNetwork serves one run; make a new one in each")
 
     def link(self, source, target):
         """The _Link from one host to another."""
-        names = source.name, target.name
-        if names not in self._links:
-            self._links[names] = _Link(LOOPBACK_SECONDS, 0, 0, 0, math.inf) if source is target else _Link(
-                **self.defaults.settings())
-        return self._links[names]
+        link = self._links.get((source.name, target.name))
+        if link is None:
+            link = self._links[source.name, target.name] = _Link(**self.defaults.settings())
+            if source is target:
+                link.change(latency=LOOPBACK_SECONDS, jitter=0, loss=0, duplication=0, bandwidth=math.inf)
+        return link
 
     def host_at(self, text, asker):
         """The host with that address, as seen from another one; None: nobody has it."""
@@ -1884,13 +2005,13 @@ class SimulatedNetwork:
         elif link.loss and self.random.random() < link.loss:
             self._lose(source, target, what, "by chance", lost)
         else:
-            delay = left - now + link.latency
+            arrival = left + link.latency
             if link.jitter:
-                delay += link.jitter * self.random.random()
-            self.at(delay, self._arrive, source, target, now, left, what, take, message, lost)
+                arrival += link.jitter * self.random.random()
+            self.timeline.at(arrival, self._arrive, link, source, target, now, left, what, take, message, lost)
 
-    def _arrive(self, source, target, sent, left, what, take, message, lost):
-        if self.link(source, target).cut:
+    def _arrive(self, link, source, target, sent, left, what, take, message, lost):
+        if link.cut:
             self._lose(source, target, what, "partition", lost)
         elif not target.up:
             self._lose(source, target, what, f"{target.name} is down", lost)
@@ -1905,63 +2026,4 @@ class SimulatedNetwork:
         self._counts["lost"] += 1
         self.events.append((flowcoro.now(), source.name, f"lost to {target.name}, {why}: {what}"))
         if lost is not None:
-            self.at(RETRY_SECONDS, lost)
-
-    # -- time
-
-    def at(self, seconds, function, *arguments):
-        """Call function(*arguments) in `seconds` from now. Returns what forget() takes."""
-        entry = [flowcoro.now() + seconds, next(self._serial), function, arguments]
-        heapq.heappush(self._heap, entry)
-        self.wake_up(entry[0])
-        return entry
-
-    def forget(self, entry):
-        """Do not call it."""
-        entry[2] = entry[3] = None
-
-    def wake_up(self, when=math.inf):
-        """See to it that the pump runs if there is anything to do, and looks up at `when` at the latest."""
-        if self._pump is None or self._pump.done():
-            if self._next() is not None and self._is_running():
-                self._pump = flowcoro.spawn(self._deliver(), name="simulated network")
-        elif self._nap is not None and when < self._nap.deadline:
-            self._nap.deadline = when
-
-    def _is_running(self):
-        """Whether this is its run: sockets may be closed after it, by finalisers, which nobody else hears of."""
-        try:
-            return self._kernel() is flowcoro.current_kernel()
-        except RuntimeError:
-            return False
-
-    def _next(self):
-        """When the next thing happens; None: nothing is under way."""
-        while self._heap and self._heap[0][2] is None:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
-
-    async def _deliver(self):
-        """The pump: let happen what is due, one after the other, until nothing is under way."""
-        try:
-            await self._pumped(lambda: True)
-        except flowcoro.Cancelled:      # main has ended: go on as long as somebody's last words wait for an answer
-            with flowcoro.CancelScope(shield=True):
-                await flowcoro.checkpoint()
-                await self._pumped(lambda: self.waiting)
-            raise
-
-    async def _pumped(self, wanted):
-        while wanted() and (when := self._next()) is not None:
-            if when > flowcoro.now():
-                try:
-                    with flowcoro.CancelScope(deadline=when) as self._nap:
-                        await self._lot.park()
-                finally:
-                    self._nap = None
-            else:
-                await flowcoro.checkpoint()
-            while self._heap and self._heap[0][0] <= flowcoro.now():
-                _, _, function, arguments = heapq.heappop(self._heap)
-                if function is not None:
-                    function(*arguments)
+            self.timeline.after(RETRY_SECONDS, lost)

@@ -724,6 +724,57 @@ async def test_break_connections_resets_both_ends_at_once(network):
 
 
 @on_network
+async def test_break_connections_tells_each_end_what_a_reset_by_the_other_would(network):
+    near, far = await connected(network)
+    with near, far, network.host("server").socket() as listener, network.host("client").socket() as connecting:
+        near.shutdown(socket.SHUT_WR)
+        await flowcoro.sleep(1)
+        listener.bind(("", 81))
+        listener.listen()
+        connecting.connect_ex(("server", 81))
+        await flowcoro.sleep(0.0005)
+        reader = Stream(near, near.network)
+        async with flowcoro.TaskGroup() as group:
+            waiting = group.spawn(failure(reader.read()))
+            await wait_all_tasks_parked()
+            assert network.break_connections("client") == 2
+            assert await waiting == "ECONNRESET"        # has shut down, and waits for the other end
+        assert attempt(far.recv, 1) == b"" and attempt(far.send, b"x") == "EPIPE"       # knows of that
+        assert connecting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
+
+
+async def failure(coro):
+    with pytest.raises(OSError) as caught:
+        await coro
+    return errno.errorcode[caught.value.errno]
+
+
+@pytest.mark.parametrize("ends, broken", [
+    ((), {"ab", "ac", "bc", "aa"}), (("a",), {"ab", "ac", "aa"}), ((None, "a"), {"ab", "ac", "aa"}), (("a", "b"), {"ab"}),
+    (("b", "a"), {"ab"}), ((["b", "c"],), {"ab", "ac", "bc"}), (("a", {"b", "c"}), {"ab", "ac"}), (("a", "a"), {"aa"}),
+])
+def test_break_connections_breaks_those_between_the_hosts_that_are_named(ends, broken):
+    async def test(network):
+        opened, raws = {}, []
+        for one, other in "ab", "ac", "bc", "aa":
+            listener, near = network.host(other).socket(), network.host(one).socket()
+            listener.bind(("", 80))
+            listener.listen()
+            near.connect_ex((other, 80))
+            await flowcoro.sleep(1)
+            far, _ = listener.accept()
+            listener.close()
+            opened[one + other] = near
+            raws += near, far
+        assert network.break_connections(*ends) == len(broken)
+        assert {name for name, raw in opened.items() if end(raw) == "ECONNRESET"} == broken
+        for raw in raws:
+            raw.close()
+
+    on_network(test)()
+
+
+@on_network
 async def test_connecting_may_be_given_up(network):
     client, server = network.host("client"), network.host("server")
     with server.socket() as listener:
@@ -1016,6 +1067,31 @@ async def test_a_partition_may_be_one_way(network):
         assert end(one) == b"answer"
 
 
+@pytest.mark.parametrize("ends, left", [
+    ((), set()), (("a",), {"bc", "cb"}), ((None, "a"), {"bc", "cb"}), (("a", "b"), {"ac", "ca", "bc", "cb"}),
+    (("b", "a"), {"ac", "ca", "bc", "cb"}), (("a", ["b", "c"]), {"bc", "cb"}), ((["b", "c"],), set()),
+])
+def test_heal_ends_the_partitions_of_the_hosts_that_are_named(ends, left):
+    async def test(network):
+        for pair in "ab", "ac", "bc":
+            network.host(pair[0]), network.host(pair[1])
+            network.partition(*pair)
+        network.heal(*ends)
+        assert {one + other for one in "abc" for other in "abc"
+                if one != other and network.link(network.host(one), network.host(other)).cut} == left
+
+    on_network(test)()
+
+
+@on_network
+async def test_hosts_given_as_a_set_are_taken_in_the_order_of_their_making(network):
+    names = [f"host{number}" for number in range(20)]
+    for name in names:
+        network.host(name)
+    network.partition(set(names[1:]), names[0], one_way=True)
+    assert [what for _, _, what in network.events] == [f"partition: nothing from {name} to host0" for name in names[1:]]
+
+
 @on_network
 async def test_a_link_may_have_settings_of_its_own(network):
     one, other = datagram_sockets(network)
@@ -1291,15 +1367,26 @@ def test_wrong_hosts_and_links_are_named():
     with pytest.raises(TypeError, match=r"host\(7\)"):
         network.host(7)
     for call in (lambda: network.partition("a", "c"), lambda: network.crash("c"), lambda: network.crash(["a"]),
-                 lambda: network.break_connections("c"), lambda: network.set_link("c", "a", loss=0)):
+                 lambda: network.break_connections("c"), lambda: network.heal("a", ["b", "c"]), lambda: network.heal(target="c"),
+                 lambda: network.restart(7), lambda: network.set_link("c", "a", loss=0)):
         with pytest.raises(ValueError, match="is no host of this network, which has a, b"):
             call()
-    with pytest.raises(ValueError, match="between a host and itself there is no link"):
-        network.partition("a", "a")
+    for call in network.partition, network.heal, network.break_connections, network.set_link:
+        with pytest.raises(TypeError, match="target=7: give a host, its name, or several"):
+            call("a", 7)
+        with pytest.raises(ValueError, match=r"source=\[\]: give one host or more"):
+            call([], "a")
+    for call in network.partition, network.set_link:
+        with pytest.raises(TypeError, match="source=None: give a host"):
+            call(None, "a")
+        with pytest.raises(ValueError, match="between a host and itself there is no link"):
+            call("a", "a")
     with pytest.raises(TypeError, match="a link has no speed: it has latency"):
         network.set_link("a", "b", speed=3)
     with pytest.raises(TypeError, match="give a function"):
         network.host("a").boot(None, 3)
+    with pytest.raises(TypeError, match=r"spawn\(None, …\): give a TaskGroup"):
+        network.host("a").spawn(None, flowcoro.sleep(1))
 
 
 @on_network(keep=3)
