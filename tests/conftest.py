@@ -30,10 +30,17 @@ def one_worker_takes_no_guard():
         flowcoro._several = False
 
 
-def pytest_collection_finish(session):
+@pytest.fixture(autouse=True, scope="module")
+def garbage_is_sought_in_what_is_new():
     """Thousands of tests look for garbage, or for a deadlock: spare each of them what pytest itself has gathered so far."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """Garbage that was frozen while something still held it is found at last: pytest looks for it now, and fails."""
+    gc.unfreeze()
 
 
 @pytest.fixture
