@@ -84,6 +84,16 @@ def guard(monkeypatch):
     return guard
 
 
+@pytest.fixture
+def looks_again_soon(monkeypatch):
+    """Whoever sleeps while another thread may wake it looks again after a hundredth of the time: such threads end unheard."""
+    def sooner(worker, timeout):
+        return poll(worker, timeout and timeout / 100)
+
+    poll = flowcoro._Worker._poll
+    monkeypatch.setattr(flowcoro._Worker, "_poll", sooner)
+
+
 async def parked(group, *coros):
     """Spawn the coroutines one after the other, each once the one before waits. Returns the tasks."""
     tasks = []
