@@ -71,7 +71,7 @@ class Scale:
     bulk: int = 1024 * MIB
 
 
-QUICK = Scale(0.2, 1.0, 4, 40, 2 * MIB)
+QUICK = Scale(0.1, 0.25, 4, 40, 2 * MIB)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,10 +30,17 @@ def one_worker_takes_no_guard():
         flowcoro._several = False
 
 
-def pytest_collection_finish(session):
+@pytest.fixture(autouse=True, scope="module")
+def garbage_is_sought_in_what_is_new():
     """Thousands of tests look for garbage, or for a deadlock: spare each of them what pytest itself has gathered so far."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """Garbage that was frozen while something still held it is found at last: pytest looks for it now, and fails."""
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -75,6 +82,16 @@ def guard(monkeypatch):
     guard = Guard()
     monkeypatch.setattr(flowcoro, "_GUARD", guard)
     return guard
+
+
+@pytest.fixture
+def looks_again_soon(monkeypatch):
+    """Whoever sleeps while another thread may wake it looks again after a hundredth of the time: such threads end unheard."""
+    def sooner(worker, timeout):
+        return poll(worker, timeout and timeout / 100)
+
+    poll = flowcoro._Worker._poll
+    monkeypatch.setattr(flowcoro._Worker, "_poll", sooner)
 
 
 async def parked(group, *coros):

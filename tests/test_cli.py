@@ -262,14 +262,15 @@ def test_a_scene_that_fails_says_so_and_the_next_one_runs_and_the_exit_status_is
     assert "FAILED: one is not two" in out and "2/2 good" in out and "Failed: bad." in out
 
 
-def test_a_scene_whose_file_is_missing_is_left_out_of_the_demo(cli, monkeypatch):
+def test_a_scene_whose_file_is_missing_is_left_out_of_the_demo(cli, monkeypatch, sibling):
+    sibling("flowcoro_extra", scene_extra=lambda screen: screen.say("hello from elsewhere"))
     monkeypatch.setattr(flowcoro_cli, "SCENES", {
         "http": ("flowcoro_nowhere", "scene_http", "a server"),
-        "timeouts": flowcoro_cli.SCENES["timeouts"],
+        "extra": ("flowcoro_extra", "scene_extra", "a scene"),
     })
     status, out, _ = cli("demo")
     assert status == 0
-    assert "Left out: this needs flowcoro_nowhere.py" in out and "2/2 timeouts" in out
+    assert "Left out: this needs flowcoro_nowhere.py" in out and "2/2 extra" in out
 
 
 def test_a_scene_whose_file_is_missing_exits_2_when_asked_for(cli, monkeypatch):

@@ -436,14 +436,16 @@ def test_what_cannot_wake_anybody_does_not_delay_the_report(leave_behind):
         assert len(polls) - began[0] <= 3       # it did not wait for anything, a second at a time
 
 
+@pytest.mark.usefixtures("looks_again_soon")
 def test_a_deadlock_is_found_after_the_last_foreign_thread_has_ended():
     async def main():
         threading.Thread(target=time.sleep, args=(0.01,)).start()
         await forever()
 
-    deadlock(main, looks=8)
+    deadlock(main, looks=800)
 
 
+@pytest.mark.usefixtures("looks_again_soon")
 def test_a_thread_that_dies_without_keeping_its_promise_leaves_a_deadlock(monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda report: None)
 
@@ -458,7 +460,7 @@ def test_a_thread_that_dies_without_keeping_its_promise_leaves_a_deadlock(monkey
         threading.Thread(target=dies).start()
         await promise
 
-    assert "wait for a Promise" in deadlock(main, looks=8)
+    assert "wait for a Promise" in deadlock(main, looks=800)
 
 
 # ---- but never wrongly -------------------------------------------------------------------------------------

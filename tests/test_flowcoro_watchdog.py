@@ -3,6 +3,7 @@
 Limits are short here, and no test depends on how fast anything is: a step that is to be reported lasts until it was.
 """
 
+import concurrent.futures
 import gc
 import math
 import os
@@ -71,6 +72,13 @@ def watched(function, *args, alarms=None, limit=LIMIT, workers=1, **options):
             return await function(*args)
 
     return flowcoro.run(main(), watchdog=limit, workers=workers, **options)
+
+
+def at_once(function, cases):
+    """Call it with each of the cases, in threads of their own: for tests that sleep most of the time."""
+    with concurrent.futures.ThreadPoolExecutor(len(cases)) as threads:
+        for done in [threads.submit(function, case) for case in cases]:
+            done.result()
 
 
 async def in_group(**coros):
@@ -325,8 +333,13 @@ def test_kernels_in_two_threads_have_a_watchdog_each():
 # ---- no false alarms -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("gil", [True, False])
-@pytest.mark.parametrize("others", [0, 1, 14, 15])
-def test_many_steps_that_are_long_together_are_no_long_step(others, gil, monkeypatch):
+def test_many_steps_that_are_long_together_are_no_long_step(gil, monkeypatch):
+    def case(others):
+        alarms = Alarms()
+        watched(lambda: in_group(busy=busy(), **{f"idle {n}": idle() for n in range(others)}), alarms=alarms, limit=limit,
+                workers=1 if gil else 2)
+        assert alarms.reports == []
+
     async def busy():
         for _ in range(20):
             time.sleep(limit / 5)
@@ -338,22 +351,22 @@ def test_many_steps_that_are_long_together_are_no_long_step(others, gil, monkeyp
 
     if not gil:
         monkeypatch.setattr(flowcoro, "_has_gil", lambda: False)
-    limit, alarms = 0.1, Alarms()                   # with one other task each batch of 15 begins with another
-    watched(lambda: in_group(busy=busy(), **{f"idle {n}": idle() for n in range(others)}), alarms=alarms, limit=limit,
-            workers=1 if gil else 2)
-    assert alarms.reports == []
+    limit = 0.1
+    at_once(case, [0, 1, 14, 15])                   # with one other task each batch of 15 begins with another
 
 
-@SEVERAL
-def test_who_sleeps_or_waits_is_not_stuck(workers):
+def test_who_sleeps_or_waits_is_not_stuck():
+    def case(workers):
+        alarms = Alarms()
+        watched(main, alarms=alarms, workers=workers)
+        assert alarms.reports == []
+
     async def main():
         for _ in range(2):
             await flowcoro.sleep(2 * LIMIT)
         await flowcoro.to_thread(time.sleep, 2 * LIMIT)
 
-    alarms = Alarms()
-    watched(main, alarms=alarms, workers=workers)
-    assert alarms.reports == []
+    at_once(case, [1, 2, 8])
 
 
 def test_a_process_that_was_stopped_is_not_stuck():
@@ -401,7 +414,7 @@ def test_no_deadlock_is_reported_while_a_hook_can_still_wake_a_task():
     class Wakes(Alarms):
         def task_stuck(self, *args):
             super().task_stuck(*args)
-            time.sleep(0.3)                         # nobody but this hook can go on meanwhile
+            time.sleep(0.1)                         # nobody but this hook can go on meanwhile
             flowcoro.call_from_thread(event.set, kernel=kernel)
 
     async def main():

@@ -1,5 +1,6 @@
 """ConnectionPool: who gets which connection and when, what a cancel leaves behind, how a pool ends."""
 
+import concurrent.futures
 import contextvars
 import gc
 import itertools
@@ -1298,14 +1299,14 @@ SITUATIONS = {
 }
 
 
-async def cancel_once(situation, number, how, patience=0.02):
+async def cancel_once(situation, number, how):
     """Do it, cancelled at checkpoint `number`. Returns how many there were."""
     action, idle, busy, options = SITUATIONS[situation]
     maker, seen, served = Patient(), [], 0
     pool = ConnectionPool(maker, validate_after=0.001, **options)
     for connection in [await pool.acquire() for _ in range(idle)]:
         pool.release(connection)
-    await flowcoro.sleep(patience)
+    await flowcoro.sleep(0.002)                 # longer than validate_after
 
     async def other():
         nonlocal served
@@ -1332,7 +1333,9 @@ async def cancel_once(situation, number, how, patience=0.02):
         for _ in range(busy):
             group.spawn(other())
     assert served == 2 * busy
-    await flowcoro.sleep(patience)
+    with flowcoro.timeout(30):
+        while any(pool.statistics()[what] for what in ("connecting", "closing")):
+            await flowcoro.sleep(0.001)
     at_rest(pool)
     if not pool._books.closed:
         assert len(maker.open) == pool.statistics()["idle"] and maker.connecting == 0
@@ -1357,8 +1360,10 @@ def test_cancelled_at_any_checkpoint_a_borrower_neither_leaks_nor_loses_a_connec
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_so_it_is_with_several_workers(situation):
     checkpoints = run_in_kernel(cancel_once)(situation, -1, "before")
-    for number in range(checkpoints):
-        flowcoro.run(cancel_once(situation, number, "while"), workers=3)
+    with concurrent.futures.ThreadPoolExecutor(checkpoints) as threads:     # kernels that sleep most of the time
+        for done in [threads.submit(flowcoro.run, cancel_once(situation, number, "while"), workers=3)
+                     for number in range(checkpoints)]:
+            done.result()
 
 
 @run_in_kernel

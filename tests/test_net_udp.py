@@ -354,10 +354,13 @@ def test_socat_is_answered():
                     await sock.send_to(data.upper(), address)
 
             answering = group.spawn(upper())
-            command = ["socat", "-t", "1", "-", f"UDP:127.0.0.1:{sock.local[1]}"]
-            done = await flowcoro.to_thread(
-                lambda: subprocess.run(command, input=b"hello", capture_output=True, timeout=PATIENCE))
-            assert done.stdout == b"HELLO"
+            command = ["socat", "-", f"UDP:127.0.0.1:{sock.local[1]}"]
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as socat:
+                try:
+                    socat.stdin.write(b"hello")
+                    assert await flowcoro.to_thread(socat.stdout.read, 5, abandon_on_cancel=True) == b"HELLO"
+                finally:
+                    socat.kill()
             answering.cancel()
 
     run(main)

@@ -8,6 +8,7 @@ rules find anything is tested too, on snippets that break them.
 """
 
 import ast
+import concurrent.futures
 import configparser
 import dataclasses
 import functools
@@ -60,6 +61,7 @@ MAX_CLASS_LINES = 300         # about 250 is the aim
 MAX_HEADER_EXAMPLE_LINES = 15
 EXAMPLE_LINES = range(20, 61)
 TABLE_TOLERANCE = 0.05        # how far README's line counts may lag behind: not every edit has to touch them
+NOT_RUN = "# not run:"        # begins a block of a document that only shows something
 SUBPROCESS_TIMEOUT = 60       # seconds; everything here needs one or two, this is for a much slower machine
 
 HEADER_SECTIONS = {
@@ -87,6 +89,12 @@ class Module:
     @property
     def docstring(self):
         return ast.get_docstring(self.tree) or ""
+
+    @functools.cached_property
+    def nodes(self):
+        """All of the tree, but for the hand-over."""
+        exempt = set(hand_over(self))
+        return [node for node in ast.walk(self.tree) if node not in exempt]
 
     def __str__(self):
         return self.name
@@ -155,8 +163,7 @@ def hand_over(module):
 
 def nodes(module, *kinds):
     """All nodes of these kinds in the file, but for the hand-over."""
-    exempt = set(hand_over(module))
-    return [node for node in ast.walk(module.tree) if isinstance(node, kinds) and node not in exempt]
+    return [node for node in module.nodes if isinstance(node, kinds)]
 
 
 def functions(module):
@@ -515,14 +522,36 @@ def test_tests_map_to_modules_one_to_one():
     assert subjects - set().union(*subjects_of.values()) == set(), "modules without tests"
 
 
+@pytest.fixture(scope="module")
+def ran(request, tmp_path_factory):
+    """{example, or block of a document: the Future of its CompletedProcess}; each runs in a folder of its own.
+
+    Those that tests have been selected for all run before the first one is looked at, some at a time: most of them sleep.
+    """
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = {}
+        for item in request.session.items:
+            if item.path == pathlib.Path(__file__) and "ran" in item.fixturenames:
+                [example] = item.callspec.params.values()
+                folder = tmp_path_factory.mktemp("program")
+                program = example
+                if isinstance(example, Fence):
+                    if example.text.lstrip().startswith(NOT_RUN):
+                        continue
+                    program = folder / "block.py"           # a file, so that a traceback can show its lines
+                    program.write_text(example.text, encoding="utf-8")
+                futures[example] = pool.submit(run_python, program, cwd=folder)
+    return futures
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=relative)
-def test_an_example_is_short_says_what_it_shows_and_runs(path, tmp_path):
+def test_an_example_is_short_says_what_it_shows_and_runs(path, ran):
     text = path.read_text(encoding="utf-8")
     docstring = ast.get_docstring(ast.parse(text)) or ""
     may_fail = path.stem.endswith("_broken") and "Exits with an error" in docstring
     assert docstring, "an example begins with a docstring"
     assert len(text.splitlines()) in EXAMPLE_LINES
-    done = run_python(path, cwd=tmp_path)
+    done = ran[path].result()
     if may_fail:
         assert done.returncode != 0, "its docstring promises an error"
     else:
@@ -621,14 +650,11 @@ def command_violations(block):
 
 
 @pytest.mark.parametrize("block", PYTHON_FENCES, ids=str)
-def test_python_in_a_document_runs(block, tmp_path):
-    first_line = block.text.lstrip().split("\n", 1)[0]
-    if first_line.startswith("# not run:"):
-        assert first_line.removeprefix("# not run:").strip(), "a block that is not run says why"
+def test_python_in_a_document_runs(block, ran):
+    if block.text.lstrip().startswith(NOT_RUN):
+        assert block.text.lstrip().split("\n", 1)[0].removeprefix(NOT_RUN).strip(), "a block that is not run says why"
         return
-    program = tmp_path / "block.py"             # a file, so that a traceback can show its lines
-    program.write_text(block.text, encoding="utf-8")
-    done = run_python(program, cwd=tmp_path)
+    done = ran[block].result()
     assert_ran(done)
     if block.path == GUIDE:
         assert done.stdout == shown_output(block)
