@@ -472,7 +472,7 @@ def test_a_new_process_that_cannot_serve_takes_nobodys_place(program):
 def reload():
     flowcoro_net._Supervisor.serve = broken
 
-async def broken(self, process):
+async def broken(self, *args):
     raise RuntimeError("cannot serve")
 
 OPTIONS = dict(processes=2, reload=reload)
