@@ -2002,7 +2002,7 @@ class _Supervisor:
             new = self.start(place, handler)
             await flowcoro.when_any(new.serving.wait(), new.ended.wait())
             if new.ended.is_set():
-                raise ChildProcessError(f"{new}, before it served")
+                raise ChildProcessError(f"{new}{'' if new.serving.is_set() else ', before it served'}")
             self.handler = handler
             old, place.process, place.delay = place.process, new, 0.0
             self.watchers.spawn(self.retire(old), name=f"retire worker process {old.pid}")
