@@ -54,9 +54,10 @@ those who are at work (drain_timeout), cancel the rest.
 With *several processes* the one that calls serve() is the supervisor: it serves nobody, but forks the others and looks after
 them. It keeps all listening sockets open, so those who wait to be accepted lose nothing when a process dies or is replaced.
 
-    P1  a process gets its end of the lifeline, a pipe, and stops when the supervisor's end is gone, however that went
-    P2  its number is given back (waitpid) in the same step that takes it out of the table: a signal never hits a stranger
-    P3  whatever ends serve(), no process is left: asked (SIGTERM) and waited for, asked again, killed
+    S1  a process has a line to the supervisor (a socket pair): it stops when told to by that, or when the supervisor's end is
+        gone, however that went; SIGTERM, which a service manager may send to all of them, asks for the same
+    S2  its number is given back (waitpid) in the same step that takes it out of the table: a signal never hits a stranger
+    S3  whatever ends serve(), no process is left: told to stop (to cancel, if serve() is cancelled), waited for, killed
 
 Sources: RFC 9293 (TCP), RFC 8305 (happy eyeballs), RFC 8446 (TLS 1.3), RFC 6066 (SNI), RFC 7301 (ALPN), RFC 768 (UDP);
 trio's _highlevel_*.py and _ssl.py; Go's net (self-connect, accept errors); epoll(7), sendfile(2), unix(7); HikariCP
@@ -1891,6 +1892,13 @@ def _listen(network, family, address, backlog, prepare, shared=False):
 
 # ---- several processes ----------------------------------------------------------------------------------------
 
+# What the supervisor tells a worker process: to stop as on SIGTERM, and to cancel what it does.
+_STOP, _CANCEL = b"s", b"c"
+
+# All servers of this process, so that a fork knows what is not for it.
+_SERVERS = weakref.WeakSet()
+
+
 def _flush():
     for file in sys.stdout, sys.stderr:
         try:
@@ -1901,11 +1909,69 @@ def _flush():
 
 
 def _fork():
-    """os.fork(), which from Python 3.12 on warns when there are threads: to_thread()'s, which wait for work and hold nothing."""
-    _flush()                                    # else both would write what is in there
+    """os.fork(), which from Python 3.12 on warns when there are other threads: to_thread()'s, or the program's.
+
+    They are not there in the child, but locks that they hold are, for good. It is given new ones for all that it needs: by
+    Python (of imports, logging, threading, stdout and stderr), by the C library (malloc), by the kernel (its own). Nobody
+    can do that for a file which another thread is writing at that moment, or for locks of other libraries.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
         return os.fork()
+
+
+async def _heard(sock):
+    """The next few bytes from a socket pair, b"" at its end."""
+    pollable = flowcoro.Pollable(sock)
+    try:
+        while True:
+            pollable.readable = False
+            try:
+                return sock.recv(100)
+            except BlockingIOError:
+                await pollable.wait_readable()
+            except ConnectionResetError:        # the other end is gone, with something unread
+                return b""
+    finally:
+        pollable.close()
+
+
+def _tell(sock, what):
+    """Send a few bytes into a socket pair. Who is gone, or has enough to hear, need not hear more."""
+    try:
+        sock.send(what, _NO_SIGNAL)
+    except OSError:
+        pass
+
+
+def _pair():
+    """A pair of sockets, neither of which blocks."""
+    pair = socket.socketpair()
+    for sock in pair:
+        sock.setblocking(False)
+    return pair
+
+
+class _Signal:
+    """A signal that tasks hear. Its handler may interrupt any bytecode of the kernel, so it only sends a byte."""
+
+    def __init__(self, number):
+        self.number = number
+        self.ear, self.mouth = _pair()
+        signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        _tell(self.mouth, b"!")
+
+    async def hear(self, act):
+        while await _heard(self.ear):
+            act()
+
+    def close(self):
+        if signal.getsignal(self.number) == self.handle:        # else somebody has put another one there
+            signal.signal(self.number, signal.SIG_DFL)
+        self.ear.close()
+        self.mouth.close()
 
 
 class _Process:
@@ -1918,33 +1984,25 @@ class _Process:
         self.place = place
         self.shared = mmap.mmap(-1, 8 * self.COUNTS)
         self.counts = memoryview(self.shared).cast("Q")
-        self.ready, self.tell = os.pipe()           # it writes a byte once it serves
+        self.line, self.its_line = _pair()          # it sends a byte once it serves; the supervisor, what it is to do (S1)
         self.pid = self.pidfd = None
         self.started = flowcoro.now()
         self.serving, self.ended = flowcoro.Event(), flowcoro.Event()
-        self.status = None          # its exit status, or minus the number of the signal that killed it
+        self.status = None          # its exit status, or minus the number of the signal that killed it; None if that is lost
 
-    def close_tell(self):
-        self.tell = self.closed(self.tell)
-
-    @staticmethod
-    def closed(fd):
-        if fd is not None:
-            os.close(fd)
-
-    def send_signal(self, number):
-        if self.status is None:
+    def kill(self):
+        if not self.ended.is_set():
             try:
-                os.kill(self.pid, number)
+                os.kill(self.pid, signal.SIGKILL)
             except ProcessLookupError:              # reaped by something else in this program
                 pass
 
     def reap(self, options=0):
-        """Whether it has ended (P2)."""
+        """Whether it has ended (S2)."""
         try:
             pid, status = os.waitpid(self.pid, options)
         except ChildProcessError:                   # something else in this program waits for all children
-            self.status = 0
+            pass
         else:
             if not pid:
                 return False
@@ -1955,22 +2013,16 @@ class _Process:
         return True
 
     def close(self):
-        self.close_tell()
-        self.ready, self.pidfd = self.closed(self.ready), self.closed(self.pidfd)
-
-    async def wait_until_serving(self):
-        """Until it serves or has ended."""
-        pollable = flowcoro.Pollable(self.ready)
-        try:
-            pollable.readable = False
-            await pollable.wait_readable()
-            if os.read(self.ready, 1):
-                self.serving.set()
-        finally:
-            pollable.close()
+        self.line.close()
+        self.its_line.close()
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+            self.pidfd = None
 
     async def wait(self):
         """Until it has ended, and is reaped."""
+        if await _heard(self.line):
+            self.serving.set()
         try:
             self.pidfd = os.pidfd_open(self.pid)
         except (AttributeError, OSError):           # no such system call, or not allowed here
@@ -1986,7 +2038,8 @@ class _Process:
         self.reap()
 
     def __str__(self):
-        how = (f"was killed by signal {-self.status} ({signal.strsignal(-self.status)})" if self.status < 0
+        how = ("has ended, and something else in this program has fetched its exit status" if self.status is None
+               else f"was killed by signal {-self.status} ({signal.strsignal(-self.status)})" if self.status < 0
                else f"ended with exit status {self.status}")
         return f"worker process {self.pid} {how}"
 
@@ -1998,6 +2051,9 @@ class _Place:
         self.supervisor, self.raws = supervisor, raws
         self.process = None         # the one that is to be there
         self.delay = 0.0            # seconds until the next one, after this has died
+
+    def wait_longer(self):
+        self.delay = min(2 * self.delay, LONGEST_RESTART)
 
 
 class _Supervisor:
@@ -2014,42 +2070,51 @@ class _Supervisor:
         self.reload_asked = flowcoro.Event()
         self.count = count
         self.watchers = None                    # the TaskGroup of those who watch a process each
-        self.lifeline = self.hangups = None     # pipes: (read, write)
+        self.hangups = None                     # SIGHUP, if it is ours
 
     # -- the supervisor itself
 
     async def run(self):
-        """Until the server is closed, or a stop requested, and all have ended."""
+        """Until the server is closed, or a stop requested, and all have ended. OSError: the first ones cannot be forked."""
+        refused = None
         try:
             self.open()
             async with flowcoro.TaskGroup() as self.watchers:
                 try:
-                    async with flowcoro.TaskGroup() as group:
-                        group.spawn(self.server._close_on_stop(), name="close the server on a stop")
-                        group.spawn(self.hear_hangups(), name="hear SIGHUP")
-                        group.spawn(self.replace_when_asked(), name="replace the worker processes when asked")
-                        for place in self.places:
-                            place.process = self.start(place)
-                        await self.server._closing.wait()
-                        group.cancel()
+                    for place in self.places:
+                        place.process = self.start(place, self.handler)
+                    await self.look_after()
                     self.stop_listening()
-                    await self.end_all((signal.SIGTERM, self.drain_timeout + END_TIMEOUT))
+                    await self.end_all(_STOP, self.drain_timeout + END_TIMEOUT)
+                except OSError as error:        # kept, for a group would wrap it
+                    refused = error
                 finally:
                     self.stop_listening()
                     with flowcoro.CancelScope(shield=True):
-                        await self.end_all((signal.SIGTERM, END_TIMEOUT / 4), (signal.SIGTERM, END_TIMEOUT),
-                                           (signal.SIGKILL, math.inf))
+                        await self.end_all(_CANCEL, END_TIMEOUT)
                     self.watchers.cancel()
         finally:
             self.close()
+        if refused is not None:
+            try:
+                raise refused
+            finally:
+                del refused
+
+    async def look_after(self):
+        """Until the server is closed."""
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(self.server._close_on_stop(), name="close the server on a stop")
+            group.spawn(self.replace_when_asked(), name="replace the worker processes when asked")
+            if self.hangups is not None:
+                group.spawn(self.hangups.hear(self.reload_asked.set), name="hear SIGHUP")
+            await self.server._closing.wait()
+            group.cancel()
 
     def open(self):
-        """The listening sockets, watched by none but those who accept; pipes; the handler of SIGHUP."""
+        """The listening sockets, watched by none but those who accept; the handler of SIGHUP."""
         for listener in self.server._listeners:
             listener._pollable.close()
-        self.lifeline, self.hangups = os.pipe(), os.pipe()
-        for fd in self.hangups:
-            os.set_blocking(fd, False)
         for _ in range(self.count - 1):
             place = _Place(self, [])
             self.places.append(place)
@@ -2057,84 +2122,104 @@ class _Supervisor:
                 place.raws.append(listener._raw if listener._another is None else listener._another())
         if (threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP")
                 and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL):
-            signal.signal(signal.SIGHUP, self.on_hangup)
+            self.hangups = _Signal(signal.SIGHUP)
 
     def close(self):
         """Nothing is left, whatever has happened before: signals, processes, descriptors."""
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == self.on_hangup:
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        for process in list(self.processes.values()):       # the shield was dropped by a second signal
-            process.send_signal(signal.SIGKILL)
+        if self.hangups is not None:
+            self.hangups.close()
+        for process in list(self.processes.values()):       # the shield was dropped by a signal that came once more
+            process.kill()
             until = time.monotonic() + END_TIMEOUT          # but one that hangs in the operating system cannot be waited for
             while not process.reap(os.WNOHANG) and time.monotonic() < until:
                 time.sleep(0.001)
             process.close()
-        for fd in (self.lifeline or ()) + (self.hangups or ()):
-            os.close(fd)
         self.stop_listening()
 
     def stop_listening(self):
         self.stopping = True
         self.server.close_nowait()
-        for place in self.places[1:]:
-            for raw in place.raws:
-                raw.close()
+        for raw in self.raws():
+            raw.close()
 
-    async def end_all(self, *stages):
-        """Send each (signal, seconds) to all that live, until none does."""
-        for number, seconds in stages:
-            for process in self.processes.values():
-                process.send_signal(number)
-            with flowcoro.move_on_after(seconds):
-                for process in list(self.processes.values()):
-                    await process.ended.wait()
+    def raws(self):
+        return [raw for place in self.places for raw in place.raws]
+
+    async def end_all(self, what, seconds):
+        """Tell it to all that live; after so many seconds they are killed."""
+        for process in self.processes.values():
+            _tell(process.line, what)
+        with flowcoro.move_on_after(seconds):
+            await self.wait_for_all()
+        for process in self.processes.values():
+            process.kill()
+        await self.wait_for_all()
+
+    async def wait_for_all(self):
+        for process in list(self.processes.values()):
+            await process.ended.wait()
 
     # -- processes
 
-    def start(self, place):
+    def start(self, place, handler):
         """Fork one. OSError: the system has no more of them."""
-        process = _Process(place)
+        _flush()                                # else both would write what is in there
+        process = None
+        # No signal in between: in the child it would meet handlers of the parent, which may be left by an error.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
+            process = _Process(place)
             process.pid = _fork()
             if not process.pid:
-                self.be_a_worker(process)
-        except BaseException:
-            process.close()
-            raise
-        process.close_tell()
-        self.processes[process.pid] = process
-        self.watchers.spawn(self.watch(process), name=f"watch worker process {process.pid}")
+                self.be_a_worker(process, handler, mask)
+            process.its_line.close()
+            self.processes[process.pid] = process
+            self.watchers.spawn(self.watch(process), name=f"watch worker process {process.pid}")
+        except OSError as error:
+            if process is not None:
+                process.close()
+            raise OSError(error.errno, f"cannot fork a worker process: {error.strerror}. Raise the limit of processes (ulimit "
+                          "-u, pids.max of the cgroup), of descriptors (ulimit -n) or of memory, or ask for fewer with "
+                          "processes=") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return process
 
     async def watch(self, process):
         try:
             with flowcoro.CancelScope(shield=True):
-                await process.wait_until_serving()
                 await process.wait()
         finally:
             process.close()
         place = process.place
-        while not self.stopping and place.process is process:       # else it was replaced, or is not yet there
-            place.delay = (RESTART if flowcoro.now() - process.started >= STEADY or not place.delay
-                           else min(2 * place.delay, LONGEST_RESTART))
-            _report(ChildProcessError(str(process)), f"{self.server!r}: a worker process has died; the next one starts in "
-                    f"{place.delay:g} s")
+        if self.stopping or place.process is not process:           # it was replaced, or is not yet there
+            return
+        if not place.delay or flowcoro.now() - process.started >= STEADY:
+            place.delay = RESTART
+        else:
+            place.wait_longer()
+        _report(ChildProcessError(str(process)), f"{self.server!r}: a worker process has died; the next one starts in "
+                f"{place.delay:g} s")
+        while True:
             await flowcoro.sleep(place.delay)
             if self.stopping or place.process is not process:
                 return
             try:
-                place.process = self.start(place)
+                place.process = self.start(place, self.handler)
             except OSError as error:
-                _report(error, f"{self.server!r}: no worker process can be started for the moment; it is tried again")
+                place.wait_longer()
+                _report(error, f"{self.server!r}: a worker process cannot be replaced for the moment; it is tried again in "
+                        f"{place.delay:g} s")
             else:
                 self.restarts += 1
+                return
 
     async def retire(self, process):
         """Have one end that has been replaced."""
-        process.send_signal(signal.SIGTERM)
+        _tell(process.line, _STOP)
         with flowcoro.move_on_after(self.drain_timeout + END_TIMEOUT):
             await process.ended.wait()
-        process.send_signal(signal.SIGKILL)
+        process.kill()
 
     def add(self, counts):
         """Keep what a process has counted; what it had open is not."""
@@ -2147,26 +2232,6 @@ class _Supervisor:
 
     # -- reloading
 
-    def on_hangup(self, number, frame):
-        try:
-            os.write(self.hangups[1], b"h")
-        except BlockingIOError:                 # enough of them wait to be heard
-            pass
-
-    async def hear_hangups(self):
-        pollable = flowcoro.Pollable(self.hangups[0])
-        try:
-            while True:
-                pollable.readable = False
-                try:
-                    os.read(self.hangups[0], 100)
-                except BlockingIOError:
-                    await pollable.wait_readable()
-                else:
-                    self.reload_asked.set()
-        finally:
-            pollable.close()
-
     async def replace_when_asked(self):
         while True:
             await self.reload_asked.wait()
@@ -2177,41 +2242,43 @@ class _Supervisor:
                 _report(error, f"{self.server!r}: reloading failed; the worker processes that have not been replaced go on")
 
     async def replace_all(self):
-        """One after the other: the old one is asked to end once the new one serves."""
+        """One after the other: the old one is asked to end once the new one serves, and then the new handler is everybody's."""
+        handler = self.handler
         if self.reload is not None:
             found = self.reload()
             if inspect.isawaitable(found):
                 found = await found
             if found is not None:
-                self.handler = found
+                handler = found
+            if not callable(handler):
+                raise TypeError(f"reload= returned {found!r}: give an async function that takes a Socket, not called yet; or "
+                                "None, for the same as before")
         for place in self.places:
-            new = self.start(place)
+            new = self.start(place, handler)
             await flowcoro.when_any(new.serving.wait(), new.ended.wait())
-            if new.status is not None:
-                raise ChildProcessError(f"{new}, before it served")
+            if new.ended.is_set():
+                raise ChildProcessError(f"{new}{'' if new.serving.is_set() else ', before it served'}")
+            self.handler = handler
             old, place.process, place.delay = place.process, new, 0.0
             self.watchers.spawn(self.retire(old), name=f"retire worker process {old.pid}")
 
     # -- in the worker process
 
-    def be_a_worker(self, process):
+    def be_a_worker(self, process, handler, mask):
         """Serve, in the child of the fork, and never return."""
         status = 1
         try:
             gc.freeze()         # what is the parent's is not for this process to finalize
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)       # so that run() takes it, whatever the supervisor had there
-            signal.signal(signal.SIGINT, signal.SIG_IGN)        # a terminal sends these to all; the supervisor decides
-            if hasattr(signal, "SIGHUP"):
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            os.close(self.lifeline[1])
-            for fd in self.hangups:
-                os.close(fd)
-            process.closed(process.ready)
-            for other in self.processes.values():
-                other.close()
-            for raw in {raw for place in self.places for raw in place.raws} - set(process.place.raws):
-                raw.close()
-            flowcoro.run(self.serve(process), workers=1, grace=self.drain_timeout + END_TIMEOUT / 2)
+            signal.set_wakeup_fd(-1)                            # it may be that of another loop in the parent
+            if self.hangups is not None:
+                self.hangups.close()
+            for name in "SIGINT", "SIGHUP":                     # a terminal sends these to all; the supervisor decides
+                if hasattr(signal, name):
+                    signal.signal(getattr(signal, name), signal.SIG_IGN)
+            terminations = _Signal(signal.SIGTERM)              # whatever the supervisor had there
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            self.leave_others(process)
+            flowcoro.run(self.serve(process, handler, terminations), workers=1, grace=self.drain_timeout + END_TIMEOUT / 2)
             status = 0
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -2221,30 +2288,52 @@ class _Supervisor:
             _flush()
             os._exit(status)
 
-    async def serve(self, process):
-        listeners = []
-        for raw, listener in zip(process.place.raws, self.server._listeners):
-            listeners.append(_Listener(raw, _network()))
-            listeners[-1]._local = listener._local
-        server = type(self.server)(listeners, self.server._context)
+    @staticmethod
+    def leave_others(process):
+        """Close what others have: else a port that they close would stay open, and their peers would wait for an end."""
+        process.line.close()
+        for server in list(_SERVERS):
+            sockets = [listener._raw for listener in server._listeners]
+            if server._drain is not None:
+                sockets += [sock._raw for sock in server._drain.open]
+            if server._supervisor is not None:
+                sockets += server._supervisor.raws()
+                for other in server._supervisor.processes.values():
+                    other.close()
+            for raw in sockets:
+                if raw not in process.place.raws:
+                    raw.close()
+
+    def take_over(self, process):
+        """Make the server, which the handler may know, that of this process."""
+        server = self.server
+        for raw, listener in zip(process.place.raws, server._listeners):
+            local = listener._local
+            listener.__init__(raw, _network())
+            listener._local = local
+        _Server.__init__(server, server._listeners, server._context)
+        server._file = None             # of a Unix socket: the supervisor removes it
         server._shared = process.counts
+        return server
+
+    async def serve(self, process, handler, terminations):
+        server = self.take_over(process)
         async with flowcoro.TaskGroup() as group:
-            group.spawn(self.hold_lifeline(), name="watch for the end of the supervisor")
-            serving = group.spawn(server.serve(self.handler, drain_timeout=self.drain_timeout, **self.options))
-            os.write(process.tell, b"s")
-            process.close_tell()
+            group.spawn(terminations.hear(flowcoro.request_stop), name="hear SIGTERM")
+            group.spawn(self.obey(process.its_line, group), name="hear the supervisor")
+            serving = group.spawn(server.serve(handler, drain_timeout=self.drain_timeout, **self.options))
+            _tell(process.its_line, b"here")
             await serving
             group.cancel()
 
-    async def hold_lifeline(self):
-        """Nobody ever writes there, so what comes is the end (P1)."""
-        pollable = flowcoro.Pollable(self.lifeline[0])
-        try:
-            pollable.readable = False
-            await pollable.wait_readable()
-        finally:
-            pollable.close()
-        flowcoro.request_stop()
+    async def obey(self, line, group):
+        """Stop when told to, or when nobody is there any more (S1); once is enough, whoever asks again."""
+        said = True
+        while said:
+            said = await _heard(line)
+            flowcoro.request_stop()
+            if _CANCEL in said:
+                group.cancel()
 
 
 # ---- servers --------------------------------------------------------------------------------------------------
@@ -2254,6 +2343,7 @@ class _Acceptor:
 
     def __init__(self, listeners, context):
         self._listeners, self._context = listeners, context
+        _SERVERS.add(self)
         self._supervisor = None         # while serve(processes=) runs
         self._shared = None             # in a worker process: where the supervisor sees the counts
         self._drain = None              # while serve() runs
@@ -2352,6 +2442,7 @@ class _Acceptor:
         if not self._paused:
             self._paused = True
             self._pauses += 1
+            self._show()
             now = flowcoro.now()
             if now - self._reported >= REPORT_PAUSE:
                 self._reported = now
@@ -2426,11 +2517,19 @@ class _Server(_Acceptor):
 
         processes: how many worker processes are forked, which serve; max_connections holds for each. This one supervises: one
         that dies is reported to sys.unraisablehook and replaced after 0.1 s, or longer each time if it dies again soon, up to
-        10 s; a stop reaches all. SIGHUP, or reload(), replaces them one by one, and no connection is lost; before, `reload` (a
-        function, may be async) is called here: what it returns, if not None, is the new handler, and after an error the old
-        ones go on. With listen(reuse_port=True) each has a queue of its own (SO_REUSEPORT), else they share one. Workers ignore
-        SIGINT and SIGHUP, and stop when the supervisor is gone. They get copies of all that is in memory and of all
-        descriptors: call it early. RuntimeError with several workers (threads) or on another network than the system's.
+        10 s; a stop reaches all. OSError when the first ones cannot be forked; then none is left. Cancelled: handlers are too,
+        and this returns when all processes have ended; those that clean up for more than 2 seconds are killed.
+        SIGHUP, taken only in the main thread and only if nobody else handles it, or reload(), replaces them one by one, and no
+        connection is lost; before, `reload` (a function, may be async) is called here: what it returns, if not None, is the new
+        handler, once the first new process serves; after an error the old ones go on, and those that die are replaced by such.
+        With listen(reuse_port=True) each has a queue of its own (SO_REUSEPORT), else they share one. Workers ignore SIGINT and
+        SIGHUP, drain and end on SIGTERM, and when the supervisor is gone. In a worker this object is its own: close() ends that
+        worker, which is replaced, statistics() are its own. accept() here: BusyError.
+        A worker gets copies of all that is in memory, and of all descriptors but those of other servers and what they serve: a
+        connection that was made here ends for its peer when it is closed there, too. It is forked with this thread only: a
+        lock that another thread holds at that moment (of a file that it writes to, of a library in C) is held there for ever.
+        So call it early, and use threads in the handlers rather than here.
+        RuntimeError with several workers (threads) or on another network than the system's.
         """
         if not callable(handler):
             raise TypeError(f"serve({handler!r}): give an async function that takes a Socket, not called yet")
