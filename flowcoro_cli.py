@@ -433,7 +433,7 @@ async def _echo_session(net, clients, progress):
             await everybody.wait()              # now all are connected, and stay so until they are done
             start = time.perf_counter()
         seconds = time.perf_counter() - start
-        server.close_nowait()
+        server.close()
     return replies, seconds
 
 

@@ -20,9 +20,22 @@ Example:
 
     flowcoro.run(main())
 
-Contents: constants · errors · the network underneath · names · sockets: the base · TLS · sockets · connecting · servers:
-the base · several processes · servers · datagrams · the
-connection pool
+Contents: constants · errors · arguments · the network underneath · names · sockets: the base · TLS · sockets ·
+connecting · servers: the base · several processes · servers · datagrams · the connection pool
+
+Errors:
+
+    flowcoro.FlowCoroError
+      flowcoro.ClosedError    you closed it (the socket, the server, the writing half)
+      flowcoro.BusyError      another task is reading it, or writing it, already
+      NetworkError            something out there; also an OSError, with the system's errno or None
+        BrokenError           … the peer or the network broke it, or there is none; also a ConnectionError
+        ResolveError          … the name has no address
+        TlsError              … there is no trust: certificates, protocols, what is no TLS
+      LimitError              more bytes than a limit of yours
+    OSError                   your own system refuses: address in use, no permission, no descriptors left
+    TimeoutError              a timeout= has passed
+    TypeError, ValueError     an argument that makes no sense
 
 How it works:
 
@@ -224,17 +237,6 @@ _NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "PACKE
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------
-#
-#   flowcoro.FlowCoroError
-#     flowcoro.ClosedError    you closed it (the socket, the server, the writing half)
-#     flowcoro.BusyError      another task is reading it, or writing it, already
-#     NetworkError            something out there; also an OSError, with the system's errno or None
-#       BrokenError           … the peer or the network broke it, or there is none; also a ConnectionError
-#       ResolveError          … the name has no address
-#       TlsError              … there is no trust: certificates, protocols, what is no TLS
-#     LimitError              more bytes than a limit of yours
-#   OSError                   your own system refuses: address in use, no permission, no descriptors left
-#   TimeoutError              a timeout= has passed
 
 class NetworkError(flowcoro.FlowCoroError, OSError):
     """The base of what goes wrong out there. `errno` is the system's, or None; the message says of which connection."""
@@ -1336,6 +1338,19 @@ class _Secured(_Bulk):
             if scope.cancelled_caught:
                 raise TimeoutError(f"{self!r}: the TLS handshake was not done within {timeout:g} s")
 
+    async def _drop_rest(self):
+        """Receive and drop what is there. A close with something unread makes the system send a reset, and drop what is still
+        under way to the peer (RFC 9293 section 3.6.1)."""
+        self._begin_read()
+        try:
+            left = LINGER_BYTES
+            while left > 0 and (data := await self._receive(CHUNK) if self._tls.awaits_tickets() else self._recv(CHUNK)):
+                left -= len(data)
+        except BlockingIOError:         # no more
+            pass
+        finally:
+            self._end_read()
+
     @property
     def tls(self):
         """The ssl.SSLObject: version(), cipher(), getpeercert(), server_hostname …; None without TLS."""
@@ -1536,19 +1551,6 @@ class Socket(_Secured):
         finally:
             self._close()
         await _turn()
-
-    async def _drop_rest(self):
-        """Receive and drop what is there. A close with something unread makes the system send a reset, and drop what is still
-        under way to the peer (RFC 9293 section 3.6.1)."""
-        self._begin_read()
-        try:
-            left = LINGER_BYTES
-            while left > 0 and (data := await self._receive(CHUNK) if self._tls.awaits_tickets() else self._recv(CHUNK)):
-                left -= len(data)
-        except BlockingIOError:         # no more
-            pass
-        finally:
-            self._end_read()
 
     def close_nowait(self):
         """Close at once: no TLS goodbye, else as close(). Never blocks."""
@@ -2138,7 +2140,7 @@ class _Supervisor:
 
     def stop_listening(self):
         self.stopping = True
-        self.server.close_nowait()
+        self.server.close()
         for raw in self.raws():
             raw.close()
 
@@ -2462,20 +2464,18 @@ class _Acceptor:
 
     # -- the end, and what there is to know
 
-    def close_nowait(self):
+    def close(self):
         """Accept no more, at once: those in the backlog are reset, those accepted go on. Ends accept(), `async for`, and serve(),
         which drains first. Twice is once. Never blocks."""
         for listener in self._listeners:
             listener._close()
         self._closing.set()
 
-    close = close_nowait
-
     async def __aenter__(self):
         return self
 
     async def __aexit__(self, kind, error, trace):
-        self.close_nowait()
+        self.close()
 
     @property
     def closed(self):
@@ -2555,7 +2555,7 @@ class _Server(_Acceptor):
                         await self._closing.wait()
                         accepting.cancel()          # who waits for a place among max_connections, too
                 finally:
-                    self.close_nowait()
+                    self.close()
                 with flowcoro.move_on_after(limits[0]):
                     await self._drain.wait()
                 handlers.cancel()
@@ -2588,7 +2588,7 @@ class _Server(_Acceptor):
 
     async def _close_on_stop(self):
         await flowcoro.stop_requested()
-        self.close_nowait()
+        self.close()
 
     async def _accept_all(self, listener, handlers, handler, slots, handshake_timeout):
         while True:
@@ -2780,12 +2780,12 @@ class UnixServer(_Server):
             if mode is not None:
                 os.chmod(path, mode)
         except BaseException:
-            server.close_nowait()
+            server.close()
             raise
         return server
 
-    def close_nowait(self):
-        """As TcpServer.close_nowait(); and removes the socket's file."""
+    def close(self):
+        """As TcpServer.close(); and removes the socket's file."""
         if not self.closed and self._file is not None:
             path, *identity = self._file
             try:
@@ -2794,9 +2794,7 @@ class UnixServer(_Server):
                     os.unlink(path)
             except OSError:             # gone already, or no longer ours to remove
                 pass
-        super().close_nowait()
-
-    close = close_nowait
+        super().close()
 
 
 async def _lock_directory(path):

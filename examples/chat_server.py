@@ -53,7 +53,7 @@ async def main():
                 await ben.read_until(b"is anybody here?\n")
             for _ in range(4):
                 print("Ada hears", (await ada.read_until()).decode().strip())
-        server.close_nowait()
+        server.close()
 
 
 if __name__ == "__main__":
