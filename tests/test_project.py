@@ -528,7 +528,7 @@ def ran(request, tmp_path_factory):
 
     Those that tests have been selected for all run before the first one is looked at, some at a time: most of them sleep.
     """
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
         futures = {}
         for item in request.session.items:
             if item.path == pathlib.Path(__file__) and "ran" in item.fixturenames:
