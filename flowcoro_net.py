@@ -946,7 +946,9 @@ class _Tls:
         try:
             while (alone or sock._writer is None) and (self.unsent or self.outgoing.pending):
                 unsent = self._take_unsent()
-                self.unsent = unsent[sock._send(unsent, _NO_SIGNAL):]
+                sent = sock._send(unsent, _NO_SIGNAL)
+                sock._sent += sent
+                self.unsent = unsent[sent:]
         except OSError:                 # full, or broken, or closed: reading will tell
             pass
 
@@ -1369,9 +1371,13 @@ class Socket(_Secured):
     """A connection: of TCP, of a Unix socket, in memory; plain or with TLS. A stream of bytes each way.
 
     `Socket(raw)` takes over a connected raw socket: a socket.socket, or one of the network that is current. Close it, best by
-    `async with`. One task may read and another write at the same time; a second reader or writer gets BusyError. What was
-    closed here raises ClosedError, also in tasks that wait; what the peer or the network has broken, BrokenError, and an
-    end within what was asked for too. Messages name both ends.
+    `async with`, which closes at once, as close_nowait(), if an error ends the block. One task may read and another write at the
+    same time.
+
+    What each operation may raise: BusyError for a second reader or writer; ClosedError for what was closed here, also in tasks
+    that wait; BrokenError for what the peer or the network has broken, and an end within what was asked for; with TLS TlsError,
+    and TimeoutError if the handshake, which the first one makes, takes more than 60 seconds; OSError if the system has no memory;
+    TypeError, ValueError. Messages name both ends. Each is a checkpoint.
     """
 
     __slots__ = ()
@@ -1507,7 +1513,8 @@ class Socket(_Secured):
     async def shutdown_write(self):
         """Tell the peer that no more comes (its read returns b""); reading goes on. Twice is once. With TLS its goodbye first.
 
-        Cancelled: not shut down, or (TLS) the goodbye is half sent; again goes on with it.
+        BusyError while another task writes. Cancelled: not shut down, or (TLS) the goodbye is half sent: nothing more can be
+        written, and again goes on with it.
         """
         await _turn()
         if self._shut:
@@ -1566,7 +1573,7 @@ class Socket(_Secured):
 
     @property
     def peer(self):
-        """The other end's address, as `local`."""
+        """The other end's address, as `local`. ClosedError or BrokenError, if it was not asked for before the end."""
         if self._peer is None:
             if self._closed:
                 raise self._closed_error()
