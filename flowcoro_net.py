@@ -157,6 +157,9 @@ PAUSE, REPORT_PAUSE = 0.2, 60.0
 # must have lived for the next to be the first again. systemd waits 0.1 s too, and gives up after five times; this goes on.
 RESTART, LONGEST_RESTART, STEADY = 0.1, 10.0, 10.0
 
+# Seconds that a worker process may take until it serves. It runs no code of the user's before, but for what is to run at a fork.
+START_TIMEOUT = 10.0
+
 # Seconds that a worker process may take to end, beyond drain_timeout, before it is killed: for what handlers clean up.
 END_TIMEOUT = 2.0
 
@@ -1997,6 +2000,7 @@ class _Process:
         self.pid = self.pidfd = None
         self.started = flowcoro.now()
         self.serving, self.ended = flowcoro.Event(), flowcoro.Event()
+        self.hangs = False          # it was killed, for it did not begin
         self.status = None          # its exit status, or minus the number of the signal that killed it; None if that is lost
 
     def kill(self):
@@ -2030,8 +2034,12 @@ class _Process:
 
     async def wait(self):
         """Until it has ended, and is reaped."""
-        if await _heard(self.line):
-            self.serving.set()
+        with flowcoro.move_on_after(START_TIMEOUT) as scope:
+            if await _heard(self.line):
+                self.serving.set()
+        if scope.cancelled_caught:
+            self.hangs = True
+            self.kill()
         try:
             self.pidfd = os.pidfd_open(self.pid)
         except (AttributeError, OSError):           # no such system call, or not allowed here
@@ -2047,6 +2055,9 @@ class _Process:
         self.reap()
 
     def __str__(self):
+        if self.hangs:
+            return (f"worker process {self.pid} did not serve within {START_TIMEOUT:g} s, and was killed: did a thread hold a lock "
+                    "at the fork, which it waits for?")
         how = ("has ended, and something else in this program has fetched its exit status" if self.status is None
                else f"was killed by signal {-self.status} ({signal.strsignal(-self.status)})" if self.status < 0
                else f"ended with exit status {self.status}")
@@ -2331,7 +2342,10 @@ class _Supervisor:
             group.spawn(terminations.hear(flowcoro.request_stop), name="hear SIGTERM")
             group.spawn(self.obey(process.its_line, group), name="hear the supervisor")
             serving = group.spawn(server.serve(handler, drain_timeout=self.drain_timeout, **self.options))
-            _tell(process.its_line, b"here")
+            while server._drain is None and not serving.done():
+                await flowcoro.checkpoint()
+            if not serving.done():
+                _tell(process.its_line, b"here")
             await serving
             group.cancel()
 

@@ -961,6 +961,56 @@ def test_a_new_handler_is_that_of_the_next_once_a_process_serves_with_it(forks, 
     run_here(main)
 
 
+def test_a_process_that_does_not_begin_to_serve_is_killed_and_told(forks, reports, monkeypatch):
+    def hang(pid):
+        if not pid:
+            time.sleep(PATIENCE)
+            os._exit(0)
+
+    async def told():
+        await until(lambda: any("did not serve within" in str(error) for _, error in reports))
+        monkeypatch.setattr(flowcoro_net, "START_TIMEOUT", PATIENCE)
+        reports.clear()
+
+    async def main():
+        async with served(processes=1) as (server, _):
+            before = serving(server)
+            forks.append(hang)
+            monkeypatch.setattr(flowcoro_net, "START_TIMEOUT", 0.05)
+            server.reload()
+            await told()
+            assert serving(server) == before and await ask(server)
+            forks.append(hang)                  # who is to replace one that has died
+            monkeypatch.setattr(flowcoro_net, "START_TIMEOUT", 0.05)
+            os.kill(before.pop(), signal.SIGKILL)
+            await told()
+            await until(lambda: serving(server))
+            assert await ask(server)
+
+    run_here(main)
+
+
+def test_a_process_that_cannot_serve_is_not_taken_for_one_that_does(forks, reports):
+    def break_it(pid):
+        if not pid:
+            def refuse(self):
+                raise RuntimeError("cannot serve")
+
+            flowcoro_net.TcpServer._begin_serving = refuse
+            sys.excepthook = lambda *error: None
+
+    async def main():
+        async with served(processes=2) as (server, _):
+            before = serving(server)
+            forks.append(break_it)
+            server.reload()
+            await until(lambda: reports)
+            assert "before it served" in str(reports.pop()[1])
+            assert serving(server) == before and await ask(server)
+
+    run_here(main)
+
+
 def test_reload_may_only_give_a_handler(reports):
     async def main():
         async with served(processes=1, reload=lambda: "handler") as (server, _):
