@@ -526,7 +526,7 @@ def test_tests_map_to_modules_one_to_one():
 def ran(request, tmp_path_factory):
     """{example, or block of a document: the Future of its CompletedProcess}; each runs in a folder of its own.
 
-    Those that tests have been selected for all run before the first one is looked at, some at a time: most of them sleep.
+    Those that tests have been selected for all run before the first one is looked at, two at a time: most of them sleep.
     """
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         futures = {}
