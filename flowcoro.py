@@ -2044,7 +2044,7 @@ class TaskGroup(_Unique):
             _mark_spawned(coro)
         elif coro.__name__ is _SPAWNED or coro.cr_suspended:        # _mark_spawned() written out: 0.2 us of 2.5
             raise _started_already(coro)
-        task = Task(coro, self, worker, name, pinned or self._pinned)
+        task = Task(coro, self, worker, name, bool(pinned or self._pinned))
         if coro.__class__ is types.CoroutineType:
             coro.__name__ = _SPAWNED    # after what may find the end of the stack: it can be spawned elsewhere then
         if self._doomed and _is_cancelled(task, None):
