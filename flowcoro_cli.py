@@ -18,15 +18,15 @@ Example:
         assert (copies / "flowcoro.py").exists() and (copies / "__init__.py").exists()
         assert flowcoro_cli.main(["vendor", "--check", str(copies)]) == 0
 
-Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the six scenes ·
+Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the seven scenes ·
 demo · vendor · bench · the command line.
 
 How it works:
     A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
     module is imported when its row is asked for, no earlier, so that a missing file costs its own rows only
-    (flowcoro_net.py: the scene `echo`); the message then says which file to copy. No module of a lower layer
-    imports this one: a command is handed
-    its arguments (a list of strings) and returns the exit status, a scene is handed a Screen and draws on it.
+    (flowcoro_net.py: the scenes `echo` and `network`, which needs flowcoro_testing.py too); the message then says
+    which file to copy. No module of a lower layer imports this one: a command is handed its arguments (a list of
+    strings) and returns the exit status, a scene is handed a Screen and draws on it.
     Exit status: 0 done · 1 a scene failed, or a vendored copy differs · 2 the command line cannot be obeyed ·
     130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
     `vendor` decides everything before it writes anything, writes to a temporary folder in the destination and
@@ -93,6 +93,7 @@ SCENES = {              # scene, in the order of the demo: (module, function(scr
     "threads": ("flowcoro_cli", "_scene_threads", "100,000 coroutines against threads, in time and memory"),
     "pipeline": ("flowcoro_cli", "_scene_pipeline", "channels: counting the words of the standard library"),
     "echo": ("flowcoro_cli", "_scene_echo", "a TCP echo server with 1,000 live clients, in one thread"),
+    "network": ("flowcoro_cli", "_scene_network", "a simulated network has a bad minute, and has it again"),
     "timeouts": ("flowcoro_cli", "_scene_timeouts", "who is cancelled when, drawn as a time-line"),
     "workers": ("flowcoro_cli", "_scene_workers", "three workers: who ran what, and what becomes of a blocked one"),
     "deadlock": ("flowcoro_cli", "_scene_deadlock", "two tasks lock each other out: caught, and explained"),
@@ -474,6 +475,92 @@ def _scene_echo(screen):
     screen.say(f"latency: p50 {1e3 * percentile[49]:.1f} ms, p99 {1e3 * percentile[98]:.1f} ms "
                f"(a message queues with those of {clients - 1:,} others)")
     screen.say("Every reply was the message that had been sent.", "green")
+
+
+# ---- Scene: network ----------------------------------------------------------------------------------------
+
+class _BadMinute:
+    """Three clients ask a shop over a simulated network, on the virtual clock, while everything that can fails."""
+
+    SECONDS = 60
+    CLIENTS = "north", "east", "south"
+    RULER = f"{'0 s':20}{'20 s':20}{'40 s':20}"
+
+    def __init__(self, net, testing, progress):
+        self.net, self.testing, self.progress = net, testing, progress
+        self.rows = {name: ["?"] * self.SECONDS for name in self.CLIENTS}       # a character for each second
+
+    async def shop(self):
+        async with await self.net.TcpServer.listen("shop", 80) as server:
+            await server.serve(self.answer)
+
+    async def answer(self, sock):
+        order = await sock.read_until(b"\n", limit=100)
+        await sock.write(b"sold " + order)
+
+    async def client(self, name):
+        """An order each second: `.` answered at once, `o` late, `x` not."""
+        for second in range(self.SECONDS):
+            await flowcoro.sleep_until(float(second))
+            try:
+                with flowcoro.timeout(0.9):
+                    async with await self.net.Socket.connect("shop", 80) as sock:
+                        await sock.write(b"tea for %s\n" % name.encode())
+                        await sock.read_until(b"\n", limit=100)
+                self.rows[name][second] = "." if flowcoro.now() - second < 0.3 else "o"
+            except (self.net.NetworkError, TimeoutError):
+                self.rows[name][second] = "x"
+            self.progress(second + 1, self.SECONDS)
+
+    async def run(self, seed):
+        """The lines of the picture, and the trace of the network."""
+        network = self.testing.SimulatedNetwork(seed=seed, latency=0.03, jitter=0.02)
+        async with flowcoro.TaskGroup() as group:
+            shop = network.host("shop")
+            shop.boot(group, self.shop)
+            clients = [network.host(name).spawn(group, self.client(name)) for name in self.CLIENTS]
+            await flowcoro.sleep_until(9.95)
+            network.set_link("east", "shop", loss=0.1)
+            await flowcoro.sleep_until(19.95)
+            network.partition("north", "shop")
+            await flowcoro.sleep_until(29.95)
+            network.heal("north", "shop")
+            await flowcoro.sleep_until(39.95)
+            network.crash(shop)
+            await flowcoro.sleep_until(44.95)
+            network.restart(shop)
+            for task in clients:
+                await task
+            group.cancel()
+        rows = [f"{name:6}|{''.join(row)}|" for name, row in self.rows.items()]
+        return [f"       {self.RULER}", *rows], network.trace()
+
+
+def _scene_network(screen):
+    """Loss, a cut cable and a crash, on a network in memory: the same seed has the same minute, to the byte."""
+    net, testing = _load("flowcoro_net"), _load("flowcoro_testing")
+    screen.say("Look at the rows: three hosts order once a second. . answered, o late, x not within 0.9 s.")
+
+    def minute(seed):
+        story = _BadMinute(net, testing, screen.progress)
+        return flowcoro.run(story.run(seed), clock=testing.VirtualClock(), seed=seed), story
+
+    start = time.perf_counter()
+    (picture, trace), story = minute(1)
+    for line in picture:
+        screen.say(line)
+    screen.say("from 10 s on one packet in ten between east and the shop gets lost; from 20 to 30 s north's cable is cut;")
+    screen.say("from 40 to 45 s the shop is down")
+    rows = story.rows
+    for name, first, last in ("north", 20, 30), *((name, 40, 45) for name in rows):
+        screen.check(set(rows[name][first:last]) == {"x"}, f"{name} was answered while it could not be")
+    screen.check("x" not in rows["south"][:40] + rows["south"][46:], "south was not answered, though nothing was in its way")
+    screen.check("?" not in "".join(map("".join, rows.values())), "an order has neither been answered nor failed")
+    (_, again), _ = minute(1)
+    (_, other), _ = minute(2)
+    screen.check(again == trace and other != trace, "the same seed has not told the same story, or another one has")
+    screen.say(f"Three such minutes have passed in {time.perf_counter() - start:.2f} s. Two had the same seed: all "
+               f"{len(trace.splitlines()):,} events were the same, to the byte.", "green")
 
 
 # ---- Scene: timeouts ---------------------------------------------------------------------------------------

@@ -2056,8 +2056,8 @@ class _Process:
 
     def __str__(self):
         if self.hangs:
-            return (f"worker process {self.pid} did not serve within {START_TIMEOUT:g} s, and was killed: did a thread hold a lock "
-                    "at the fork, which it waits for?")
+            return (f"worker process {self.pid} did not serve within {START_TIMEOUT:g} s, and was killed: did a thread hold a "
+                    "lock at the fork, which it waits for?")
         how = ("has ended, and something else in this program has fetched its exit status" if self.status is None
                else f"was killed by signal {-self.status} ({signal.strsignal(-self.status)})" if self.status < 0
                else f"ended with exit status {self.status}")
