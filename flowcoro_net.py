@@ -1722,7 +1722,7 @@ class _Signal:
 class _Process:
     """A worker process, as the supervisor sees it."""
 
-    # What it counts, in memory that both see: the numbers of _Server.counts(), 8 bytes each.
+    # What it counts, in memory that both see: the numbers of _Server._counts(), 8 bytes each.
     COUNTS = 6
 
     def __init__(self, place):

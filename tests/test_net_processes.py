@@ -840,10 +840,10 @@ def test_close_ends_serve_once_the_handlers_have_ended(run_it):
 def test_tls_in_several_processes(tmp_path):
     if shutil.which("openssl") is None:
         pytest.skip("the openssl command, which makes the certificate, is not installed")
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-                    "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-addext", "keyUsage=critical,"
-                    "digitalSignature,keyCertSign", "-keyout", "key.pem", "-out", "cert.pem"], cwd=tmp_path, check=True,
-                   capture_output=True)
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-addext",
+                    "keyUsage=critical,digitalSignature,keyCertSign", "-keyout", "key.pem", "-out", "cert.pem"],
+                   cwd=tmp_path, check=True, capture_output=True)
     context = flowcoro_net.server_tls(str(tmp_path / "cert.pem"), str(tmp_path / "key.pem"))
     trust = flowcoro_net.client_tls(ca=str(tmp_path / "cert.pem"))
 
@@ -944,7 +944,7 @@ def test_a_new_handler_is_that_of_the_next_once_a_process_serves_with_it(forks, 
             reports.clear()
             if count == 2:
                 before = serving(server)
-                forks.extend([None, NO_MORE])               # the second fails: the first stays, and so it does for who comes later
+                forks.extend([None, NO_MORE])       # the second fails: the first stays, and those to come are like it
                 server.reload()
                 await until(lambda: reports)
                 [old] = serving(server) & before
