@@ -1973,11 +1973,17 @@ class _Signal:
         signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        _tell(self.mouth, b"!")
+        _tell(self.mouth, bytes([number]))
+
+    def hear_at_once(self):
+        """Have the handler in C send the byte. Python 3.13.0 in the child of a fork in another thread than the main one takes
+        no notice of a signal before something interrupts it. Other signals are heard then, too, and wake the kernel."""
+        signal.set_wakeup_fd(self.mouth.fileno(), warn_on_full_buffer=False)
 
     async def hear(self, act):
-        while await _heard(self.ear):
-            act()
+        while said := await _heard(self.ear):
+            if self.number in said:
+                act()
 
     def close(self):
         if signal.getsignal(self.number) == self.handle:        # else somebody has put another one there
@@ -1989,7 +1995,7 @@ class _Signal:
 class _Process:
     """A worker process, as the supervisor sees it."""
 
-    # What it counts, in memory that both see: the numbers of _Server.counts(), 8 bytes each.
+    # What it counts, in memory that both see: the numbers of _Server._counts(), 8 bytes each.
     COUNTS = 6
 
     def __init__(self, place):
@@ -2289,13 +2295,13 @@ class _Supervisor:
         status = 1
         try:
             gc.freeze()         # what is the parent's is not for this process to finalize
-            signal.set_wakeup_fd(-1)                            # it may be that of another loop in the parent
             if self.hangups is not None:
                 self.hangups.close()
             for name in "SIGINT", "SIGHUP":                     # a terminal sends these to all; the supervisor decides
                 if hasattr(signal, name):
                     signal.signal(getattr(signal, name), signal.SIG_IGN)
             terminations = _Signal(signal.SIGTERM)              # whatever the supervisor had there
+            terminations.hear_at_once()                         # and not a descriptor of another loop in the parent
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             self.leave_others(process)
             flowcoro.run(self.serve(process, handler, terminations), workers=1, grace=self.drain_timeout + END_TIMEOUT / 2)

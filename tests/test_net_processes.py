@@ -50,10 +50,17 @@ LISTEN = dict(reuse_port=True)
 """
 
 MAIN = """
+look_after = flowcoro_net._Supervisor.look_after
+
+async def tell_then_look_after(self):
+    print(self.server.local[1], flush=True)         # now all have their sockets: those who connect find more than the first
+    await look_after(self)
+
+flowcoro_net._Supervisor.look_after = tell_then_look_after
+
 async def main():
     before = len(os.listdir("/proc/self/fd"))
     async with await flowcoro_net.TcpServer.listen("127.0.0.1", 0, **LISTEN) as server:
-        print(server.local[1], flush=True)
         await server.serve(handler, **OPTIONS)
         told = server.statistics()
     print("left:", told["processes"], len(os.listdir("/proc/self/fd")) - before, flush=True)
