@@ -777,7 +777,7 @@ class _Tls:
     """
 
     __slots__ = ("object", "incoming", "outgoing", "early", "unsent", "is_done", "failure", "got_data", "got_end", "got_goodbye",
-                 "said_goodbye", "_doing", "_lock")
+                 "said_goodbye", "read_ended", "_doing", "_lock")
 
     def __init__(self, context, server_side, server_name, several):
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -785,6 +785,7 @@ class _Tls:
         self.early = bytearray()    # decrypted before anybody asked for it: by say_goodbye()
         self.unsent = b""           # encrypted, and not yet with the system
         self.is_done = self.got_data = self.got_end = self.got_goodbye = self.said_goodbye = False
+        self.read_ended = None      # an Event for a close() that waits for who reads
         self.failure = None         # what ended it: (class of the error, message, OpenSSL's word)
         self._doing = flowcoro.Lock()
         self._lock = threading.Lock() if several else None      # OpenSSL lets no two threads into one connection
@@ -983,8 +984,8 @@ class _Tls:
 
 # ---- sockets --------------------------------------------------------------------------------------------------
 
-# Who reads by the short way, which does not ask for the task.
-_SOMEBODY = "another task"
+# Who reads by the short way, which does not ask for the task; and close(), which drops what comes.
+_SOMEBODY, _CLOSER = "another task", "close()"
 
 
 class _Stream(_Owner):
@@ -1020,15 +1021,17 @@ class _Stream(_Owner):
 
     @flowcoro.atomic
     def _begin_read(self):
+        if self._closed or self._reader is _CLOSER:
+            raise self._closed_error()
         if self._reader is not None:
             raise self._busy("read", self._reader)
-        if self._closed:
-            raise self._closed_error()
         self._reader = flowcoro.current_task()
 
     def _end_read(self):
         self._reader = None
         self._mark()
+        if self._tls is not None and self._tls.read_ended is not None:
+            self._tls.read_ended.set()
 
     @flowcoro.atomic
     def _begin_write(self):
@@ -1346,10 +1349,14 @@ class _Secured(_Bulk):
     async def _drop_rest(self):
         """Receive and drop what is there. A close with something unread makes the system send a reset, and drop what is still
         under way to the peer (RFC 9293 section 3.6.1)."""
+        tls = self._tls
+        while tls.awaits_tickets() and self._reader is not None:        # then that task receives them
+            tls.read_ended = flowcoro.Event()
+            await tls.read_ended.wait()
         self._begin_read()
         try:
-            left = LINGER_BYTES
-            while left > 0 and (data := await self._receive(CHUNK) if self._tls.awaits_tickets() else self._recv(CHUNK)):
+            self._reader, left = _CLOSER, LINGER_BYTES
+            while left > 0 and (data := await self._receive(CHUNK) if tls.awaits_tickets() else self._recv(CHUNK)):
                 left -= len(data)
         except BlockingIOError:         # no more
             pass

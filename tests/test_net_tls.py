@@ -583,11 +583,16 @@ def test_a_peer_that_ends_in_the_handshake_is_no_end(certificates, end_contexts)
     run(main)
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["nobody_reads", "somebody_waits"])
 @pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
-def test_what_a_client_has_written_arrives_though_it_reads_nothing(certificates, version):
+def test_what_a_client_has_written_arrives_though_it_has_read_nothing(certificates, version, waits):
     context, data = client_tls(ca=certificates.ca), os.urandom(1 << 20)
     context.maximum_version = ssl.TLSVersion[version]
     got = []
+
+    async def read_the_end(sock):
+        with contextlib.suppress(flowcoro.ClosedError):     # with TLS 1.2 close() has nothing to wait for
+            assert await sock.read() == b""
 
     async def slow(sock):
         await flowcoro.sleep(0.01)          # so that all of the client's close is over, if it waits for nothing
@@ -597,12 +602,28 @@ def test_what_a_client_has_written_arrives_though_it_reads_nothing(certificates,
 
     async def main():
         async with served(slow, server_tls(*certificates.good)) as server:
-            async with await Socket.connect("127.0.0.1", server.local[1], tls=context) as sock:
-                await sock.write(data)
+            async with flowcoro.TaskGroup() as group:
+                async with await Socket.connect("127.0.0.1", server.local[1], tls=context) as sock:
+                    if waits:
+                        await settled(group, read_the_end(sock))
+                    await sock.write(data)
             while not server.statistics()["accepted"] or server.statistics()["connections"]:
                 await flowcoro.sleep(0.001)
             assert b"".join(got) == data
             assert server.statistics()["broken"] == 0
+
+    run(main)
+
+
+def test_who_reads_while_a_close_waits_is_told_that_it_is_closed(certificates):
+    async def main():
+        near, far = await tls_pair(certificates)
+        async with far, flowcoro.TaskGroup() as group:
+            closing = await settled(group, near.close())
+            assert not closing.done()
+            for operation in near.read(), near.write(b"x"), near.read_until():
+                with pytest.raises(flowcoro.ClosedError):
+                    await operation
 
     run(main)
 
