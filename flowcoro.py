@@ -1302,6 +1302,15 @@ if hasattr(selectors, "EpollSelector"):
         def arm(self, pollable):
             """A task is about to wait: nothing to do, the registration stands."""
 
+        def stale(self, fd):
+            """The Pollable of this number, if that was of a file which was closed without a word: an error may strike between the
+            making of a Pollable and the moment when somebody holds it. Else None."""
+            pollable = self._pollables[fd]
+            try:
+                self.verify(pollable)
+            except FileNotFoundError:
+                return pollable
+
         def rearm_all(self):
             for pollable in list(self._pollables.values()):
                 if pollable.wants():
@@ -1336,18 +1345,22 @@ class _LevelPoller:
 
     def __init__(self, selector):
         self._selector = selector
-        self._numbers = set()                   # of the descriptors added
+        self._files = {}                        # number: (Pollable, which file it is)
         self._busy = threading.Lock()           # poll() by two threads at once is an error
 
     def add(self, pollable):
-        if pollable.fd in self._numbers:
+        if pollable.fd in self._files:
             raise KeyError(pollable.fd)
-        os.fstat(pollable.fd)                   # poll() would take a closed one and report it later
-        self._numbers.add(pollable.fd)
+        self._files[pollable.fd] = pollable, _inode(pollable.fd)        # poll() would take a closed one and report it later
 
     def remove(self, pollable):
-        self._numbers.discard(pollable.fd)
+        self._files.pop(pollable.fd, None)
         self.disarm(pollable)
+
+    def stale(self, fd):
+        """As of _EdgePoller."""
+        pollable, file = self._files[fd]
+        return pollable if file != _inode(fd) else None
 
     def disarm(self, pollable):
         if pollable.fd in self._selector.get_map():
@@ -1391,6 +1404,12 @@ class _LevelPoller:
 
     def close(self):
         self._selector.close()
+
+
+def _inode(fd):
+    """Which file a descriptor is. OSError if none."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def _is_open(fd):
@@ -1458,8 +1477,11 @@ class Pollable(_Unique):
         except KeyError as error:
             plain = self._worker.kernel.plain.get(self.fd)
             if plain is None:
-                raise BusyError(f"file descriptor {self.fd} has a Pollable already; close() that first") from error
-            if plain.wants():
+                stale = poller.stale(self.fd)
+                if stale is None:
+                    raise BusyError(f"file descriptor {self.fd} has a Pollable already; close() that first") from error
+                stale.close()
+            elif plain.wants():
                 try:
                     plain._verify(poller.rearm)
                 except FileNotFoundError:
@@ -1647,17 +1669,13 @@ class _PlainFd(Pollable):
     def __init__(self, fd):
         super().__init__(fd)
         try:
-            self._inode = self._current_inode()
+            self._inode = _inode(self.fd)
         except OSError:                     # another thread has closed it since
             self.close()
             raise
 
-    def _current_inode(self):
-        status = os.fstat(self.fd)
-        return status.st_dev, status.st_ino
-
     def _verify(self, witness):
-        inode = self._current_inode()
+        inode = _inode(self.fd)
         if inode != self._inode:
             self._inode = inode
             raise FileNotFoundError(errno.ENOENT, "another file")
@@ -3010,7 +3028,8 @@ class _Watchdog:
             moment = time.monotonic()
             late = moment - before - pause
             computed = time.process_time() - used > late / 2
-            if late > self.limit / 8 and not computed:  # else C code kept the GIL: the process was stopped, which is no step
+            # An eighth: what a step may seem longer than it was. If it computed, C code kept the GIL, and that is a step.
+            if late > self.limit / 8 and not computed:      # else the process was stopped, which is none
                 self.seen = {worker: (mark, since + late, due + late) for worker, (mark, since, due) in self.seen.items()}
             for worker in self.kernel.workers:
                 try:
@@ -3020,6 +3039,7 @@ class _Watchdog:
 
     def look_at(self, worker, now, late):
         task, looked = worker.task, worker.looked
+        # A hundredth: what a report may be late by that, for a step which has just begun now is not looked at for its mark.
         if worker.sleeping or now - looked < self.limit / 100 or worker.thread_id is None:
             self.seen.pop(worker, None)
             return

@@ -68,7 +68,8 @@ With *several processes* the one that calls serve() is the supervisor: it serves
 them. It keeps all listening sockets open, so those who wait to be accepted lose nothing when a process dies or is replaced.
 
     S1  a process has a line to the supervisor (a socket pair): it stops when told to by that, or when the supervisor's end is
-        gone, however that went; SIGTERM, which a service manager may send to all of them, asks for the same
+        gone, however that went (but another child that the program has forked itself has that end too, as long as it lives);
+        SIGTERM, which a service manager may send to all of them, asks for the same
     S2  its number is given back (waitpid) in the same step that takes it out of the table: a signal never hits a stranger
     S3  whatever ends serve(), no process is left: told to stop (to cancel, if serve() is cancelled), waited for, killed
 
@@ -88,6 +89,7 @@ import functools
 import gc
 import inspect
 import io
+import itertools
 import math
 import mmap
 import os
@@ -339,7 +341,7 @@ def _family_of_number(host):
         try:
             socket.inet_pton(family, host.partition("%")[0])
             return family
-        except OSError:
+        except (OSError, ValueError):           # ValueError: of a zero byte
             pass
     return None
 
@@ -350,6 +352,9 @@ def _checked_address(address, said):
         raise TypeError(f"{said}={address!r}: give a tuple of an address and a port, such as (\"127.0.0.1\", 8000)")
     _checked_port(address[1])
     family = _family_of_number(address[0])
+    if address[2:] and (family == socket.AF_INET or len(address) > 4
+                        or not all(isinstance(number, int) and 0 <= number < 2**32 for number in address[2:])):
+        raise ValueError(f"{said}={address!r}: besides address and port only IPv6 has more, two numbers: flow and scope")
     if family is None:
         raise ValueError(f"{said}={address!r}: {address[0]!r} is no address in numbers; look names up before: await "
                          "resolve(host, port)")
@@ -378,7 +383,8 @@ def _why(error):
 def _shown(address):
     """An address as people write it: 127.0.0.1:80, [::1]:80, a path."""
     if isinstance(address, tuple):
-        return f"[{address[0]}]:{address[1]}" if ":" in str(address[0]) else f"{address[0]}:{address[1]}"
+        scope = f"%{address[3]}" if address[3:] and address[3] and "%" not in str(address[0]) else ""
+        return f"[{address[0]}{scope}]:{address[1]}" if ":" in str(address[0]) else f"{address[0]}:{address[1]}"
     if isinstance(address, bytes):
         address = os.fsdecode(address)
     return address.replace("\0", "@") or "a Unix socket without a name"
@@ -392,7 +398,8 @@ def _refused(error, doing, address):
               "; another socket has it, or it is something else: choose another path, end that program, or remove what is there")
     remedy = {errno.EADDRINUSE: in_use, errno.EMFILE: "; close some, or raise `ulimit -n`",
               errno.EADDRNOTAVAIL: "; this machine has no such address: give one of its own, or \"\" for all",
-              errno.EACCES: "; ports below 1024 and the directories of others need permission",
+              errno.EACCES: "; ports below 1024 need permission" if isinstance(address, tuple) else "; give it to this user",
+              errno.EPERM: "; another user's file is there: remove it, or choose another path",
               errno.ENAMETOOLONG: "; a Unix socket's has at most 107 bytes: choose a shorter one, or a relative one",
               errno.ENOENT: "; make its directory first"}.get(number, "")
     return OSError(number, f"cannot {doing} {_shown(address)}: {_why(error)}{remedy}")
@@ -588,8 +595,14 @@ class _Owner:
 
     def __del__(self):
         if not getattr(self, "_closed", True):
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
-            self._close()
+            try:
+                said = f"unclosed {self!r}"
+            except AttributeError:              # an error has struck while it was made
+                said = f"unclosed {type(self).__name__}"
+            try:
+                warnings.warn(said, ResourceWarning, source=self)
+            finally:
+                self._close()
 
     def _closed_error(self):
         return flowcoro.ClosedError(f"{self!r} has been closed here")
@@ -676,10 +689,10 @@ def client_tls(*, ca=None, certificate=None, key=None, password=None, alpn=(), v
     ca: a file or directory of the certificates to trust instead of the system's. certificate, key: files of one's own,
     if the server wants one. alpn: protocols in order of preference, as ["h2", "http/1.1"]. verify=False: talk to anybody, who
     may be in the middle; for tests. OSError for a file that is not there, ssl.SSLError for one that is none; both name it.
-    From Python 3.13 on certificates must keep RFC 5280 to the letter: an authority's say keyUsage.
     """
-    context = ssl.create_default_context()
-    if ca is not None:
+    if ca is None:
+        context = ssl.create_default_context()
+    else:                   # a private authority need not keep RFC 5280 to the letter, as Python 3.13 wants it of public ones
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         _trust(context, "ca", ca)
     if not verify:
@@ -972,7 +985,7 @@ class _Tls:
         """Whether it is a client to which tickets may be under way, with which servers let it resume a session (RFC 8446 section
         4.6.1): they send them after the handshake, unasked, and before their first data."""
         return (not self.object.server_side and not self.got_data and not self.early and not self.got_end
-                and self.object.version() == "TLSv1.3")
+                and self.alone(self.object.version) == "TLSv1.3")
 
     def say_goodbye(self):
         """Encrypt the close_notify (RFC 8446 section 6.1). What has come and was not read is decrypted first, and kept: OpenSSL
@@ -1167,8 +1180,13 @@ def _in_records(views):
 
 
 def _read_at(file, offset, count):
-    file.seek(offset)
-    return file.read(count)
+    try:
+        file.seek(offset)
+        return file.read(count)
+    except io.UnsupportedOperation:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, f"cannot read {file!r:.80} at offset={offset}: {_why(error)}") from error
 
 
 class _Bulk(_Stream):
@@ -1200,38 +1218,44 @@ class _Bulk(_Stream):
     async def write_many(self, buffers):
         """Write all of several bytes-like objects in a row, as write() does, without joining them (sendmsg(2)).
 
-        Cancelled: an unknown part was sent.
+        buffers: a list, or what else can be iterated over; it is, as they are sent, 1,024 at a time. TypeError for what is not
+        bytes-like, and cancelled: an unknown part was sent.
         """
         await _turn()
         if isinstance(buffers, (bytes, bytearray, memoryview)) or not hasattr(buffers, "__iter__"):
             raise TypeError(f"write_many({buffers!r:.80}): give a list of bytes-like objects; write() takes a single one")
-        rest = [view for view in (_as_bytes(data, "write_many()") for data in buffers) if view]
+        pieces = iter(buffers)
         self._begin_write()
         try:
-            if self._tls is not None:
-                for view in _in_records(rest):
-                    await self._push(view)
-                    await _turn()       # as in read_exactly()
-                return
-            sendmsg, done = self._call(self._raw.sendmsg), 0
-            while done < len(rest):
-                several = rest[done:done + IOV_MAX]
-                try:
-                    sent = await self._when_writable(sendmsg, several, (), _NO_SIGNAL)
-                except OSError as error:
-                    raise self._broken(error, "writing") from error
-                if sent == sum(map(len, several)):
-                    self._pollable.writable = True
-                self._sent += sent
-                while done < len(rest) and sent >= len(rest[done]):
-                    sent -= len(rest[done])
-                    done += 1
-                if sent:
-                    rest[done] = rest[done][sent:]
-                if done < len(rest):
-                    await _turn()       # as in read_exactly()
+            while several := list(itertools.islice(pieces, IOV_MAX)):
+                views = [view for view in (_as_bytes(data, "write_many()") for data in several) if view]
+                if self._tls is None:
+                    await self._push_several(views)
+                else:
+                    for view in _in_records(views):
+                        await self._push(view)
+                        await _turn()       # as in read_exactly()
         finally:
             self._end_write()
+
+    async def _push_several(self, views):
+        """Write all of IOV_MAX memoryviews at most. For the writer."""
+        sendmsg, done = self._call(self._raw.sendmsg), 0
+        while done < len(views):
+            rest = views[done:]
+            try:
+                sent = await self._when_writable(sendmsg, rest, (), _NO_SIGNAL)
+            except OSError as error:
+                raise self._broken(error, "writing") from error
+            if sent == sum(map(len, rest)):
+                self._pollable.writable = True
+            self._sent += sent
+            while done < len(views) and sent >= len(views[done]):
+                sent -= len(views[done])
+                done += 1
+            if sent:
+                views[done] = views[done][sent:]
+            await _turn()                   # as in read_exactly()
 
     async def send_file(self, file, offset=0, count=None):
         """Send `count` bytes (None: all that is there) of a file opened for reading in binary, from `offset`; returns how many.
@@ -1239,8 +1263,8 @@ class _Bulk(_Stream):
         Less if the file ends before. By sendfile(2), where the data never come into this process; with TLS, in memory, or for
         files that are none of the system's (io.BytesIO), it is read in threads, and only then the file's position is used. It may
         be closed meanwhile by another task where sendfile(2) does it. BrokenError, ClosedError, BusyError; TypeError for what is
-        no file, ValueError for offset and count; OSError, io.UnsupportedOperation if it cannot be read, or not from there (a
-        pipe). Cancelled: an unknown part was sent.
+        no file, ValueError for offset, count, and a closed one; OSError, io.UnsupportedOperation if it cannot be read, or not
+        from there (a pipe). Cancelled: an unknown part was sent.
         """
         await _turn()
         if isinstance(file, io.TextIOBase) or not (hasattr(file, "read") and hasattr(file, "seek")):
@@ -1255,22 +1279,26 @@ class _Bulk(_Stream):
             if sent is None:
                 sent = 0
                 while sent < count:
-                    data = await flowcoro.to_thread(_read_at, file, offset + sent, int(min(count - sent, TLS_CHUNK)))
+                    most = int(min(count - sent, TLS_CHUNK))
+                    data = _as_bytes(await flowcoro.to_thread(_read_at, file, offset + sent, most), "send_file()")[:most]
                     if not data:
                         break
-                    await self._push(_as_bytes(data, "send_file()"))
+                    await self._push(data)
                     sent += len(data)
             return sent
         finally:
             self._end_write()
 
     def _number_for_sendfile(self, file):
-        """A descriptor of its own for the file, so that nobody's close() puts another file in its place; or None."""
-        if self._tls is not None or not isinstance(self._raw, socket.socket) or not hasattr(os, "sendfile"):
+        """A descriptor of its own for the file, so that nobody's close() puts another file in its place; None where sendfile(2)
+        would do something else than write(): with TLS, for what decompresses, and where SIGPIPE ends the program."""
+        if (self._tls is not None or not isinstance(self._raw, socket.socket) or not hasattr(os, "sendfile")
+                or not isinstance(getattr(file, "raw", file), io.FileIO) or signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL):
             return None
+        number = file.fileno()
         try:
-            return os.dup(file.fileno())
-        except (AttributeError, io.UnsupportedOperation):
+            return os.dup(number)
+        except OSError:                     # no descriptors left
             return None
 
     async def _send_by_sendfile(self, number, offset, count):
@@ -1371,7 +1399,7 @@ class _Secured(_Bulk):
     @property
     def alpn(self):
         """The protocol agreed upon by ALPN, or None."""
-        return self._tls and self._tls.object.selected_alpn_protocol()
+        return self._tls and self._tls.alone(self._tls.object.selected_alpn_protocol)
 
 
 _current_task = flowcoro.current_task
@@ -1599,7 +1627,7 @@ class Socket(_Secured):
         decrypted = len(self._tls.early) + self._tls.alone(self._tls.object.pending) if self._tls else 0
         return {"bytes_received": self._received, "bytes_sent": self._sent, "bytes_buffered": len(self._buffer) + decrypted,
                 "reading": self._reader is not None, "writing": self._writer is not None,
-                "tls": self._tls and self._tls.object.version()}
+                "tls": self._tls and self._tls.alone(self._tls.object.version)}
 
     def __repr__(self):
         ends = ""
@@ -1633,7 +1661,12 @@ class Socket(_Secured):
         with flowcoro.move_on_after(timeout):
             await _turn()
             network = _network()
-            found = _interleaved(await resolve(host, _checked_port(port, 1), family=family))
+            try:
+                found = _interleaved(await resolve(host, _checked_port(port, 1), family=family))
+            except ResolveError as error:
+                if local is None:
+                    raise
+                raise ResolveError(error.errno, f"{error.strerror} (local={local!r} allows its own family only)") from error
             raw, pollable, address = await _connect_to_any(network, found, f"{host}:{port}", local, attempts)
             attempts = {address: OSError(None, "connected, and the TLS handshake is not done")}
             return await cls._ready(raw, network, pollable, address, context, server_name or host)
@@ -1779,6 +1812,8 @@ def _not_connected(target, attempts):
     number = next(iter(attempts.values())).errno
     if all(error.errno in _EXHAUSTED for error in attempts.values()):
         return OSError(number, f"cannot connect to {target}: {said}; close some descriptors, or raise `ulimit -n`")
+    if all(error.errno in (errno.EADDRNOTAVAIL, errno.EADDRINUSE) for error in attempts.values()):      # local=, or no port left
+        return OSError(number, f"cannot connect to {target}: {said}")
     broken = BrokenError(number, f"cannot connect to {target}: {said}")
     broken.errors = tuple(attempts.items())
     return broken
@@ -1817,7 +1852,8 @@ class _Listener(_Owner):
         return True
 
     def take(self):
-        """(raw, address) of the next connection, None if there is none yet. OSError of _EXHAUSTED, ClosedError."""
+        """(raw, address) of the next connection, None if there is none yet, or one that was lost. ClosedError; OSError of
+        _EXHAUSTED, or of a socket that does not listen."""
         pollable = self._pollable
         while pollable.readable:
             pollable.readable = False           # first this, then try: no edge is lost
@@ -1862,7 +1898,7 @@ class _Drain:
 
     @flowcoro.atomic
     def remove(self, sock):
-        del self.open[sock]
+        self.open.pop(sock, None)
         if not self.open:
             self.empty.unpark_all()
 
@@ -1923,7 +1959,7 @@ def _flush():
         try:
             if file is not None:
                 file.flush()
-        except (OSError, ValueError):           # closed, or whoever reads it is gone
+        except (OSError, ValueError, AttributeError):           # closed, or whoever reads it is gone, or no file
             pass
 
 
@@ -2025,6 +2061,8 @@ class _Process:
 
     def reap(self, options=0):
         """Whether it has ended (S2)."""
+        if self.ended.is_set():
+            return True
         try:
             pid, status = os.waitpid(self.pid, options)
         except ChildProcessError:                   # something else in this program waits for all children
@@ -2051,8 +2089,12 @@ class _Process:
             if await _heard(self.line):
                 self.serving.set()
         if scope.cancelled_caught:
-            self.hangs = True
-            self.kill()
+            try:                                # it may have said so while this process was stopped
+                if self.line.recv(100):
+                    self.serving.set()
+            except OSError:
+                self.hangs = True
+                self.kill()
         try:
             self.pidfd = os.pidfd_open(self.pid)
         except (AttributeError, OSError):           # no such system call, or not allowed here
@@ -2069,8 +2111,8 @@ class _Process:
 
     def __str__(self):
         if self.hangs:
-            return (f"worker process {self.pid} did not serve within {START_TIMEOUT:g} s, and was killed: did a thread hold a "
-                    "lock at the fork, which it waits for?")
+            return (f"worker process {self.pid} did not serve within {START_TIMEOUT:g} s, and was killed (does it wait for a "
+                    "lock that another thread held at the fork?)")
         how = ("has ended, and something else in this program has fetched its exit status" if self.status is None
                else f"was killed by signal {-self.status} ({signal.strsignal(-self.status)})" if self.status < 0
                else f"ended with exit status {self.status}")
@@ -2099,7 +2141,6 @@ class _Supervisor:
         self.processes = {}                     # process id -> _Process, until it is reaped
         self.totals = [0] * _Process.COUNTS     # what those counted that have ended
         self.restarts = 0
-        self.stopping = False
         self.reload_asked = flowcoro.Event()
         self.count = count
         self.watchers = None                    # the TaskGroup of those who watch a process each
@@ -2161,8 +2202,9 @@ class _Supervisor:
         """Nothing is left, whatever has happened before: signals, processes, descriptors."""
         if self.hangups is not None:
             self.hangups.close()
-        for process in list(self.processes.values()):       # the shield was dropped by a signal that came once more
+        for process in self.processes.values():             # the shield was dropped by a signal that came once more
             process.kill()
+        for process in list(self.processes.values()):
             until = time.monotonic() + END_TIMEOUT          # but one that hangs in the operating system cannot be waited for
             while not process.reap(os.WNOHANG) and time.monotonic() < until:
                 time.sleep(0.001)
@@ -2170,7 +2212,6 @@ class _Supervisor:
         self.stop_listening()
 
     def stop_listening(self):
-        self.stopping = True
         self.server.close()
         for raw in self.raws():
             raw.close()
@@ -2189,8 +2230,11 @@ class _Supervisor:
         await self.wait_for_all()
 
     async def wait_for_all(self):
+        """It looks for itself, too: who watches them may have been cancelled by a signal that came once more."""
         for process in list(self.processes.values()):
-            await process.ended.wait()
+            while not process.reap(os.WNOHANG):
+                with flowcoro.move_on_after(LOOK):
+                    await process.ended.wait()
 
     # -- processes
 
@@ -2198,9 +2242,11 @@ class _Supervisor:
         """Fork one. OSError: the system has no more of them."""
         _flush()                                # else both would write what is in there
         process = None
-        # No signal in between: in the child it would meet handlers of the parent, which may be left by an error.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
+            # No signal in between: in the child it would meet handlers of the parent, which may be left by an error. (Nor in this
+            # thread; but another one may take it, and then its handler still runs in the main thread.)
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             process = _Process(place)
             process.pid = _fork()
             if not process.pid:
@@ -2208,15 +2254,25 @@ class _Supervisor:
             process.its_line.close()
             self.processes[process.pid] = process
             self.watchers.spawn(self.watch(process), name=f"watch worker process {process.pid}")
-        except OSError as error:
+        except BaseException as error:
             if process is not None:
-                process.close()
+                self.undo(process)
+            if not isinstance(error, OSError):
+                raise
             raise OSError(error.errno, f"cannot fork a worker process: {error.strerror}. Raise the limit of processes (ulimit "
                           "-u, pids.max of the cgroup), of descriptors (ulimit -n) or of memory, or ask for fewer with "
                           "processes=") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return process
+
+    def undo(self, process):
+        """Leave nothing of one that nobody watches, because an error came in between."""
+        self.processes.pop(process.pid, None)
+        process.close()
+        if process.pid is not None:
+            process.kill()
+            os.waitpid(process.pid, 0)
 
     async def watch(self, process):
         try:
@@ -2225,7 +2281,7 @@ class _Supervisor:
         finally:
             process.close()
         place = process.place
-        if self.stopping or place.process is not process:           # it was replaced, or is not yet there
+        if self.server.closed or place.process is not process:           # it was replaced, or is not yet there
             return
         if not place.delay or flowcoro.now() - process.started >= STEADY:
             place.delay = RESTART
@@ -2235,7 +2291,7 @@ class _Supervisor:
                 f"{place.delay:g} s")
         while True:
             await flowcoro.sleep(place.delay)
-            if self.stopping or place.process is not process:
+            if self.server.closed or place.process is not process:
                 return
             try:
                 place.process = self.start(place, self.handler)
@@ -2287,10 +2343,12 @@ class _Supervisor:
                 raise TypeError(f"reload= returned {found!r}: give an async function that takes a Socket, not called yet; or "
                                 "None, for the same as before")
         for place in self.places:
+            if self.server.closed:              # by now
+                return
             new = self.start(place, handler)
             await flowcoro.when_any(new.serving.wait(), new.ended.wait())
             if new.ended.is_set():
-                raise ChildProcessError(f"{new}{'' if new.serving.is_set() else ', before it served'}")
+                raise ChildProcessError(f"{new}{'' if new.serving.is_set() or new.hangs else ', before it served'}")
             self.handler = handler
             old, place.process, place.delay = place.process, new, 0.0
             self.watchers.spawn(self.retire(old), name=f"retire worker process {old.pid}")
@@ -2551,15 +2609,16 @@ class _Server(_Acceptor):
 
         processes: how many worker processes are forked, which serve; max_connections holds for each. This one supervises: one
         that dies is reported to sys.unraisablehook and replaced after 0.1 s, or longer each time if it dies again soon, up to
-        10 s; a stop reaches all. OSError when the first ones cannot be forked; then none is left. Cancelled: handlers are too,
-        and this returns when all processes have ended; those that clean up for more than 2 seconds are killed.
+        10 s; one that does not begin to serve within 10 s is killed. A stop reaches all. OSError when the first ones cannot be
+        forked; then none is left. Cancelled: handlers are too, and this returns when all processes have ended; those that clean
+        up for more than 2 seconds are killed.
         SIGHUP, taken only in the main thread and only if nobody else handles it, or reload(), replaces them one by one, and no
         connection is lost; before, `reload` (a function, may be async) is called here: what it returns, if not None, is the new
         handler, once the first new process serves; after an error the old ones go on, and those that die are replaced by such.
-        With listen(reuse_port=True) each has a queue of its own (SO_REUSEPORT), else they share one. Workers ignore SIGINT and
-        SIGHUP, drain and end on SIGTERM, and when the supervisor is gone. In a worker this object is its own: close() ends that
-        worker, which is replaced, statistics() are its own. accept() here: BusyError.
-        A worker gets copies of all that is in memory, and of all descriptors but those of other servers and what they serve: a
+        With listen(reuse_port=True) each has a queue of its own (SO_REUSEPORT), else they share one. Worker processes ignore
+        SIGINT and SIGHUP, drain and end on SIGTERM, and when the supervisor is gone. In one of them this object is its own:
+        close() ends that process, which is replaced, statistics() are its own. accept() here: BusyError.
+        Each gets copies of all that is in memory, and of all descriptors but those of other servers and what they serve: a
         connection that was made here ends for its peer when it is closed there, too. It is forked with this thread only: a
         lock that another thread holds at that moment (of a file that it writes to, of a library in C) is held there for ever.
         So call it early, and use threads in the handlers rather than here.
@@ -2639,13 +2698,15 @@ class _Server(_Acceptor):
                     slots.release()
             if sock is None:
                 continue
-            handling = self._handle(sock, handler, slots, handshake_timeout)
-            self._drain.add(sock)
-            self._show()
+            handling = None
             try:
+                handling = self._handle(sock, handler, slots, handshake_timeout)
+                self._drain.add(sock)
+                self._show()
                 handlers.spawn(handling, name=f"serve {_shown(sock.peer)}")
             except BaseException:               # too many in a cancelled group
-                handling.close()
+                if handling is not None:
+                    handling.close()
                 sock._close()
                 self._drain.remove(sock)
                 raise
@@ -2807,7 +2868,7 @@ class UnixServer(_Server):
             server = cls([_listen(network, socket.AF_UNIX, path, backlog, prepare)], context)
         finally:
             if lock is not None:
-                os.close(lock)
+                lock()
         try:
             found = os.stat(path)
             server._file = os.path.abspath(path), found.st_dev, found.st_ino
@@ -2832,19 +2893,24 @@ class UnixServer(_Server):
 
 
 async def _lock_directory(path):
-    """A descriptor that locks a path's directory until it is closed: of several programs that begin to listen there each sees
-    whether another one does. None where that cannot be, or somebody else keeps it for a second."""
+    """Lock a path's directory, so that of several programs that begin to listen there each sees whether another one does. Returns
+    what unlocks it; None where that cannot be, or somebody else keeps it for a second."""
     try:
         import fcntl
         directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_CLOEXEC)
     except (ImportError, OSError):
         return None
+
+    def unlock(fcntl, directory):
+        fcntl.flock(directory, fcntl.LOCK_UN)           # a child that was forked meanwhile has a copy of the descriptor
+        os.close(directory)
+
     try:
         until = flowcoro.now() + LOCK_SECONDS
         while flowcoro.now() < until:
             try:
                 fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return directory
+                return functools.partial(unlock, fcntl, directory)
             except BlockingIOError:
                 await flowcoro.sleep(LONGEST_RETRY / 10)
     except OSError:                     # a file system without locks
@@ -2863,7 +2929,12 @@ async def _remove_stale(network, path):
             return
         raw, pollable = await _connect_one(network, socket.AF_UNIX, socket.SOCK_STREAM, 0, path)
     except ConnectionRefusedError:
-        os.unlink(path)
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _refused(error, "listen on", path) from error
     except OSError:                     # not there, or full: somebody listens
         pass
     else:
@@ -2979,7 +3050,10 @@ class UdpSocket(_Owner):
         It says nothing about its arrival. OSError when it is too long (EMSGSIZE: more than 65,507 bytes with IPv4), or there
         is no way there. ValueError for a name: resolve() it before. Cancelled: not sent.
         """
-        _checked_address(address, "address")
+        family = _checked_address(address, "address")
+        if family and family != self._raw.family:
+            raise ValueError(f"address={address!r} is of another family than {self!r}: bind a socket of its family, for names "
+                             "with family=")
         await self._send_one(data, address)
 
     async def _send_one(self, data, address):
@@ -3015,6 +3089,8 @@ class UdpSocket(_Owner):
         self._membership(group, interface, "IP_DROP_MEMBERSHIP", "IPV6_LEAVE_GROUP")
 
     def _membership(self, group, interface, option4, option6):
+        if not isinstance(interface, (str, types.NoneType)):
+            raise TypeError(f"interface={interface!r}: give the name of a network card, such as \"eth0\", or None")
         family = self._raw.family
         try:
             value = socket.inet_pton(family, group)
@@ -4004,7 +4080,7 @@ class ConnectionPool:
             phase = "it waited for one to be returned"
             remedy = "Return them sooner, or give the pool a larger max_connections or acquire_timeout"
         return (f"{phase}; of max_connections={numbers['max_connections']} there were {numbers['in_use']} in use, "
-                f"{numbers['connecting']} connecting, {numbers['closing']} closing, and {numbers['waiting']} other tasks waited. "
+                f"{numbers['connecting']} connecting, {numbers['closing']} closing, and {numbers['waiting']} others waited. "
                 f"{remedy}")
 
     def __repr__(self):

@@ -1270,15 +1270,47 @@ def test_run_takes_descriptors_and_gives_all_back():
     assert open_descriptors() == before
 
 
+def test_a_pollable_that_was_lost_with_its_file_does_not_keep_the_number_from_the_next():
+    async def main():
+        near, far = os.pipe()
+        lost = flowcoro.Pollable(near)              # an error struck before its maker had it
+        with pytest.raises(flowcoro.BusyError, match="has a Pollable already"):
+            flowcoro.Pollable(near)
+        lost.readable = False
+        async with flowcoro.TaskGroup() as group:
+            async def wait():
+                with pytest.raises(flowcoro.ClosedError):
+                    await lost.wait_readable()
+
+            group.spawn(wait())
+            await flowcoro.checkpoint()
+            os.close(near)
+            os.close(far)
+            near, far = os.pipe()                   # the same numbers
+            again = flowcoro.Pollable(near)
+        assert flowcoro.statistics()["descriptors"] == 1
+        os.write(far, b"x")
+        again.readable = False
+        with flowcoro.timeout(PATIENCE):
+            await again.wait_readable()
+        lost.close()
+        assert flowcoro.statistics()["descriptors"] == 1
+        again.close()
+        os.close(near)
+        os.close(far)
+
+    flowcoro.run(main())
+
+
 def test_a_descriptor_that_another_thread_closes_as_a_wait_begins_leaves_nothing_registered(monkeypatch):
-    def closes(plain):
-        os.close(plain.fd)
+    def closes(fd):
+        os.close(fd)
         raise OSError(errno.EBADF, "closed by another thread")
 
     async def main():
         near, far = os.pipe()
         with monkeypatch.context() as patch, pytest.raises(OSError, match="closed by another thread"):
-            patch.setattr(flowcoro._PlainFd, "_current_inode", closes)
+            patch.setattr(flowcoro, "_inode", closes)
             await flowcoro.wait_readable(near)
         os.close(far)
         near, far = os.pipe()                   # the same numbers

@@ -4,6 +4,7 @@ import array
 import contextlib
 import errno
 import gc
+import gzip
 import io
 import os
 import selectors
@@ -511,6 +512,53 @@ def test_a_file_that_is_closed_meanwhile_is_sent_whole_and_no_other_in_its_place
     run(main)
 
 
+def test_of_a_file_that_decompresses_the_content_is_sent(pair, tmp_path):
+    with gzip.open(tmp_path / "file.gz", "wb") as file:
+        file.write(b"content " * 1000)
+
+    async def main():
+        near, far = pair()
+        with gzip.open(tmp_path / "file.gz", "rb") as file:
+            async with near:
+                assert await near.send_file(file, 8, 16) == 16
+        assert drain(far) == b"content content "
+
+    run(main)
+
+
+def test_no_more_is_sent_than_was_asked_for_though_a_file_gives_more(pair):
+    class Generous(io.BytesIO):
+        def read(self, count):
+            return super().read(count + 5)
+
+    async def main():
+        near, far = pair()
+        async with near:
+            assert await near.send_file(Generous(b"0123456789" * 10), 0, 10) == 10
+        assert drain(far) == b"0123456789"
+
+    run(main)
+
+
+def test_a_file_is_sent_also_when_no_descriptors_are_left(pair, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"content")
+
+    def none_left(number):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def main():
+        near, far = pair()
+        with open(tmp_path / "file", "rb") as file:
+            async with near:
+                monkeypatch.setattr(os, "dup", none_left)
+                assert await near.send_file(file) == 7
+                with pytest.raises(OSError, match="cannot read <_io.BufferedReader.* at offset=4611686018427387904: Invalid"):
+                    await near.send_file(file, 2**62)
+        assert drain(far) == b"content"
+
+    run(main)
+
+
 def test_a_pipe_is_no_file_to_send_and_the_connection_goes_on(pair):
     async def main():
         near, far = pair()
@@ -553,6 +601,34 @@ def test_an_error_that_says_nothing_of_the_peer_does_not_end_the_connection(pair
             far.close()
             assert await near.read() == b"last"
             assert await near.read() == b""
+
+    run(main)
+
+
+def test_many_pieces_are_taken_as_they_are_sent_and_let_the_other_tasks_run(pair):
+    taken = []
+
+    def pieces():
+        for number in range(300_000):
+            taken.append(number)
+            yield b"x"
+
+    async def main():
+        near, far = pair()
+        async with near, flowcoro.TaskGroup() as group:
+            reading = group.spawn(flowcoro.to_thread(drain, far))
+            seen = []
+
+            async def other():
+                while not seen or len(taken) < 300_000:
+                    seen.append(len(taken))
+                    await flowcoro.checkpoint()
+
+            group.spawn(other())
+            await near.write_many(pieces())
+            await near.shutdown_write()
+            assert len(await reading) == 300_000
+            assert len([each for each in seen if 0 < each < 300_000]) > 1
 
     run(main)
 
@@ -770,8 +846,9 @@ def test_a_reset_that_a_write_has_noticed_is_not_an_end_to_the_reader():
     run(main)
 
 
-def test_a_write_after_the_peer_has_closed_raises_and_sends_no_signal(pair):
+def test_a_write_after_the_peer_has_closed_raises_and_sends_no_signal(pair, tmp_path):
     import signal
+    (tmp_path / "file").write_bytes(b"z")
     before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)      # it would end the process
     try:
         async def main():
@@ -783,6 +860,8 @@ def test_a_write_after_the_peer_has_closed_raises_and_sends_no_signal(pair):
                         await near.write(b"x")
                         await near.write_many([b"y"])
                         await flowcoro.sleep(0.001)
+                with pytest.raises(BrokenError), open(tmp_path / "file", "rb") as file:
+                    await near.send_file(file)
                 assert caught.value.errno in (errno.EPIPE, errno.ECONNRESET)
 
         run(main)
@@ -1007,6 +1086,25 @@ def test_numbers_beyond_what_a_machine_has_are_refused_by_name(pair):
                     await near.write_many(wrong)
         with pytest.raises(ValueError, match="backlog=.*must be 2147483647 or less"):
             await TcpServer.listen("127.0.0.1", 0, backlog=2**31)
+
+    run(main)
+
+
+def test_a_socket_that_is_struck_while_it_is_made_closes_what_it_has(monkeypatch):
+    async def main():
+        one, other = tcp_pair()
+        number = one.fileno()
+        with monkeypatch.context() as patch:
+            patch.setattr(flowcoro_net._Stream, "_call", lambda self, method: (_ for _ in ()).throw(ZeroDivisionError()))
+            with pytest.warns(ResourceWarning, match="unclosed Socket"), pytest.raises(ZeroDivisionError):
+                Socket(one)
+                gc.collect()
+        assert one.fileno() == -1 and flowcoro.statistics()["descriptors"] == 0
+        other.close()
+        one, other = tcp_pair()
+        assert number in (one.fileno(), other.fileno())
+        async with Socket(one), Socket(other):
+            pass
 
     run(main)
 

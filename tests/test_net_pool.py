@@ -252,17 +252,17 @@ async def never(*_):
 
 @pytest.mark.parametrize("seconds, settings, before, said", [
     (None, {}, 1, "it waited for one to be returned; of max_connections=1 there were 1 in use, 0 connecting, 0 closing, and 1 "
-     "other tasks waited. Return them sooner, or give the pool a larger max_connections or acquire_timeout"),
+     "others waited. Return them sooner, or give the pool a larger max_connections or acquire_timeout"),
     (100, {}, 0, "it has been connecting for 5 seconds; of max_connections=1 there were 0 in use, 1 connecting, 0 closing, and 1 "
-     "other tasks waited. See whether the other side can be reached, or give the pool a larger acquire_timeout"),
+     "others waited. See whether the other side can be reached, or give the pool a larger acquire_timeout"),
     (100, {"max_connections": 3, "max_connecting": 1}, 1, "it waited for its turn to connect, with max_connecting=1; of "
-     "max_connections=3 there were 0 in use, 1 connecting, 0 closing, and 1 other tasks waited. See why connects take so long, "
+     "max_connections=3 there were 0 in use, 1 connecting, 0 closing, and 1 others waited. See why connects take so long, "
      "or give the pool a larger max_connecting or acquire_timeout"),
     (None, {"validate": never}, None, "validate() has not answered for 5 seconds; of max_connections=1 there were 1 in use, 0 "
-     "connecting, 0 closing, and 1 other tasks waited. Give it a timeout of its own after which it returns False: then another "
+     "connecting, 0 closing, and 1 others waited. Give it a timeout of its own after which it returns False: then another "
      "connection is tried"),
     (None, {"validate": lambda connection: False, "close": never, "close_timeout": 100}, None, "it waited for one to be closed; "
-     "of max_connections=1 there were 0 in use, 0 connecting, 1 closing, and 1 other tasks waited. See why that takes so long, "
+     "of max_connections=1 there were 0 in use, 0 connecting, 1 closing, and 1 others waited. See why that takes so long, "
      "or give the pool a smaller close_timeout or a larger max_connections"),
 ])
 @run_in_kernel

@@ -527,6 +527,27 @@ OPTIONS = dict(processes=1)
     server.end()
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_two_sigterms_end_it_as_well_as_one(program, busy):
+    server = program("OPTIONS = dict(processes=2, drain_timeout=0.2)\nflowcoro_net.END_TIMEOUT = 0.2\n")
+    with server.connect() if busy else contextlib.nullcontext():
+        pids = server.pids()
+        server.send_signal(signal.SIGTERM)
+        time.sleep(0.001)
+        server.send_signal(signal.SIGTERM)
+        assert server.process.wait(PATIENCE) in (0, 143), server.errors.read_text()
+    assert not any(map(is_alive, pids))
+
+
+def test_a_stop_that_follows_a_reload_forks_nobody_more(program):
+    for _ in range(5):
+        server = program("OPTIONS = dict(processes=2)\n")
+        server.send_signal(signal.SIGHUP)
+        time.sleep(0.002)
+        server.end()
+        assert "Traceback" not in server.errors.read_text()
+
+
 def test_sighup_replaces_all_and_loses_no_connection(program):
     server = program("""
 generation = 0
@@ -993,6 +1014,52 @@ def test_a_process_that_does_not_begin_to_serve_is_killed_and_told(forks, report
             await told()
             await until(lambda: serving(server))
             assert await ask(server)
+
+    run_here(main)
+
+
+def test_one_that_serves_is_not_killed_because_its_supervisor_was_stopped_meanwhile(reports, monkeypatch):
+    async def main():
+        async with served(processes=1) as (server, _), flowcoro.TaskGroup() as group:
+            before = serving(server)
+            monkeypatch.setattr(flowcoro_net, "START_TIMEOUT", 0.05)
+            real = flowcoro_net._Supervisor.start
+
+            def start(self, *args):
+                async def hold():
+                    await flowcoro.checkpoint()
+                    time.sleep(0.5)             # and when it goes on, the time is up, and the word is there
+
+                group.spawn(hold())
+                return real(self, *args)
+
+            monkeypatch.setattr(flowcoro_net._Supervisor, "start", start)
+            server.reload()
+            await until(lambda: replaced(server, before) or reports)
+            assert reports == [] and await ask(server)
+
+    run_here(main)
+
+
+def test_an_error_that_strikes_after_the_fork_leaves_no_process(reports, monkeypatch):
+    async def main():
+        async with served(processes=1) as (server, _):
+            before = serving(server)
+
+            class Strikes:
+                def spawn(self, coro, **options):
+                    coro.close()
+                    raise MemoryError
+
+            with monkeypatch.context() as patch:
+                patch.setattr(server._supervisor, "watchers", Strikes())
+                server.reload()
+                await until(lambda: reports)
+            assert list(server.statistics()["processes"]) == list(before) and await ask(server)
+            with pytest.raises(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+                raise ChildProcessError         # of the one that serves nothing is to be had
 
     run_here(main)
 

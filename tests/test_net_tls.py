@@ -624,6 +624,7 @@ def test_who_reads_while_a_close_waits_is_told_that_it_is_closed(certificates):
             for operation in near.read(), near.write(b"x"), near.read_until():
                 with pytest.raises(flowcoro.ClosedError):
                     await operation
+            await far.close()
 
     run(main)
 
@@ -635,7 +636,7 @@ def test_a_client_waits_for_no_end_once_it_has_heard_something_and_not_for_long(
         for heard in True, False:
             near, far = await tls_pair(certificates)
             async with far:
-                await far.write(b"x" * heard + b"")
+                await far.write(b"x" if heard else b"")
                 if heard:
                     assert await near.read() == b"x"
                     flowcoro_net.CLOSE_TIMEOUT = PATIENCE * 2
