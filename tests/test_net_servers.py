@@ -583,30 +583,74 @@ def test_unix_errors_name_the_path(tmp_path):
     run(main)
 
 
-def test_of_those_who_replace_a_stale_file_at_once_one_listens_and_is_reached(tmp_path):
+@pytest.fixture
+def slow_refusals(monkeypatch):
+    """Whoever is refused by a Unix socket hears of it late, so that others are in between; returns a list of functions to be
+    called then."""
+    real, meanwhile = flowcoro_net._connect_one, []
+
+    async def connect_one(*args):
+        try:
+            return await real(*args)
+        except ConnectionRefusedError:
+            for function in meanwhile:
+                function()
+            await flowcoro.sleep(0.002)
+            raise
+
+    monkeypatch.setattr(flowcoro_net, "_connect_one", connect_one)
+    return meanwhile
+
+
+def test_of_those_who_replace_a_stale_file_at_once_one_listens_and_is_reached(tmp_path, slow_refusals):
     path = str(tmp_path / "socket")
 
     async def main():
-        for _ in range(30):
-            with socket.socket(socket.AF_UNIX) as dead:
-                dead.bind(path)
-            servers = []
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(path)
+        servers = []
 
-            async def begin():
-                with contextlib.suppress(OSError):
-                    servers.append(await UnixServer.listen(path))
+        async def begin():
+            with contextlib.suppress(OSError):
+                servers.append(await UnixServer.listen(path))
 
-            await flowcoro.when_all(*(begin() for _ in range(3)))
-            [server] = servers
-            async with server, flowcoro.TaskGroup() as group:
-                group.spawn(server.serve(echo))
-                async with await Socket.connect_unix(path) as sock:
-                    await sock.write(b"x")
-                    assert await sock.read() == b"x"
-                server.close()
-            assert not os.path.exists(path)
+        await flowcoro.when_all(*(begin() for _ in range(3)))
+        [server] = servers
+        async with server, flowcoro.TaskGroup() as group:
+            group.spawn(server.serve(echo))
+            async with await Socket.connect_unix(path) as sock:
+                await sock.write(b"x")
+                assert await sock.read() == b"x"
+            server.close()
+        assert not os.path.exists(path)
 
     run(main)
+
+
+def test_a_copy_of_the_lock_that_a_child_has_keeps_nobody_from_listening(tmp_path, slow_refusals, monkeypatch):
+    monkeypatch.setattr(flowcoro_net, "LOCK_SECONDS", PATIENCE * 2)
+    path, copies = str(tmp_path / "socket"), []
+
+    def copy_the_lock():
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{number}") == str(tmp_path):
+                    copies.append(os.dup(int(number)))          # as a fork does
+
+    slow_refusals.append(copy_the_lock)
+
+    async def main():
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(path)
+        async with await UnixServer.listen(path), await UnixServer.listen(path + "2"):
+            pass
+
+    try:
+        run(main)
+        assert copies or not os.path.isdir("/proc/self/fd")
+    finally:
+        for number in copies:
+            os.close(number)
 
 
 def test_who_holds_the_lock_of_a_directory_keeps_nobody_from_listening_for_long(tmp_path, monkeypatch):
