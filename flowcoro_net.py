@@ -494,7 +494,8 @@ async def resolve(host, port, *, family=0, type=socket.SOCK_STREAM, flags=0):
         found = await _network().getaddrinfo(host, _checked_port(port), family, type, flags)
     except socket.gaierror as error:
         remedy = {socket.EAI_AGAIN: "; no name server answers: is there a network, and are descriptors left (ulimit -n)?",
-                  socket.EAI_NONAME: "; is the name spelt right, has it an address of this family, and is there a name server?"}
+                  socket.EAI_NONAME: "; is the name spelt right, has it an address of this family, is there a name server, and "
+                  "are descriptors left?"}
         raise ResolveError(error.errno, f"cannot resolve {host!r}: {error.strerror}{remedy.get(error.errno, '')}") from error
     except UnicodeError as error:
         raise ResolveError(socket.EAI_NONAME, f"cannot resolve {host!r}: this is no name of a host: {error}") from error
@@ -768,8 +769,15 @@ def _as_context(tls, server_side):
 
 
 def _client_context(tls, server_name):
-    if not isinstance(server_name, (str, types.NoneType)):
-        raise TypeError(f"server_name={server_name!r}: give the name that the certificate must be for, a str")
+    if server_name is not None:
+        if not isinstance(server_name, str):
+            raise TypeError(f"server_name={server_name!r}: give the name that the certificate must be for, a str")
+        try:
+            wrong = not server_name or "\0" in server_name or not _name_for_tls(server_name).encode("idna")
+        except UnicodeError:
+            wrong = True
+        if wrong:
+            raise ValueError(f"server_name={server_name!r}: this is no name of a host")
     context = _as_context(tls, False)
     if context is None and server_name is not None:
         raise ValueError(f"server_name={server_name!r} is for TLS alone: give tls=True too, or leave it out")
@@ -790,7 +798,7 @@ class _Tls:
     """
 
     __slots__ = ("object", "incoming", "outgoing", "early", "unsent", "is_done", "failure", "got_data", "got_end", "got_goodbye",
-                 "said_goodbye", "read_ended", "_doing", "_lock")
+                 "said_goodbye", "closing", "read_ended", "_doing", "_lock")
 
     def __init__(self, context, server_side, server_name, several):
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -798,7 +806,8 @@ class _Tls:
         self.early = bytearray()    # decrypted before anybody asked for it: by say_goodbye()
         self.unsent = b""           # encrypted, and not yet with the system
         self.is_done = self.got_data = self.got_end = self.got_goodbye = self.said_goodbye = False
-        self.read_ended = None      # an Event for a close() that waits for who reads
+        self.closing = None         # an Event: a close() is at it, others wait for that
+        self.read_ended = None      # an Event for that one, if it waits for who reads
         self.failure = None         # what ended it: (class of the error, message, OpenSSL's word)
         self._doing = flowcoro.Lock()
         self._lock = threading.Lock() if several else None      # OpenSSL lets no two threads into one connection
@@ -1374,6 +1383,17 @@ class _Secured(_Bulk):
             if scope.cancelled_caught:
                 raise TimeoutError(f"{self!r}: the TLS handshake was not done within {timeout:g} s")
 
+    async def _say_goodbye_for_good(self):
+        """What a close() with TLS does first. Another close() waits meanwhile."""
+        tls = self._tls
+        tls.closing = flowcoro.Event()
+        try:
+            if self._writer is None:
+                await self.shutdown_write()
+                await self._drop_rest()
+        finally:
+            tls.closing.set()
+
     async def _drop_rest(self):
         """Receive and drop what is there. A close with something unread makes the system send a reset, and drop what is still
         under way to the peer (RFC 9293 section 3.6.1)."""
@@ -1586,11 +1606,11 @@ class Socket(_Secured):
         With TLS it says goodbye first; and a client that has received nothing waits for the server's end, so that what it has
         written arrives. Both take 2 seconds at most. Tasks that wait for it get ClosedError. Cancelled: it is closed.
         """
+        tls = self._tls
         try:
-            if self._tls is not None and self._tls.is_done and not self._closed and self._writer is None:
+            if tls is not None and tls.is_done and not self._closed:
                 with flowcoro.move_on_after(CLOSE_TIMEOUT):
-                    await self.shutdown_write()
-                    await self._drop_rest()
+                    await (self._say_goodbye_for_good() if tls.closing is None else tls.closing.wait())
         except (OSError, flowcoro.ClosedError, flowcoro.BusyError):     # then it is closed without
             pass
         finally:
@@ -2281,7 +2301,8 @@ class _Supervisor:
         finally:
             process.close()
         place = process.place
-        if self.server.closed or place.process is not process:           # it was replaced, or is not yet there
+        await flowcoro.sleep(LOOK)              # a stop may have reached it first, if somebody has told all at once
+        if self.server.closed or place.process is not process:      # it was replaced, or is not yet there
             return
         if not place.delay or flowcoro.now() - process.started >= STEADY:
             place.delay = RESTART

@@ -527,6 +527,14 @@ OPTIONS = dict(processes=1)
     server.end()
 
 
+def test_a_sigterm_for_the_whole_group_is_no_death(program):
+    for _ in range(3):
+        server = program("OPTIONS = dict(processes=2)\n")
+        os.killpg(server.process.pid, signal.SIGTERM)
+        assert server.process.wait(PATIENCE) == 0, server.errors.read_text()
+        assert server.errors.read_text() == ""
+
+
 @pytest.mark.parametrize("busy", [False, True])
 def test_two_sigterms_end_it_as_well_as_one(program, busy):
     server = program("OPTIONS = dict(processes=2, drain_timeout=0.2)\nflowcoro_net.END_TIMEOUT = 0.2\n")

@@ -351,6 +351,9 @@ def test_a_context_of_the_other_side_and_a_name_without_tls_are_refused_before_a
                 await connect(server_name="x")
             with pytest.raises(TypeError, match="server_name=5: give the name"):
                 await connect(server_name=5, tls=True)
+            for name in "", "x" * 300, "a..b", "zero\0":
+                with pytest.raises(ValueError, match="server_name=.*this is no name of a host"):
+                    await connect(server_name=name, tls=True)
 
     run(main)
 
@@ -612,6 +615,28 @@ def test_what_a_client_has_written_arrives_though_it_has_read_nothing(certificat
                 await flowcoro.sleep(0.001)
             assert b"".join(got) == data
             assert server.statistics()["broken"] == 0
+
+    run(main)
+
+
+@pytest.mark.parametrize("closes", [2, 3])
+def test_a_second_close_does_not_cut_short_the_first(certificates, closes):
+    data = os.urandom(1 << 20)
+
+    async def main():
+        near, far = await tls_pair(certificates)
+        async with flowcoro.TaskGroup() as group:
+            async def peer():
+                await flowcoro.sleep(0.01)
+                assert await far.read_exactly(len(data)) == data
+                assert await far.read() == b""
+                await far.close()
+
+            group.spawn(peer())
+            await near.write(data)
+            for _ in range(closes):
+                group.spawn(near.close())
+        assert near.closed
 
     run(main)
 
