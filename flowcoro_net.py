@@ -84,6 +84,7 @@ SPDX-License-Identifier: MIT
 """
 
 import collections
+import encodings.idna           # getaddrinfo() loads it when it is first called: perhaps when no descriptors are left for that
 import errno
 import functools
 import gc

@@ -543,7 +543,8 @@ def test_two_sigterms_end_it_as_well_as_one(program, busy):
         server.send_signal(signal.SIGTERM)
         time.sleep(0.001)
         server.send_signal(signal.SIGTERM)
-        assert server.process.wait(PATIENCE) in (0, 143), server.errors.read_text()
+        # The second one may meet a program that has done with the first, and with which it does what it always does.
+        assert server.process.wait(PATIENCE) in (0, 143, -signal.SIGTERM), server.errors.read_text()
     assert not any(map(is_alive, pids))
 
 
