@@ -192,6 +192,8 @@ def test_the_report_says_who_waits_behind_it():
                 group.spawn(join(task))
             await task
             reader.cancel()
+            while kernel.worker.inbox:          # the thread's call is to be made while there is a kernel
+                await flowcoro.checkpoint()
         os.close(near)
         os.close(far)
 
