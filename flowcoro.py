@@ -2440,9 +2440,9 @@ class _Worker:
         turn, plan, level, most, began = BUDGET, plans[0], 0, len(plans) - 1, monotonic()
         polled, due = began, 0.0 if self.meter is not None else _INF         # when to measure a pass
         while not self.stopped:
-            for steps in map(iter, plan) if shown else plan:
-                if shown:               # to the watchdog: a step of 170 ns becomes 1 ns longer (2 if iter() were called here)
-                    self.remaining = steps
+            for steps in plan:
+                if shown:               # to the watchdog
+                    self.remaining = steps = iter(steps)
                 for step in steps:
                     try:
                         task = popleft()
