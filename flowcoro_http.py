@@ -566,11 +566,6 @@ def _target_problem(method, target):
     return problem and f"has an authority that {problem}"
 
 
-def _options(headers, name):
-    """The lower-case tokens of all lines of that name."""
-    return [option.lower() for value in headers.get_all(name) for option in _split_list(value) if option]
-
-
 @functools.lru_cache(256)
 def _option_set(value):
     """The lower-case tokens of a list. (They are few, and repeat: 0.04 µs instead of 0.5.)"""
@@ -675,7 +670,7 @@ class _Heads(_Received):
             end = buffer.find(b"\r\n\r\n", start, start + self._max_head + 4)
             if end >= 0:
                 text = buffer[start:end].decode("latin-1")
-                event = self._short_request(text) if self.role is SERVER else self._short_response(text)
+                event = self._short_way(text)
                 if event is not None:
                     self._start = self._scan = end + 4
                     return event
@@ -691,33 +686,22 @@ class _Heads(_Received):
         self.their_state = self._their_moves[self.their_state][_CLOSE]
         return _CONNECTION_CLOSED
 
-    # The short way: the event of a whole head, without its last two CRLF, or None if anything about it is odd.
-
-    def _short_request(self, text):
-        lines = text.split("\r\n")
-        found = _usual_line(lines[0])
-        if found is None or len(lines) > self._max_fields + 1 or (len(text) > self._least_line and self._too_long(lines)):
+    def _short_way(self, text):
+        """The event of a whole head, without its last two CRLF, or None if anything about it is odd."""
+        lines, server = text.split("\r\n"), self.role is SERVER
+        found = _usual_line(lines[0]) if server else _STATUS_LINE.fullmatch(lines[0])
+        if (found is None or len(lines) > self._max_fields + 1 or (len(text) > self._least_line and self._too_long(lines))
+                or not server and found[1] != "1"):
             return None
         del lines[0]
         try:
             entries = list(map(_received, lines))
         except ProtocolError:
             return None
+        if not server:
+            return self._response(found, entries)
         method, target, minor = found.groups()
         return self._request(method, target, minor != "0", entries)
-
-    def _short_response(self, text):
-        lines = text.split("\r\n")
-        found = _STATUS_LINE.fullmatch(lines[0])
-        if (found is None or found[1] != "1" or len(lines) > self._max_fields + 1
-                or (len(text) > self._least_line and self._too_long(lines))):
-            return None
-        del lines[0]
-        try:
-            entries = list(map(_received, lines))
-        except ProtocolError:
-            return None
-        return self._response(found, entries)
 
     def _too_long(self, lines):
         return len(lines[0]) > self._max_first or max(map(len, lines)) > self._max_field
