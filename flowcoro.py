@@ -116,7 +116,7 @@ __all__ = [
 STEPS_PER_POLL = 61
 
 # Seconds after which a worker does so even if fewer steps were made: what a timer or a descriptor may be late because of
-# others, and by STEPS_PER_LOOK steps more until it is noticed that these are long.
+# others, and by STEPS_PER_LOOK steps more (twice as many with a watchdog) until it is noticed that these are long.
 SECONDS_PER_POLL = 0.001
 
 # Seconds between two looks of an idle worker after those that are in a step: one that has not come round in between is
@@ -140,7 +140,7 @@ STEPS_PER_LOOK = 15
 WATCHDOG_LIMIT = 1.0
 
 # Looks of the watchdog at the workers within its limit; it looks again when a report is due, which is late by one of these at
-# most, and a hundredth of the limit. Each look takes the GIL from who works: 8 of them cost a load of system calls 1.1 %.
+# most, and a hundredth of the limit. Each look takes the GIL from who works.
 WATCHDOG_LOOKS = 4
 
 # Seconds between two samples of step times and latencies that the watchdog takes of a worker: two calls of a microsecond. A pass
@@ -186,8 +186,8 @@ _INF = math.inf
 _PLANS = tuple((range(STEPS_PER_LOOK >> level),) * (STEPS_PER_POLL // STEPS_PER_LOOK)
                for level in range(STEPS_PER_LOOK.bit_length()))
 
-# With a watchdog a look costs twice as much, for it is told each time where the worker is. So there are half as many of them, as
-# long as steps are short: 1 % of a loop that does nothing but switch.
+# With a watchdog each look at the clock has an iterator besides, which tells where the worker is. So there are half as many, as long
+# as steps are short. In a loop that does nothing but switch that pays for it; in passes of one step it does not.
 _WATCHED_PLANS = ((range(2 * STEPS_PER_LOOK),) * (len(_PLANS[0]) // 2), *_PLANS[1:])
 
 # The budget of a new task and of one that was rescheduled: something waits to be sent in. The loop sets BUDGET at each
@@ -1314,6 +1314,7 @@ if hasattr(selectors, "EpollSelector"):
                 self.verify(pollable)
             except FileNotFoundError:
                 return pollable
+            return None
 
         def rearm_all(self):
             for pollable in list(self._pollables.values()):
