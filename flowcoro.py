@@ -186,8 +186,8 @@ _INF = math.inf
 _PLANS = tuple((range(STEPS_PER_LOOK >> level),) * (STEPS_PER_POLL // STEPS_PER_LOOK)
                for level in range(STEPS_PER_LOOK.bit_length()))
 
-# With a watchdog each look at the clock has an iterator besides, which tells where the worker is. So there are half as many, as long
-# as steps are short. In a loop that does nothing but switch that pays for it; in passes of one step it does not.
+# With a watchdog each look at the clock has an iterator besides, which tells where the worker is. So there are half as many, as
+# long as steps are short. In a loop that does nothing but switch that pays for it; in passes of one step it does not.
 _WATCHED_PLANS = ((range(2 * STEPS_PER_LOOK),) * (len(_PLANS[0]) // 2), *_PLANS[1:])
 
 # The budget of a new task and of one that was rescheduled: something waits to be sent in. The loop sets BUDGET at each

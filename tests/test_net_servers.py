@@ -46,6 +46,22 @@ def unused_port():
         return sock.getsockname()[1]
 
 
+class Faulty:
+    """The system's network, current from now on, but that `left` of its next Pollables cannot be made: `fault` is raised."""
+
+    left = 0
+
+    def __init__(self):
+        self.socket, self.getaddrinfo = flowcoro_net._SYSTEM.socket, flowcoro_net._SYSTEM.getaddrinfo
+        flowcoro.network.set(self)
+
+    def pollable(self, raw):
+        if self.left:
+            self.left -= 1
+            raise self.fault
+        return flowcoro.Pollable(raw)
+
+
 @contextlib.contextmanager
 def black_hole():
     """An address that answers no SYN: a listener whose backlog is full."""
@@ -953,25 +969,15 @@ def test_those_beyond_the_backlog_wait_until_others_are_accepted():
 
 @pytest.mark.parametrize("failing", ["pollable", "tls", "memory"])
 def test_a_connection_of_which_no_socket_can_be_made_harms_no_other(reports, failing, monkeypatch):
-    class Failing:
-        socket, getaddrinfo = staticmethod(flowcoro_net._SYSTEM.socket), flowcoro_net._SYSTEM.getaddrinfo
-        left = 0
-
-        def pollable(self, raw):
-            if self.left:
-                self.left -= 1
-                raise OSError(errno.EPERM, "no such luck") if failing == "pollable" else MemoryError("none left")
-            return flowcoro.Pollable(raw)
-
     async def main():
-        network = Failing()
-        flowcoro.network.set(network)
+        network = Faulty()
         async with await TcpServer.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
             if failing == "tls":
                 server._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)       # which no server can use
             group.spawn(server.serve(echo, max_connections=1))
             await wait_all_tasks_parked()
-            network.left = 2
+            network.fault = OSError(errno.EPERM, "no such luck") if failing == "pollable" else MemoryError("none left")
+            network.left = 0 if failing == "tls" else 2
             for _ in range(2):
                 with socket.create_connection(server.local) as plain:
                     assert await flowcoro.to_thread(plain.recv, 1) == b""
@@ -989,26 +995,17 @@ def test_a_connection_of_which_no_socket_can_be_made_harms_no_other(reports, fai
 def test_where_no_more_can_be_watched_accepting_pauses_and_goes_on(reports, monkeypatch):
     monkeypatch.setattr(flowcoro_net, "PAUSE", 0.01)
 
-    class Full:
-        socket, getaddrinfo = staticmethod(flowcoro_net._SYSTEM.socket), flowcoro_net._SYSTEM.getaddrinfo
-        full = False
-
-        def pollable(self, raw):
-            if self.full:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return flowcoro.Pollable(raw)
-
     async def main():
-        network = Full()
-        flowcoro.network.set(network)
+        network = Faulty()
+        network.fault = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         async with await TcpServer.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
             group.spawn(server.serve(echo))
             await wait_all_tasks_parked()
-            network.full = True
+            network.left = math.inf
             with socket.create_connection(server.local):
                 while not server.statistics()["pauses"]:
                     await flowcoro.sleep(0.001)
-            network.full = False
+            network.left = 0
             async with await Socket.connect(*server.local) as near:
                 await near.write(b"x")
                 assert await near.read() == b"x"
