@@ -3088,8 +3088,9 @@ class _Watchdog:
             if thread is None:                          # it is about to end
                 return []
             signal.pthread_kill(thread, number)
-            while _select.select([cls.told], [], [], 0.1)[0]:
-                text += os.read(cls.told, 65536)
+            wait = 1.0                                  # on a busy machine it may be long until that thread runs at all
+            while _select.select([cls.told], [], [], wait)[0]:
+                text, wait = text + os.read(cls.told, 65536), 0.1
         places = re.findall(r'^  File "(.*)", line (\d+) in (.*)$', text.decode(errors="replace"), re.MULTILINE)
         inside = list(itertools.takewhile(lambda place: place[0] != _HERE or place[2] != "work", places))   # innermost first
         return [(file, int(line), function) for file, line, function in reversed(inside)]
