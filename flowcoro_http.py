@@ -38,11 +38,32 @@ let pass. A server and a client are not here yet.
 SPDX-License-Identifier: MIT
 """
 
+import base64
+import dataclasses
+import datetime
+import decimal
+import enum
 import functools
+import hashlib
+import hmac
+import html
 import http
+import inspect
+import ipaddress
+import itertools
+import json
+import keyword
+import math
 import re
+import secrets
 import socket
 import sys
+import time
+import types
+import typing
+import urllib.parse
+import uuid
+import zlib
 
 import flowcoro
 
@@ -347,6 +368,1863 @@ def _entry(name, value):
 def _lower(name):
     """The lower-case form of a name to look for. (Beyond ASCII lower() makes letters of what is none: U+212A is a k.)"""
     return name.lower() if name.isascii() else name
+
+
+# ---- field values ---------------------------------------------------------------------------------------------
+# After RFC 9110 sections 5.6 (lists, tokens, quoted strings, parameters, dates), 8 (media types, entity tags), 11
+# (authentication) and 12 (negotiation); RFC 8187 (extended parameters), 6266 (Content-Disposition), 8288 (Link), 7617, 6750 and
+# 7616 (basic, bearer, digest), 7239 (Forwarded), 9111 (Cache-Control), 6797 (Strict-Transport-Security).
+#
+# Each reader is a compiled pattern that is matched at one place after the other and never goes back: `++` and `*+` keep what they
+# have matched, so a value that does not fit costs no more than one that does. What they repeat has no choice inside (`a|b` or
+# `c*`): Python 3.11.4 gets that wrong. int(), lower() and decode() see only what a pattern has let through: by themselves they
+# take "1_0", " 1" and the digits of all scripts.
+
+# Seconds beyond which a delta-seconds counts as this many (RFC 9111 section 1.2.2): 68 years.
+MAX_DELTA = 2**31
+
+# Characters of an Accept… value up to which the choice is remembered, and choices remembered: browsers send about 130.
+REMEMBERED_LENGTH, REMEMBERED = 256, 256
+
+# Characters of a language tag; longer ones in an Accept-Language are passed over. RFC 5646 section 4.4.1 says 35 will do.
+MAX_LANGUAGE = 64
+
+# Characters of a file name in a Content-Disposition, so that one value cannot fill a head: file systems allow 255 bytes.
+MAX_FILENAME = 255
+
+_TCHAR = r"!#$%&'*+\-.^_`|~0-9A-Za-z"
+_TOKEN_PATTERN = rf"[{_TCHAR}]++"
+_QDTEXT = r"\t \x21\x23-\x5b\x5d-\x7e\x80-\xff"
+_QUOTED = rf'"[{_QDTEXT}]*+(?:\\[\t\x20-\x7e\x80-\xff][{_QDTEXT}]*+)*+"'
+_OWS = r"[ \t]*+"
+
+_is_token = re.compile(_TOKEN_PATTERN).fullmatch
+_is_text = re.compile(r"[\t\x20-\x7e\x80-\xff]*+").fullmatch
+_element_at = re.compile(rf'[^",]*+(?:{_QUOTED}[^",]*+)*+').match
+_quoted_pair = re.compile(r"\\(.)", re.DOTALL)
+_parameter_at = re.compile(rf"{_OWS};{_OWS}(?:({_TOKEN_PATTERN})=(?:({_TOKEN_PATTERN})|({_QUOTED})))?").match
+_ATTR_CHARS = r"[!#$&+\-.^_`|~0-9A-Za-z]*+"
+_is_extended = re.compile(
+    rf"(?i:(utf-8)|(iso-8859-1))'[0-9A-Za-z-]*+'({_ATTR_CHARS}(?:%[0-9A-Fa-f]{{2}}{_ATTR_CHARS})*+)").fullmatch
+_is_weight = re.compile(r"(?:0(?:\.([0-9]{0,3}))?|(1)(?:\.0{0,3})?)").fullmatch
+_is_digits = re.compile(r"[0-9]{1,19}").fullmatch
+
+
+def _refused(what, value, why, status=400):
+    """The error for a value that the peer has sent."""
+    return ProtocolError(status, f"{what} {value!r:.80}: {why}")
+
+
+def _parse_list(value):
+    """The elements of a comma-separated list, without the whitespace around them; empty ones are left out. -> [str]
+
+    A comma inside a quoted string separates nothing. ProtocolError if a quoted string has no end. RFC 9110 section 5.6.1.
+    """
+    if '"' not in value:
+        elements = value.split(",")
+    else:
+        elements, at = [], 0
+        while True:
+            found = _element_at(value, at)
+            elements.append(found[0])
+            at = found.end() + 1
+            if at > len(value):
+                break
+            if value[at - 1] != ",":
+                raise _refused("list", value, f"the quoted string at character {at} has no end, or holds a control character")
+    return [element for element in [element.strip(" \t") for element in elements] if element]
+
+
+def _parse_tokens(value):
+    """A comma-separated list of tokens in lower case, as in Connection, Vary or Transfer-Encoding. -> [str]
+
+    ProtocolError if one is no token.
+    """
+    tokens = _parse_list(value)
+    for token in tokens:
+        if not _is_token(token):
+            raise _refused("list of tokens", value, f"{token!r:.40} is no token")
+    return [token.lower() for token in tokens]
+
+
+def _quote(text):
+    """`text` as a quoted string. ValueError if it has characters that none can have: controls, or beyond U+00FF."""
+    if not _is_text(text):
+        raise ValueError(f"{text!r:.80} has a character that a quoted string cannot have: a control, or one beyond U+00FF")
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _unquote(text):
+    """The text of a token or of a quoted string. ProtocolError if it is neither."""
+    if _is_token(text):
+        return text
+    if not re.fullmatch(_QUOTED, text):
+        raise _refused("value", text, "neither a token nor a quoted string")
+    return _unquoted(text)
+
+
+def _unquoted(text):
+    """The text of a quoted string that has been checked."""
+    text = text[1:-1]
+    return _quoted_pair.sub(r"\1", text) if "\\" in text else text
+
+
+def _token_or_quoted(text):
+    return text if _is_token(text) else _quote(text)
+
+
+def _extended(text):
+    """The text of an ext-value (RFC 8187), or None if it is none: it is then as if it had not been sent."""
+    found = _is_extended(text)
+    if not found:
+        return None
+    try:
+        return urllib.parse.unquote_to_bytes(found[3]).decode("utf-8" if found[1] else "latin-1")
+    except UnicodeDecodeError:
+        return None
+
+
+def _parameters(value, at, what, *, extended=False, repeated=False):
+    """{name in lower case: text} of the `; name=value` from `at` to the end of `value`.
+
+    `extended`: a `name*` that can be read stands in for `name` (RFC 8187). `repeated`: the first of several counts; otherwise
+    they are refused, as whoever reads the other one may be deceived.
+    """
+    parameters, better = {}, {}
+    while at < len(value):
+        found = _parameter_at(value, at)
+        if not found:
+            raise _refused(what, value, f"expected `; name=value` at character {at + 1}")
+        at = found.end()
+        name, token, quoted = found.groups()
+        if name is None:                    # `;;` and `; ` at the end are allowed
+            continue
+        name = name.lower()
+        if name in parameters:
+            if not repeated:
+                raise _refused(what, value, f"parameter {name} comes twice")
+            continue
+        parameters[name] = token if token is not None else _unquoted(quoted)
+        if extended and name.endswith("*"):
+            text = _extended(parameters.pop(name))
+            if text is not None:
+                better.setdefault(name[:-1], text)
+    parameters.update(better)
+    return parameters
+
+
+# -- media types
+
+_media_type_at = re.compile(rf"({_TOKEN_PATTERN})/({_TOKEN_PATTERN})").match
+
+# charset= of a peer is looked up here and nowhere else: codecs.lookup() would import modules and keep every name it is asked for,
+# and some of its codecs are no character sets (idna, unicode_escape) or take quadratic time. The IANA's names and usual aliases.
+_CHARSETS = {
+    "utf-8": "utf-8", "utf8": "utf-8", "us-ascii": "ascii", "ascii": "ascii", "utf-16": "utf-16", "utf-16le": "utf-16-le",
+    "utf-16be": "utf-16-be", "utf-32": "utf-32", "latin1": "latin-1", "latin-1": "latin-1", "iso_8859-1": "latin-1",
+    "iso-8859-1": "latin-1", "gb2312": "gb18030", "gbk": "gb18030", "gb18030": "gb18030", "big5": "big5", "euc-jp": "euc-jp",
+    "shift_jis": "shift_jis", "iso-2022-jp": "iso2022_jp", "euc-kr": "euc-kr", "koi8-r": "koi8-r", "koi8-u": "koi8-u",
+    "macintosh": "mac-roman", "ibm866": "cp866", "tis-620": "tis-620",
+    **{f"iso-8859-{number}": f"iso8859-{number}" for number in (2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 14, 15, 16)},
+    **{f"windows-{number}": f"cp{number}" for number in (874, *range(1250, 1259))},
+}
+
+
+class MediaType(typing.NamedTuple):
+    """A media type: `type` and `subtype` in lower case, `parameters` {name in lower case: text}. str() is the field value."""
+
+    type: str
+    subtype: str
+    parameters: dict
+
+    @property
+    def essence(self):
+        """Type and subtype, without the parameters: "text/html"."""
+        return f"{self.type}/{self.subtype}"
+
+    def charset(self, default="utf-8"):
+        """Python's name of the codec that `charset` names; `default` without one. ProtocolError (415) if it is not known."""
+        label = self.parameters.get("charset")
+        if label is None:
+            return default
+        codec = _CHARSETS.get(label.lower() if label.isascii() else label)
+        if codec is None:
+            raise _refused("charset", label, "not known here; send UTF-8", 415)
+        return codec
+
+    def __str__(self):
+        return self.essence + "".join(f"; {name}={_token_or_quoted(text)}" for name, text in self.parameters.items())
+
+
+def parse_media_type(value):
+    """A Content-Type value. -> MediaType; ProtocolError if it is malformed or a parameter comes twice. RFC 9110 section 8.3.1."""
+    value = value.strip(" \t")
+    found = _media_type_at(value)
+    if not found:
+        raise _refused("media type", value, "expected type/subtype")
+    return MediaType(found[1].lower(), found[2].lower(), _parameters(value, found.end(), "media type"))
+
+
+# -- negotiation: weights are thousandths, so that 0.7 is 700 and nothing is rounded
+
+def _weight(text, value):
+    found = _is_weight(text)
+    if not found:
+        raise _refused("weight", text, f"q is 0 to 1 with at most three decimals, in {value!r:.80}")
+    return 1000 if found[2] else int((found[1] or "").ljust(3, "0"))
+
+
+def _parse_accept(value):
+    """An Accept value. -> [(MediaType, weight in thousandths)], with ranges such as `*/*` and `text/*`. RFC 9110 section 12.5.1.
+
+    ProtocolError if it is malformed.
+    """
+    ranges = []
+    for element in _parse_list(value):
+        media = parse_media_type(element)
+        if media.type == "*" and media.subtype != "*":
+            raise _refused("Accept", value, f"{element!r:.40} is no media range")
+        weight = media.parameters.pop("q", None)
+        ranges.append((media, 1000 if weight is None else _weight(weight, value)))
+    return ranges
+
+
+def _parse_weighted(value, what="Accept-Encoding"):
+    """A list like `gzip;q=0.8, *` (Accept-Encoding, Accept-Language). -> {token in lower case: weight in thousandths}.
+
+    Of a token that comes several times the first counts. RFC 9110 sections 12.4.2, 12.5.3 and 12.5.4.
+    """
+    weights = {}
+    for element in _parse_list(value):
+        token, semicolon, rest = element.partition(";")
+        token = token.rstrip(" \t")
+        if not _is_token(token):
+            raise _refused(what, value, f"{token!r:.40} is no token")
+        weight = 1000
+        if semicolon:
+            rest = rest.lstrip(" \t")
+            if rest[:2] not in ("q=", "Q="):
+                raise _refused(what, value, f"expected `;q=` after {token!r:.40}")
+            weight = _weight(rest[2:], value)
+        weights.setdefault(token.lower(), weight)
+    return weights
+
+
+def _remembered(choose):
+    """choose(value, offers), of values that are short enough to be remembered."""
+    remembered = functools.lru_cache(REMEMBERED)(choose)
+    return lambda value, offers: (remembered if len(value) <= REMEMBERED_LENGTH else choose)(value, tuple(offers))
+
+
+# A preference is a hint, and a server may pass over it (RFC 9110 section 12.1): who sends one that is malformed, as Java's
+# clients do with `*; q=.2`, is answered as if without. _parse_accept() and _parse_weighted() are for those who want to refuse it.
+
+
+@_remembered
+def _choose_type(value, offers):
+    ranges = _parse_accept(value)
+    best, best_weight = None, 0
+    for offer in offers:
+        media, specific, weight = parse_media_type(offer), -1, 0
+        for wanted, its_weight in ranges:
+            if wanted.type not in ("*", media.type) or wanted.subtype not in ("*", media.subtype):
+                continue
+            if not wanted.parameters.items() <= media.parameters.items():
+                continue
+            how = (wanted.type != "*") + (wanted.subtype != "*") + len(wanted.parameters)
+            if how > specific:
+                specific, weight = how, its_weight
+        if weight > best_weight:
+            best, best_weight = offer, weight
+    return best
+
+
+def negotiate_type(value, offers):
+    """The one of `offers` (media types) that an Accept value prefers; None if it takes none of them (406).
+
+    The most specific range that fits an offer gives its weight; of equal weights the earlier offer wins, and so it does without
+    an Accept (None) or with a malformed one. RFC 9110 section 12.5.1.
+    """
+    if not offers:
+        raise ValueError("negotiate_type() needs at least one offer")
+    try:
+        return offers[0] if value is None else _choose_type(value, offers)
+    except ProtocolError:
+        return offers[0]
+
+
+@_remembered
+def _choose_encoding(value, offers):
+    weights = _parse_weighted(value)
+    rest = weights.get("*")
+    best, best_weight = None, 0
+    for offer in offers:
+        weight = weights.get(offer)
+        if weight is None and offer == "gzip":
+            weight = weights.get("x-gzip")
+        weight = weight if weight is not None else rest if rest is not None else 0
+        if weight > best_weight:
+            best, best_weight = offer, weight
+    identity = weights.get("identity")
+    if identity is not None and identity > best_weight:
+        return "identity"
+    if best is None and identity is None and rest != 0:
+        return "identity"
+    return best
+
+
+def negotiate_encoding(value, offers=("gzip", "deflate")):
+    """The one of `offers` (content codings) that an Accept-Encoding value prefers, or "identity"; None if it takes nothing (406).
+
+    Of equal weights the earlier offer wins, and any of them over identity. Without the field (None) or with an empty one it is
+    identity: who does not ask for a coding may not know any; so it is with a malformed one. RFC 9110 section 12.5.3.
+    """
+    try:
+        return "identity" if value is None else _choose_encoding(value, offers)
+    except ProtocolError:
+        return "identity"
+
+
+@_remembered
+def _choose_language(value, offers):
+    weights = _parse_weighted(value, "Accept-Language")
+    weights = {language: weight for language, weight in weights.items() if len(language) <= MAX_LANGUAGE}
+    best, best_weight = None, 0
+    for offer in offers:
+        tag = offer.lower()
+        while tag and tag not in weights:           # the longest range that the tag begins with
+            tag = tag.rpartition("-")[0]
+        weight = weights.get(tag or "*", 0)
+        if weight > best_weight:
+            best, best_weight = offer, weight
+    if best is not None:
+        return best
+    refused = {offer for offer in offers if weights.get(offer.lower()) == 0}
+    for language, weight in sorted(weights.items(), key=lambda item: -item[1]):
+        while weight and language:                  # lookup: `de-CH` is content with `de`
+            for offer in offers:
+                if offer.lower() == language and offer not in refused:
+                    return offer
+            language = language.rpartition("-")[0]
+    return None
+
+
+def negotiate_language(value, offers):
+    """The one of `offers` (language tags) that an Accept-Language value prefers; None if none fits: take your default.
+
+    `en` fits the offer `en-GB` (filtering, RFC 4647 section 3.3.1); only if nothing fits so is `de-CH` content with the offer
+    `de` (lookup, section 3.4). Of equal weights the earlier offer wins; the first one without the field (None) or with a
+    malformed one. RFC 9110 section 12.5.4.
+    """
+    if not offers:
+        raise ValueError("negotiate_language() needs at least one offer")
+    try:
+        return offers[0] if value is None else _choose_language(value, offers)
+    except ProtocolError:
+        return offers[0]
+
+
+# -- dates
+
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_LONG_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_MONTH = {name: number for number, name in enumerate(_MONTHS, 1)}
+_TIME = r"([0-2][0-9]):([0-5][0-9]):([0-6][0-9])"
+_is_imf_fixdate = re.compile(
+    rf"({'|'.join(_DAYS)}), ([0-3][0-9]) ({'|'.join(_MONTHS)}) ([0-9]{{4}}) {_TIME} GMT").fullmatch
+_is_rfc850_date = re.compile(
+    rf"({'|'.join(_LONG_DAYS)}), ([0-3][0-9])-({'|'.join(_MONTHS)})-([0-9]{{2}}) {_TIME} GMT").fullmatch
+_is_asctime_date = re.compile(
+    rf"({'|'.join(_DAYS)}) ({'|'.join(_MONTHS)}) ([ 0-3][0-9]) {_TIME} ([0-9]{{4}})").fullmatch
+
+_EPOCH = datetime.date(1970, 1, 1).toordinal()
+
+# Seconds at which the year 10000 begins, which has no date in HTTP.
+_END_OF_DATES = 253_402_300_800
+
+
+@functools.lru_cache(512)
+def _imf_fixdate(second):
+    if not 0 <= second < _END_OF_DATES:
+        raise ValueError(f"timestamp {second}: an HTTP date lies between 1970 and 9999")
+    year, month, day, hours, minutes, seconds, weekday, _, _ = time.gmtime(second)
+    return f"{_DAYS[weekday]}, {day:02d} {_MONTHS[month - 1]} {year:04d} {hours:02d}:{minutes:02d}:{seconds:02d} GMT"
+
+
+def http_date(timestamp):
+    """Seconds since 1970, rounded down, as an IMF-fixdate: "Sun, 06 Nov 1994 08:49:37 GMT". RFC 9110 section 5.6.7.
+
+    Made once for each second: what has been asked for lately is remembered. ValueError before 1970 or after 9999.
+    """
+    return _imf_fixdate(math.floor(timestamp))
+
+
+def _timestamp(value, day_name, year, month, day, hours, minutes, seconds):
+    try:
+        date = datetime.date(year, _MONTH[month], int(day))
+    except ValueError:
+        raise _refused("date", value, "there is no such day") from None
+    hours, minutes, seconds = int(hours), int(minutes), int(seconds)
+    if hours > 23 or seconds > 60:              # 60: a leap second
+        raise _refused("date", value, "there is no such time")
+    if not day_name.startswith(_DAYS[date.weekday()]):
+        raise _refused("date", value, f"that day is a {_LONG_DAYS[date.weekday()]}")
+    return (date.toordinal() - _EPOCH) * 86400 + hours * 3600 + minutes * 60 + seconds
+
+
+@functools.lru_cache(512)
+def _imf_timestamp(value):
+    """The timestamp of an IMF-fixdate; None if it has another form."""
+    found = _is_imf_fixdate(value)
+    return found and _timestamp(value, found[1], int(found[4]), found[3], found[2], *found.groups()[4:])
+
+
+def parse_http_date(value, now):
+    """The seconds since 1970 that a date stands for, an int. ProtocolError if it is none, or was another day of the week.
+
+    All three formats are read. `now` (seconds since 1970) tells the century of an RFC 850 date, whose year has two digits: the
+    last that is not more than 50 years ahead. RFC 9110 section 5.6.7.
+    """
+    if len(value) == 29:
+        timestamp = _imf_timestamp(value)
+        if timestamp is not None:
+            return timestamp
+    found = _is_rfc850_date(value)
+    if found:
+        day_name, day, month, year, *clock = found.groups()
+        this_year, *rest = time.gmtime(now)[:6]
+        year = this_year - this_year % 100 + 100 + int(year)
+        while (year, _MONTH[month], int(day), *map(int, clock)) > (this_year + 50, *rest):
+            year -= 100
+        return _timestamp(value, day_name, year, month, day, *clock)
+    found = _is_asctime_date(value)
+    if found:
+        return _timestamp(value, found[1], int(found[7]), found[2], found[3].replace(" ", "0"), *found.groups()[3:6])
+    raise _refused("date", value, "expected the form `Sun, 06 Nov 1994 08:49:37 GMT`")
+
+
+def _parse_retry_after(value, now):
+    """The seconds to wait that a Retry-After value asks for, counted from `now`; at least 0. RFC 9110 section 10.2.3."""
+    if _is_digits(value):
+        return int(value)
+    return max(0, parse_http_date(value, now) - now)
+
+
+# -- entity tags: they stay texts, `"x"` and `W/"x"`
+
+_ENTITY_TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*+"'
+_is_entity_tag = re.compile(_ENTITY_TAG).fullmatch
+_entity_tag_at = re.compile(rf"[ \t]*+(?:({_ENTITY_TAG})[ \t]*+)?(?:,|\Z)").match
+
+
+def entity_tag(opaque, *, weak=False):
+    """An entity tag from the text between its quotes. ValueError if that has spaces, quotes, controls or beyond U+00FF."""
+    tag = f'{"W/" if weak else ""}"{opaque}"'
+    if not _is_entity_tag(tag):
+        raise ValueError(f"{opaque!r:.80} cannot be an entity tag: no spaces, quotes, controls, characters beyond U+00FF")
+    return tag
+
+
+def _parse_entity_tags(value):
+    """An If-Match or If-None-Match value. -> the list of its entity tags, or "*". ProtocolError if it is malformed."""
+    value = value.strip(" \t")
+    if value == "*":
+        return value
+    tags, at = [], 0
+    while at < len(value):
+        found = _entity_tag_at(value, at)
+        if not found:
+            raise _refused("entity tags", value, f'expected "…" or W/"…" and a comma at character {at + 1}')
+        at = found.end()
+        if found[1]:
+            tags.append(found[1])
+    if not tags:
+        raise _refused("entity tags", value, "there is none")
+    return tags
+
+
+def _strong_match(tag, other):
+    """Whether two entity tags are equal by strong comparison: equal, and neither is weak. RFC 9110 section 8.8.3.2."""
+    return tag == other and not tag.startswith("W/")
+
+
+def _weak_match(tag, other):
+    """Whether two entity tags are equal by weak comparison: whether weak or not. RFC 9110 section 8.8.3.2."""
+    return tag.removeprefix("W/") == other.removeprefix("W/")
+
+
+# -- Content-Disposition and Link
+
+_value_at = re.compile(_TOKEN_PATTERN).match
+_link_target_at = re.compile(r"[ \t,]*+<([^<>\x00-\x20\x7f]*+)>").match
+_link_parameter_at = re.compile(
+    rf"{_OWS};{_OWS}(?:({_TOKEN_PATTERN})(?:{_OWS}={_OWS}(?:({_TOKEN_PATTERN})|({_QUOTED})))?)?").match
+_list_end_at = re.compile(r"[ \t]*+(?:,[ \t,]*+|\Z)").match
+
+# What no file name of ours has: controls, separators of paths, what makes text run backwards and so hides an ending, halves of
+# characters. Windows forbids the rest.
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f/\\\\\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE_ASCII = re.compile(r'[^\x20-\x7e]|["%\\]')
+_UNSAFE_ON_DISK = re.compile('[<>:"|?*]')
+_is_device = re.compile(r"(?:CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(?:[ .]|\Z)", re.IGNORECASE).match
+
+
+def safe_filename(name, default="download"):
+    """A file name from anywhere made one that can be created in a folder of yours: its last component, without controls, leading
+    dots, trailing dots and spaces, and what Windows forbids; at most 255 bytes. `default` if nothing is left.
+    """
+    name = re.split(r"[/\\]", name)[-1]
+    name = _UNSAFE_ON_DISK.sub("_", _UNSAFE.sub("_", name)).strip(" .")
+    if _is_device(name):
+        name = f"_{name}"
+    name = name.encode()[:MAX_FILENAME].decode(errors="ignore").rstrip(" .")
+    return name or default
+
+
+def content_disposition(filename=None, disposition="attachment"):
+    """A Content-Disposition value for any file name: nothing in it can end the value or leave a folder.
+
+    Controls, separators of paths and marks of direction become "_". A name beyond plain ASCII is sent twice, as `filename*` in
+    UTF-8 and with "_" for what is not ASCII. ValueError if `disposition` is no token. RFC 6266.
+    """
+    if not _is_token(disposition):
+        raise ValueError(f"disposition={disposition!r:.40}: give a token, attachment or inline")
+    if filename is None:
+        return disposition
+    filename = _UNSAFE.sub("_", filename)[:MAX_FILENAME] or "_"
+    if filename in (".", ".."):
+        filename = "_"
+    plain = _UNSAFE_ASCII.sub("_", filename)
+    value = f'{disposition}; filename="{plain}"'
+    if plain != filename:
+        value += f"; filename*=UTF-8''{urllib.parse.quote(filename, safe='!#$&+-.^_`|~')}"
+    return value
+
+
+def _parse_content_disposition(value):
+    """A Content-Disposition value. -> (disposition in lower case, {name: text}); `filename*` stands in for `filename`.
+
+    The file name is what the peer says: safe_filename() makes it one to use. ProtocolError if the value is malformed.
+    """
+    value = value.strip(" \t")
+    found = _value_at(value)
+    if not found:
+        raise _refused("Content-Disposition", value, "expected a token")
+    return found[0].lower(), _parameters(value, found.end(), "Content-Disposition", extended=True)
+
+
+def parse_links(value):
+    """A Link value. -> [(target, {name in lower case: text})]; of a parameter that comes several times the first counts.
+
+    `title*` stands in for `title`; a parameter without a value is "". ProtocolError if it is malformed. RFC 8288 section 3.
+    """
+    links, at = [], 0
+    while at < len(value):
+        found = _link_target_at(value, at)
+        if not found:
+            raise _refused("Link", value, f"expected `<target>` at character {at + 1}")
+        at, target, parameters, better = found.end(), found[1], {}, {}
+        while found := _link_parameter_at(value, at):
+            at = found.end()
+            name, token, quoted = found.groups()
+            if name is None:
+                continue
+            name, text = name.lower(), token or (_unquoted(quoted) if quoted else "")
+            if name.endswith("*"):
+                text = _extended(text)
+                if text is not None:
+                    better.setdefault(name[:-1], text)
+            else:
+                parameters.setdefault(name, text)
+        found = _list_end_at(value, at)
+        if not found:
+            raise _refused("Link", value, f"expected `; name=value` or a comma at character {at + 1}")
+        at = found.end()
+        links.append((target, {**parameters, **better}))
+    return links
+
+
+# -- authentication
+
+# 1*SP after a scheme, then either token68 or parameters: `abc=` is the first, `abc=x` the second, told apart by what follows.
+_auth_scheme_at = re.compile(rf"({_TOKEN_PATTERN})(?: ++|(?=[ \t]*+(?:,|\Z)))").match
+_token68_at = re.compile(r"(?<= )([0-9A-Za-z\-._~+/]++=*+)(?=[ \t]*+(?:,|\Z))").match
+_auth_parameter_at = re.compile(rf"({_TOKEN_PATTERN})[ \t]*+=[ \t]*+(?:({_TOKEN_PATTERN})|({_QUOTED}))(?=[ \t]*+(?:,|\Z))").match
+_commas_at = re.compile(r"[ \t,]*+").match
+_is_token68 = re.compile(r"[0-9A-Za-z\-._~+/]++=*+").fullmatch
+_is_base64 = re.compile(r"(?:[0-9A-Za-z+/]{4})*+(?:[0-9A-Za-z+/]{2}==|[0-9A-Za-z+/]{3}=)?").fullmatch
+
+_DIGESTS = {"md5": hashlib.md5, "sha-256": hashlib.sha256}
+
+
+class _Challenge(typing.NamedTuple):
+    """What WWW-Authenticate asks for, and credentials too, which have the same form: `scheme` in lower case, and after it
+    either `token` (token68, else None) or `parameters` {name in lower case: text}. RFC 9110 section 11.
+    """
+
+    scheme: str
+    token: str | None
+    parameters: dict
+
+
+def _parse_challenges(value):
+    """A WWW-Authenticate or Proxy-Authenticate value. -> [_Challenge], in the server's order. RFC 9110 section 11.6.1.
+
+    ProtocolError if it is malformed or a parameter comes twice.
+    """
+    challenges, at = [], _commas_at(value).end()
+    while at < len(value):
+        found = challenges and challenges[-1].token is None and _auth_parameter_at(value, at)
+        if found:
+            name, parameters = found[1].lower(), challenges[-1].parameters
+            if name in parameters:
+                raise _refused("challenge", value, f"parameter {name} comes twice")
+            parameters[name] = found[2] if found[2] is not None else _unquoted(found[3])
+        else:
+            found = _auth_scheme_at(value, at)
+            if not found:
+                raise _refused("challenge", value, f"expected a scheme or `name=value` at character {at + 1}")
+            scheme, token = found[1].lower(), _token68_at(value, found.end())
+            found = token or found
+            challenges.append(_Challenge(scheme, token and token[1], {}))
+            if found.end() < len(value) and value[found.end()] not in " \t," and not _auth_parameter_at(value, found.end()):
+                raise _refused("challenge", value, f"expected `name=value` at character {found.end() + 1}")
+        at = _commas_at(value, found.end()).end()
+    return challenges
+
+
+def _parse_credentials(value):
+    """An Authorization or Proxy-Authorization value. -> _Challenge. ProtocolError if it is malformed, or is more than one."""
+    try:
+        [credentials] = _parse_challenges(value)
+    except (ProtocolError, ValueError):         # its message would show what is secret
+        raise ProtocolError(400, "Authorization: expected one scheme, and one token or `name=value, …` after it") from None
+    return credentials
+
+
+def _challenge(scheme, **parameters):
+    """A WWW-Authenticate value: _challenge("Basic", realm="shop", charset="UTF-8"). All texts are quoted.
+
+    ValueError for a name that is no token, or a text that cannot be quoted.
+    """
+    for name in (scheme, *parameters):
+        if not _is_token(name):
+            raise ValueError(f"{name!r:.40} is no token")
+    return f"{scheme} " + ", ".join(f"{name}={_quote(text)}" for name, text in parameters.items()) if parameters else scheme
+
+
+def _basic_credentials(user, password):
+    """An Authorization value for basic authentication, in UTF-8. ValueError for a colon in `user`, or a control. RFC 7617."""
+    if ":" in user:
+        raise ValueError(f"user {user!r:.40} has a colon, which ends the name in basic authentication")
+    if re.search("[\x00-\x1f\x7f]", user + password):
+        raise ValueError("user or password has a control character, which basic authentication does not allow")
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def _parse_basic(value):
+    """(user, password) of an Authorization value; None if its scheme is not basic. ProtocolError if it is malformed.
+
+    UTF-8 is expected, as _challenge("Basic", charset="UTF-8", …) asks for.
+    """
+    credentials = _parse_credentials(value)
+    if credentials.scheme != "basic":
+        return None
+    token = credentials.token
+    try:
+        if not token or not _is_base64(token):
+            raise ValueError
+        user, colon, password = base64.b64decode(token).decode().partition(":")
+        if not colon or re.search("[\x00-\x1f\x7f]", user + password):
+            raise ValueError
+    except ValueError:
+        raise ProtocolError(400, "Authorization: basic takes base64 of user:password in UTF-8, without controls") from None
+    return user, password
+
+
+def _bearer_credentials(token):
+    """An Authorization value with a bearer token. ValueError if it has characters that none can have. RFC 6750 section 2.1."""
+    if not _is_token68(token):
+        raise ValueError("a bearer token consists of letters, digits and -._~+/, with = at its end")
+    return f"Bearer {token}"
+
+
+def _parse_bearer(value):
+    """The token of an Authorization value; None if its scheme is not bearer. ProtocolError if it is malformed. RFC 6750."""
+    credentials = _parse_credentials(value)
+    if credentials.scheme != "bearer":
+        return None
+    if credentials.token is None:
+        raise ProtocolError(400, "Authorization: bearer takes one token of letters, digits and -._~+/")
+    return credentials.token
+
+
+def _best_challenge(challenges):
+    """The one of `challenges` that a user and a password can answer best: the first digest that is understood, else basic;
+    None if there is neither. RFC 7616 section 3.7.
+    """
+    for one in challenges:
+        if one.scheme == "digest" and _digest_of(one) and one.parameters.keys() >= {"realm", "nonce"} and (
+                "qop" not in one.parameters or "auth" in _parse_tokens(one.parameters["qop"])):
+            return one
+    return next((one for one in challenges if one.scheme == "basic"), None)
+
+
+def _digest_of(one):
+    return _DIGESTS.get(one.parameters.get("algorithm", "MD5").lower().removesuffix("-sess"))
+
+
+def _digest_credentials(asked, user, password, *, method, target, cnonce, count=1):
+    """An Authorization value that answers the digest challenge `asked`, for one request. RFC 7616 section 3.4.
+
+    `target` is the request target as sent, `cnonce` a random token, `count` how many requests this nonce has been used for, this
+    one included. MD5 and SHA-256, both also -sess; quality of protection auth, or none (RFC 2069). ValueError for a challenge
+    that _best_challenge() would not have chosen.
+    """
+    if _best_challenge([asked]) is not asked or asked.scheme != "digest":
+        raise ValueError("_digest_credentials() answers digest with MD5 or SHA-256 and qop=auth; take what _best_challenge() gives")
+    parameters, function = asked.parameters, _digest_of(asked)
+
+    def digest(*texts):
+        return function(":".join(texts).encode(), usedforsecurity=False).hexdigest()
+
+    algorithm, realm, nonce = parameters.get("algorithm", ""), parameters["realm"], parameters["nonce"]
+    secret = digest(user, realm, password)
+    if algorithm.lower().endswith("-sess"):
+        secret = digest(secret, nonce, cnonce)
+    hashed = digest(method, target)
+    fields = {"realm": _quote(realm), "uri": _quote(target), "nonce": _quote(nonce)}
+    if "qop" in parameters:
+        fields |= {"nc": f"{count:08x}", "cnonce": _quote(cnonce), "qop": "auth",
+                   "response": f'"{digest(secret, nonce, f"{count:08x}", cnonce, "auth", hashed)}"'}
+    else:
+        fields["response"] = f'"{digest(secret, nonce, hashed)}"'
+        if algorithm.lower().endswith("-sess"):
+            fields["cnonce"] = _quote(cnonce)
+    if algorithm:
+        fields["algorithm"] = algorithm
+    if "opaque" in parameters:
+        fields["opaque"] = _quote(parameters["opaque"])
+    if parameters.get("userhash", "").lower() == "true":
+        fields = {"username": _quote(digest(user, realm)), **fields, "userhash": "true"}
+    elif re.fullmatch(r"[\x20-\x7e]*+", user):
+        fields = {"username": _quote(user), **fields}
+    else:
+        fields = {"username*": f"UTF-8''{urllib.parse.quote(user, safe='')}", **fields}
+    return "Digest " + ", ".join(f"{name}={text}" for name, text in fields.items())
+
+
+# -- proxies
+
+_is_address = re.compile(r"[0-9A-Fa-f:.]{2,45}").fullmatch
+_is_node = re.compile(
+    r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([0-9.]{7,15}))(?::[0-9]{1,5})?|([0-9A-Fa-f:.]{2,45})|unknown|_[0-9A-Za-z._-]++").fullmatch
+_is_host = re.compile(r"(?:[0-9A-Za-z._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?").fullmatch
+
+
+class Forwarding(typing.NamedTuple):
+    """What trusted proxies say of a request: `client` (an address; None if hidden), `scheme`, `host` (None if not said)."""
+
+    client: str | None
+    scheme: str | None
+    host: str | None
+
+
+def _parse_forwarded(value):
+    """A Forwarded value. -> [{name in lower case: text}], the nearest hop last. ProtocolError if it is malformed. RFC 7239."""
+    return [_parameters(";" + element, 0, "Forwarded") for element in _parse_list(value)]
+
+
+class TrustedProxies:
+    """Who sent a request, if proxies of yours hand it on: the address nearest to you that is none of them.
+
+    `networks`: addresses and networks whose word you trust ("10.0.0.0/8", "::1"), and "unix" for peers without an address.
+    `field` says what your proxies set: "x-forwarded" (X-Forwarded-For, -Proto, -Host) or "forwarded" (RFC 7239). Only that is
+    looked at: a proxy that sets one of them hands on what the client has written into the other. Every entry counts that a
+    trusted one has made, from the last to the first; what stands before them anybody may have invented.
+    """
+
+    def __init__(self, networks, *, field="x-forwarded"):
+        if field not in ("x-forwarded", "forwarded"):
+            raise ValueError(f'field={field!r:.40}: "x-forwarded" or "forwarded", whichever your proxies set')
+        if isinstance(networks, str):
+            raise TypeError(f"networks={networks!r:.40}: give a list of addresses and networks")
+        self._forwarded = field == "forwarded"
+        self._unix = "unix" in networks
+        self._networks = [ipaddress.ip_network(network) for network in networks if network != "unix"]
+
+    def trusts(self, address):
+        """Whether this address is one of yours; None stands for a peer on a Unix socket."""
+        if address is None:
+            return self._unix
+        if not _is_address(address):
+            return False
+        try:
+            found = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        found = getattr(found, "ipv4_mapped", None) or found
+        return any(found in network for network in self._networks)
+
+    def client(self, peer, headers):
+        """What is true of a request from `peer` (the address of the connection, None on a Unix socket). -> Forwarding
+
+        ProtocolError if the fields are malformed as far as they count.
+        """
+        if not self.trusts(peer):
+            return Forwarding(peer, None, None)
+        if self._forwarded:
+            hops = _parse_forwarded(", ".join(headers.get_all("forwarded")))
+        else:
+            hops = [{"for": hop} for hop in _parse_list(", ".join(headers.get_all("x-forwarded-for")))]
+            for name, key in (("x-forwarded-proto", "proto"), ("x-forwarded-host", "host")):
+                said = _parse_list(", ".join(headers.get_all(name)))
+                if said:                    # most proxies overwrite it; if each adds its own, the nearest one's is last
+                    hops = hops or [{}]
+                    for hop in hops:
+                        hop[key] = said[-1]
+        address, scheme, host = peer, None, None
+        for hop in reversed(hops):
+            scheme, host = hop.get("proto", scheme), hop.get("host", host)
+            if "for" not in hop:
+                break
+            found = _is_node(hop["for"])
+            if not found:
+                raise _refused("forwarded", hop["for"], "neither an address nor `unknown` nor `_name`")
+            address = found[1] or found[2] or found[3]
+            if address is None or not self.trusts(address):
+                break
+        if scheme is not None and scheme not in ("http", "https"):
+            raise _refused("forwarded", scheme, "the scheme is http or https")
+        if host is not None and not _is_host(host):
+            raise _refused("forwarded", host, "no host")
+        return Forwarding(address, scheme, host)
+
+
+# -- Cache-Control, Strict-Transport-Security
+
+_DELTAS = {"max-age", "s-maxage", "max-stale", "min-fresh", "stale-while-revalidate", "stale-if-error"}
+_directive = re.compile(rf"({_TOKEN_PATTERN})(?:=(?:({_TOKEN_PATTERN})|({_QUOTED})))?").fullmatch
+
+
+def _parse_cache_control(value):
+    """A Cache-Control value. -> {directive in lower case: its text, seconds (an int) if it counts them, None without one}.
+
+    Of a directive that comes several times the first counts. Seconds beyond 2**31 are 2**31. ProtocolError if it is malformed,
+    or seconds are no number: take the response as stale then. RFC 9111 sections 4.2.1 and 5.2.
+    """
+    directives = {}
+    for element in _parse_list(value):
+        found = _directive(element)
+        if not found:
+            raise _refused("Cache-Control", value, f"{element!r:.40} is no directive")
+        name, text = found[1].lower(), found[2] if found[3] is None else _unquoted(found[3])
+        if name in _DELTAS and (text is not None or name != "max-stale"):
+            if text is None or not re.fullmatch("[0-9]{1,1000}", text):
+                raise _refused("Cache-Control", value, f"{name} takes a number of seconds")
+            text = min(int(text), MAX_DELTA)
+        directives.setdefault(name, text)
+    return directives
+
+
+def cache_control(**directives):
+    """A Cache-Control value: cache_control(public=True, max_age=3600). True is a directive without a value, False and None none.
+
+    ValueError for what is no directive.
+    """
+    parts = []
+    for name, value in directives.items():
+        name = name.replace("_", "-")
+        if not _is_token(name):
+            raise ValueError(f"{name!r:.40} is no directive")
+        if name in _DELTAS and value is not None and value is not False and not (name == "max-stale" and value is True):
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name}={value!r:.40}: give seconds, an int from 0")
+        if value is True:
+            parts.append(name)
+        elif value is not None and value is not False:
+            parts.append(f"{name}={_token_or_quoted(str(value))}")
+    if not parts:
+        raise ValueError("cache_control() needs at least one directive")
+    return ", ".join(parts)
+
+
+def _strict_transport_security(max_age, *, include_subdomains=False, preload=False):
+    """A Strict-Transport-Security value; max_age in seconds, 0 ends it. RFC 6797 section 6.1.
+
+    ValueError if the browsers' preload lists would not take it: they want a year and the subdomains (hstspreload.org).
+    """
+    if type(max_age) is not int or max_age < 0:
+        raise ValueError(f"max_age={max_age!r:.40}: give seconds, an int from 0")
+    if preload and not (include_subdomains and max_age >= 31_536_000):
+        raise ValueError("preload=True needs include_subdomains=True and max_age of 31536000 (a year) or more")
+    return f"max-age={max_age}" + "; includeSubDomains" * include_subdomains + "; preload" * preload
+
+
+def _parse_strict_transport_security(value):
+    """A Strict-Transport-Security value. -> (max_age in seconds, include_subdomains).
+
+    ProtocolError if it is malformed, a directive comes twice or max-age is missing: it is to be ignored. RFC 6797 section 6.1.
+    """
+    directives = {}
+    for part in _semicolons(value):
+        found = _directive(part)
+        if not found or found[1].lower() in directives:
+            raise _refused("Strict-Transport-Security", value, f"{part!r:.40} is no directive, or comes twice")
+        directives[found[1].lower()] = found[2] if found[3] is None else _unquoted(found[3])
+    max_age = directives.get("max-age") or ""
+    if not re.fullmatch("[0-9]{1,1000}", max_age):
+        raise _refused("Strict-Transport-Security", value, "max-age takes a number of seconds")
+    return min(int(max_age), MAX_DELTA), "includesubdomains" in directives
+
+
+_semicolon_part_at = re.compile(rf'[^";]*+(?:{_QUOTED}[^";]*+)*+').match
+
+
+def _semicolons(value):
+    """The parts between semicolons outside quoted strings, without the whitespace around them; empty ones are left out."""
+    at = 0
+    while at <= len(value):
+        found = _semicolon_part_at(value, at)
+        at = found.end()
+        if at < len(value) and value[at] != ";":
+            raise _refused("value", value, f"the quoted string at character {at + 1} has no end")
+        at += 1
+        if part := found[0].strip(" \t"):
+            yield part
+
+
+# ---- cookies --------------------------------------------------------------------------------------------------
+# After RFC 6265 and what browsers have added (RFC 6265bis, CHIPS).
+#
+# Reading: whoever controls one host of a domain can give the browser cookies for all of its hosts, so a pair that is malformed is
+# passed over and never a reason to refuse the request: it could lock somebody out. Of several pairs with one name the first
+# counts: browsers send the one with the longest path first (RFC 6265 section 5.4).
+# Making: only what the grammar allows, as everything between here and there may read the rest in its own way.
+
+# Cookies in one request. Chrome keeps 180 for a domain, Firefox 150.
+MAX_COOKIES = 1000
+
+# Bytes of name and value together, and of one attribute's value: beyond these browsers drop the cookie, or the attribute.
+MAX_COOKIE, MAX_COOKIE_ATTRIBUTE = 4096, 1024
+
+# Seconds that the clock which has signed may be ahead of the one that verifies.
+CLOCK_SKEW = 60
+
+_cookie_pairs = re.compile(rf"(?:^|;)[ \t]*+({_TOKEN_PATTERN})[ \t]*+=[ \t]*+([^;\x00-\x08\x0a-\x1f\x7f]*+)(?=;|\Z)").findall
+_cookie_octets = re.compile(r"[\x21\x23-\x2b\x2d-\x3a\x3c-\x5b\x5d-\x7e]*+").match
+_LABEL = "[0-9A-Za-z](?:[0-9A-Za-z-]{0,61}[0-9A-Za-z])?"
+_is_domain = re.compile(rf"(?:{_LABEL}\.)*{_LABEL}").fullmatch
+_is_path = re.compile(r"/[\x20-\x3a\x3c-\x7e]*+").fullmatch
+_SAME_SITE = {"strict": "Strict", "lax": "Lax", "none": "None"}
+
+
+def _parse_cookies(value, *, max_cookies=MAX_COOKIES):
+    """A Cookie value (several fields joined with "; "). -> {name: value}; of several with one name the first counts.
+
+    Quotes around a value are taken off. Pairs without a name that is a token, without "=", or with control characters are passed
+    over. ProtocolError (431) for more than `max_cookies`.
+    """
+    pairs = _cookie_pairs(value)
+    if len(pairs) > max_cookies:
+        raise ProtocolError(431, f"{len(pairs)} cookies, {max_cookies} are allowed (max_cookies)")
+    cookies = {}
+    for name, text in pairs:
+        if name not in cookies:
+            if text[-1:] in " \t\"":
+                text = text.rstrip(" \t")
+                if len(text) > 1 and text[0] == text[-1] == '"':
+                    text = text[1:-1]
+            cookies[name] = text
+    return cookies
+
+
+def _cookie_pair(name, value):
+    if not _is_token(name):
+        raise ValueError(f"cookie name {name!r:.80} is no token: letters, digits and !#$%&'*+-.^_`|~")
+    end = _cookie_octets(value).end()
+    if end < len(value):
+        raise ValueError(f"cookie {name}: its value has {value[end]!r} at {end}; printable ASCII but space \" , ; \\ is allowed: "
+                         "encode it first (urllib.parse.quote, base64, Signer)")
+    if len(name) + len(value) > MAX_COOKIE:
+        raise ValueError(f"cookie {name}: name and value have {len(name) + len(value)} bytes, browsers take {MAX_COOKIE}")
+    return f"{name}={value}"
+
+
+def _check_cookie_rules(name, domain, path, secure, same_site, partitioned):
+    """What browsers silently drop a cookie for is an error here."""
+    prefix = name.lower()
+    if prefix.startswith("__secure-") and not secure:
+        raise ValueError(f"cookie {name}: __Secure- needs secure=True")
+    if prefix.startswith("__host-") and not (secure and domain is None and path == "/"):
+        raise ValueError(f'cookie {name}: __Host- needs secure=True, path="/" and no domain')
+    if same_site == "None" and not secure:
+        raise ValueError(f'cookie {name}: same_site="None" needs secure=True')
+    if partitioned and not secure:
+        raise ValueError(f"cookie {name}: partitioned=True needs secure=True")
+    if domain is not None and not (len(domain) <= 253 and _is_domain(domain)):
+        raise ValueError(f"cookie {name}: domain={domain!r:.80}: give a host name in ASCII, without a dot before it")
+    if path is not None and not (len(path) <= MAX_COOKIE_ATTRIBUTE and _is_path(path)):
+        raise ValueError(f"cookie {name}: path={path!r:.80}: give printable ASCII that begins with / and has no ;, "
+                         f"at most {MAX_COOKIE_ATTRIBUTE} bytes")
+
+
+def _set_cookie(name, value, *, max_age=None, expires=None, domain=None, path="/", secure=False, http_only=False,
+               same_site="Lax", partitioned=False):
+    """A Set-Cookie value. RFC 6265 section 4.1, with SameSite, Partitioned and the prefixes of names.
+
+    `max_age` in seconds (0: delete it), `expires` a timestamp; with neither it lasts until the browser is closed. `path`: None
+    is the folder of the request. `same_site`: "Strict", "Lax", "None", or None to leave it out. ValueError for what has no place
+    in a cookie, and for what browsers would drop.
+    """
+    same = same_site and _SAME_SITE.get(same_site.lower())
+    if same_site is not None and same is None:
+        raise ValueError(f'cookie {name}: same_site={same_site!r:.40}: "Strict", "Lax" or "None"')
+    parts = [_cookie_pair(name, value)]
+    _check_cookie_rules(name, domain, path, secure, same, partitioned)
+    if expires is not None:
+        parts.append(f"Expires={http_date(expires)}")
+    if max_age is not None:
+        if type(max_age) is not int:
+            raise TypeError(f"cookie {name}: max_age={max_age!r:.40}: give seconds, an int")
+        parts.append(f"Max-Age={max_age}")
+    if domain is not None:
+        parts.append(f"Domain={domain}")
+    if path is not None:
+        parts.append(f"Path={path}")
+    parts += ["Secure"] * bool(secure) + ["HttpOnly"] * bool(http_only) + [f"SameSite={same}"] * (same is not None)
+    parts += ["Partitioned"] * bool(partitioned)
+    return "; ".join(parts)
+
+
+def _delete_cookie(name, **attributes):
+    """A Set-Cookie value that deletes a cookie. Domain, path and partition must be those it was set with; see _set_cookie()."""
+    return _set_cookie(name, "", **{**attributes, "max_age": 0, "expires": 0})
+
+
+class SignatureError(flowcoro.FlowCoroError):
+    """A signed value that was not signed with these keys for this purpose, or is too old: take it as not sent."""
+
+
+class Signer:
+    """Signs values that go to a client and come back, such as a session in a cookie: readable by all, changed by none.
+
+    `keys`: one secret or several (bytes, each 16 or more), the newest first: it signs, and all verify, so that keys can be
+    rotated. `purpose` keeps what is signed for one thing from being taken for another.
+
+    A signed value is `payload.timestamp.signature`: base64url of the payload, seconds since 1970 in decimal, base64url of the
+    HMAC-SHA256 of the two before, with a key derived from secret and purpose. It fits into a cookie and a URL as it is.
+    """
+
+    def __init__(self, keys, *, purpose="session"):
+        keys = [keys] if isinstance(keys, (bytes, bytearray)) else list(keys)
+        if not keys or not all(isinstance(key, (bytes, bytearray)) for key in keys):
+            raise TypeError("keys: give bytes, or a list of them, the newest first; secrets.token_bytes(32) makes one")
+        if min(map(len, keys)) < 16:
+            raise ValueError("keys: a secret of less than 16 bytes can be guessed; secrets.token_bytes(32) makes one")
+        self._keys = [hmac.digest(key, b"flowcoro signed " + purpose.encode(), "sha256") for key in keys]
+
+    def sign(self, payload, now):
+        """The signed value of `payload` (bytes), made at the timestamp `now`: a str, 4/3 as long and about 55 more."""
+        text = f"{_base64url(payload)}.{math.floor(now)}"
+        return f"{text}.{_base64url(hmac.digest(self._keys[0], text.encode(), 'sha256'))}"
+
+    def verify(self, value, now, *, max_age=None):
+        """The payload of a signed value, if it was signed with one of the keys and at most `max_age` seconds before `now`.
+
+        SignatureError otherwise. The comparison takes as long whatever is wrong, and every key is tried.
+        """
+        found = _is_signed(value)
+        if not found:
+            raise SignatureError("no signed value: expected payload.timestamp.signature")
+        text, given, valid = found[1].encode(), found[4].encode(), False
+        for key in self._keys:
+            valid |= hmac.compare_digest(_base64url(hmac.digest(key, text, "sha256")).encode(), given)
+        if not valid:
+            raise SignatureError("the signature does not fit: another key, another purpose, or it was changed")
+        age = now - int(found[3])
+        if age < -CLOCK_SKEW:
+            raise SignatureError(f"signed {-age:.0f} s in the future, {CLOCK_SKEW} are allowed: a clock is wrong")
+        if max_age is not None and age > max_age:
+            raise SignatureError(f"signed {age:.0f} s ago, {max_age} are allowed (max_age)")
+        return base64.urlsafe_b64decode(found[2] + "=" * (-len(found[2]) % 4))
+
+
+_is_signed = re.compile(r"(([0-9A-Za-z_-]*+)\.([0-9]{1,12}))\.([0-9A-Za-z_-]{43})").fullmatch
+
+
+def _base64url(data):
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+# ---- forms ----------------------------------------------------------------------------------------------------
+# application/x-www-form-urlencoded as browsers write it (the URL standard, section 5), multipart/form-data after RFC 7578 and
+# RFC 2046 section 5.1.
+#
+# A multipart body is a sequence of lines that are delimiters (CRLF "--" boundary) and what stands between them. The parser looks
+# for a delimiter with one find(), and holds back no more of a part's data than could be the beginning of one: from the last CR,
+# if what follows it fits. So data leave as they come, and every byte is looked at a constant number of times however the input is
+# cut. What is left of the input is `_buffer[_at:]`; it is cut off in front only when more comes.
+
+# Fields of a form, and bytes of one that is read as a whole. PHP: 1000 fields; Django: 1000, and 2.5 MB without files.
+MAX_FORM_FIELDS, MAX_FORM_BYTES = 1000, 2 * 2**20
+
+# Parts of a multipart body, bytes of one part's head, bytes of a part that is no file and bytes of one that is.
+MAX_PARTS, MAX_PART_HEAD, MAX_FIELD_BYTES, MAX_FILE_BYTES = 1000, 8 * 2**10, 2**20, 2**30
+
+# Bytes of a multipart body as a whole.
+MAX_MULTIPART_BYTES = 2**31
+
+# Bytes before the first delimiter and after the last, which nobody sends any more, and of blanks that end a delimiter.
+MAX_PREAMBLE, MAX_PADDING = 8 * 2**10, 256
+
+# Bytes of a content that is copied to its neighbours in a body that is made, so that they are sent together.
+SMALL_PIECE = 64 * 2**10
+
+_bad_escape = re.compile(rb"%(?![0-9A-Fa-f]{2})").search
+_is_boundary = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]").fullmatch
+_padding_at = re.compile(rb"[ \t]*+").match
+_part_line = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)").fullmatch
+_form_parameter_at = re.compile(rf'{_OWS};{_OWS}(?:({_TOKEN_PATTERN})=(?:({_TOKEN_PATTERN})|"([^"\\]*+(?:\\.[^"\\]*+)*+)"))?').match
+_form_escape = re.compile(r'\\(["\\])|%(22|0[dDaA])')
+
+
+def _parse_urlencoded(data, *, max_fields=MAX_FORM_FIELDS, max_bytes=MAX_FORM_BYTES):
+    """A query string (str), or a body of application/x-www-form-urlencoded (bytes). -> [(name, value)], text, as they come.
+
+    A field without "=" has the value ""; empty ones are left out. ProtocolError: 413 for more fields or bytes than allowed, 400
+    for a "%" without two hexadecimal digits or bytes that are no UTF-8.
+    """
+    if isinstance(data, str):
+        data = data.encode()
+    if len(data) > max_bytes:
+        raise ProtocolError(413, f"form of {len(data)} bytes, {max_bytes} are allowed (max_bytes)")
+    if data.count(b"&") >= max_fields and len([None for field in data.split(b"&") if field]) > max_fields:
+        raise ProtocolError(413, f"form of more than {max_fields} fields (max_fields)")
+    if _bad_escape(data):
+        raise _refused("form", bytes(data[_bad_escape(data).start():][:3]), "a % is followed by two hexadecimal digits")
+    try:
+        text = urllib.parse.unquote_to_bytes
+        pairs = [field.partition(b"=") for field in data.replace(b"+", b" ").split(b"&") if field]
+        return [(text(name).decode(), text(value).decode()) for name, _, value in pairs]
+    except UnicodeDecodeError:
+        raise ProtocolError(400, "form: its names and values are no UTF-8") from None
+
+
+def _encode_urlencoded(fields):
+    """Pairs or a dict as application/x-www-form-urlencoded. -> bytes. Of a value that is a list each item is sent."""
+    return urllib.parse.urlencode(fields, doseq=True).encode()
+
+
+class _PartBegin(typing.NamedTuple):
+    """A part of a multipart body begins. `filename` is None if it is no file, and as the peer says: see safe_filename().
+
+    `content_type` is its Content-Type value or None; `headers` are all of its header fields.
+    """
+
+    name: str
+    filename: str | None
+    content_type: str | None
+    headers: Headers
+
+
+class _PartData(typing.NamedTuple):
+    """Some of a part's content: bytes, not empty. How it is cut depends on how the body came."""
+
+    data: bytes
+
+
+class _PartEnd(typing.NamedTuple):
+    """The part is complete."""
+
+
+class _FormEnd(typing.NamedTuple):
+    """The body is complete."""
+
+
+def _multipart_boundary(value):
+    """The boundary that a Content-Type value of multipart/form-data names, as bytes.
+
+    ProtocolError: 415 for another media type, 400 for a boundary that is missing or malformed (1 to 70 characters, RFC 2046).
+    """
+    media = parse_media_type(value)
+    if media.essence != "multipart/form-data":
+        raise _refused("media type", value, "expected multipart/form-data", 415)
+    boundary = media.parameters.get("boundary", "")
+    if not _is_boundary(boundary):
+        raise _refused("boundary", boundary, "1 to 70 letters, digits or '()+_,-./:=? and no blank at the end")
+    return boundary.encode()
+
+
+class _MultipartParser:
+    """Reads a multipart/form-data body: receive_data(bytes), then next_event() until it is NEED_DATA; b"" is the end.
+
+        _PartBegin _PartData* _PartEnd   for each part, and at the end
+        _FormEnd
+
+    A part that breaks off has no _PartEnd, and a body that breaks off no _FormEnd. `boundary` as _multipart_boundary() gives it.
+    Limits are of bytes, but for `max_parts`; they say 413. Take all events before more data are given: memory is then bounded by
+    the largest piece given, max_head_bytes and a delimiter.
+    """
+
+    def __init__(self, boundary, *, max_parts=MAX_PARTS, max_head_bytes=MAX_PART_HEAD, max_field_bytes=MAX_FIELD_BYTES,
+                 max_file_bytes=MAX_FILE_BYTES, max_total_bytes=MAX_MULTIPART_BYTES):
+        self._delimiter = b"\r\n--" + boundary
+        self._buffer, self._at = bytearray(b"\r\n"), 0  # so that the first delimiter looks like the others
+        self._scan = 0              # up to here there is no end of a head
+        self._state = _MultipartParser._preamble         # the function, as a bound method would make it garbage of a cycle
+        self._parts = 0             # begun
+        self._skipped = 0           # bytes of preamble or epilogue
+        self._left = 0              # bytes that this part may still have
+        self._limit = ""            # its name
+        self._prefix = 0            # 2 while the CRLF after a head has not been passed: it may be a delimiter's
+        self._room = max_total_bytes
+        self._over = self._ended = False
+        self._error = None
+        self._max_parts, self._max_head, self._max_total = max_parts, max_head_bytes, max_total_bytes
+        self._max_field, self._max_file = max_field_bytes, max_file_bytes
+
+    def receive_data(self, data):
+        """Take the next piece of the body, bytes or the like; b"" says that there is no more. ValueError after that."""
+        if self._ended:
+            raise ValueError("receive_data() after the end")
+        if not len(data):
+            self._ended = True
+            return
+        if len(data) > self._room:
+            data, self._over = memoryview(data)[:self._room], True
+        self._room -= len(data)
+        del self._buffer[:self._at]
+        self._scan = max(0, self._scan - self._at)
+        self._at = 0
+        self._buffer += data
+
+    def next_event(self):
+        """The next event, or NEED_DATA; at the end _FormEnd, again and again.
+
+        ProtocolError for what is malformed (400), beyond a limit (413), or broken off (400); again at every further call.
+        """
+        if self._error:
+            raise self._error
+        try:
+            event = None
+            while event is None:
+                event = self._state(self)
+            if event is NEED_DATA:
+                if self._over:
+                    raise ProtocolError(413, f"multipart: more than {self._max_total} bytes in all (max_total_bytes)")
+                if self._ended:
+                    raise ProtocolError(400, f"multipart: the body ends {self._where()}")
+            return event
+        except ProtocolError as error:
+            self._error = error
+            raise
+
+    def _where(self):
+        parser = _MultipartParser
+        return {parser._preamble: "before the first boundary (lines end with CRLF)",
+                parser._head: f"in the head of part {self._parts}",
+                parser._body: f"in part {self._parts}",
+                parser._after_last: "in the last boundary"}.get(self._state, f"after part {self._parts}, without `--boundary--`")
+
+    # Each state gives an event, NEED_DATA, or None when it has passed on to another one.
+
+    def _hold(self):
+        """Where data end that are no part of a delimiter for sure."""
+        buffer, delimiter = self._buffer, self._delimiter
+        last = buffer.rfind(b"\r", max(self._at, len(buffer) - len(delimiter) + 1))
+        return last if last >= 0 and delimiter.startswith(buffer[last:]) else len(buffer)
+
+    def _preamble(self):
+        found = self._buffer.find(self._delimiter, self._at)
+        end = found if found >= 0 else self._hold()
+        self._skipped += end - self._at
+        self._at = end
+        if self._skipped > MAX_PREAMBLE:
+            raise ProtocolError(400, f"multipart: no boundary in the first {MAX_PREAMBLE} bytes")
+        if found < 0:
+            return NEED_DATA
+        self._at += len(self._delimiter)
+        self._state = _MultipartParser._after_delimiter
+        return None
+
+    def _padding(self):
+        """Pass blanks and CRLF; False if more data are needed to tell."""
+        end = _padding_at(self._buffer, self._at, self._at + MAX_PADDING).end()
+        follows = self._buffer[end:end + 2]
+        if follows == b"\r\n":
+            self._at = end + 2
+            return True
+        if follows not in (b"", b"\r"):
+            raise ProtocolError(400, f"multipart: {bytes(follows[:1])!r} after a boundary, expected CRLF or --")
+        return False
+
+    def _after_delimiter(self):
+        follows = self._buffer[self._at:self._at + 2]
+        if follows == b"--":
+            self._at += 2
+            self._skipped = 0
+            self._state = _MultipartParser._after_last
+            return None
+        if follows == b"-" or not self._padding():
+            return NEED_DATA
+        if self._parts == self._max_parts:
+            raise ProtocolError(413, f"multipart: more than {self._max_parts} parts (max_parts)")
+        self._parts += 1
+        self._scan = self._at
+        self._state = _MultipartParser._head
+        return None
+
+    def _head(self):
+        end = self._buffer.find(b"\r\n\r\n", self._scan)
+        if end < 0:
+            self._scan = max(self._at, len(self._buffer) - 3)
+        if (end if end >= 0 else len(self._buffer) - 3) - self._at > self._max_head:
+            raise ProtocolError(413, f"multipart: the head of part {self._parts} has more than {self._max_head} bytes "
+                                     "(max_head_bytes)")
+        if end < 0:
+            return NEED_DATA
+        begin = _part_begin(bytes(self._buffer[self._at:end]), self._parts)
+        self._left, self._limit = ((self._max_field, "max_field_bytes") if begin.filename is None else
+                                   (self._max_file, "max_file_bytes"))
+        self._at = end + 2
+        self._prefix = 2
+        self._state = _MultipartParser._body
+        return begin
+
+    def _body(self):
+        found = self._buffer.find(self._delimiter, self._at)
+        end = found if found >= 0 else self._hold()
+        if end > self._at and self._prefix:
+            self._at += 2
+            self._prefix = 0
+        size = end - self._at
+        if size > self._left:
+            size = self._left
+            if not size:
+                raise ProtocolError(413, f"multipart: part {self._parts} is too large ({self._limit})")
+        if size:
+            data = bytes(memoryview(self._buffer)[self._at:self._at + size])
+            self._at += size
+            self._left -= size
+            return _PartData(data)
+        if found < 0:
+            return NEED_DATA
+        self._at += len(self._delimiter)
+        self._state = _MultipartParser._after_delimiter
+        return _PartEnd()
+
+    def _after_last(self):
+        if self._ended and not self._over and _padding_at(self._buffer, self._at).end() == len(self._buffer) <= (
+                self._at + MAX_PADDING):
+            self._state = _MultipartParser._done
+            return None
+        if not self._padding():
+            return NEED_DATA
+        self._state = _MultipartParser._epilogue
+        return None
+
+    def _epilogue(self):
+        self._skipped += len(self._buffer) - self._at
+        self._at = len(self._buffer)
+        if self._skipped > MAX_PREAMBLE:
+            raise ProtocolError(400, f"multipart: more than {MAX_PREAMBLE} bytes after the last boundary")
+        if not self._ended or self._over:
+            return NEED_DATA
+        self._state = _MultipartParser._done
+        return None
+
+    def _done(self):
+        return _FormEnd()
+
+
+def _part_begin(head, number):
+    """The _PartBegin of a part's head. Its lines may be anything between CRLFs, in UTF-8 as browsers send them."""
+    pairs = []
+    for line in head.split(b"\r\n"):
+        found = _part_line(line)
+        if not found:
+            raise _refused(f"multipart: part {number}, header line", line, "expected `Name: value`")
+        pairs.append((found[1].decode("latin-1"), found[2].decode("latin-1").rstrip(" \t")))
+    headers = Headers(pairs)
+    dispositions, types_ = headers.get_all("content-disposition"), headers.get_all("content-type")
+    if len(dispositions) != 1 or len(types_) > 1:
+        raise ProtocolError(400, f"multipart: part {number} needs one Content-Disposition, and at most one Content-Type")
+    encoding = headers.get("content-transfer-encoding", "binary")
+    if encoding.isascii() and encoding.lower() not in ("7bit", "8bit", "binary"):
+        raise _refused(f"multipart: part {number}, Content-Transfer-Encoding", encoding, "not for forms (RFC 7578, section 4.7)")
+    try:
+        disposition = dispositions[0].encode("latin-1").decode()
+    except UnicodeDecodeError:
+        raise ProtocolError(400, f"multipart: part {number}: its Content-Disposition is no UTF-8") from None
+    parameters = _form_parameters(disposition, number)
+    if "name" not in parameters:
+        raise ProtocolError(400, f"multipart: part {number} has no name")
+    return _PartBegin(parameters["name"], parameters.get("filename"), types_[0] if types_ else None, headers)
+
+
+def _form_parameters(value, number):
+    """{name: text} of a form's Content-Disposition, which is not quite that of RFC 9110: browsers quote `"`, CR and LF as %22,
+    %0D and %0A (the HTML standard, section 4.10.21.8) and a backslash not at all, others put a backslash before `"` and itself.
+    `filename*` is not allowed (RFC 7578 section 4.2), but sent by some clients: it counts where there is no `filename`.
+    """
+    what = f"multipart: part {number}, Content-Disposition"
+    found = _value_at(value)
+    if not found or found[0].lower() != "form-data":
+        raise _refused(what, value, "expected `form-data; name=…`")
+    at, parameters = found.end(), {}
+    while at < len(value):
+        found = _form_parameter_at(value, at)
+        if not found:
+            raise _refused(what, value, f"expected `; name=value` at character {at + 1}")
+        at = found.end()
+        name, token, quoted = found.groups()
+        if name is None:
+            continue
+        name = name.lower()
+        if name in parameters:
+            raise _refused(what, value, f"parameter {name} comes twice")
+        parameters[name] = token if token is not None else _form_escape.sub(
+            lambda escape: escape[1] or chr(int(escape[2], 16)), quoted)
+    extended = _extended(parameters.pop("filename*", ""))
+    if extended is not None:
+        parameters.setdefault("filename", extended)
+    return parameters
+
+
+class FormPart(typing.NamedTuple):
+    """A field or a file to send. `content`: str, bytes, or anything that the sender of the body knows how to read.
+
+    With a `filename` it is a file, of application/octet-stream if `content_type` is None. `length` in bytes, of a content that
+    is neither str nor bytes, if it is known.
+    """
+
+    name: str
+    content: object
+    filename: str | None = None
+    content_type: str | None = None
+    length: int | None = None
+
+
+class _MultipartBody:
+    """Makes a multipart/form-data body of FormParts and (name, content) pairs.
+
+    `content_type` is the value for Content-Type, `length` the number of bytes, None if one part's is not known. Iterate it for
+    its pieces: bytes to send, and between them the contents that are neither str nor bytes, for the caller to read and send in
+    its own way. `boundary`: a random one if None; otherwise it must occur in no content (ValueError if it does in one that is
+    str or bytes). ValueError for a content_type with control characters.
+    """
+
+    def __init__(self, parts, *, boundary=None):
+        if boundary is None:
+            boundary = secrets.token_hex(16)
+        elif not _is_boundary(boundary):
+            raise ValueError(f"boundary={boundary!r:.80}: 1 to 70 letters, digits or '()+_,-./:=? and no blank at the end")
+        self.content_type = str(MediaType("multipart", "form-data", {"boundary": boundary}))
+        self._pieces, self.length, unknown = [], 0, False
+        for part in parts:
+            part = FormPart(*part)
+            content = part.content.encode() if isinstance(part.content, str) else part.content
+            self._add(f"--{boundary}\r\n".encode() + _part_head(part))
+            if isinstance(content, (bytes, bytearray, memoryview)):
+                content = bytes(content)
+                if boundary.encode() in content:
+                    raise ValueError(f"part {part.name!r:.80} contains the boundary: choose another one, or none")
+                self._add(content)
+            else:
+                self._pieces.append(content)
+                unknown |= part.length is None
+                self.length += part.length or 0
+            self._add(b"\r\n")
+        self._add(f"--{boundary}--\r\n".encode())
+        self._pieces = [bytes(piece) if isinstance(piece, bytearray) else piece for piece in self._pieces]
+        if unknown:
+            self.length = None
+
+    def _add(self, data):
+        """What is small is joined to what is before it: a piece is a write."""
+        self.length += len(data)
+        if len(data) > SMALL_PIECE:
+            self._pieces.append(data)
+        elif self._pieces and isinstance(self._pieces[-1], bytearray):
+            self._pieces[-1] += data
+        else:
+            self._pieces.append(bytearray(data))
+
+    def __iter__(self):
+        return iter(self._pieces)
+
+
+def _part_head(part):
+    def escaped(text):
+        text = text.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
+        if re.search("[\x00-\x08\x0b-\x1f\x7f]", text):
+            raise ValueError(f"{text!r:.80}: the name of a field or file in a form has no control characters")
+        if re.search(r'\\["\\]|\\$', text):
+            text = text.replace("\\", "\\\\")
+        return text.encode(errors="replace")
+    head = b'Content-Disposition: form-data; name="' + escaped(part.name) + b'"'
+    content_type = part.content_type
+    if part.filename is not None:
+        head += b'; filename="' + escaped(part.filename) + b'"'
+        content_type = content_type or "application/octet-stream"
+    if content_type is not None:
+        if not _is_text(content_type):
+            raise ValueError(f"content_type={content_type!r:.80} has control characters")
+        head += b"\r\nContent-Type: " + content_type.encode("latin-1")
+    return head + b"\r\n\r\n"
+
+
+# ---- conditional requests and ranges --------------------------------------------------------------------------
+# After RFC 9110 chapters 13 and 14. Decisions only: what is sent, and from where, is the caller's affair.
+
+# Ranges of one request; more are as if there were none, as section 17.15 advises. Apache: 200, with a history of trouble.
+MAX_RANGES = 16
+
+# Bytes between two ranges that are sent along rather than begin a new part: about what a part's head has (section 15.3.7.2).
+RANGE_GAP = 80
+
+_range_set = re.compile(r"[bB][yY][tT][eE][sS]=(.*)").fullmatch
+_byte_range = re.compile(r"([0-9]{1,19})-([0-9]{0,19})|-([0-9]{1,19})").fullmatch
+_is_content_range = re.compile(r"(?i:bytes) (?:([0-9]{1,19})-([0-9]{1,19})/(?:([0-9]{1,19})|\*)|\*/([0-9]{1,19}))").fullmatch
+
+
+class _ByteRange(typing.NamedTuple):
+    """Bytes `first` to `last`, both included, counted from 0."""
+
+    first: int
+    last: int
+
+    @property
+    def length(self):
+        """The number of bytes."""
+        return self.last - self.first + 1
+
+    def content_range(self, size):
+        """The Content-Range value, of a representation of `size` bytes."""
+        return f"bytes {self.first}-{self.last}/{size}"
+
+
+class _Decision(typing.NamedTuple):
+    """What to answer: `status` 200 (go on as if nothing had been asked), 206, 304, 412 or 416; `ranges` to send with 206.
+
+    One range is sent with its content_range(); several as _frame_byteranges() says. 416 needs `Content-Range: bytes */size`.
+    304 carries the fields that 200 would have had of Cache-Control, Content-Location, Date, ETag, Expires and Vary.
+    """
+
+    status: int
+    ranges: tuple = ()
+
+
+def _date_or_none(headers, name, now):
+    """The one date of this name; None if there is none, several or no valid one: such a condition is ignored."""
+    values = headers.get_all(name)
+    if len(values) != 1:
+        return None
+    try:
+        return parse_http_date(values[0], now)
+    except ProtocolError:
+        return None
+
+
+def _evaluate(method, headers, *, now, etag=None, last_modified=None, size=None, exists=True, max_ranges=MAX_RANGES):
+    """Which answer the conditions and ranges of a request ask for, where it would be 200 without them. -> _Decision
+
+    `etag` and `last_modified` (timestamp) are those of the representation as it is now, None if it has none; `exists`: whether
+    there is one at all (for PUT); `size`: its bytes, None if ranges are not offered. `now`: the timestamp of the answer.
+    Order and comparisons are those of RFC 9110 section 13.2.2. ProtocolError for entity tags that are malformed: what they
+    should protect is better left as it is. Dates and ranges that are malformed are ignored, as it says.
+    """
+    if method in ("CONNECT", "OPTIONS", "TRACE"):
+        return _Decision(200)
+    modified = None if last_modified is None else math.floor(last_modified)
+    reading = method in ("GET", "HEAD")
+    if "if-match" in headers:
+        tags = _parse_entity_tags(", ".join(headers.get_all("if-match")))
+        if not (exists if tags == "*" else etag is not None and exists and any(_strong_match(etag, tag) for tag in tags)):
+            return _Decision(412)
+    elif modified is not None and "if-unmodified-since" in headers:
+        date = _date_or_none(headers, "if-unmodified-since", now)
+        if date is not None and modified > date:
+            return _Decision(412)
+    if "if-none-match" in headers:
+        tags = _parse_entity_tags(", ".join(headers.get_all("if-none-match")))
+        if exists if tags == "*" else etag is not None and exists and any(_weak_match(etag, tag) for tag in tags):
+            return _Decision(304 if reading else 412)
+    elif reading and modified is not None and "if-modified-since" in headers:
+        date = _date_or_none(headers, "if-modified-since", now)
+        if date is not None and modified <= date:
+            return _Decision(304)
+    if method == "GET" and size is not None and exists and "range" in headers:
+        if "if-range" not in headers or _if_range(headers, etag, modified, now):
+            return _ranges_asked(headers.get_all("range"), size, max_ranges)
+    return _Decision(200)
+
+
+def _if_range(headers, etag, modified, now):
+    """Whether If-Range holds: it is the representation's entity tag, or exactly its date, and that is a strong validator."""
+    values = headers.get_all("if-range")
+    if len(values) != 1:
+        return False
+    value = values[0].strip(" \t")
+    if '"' in value:
+        return etag is not None and _strong_match(etag, value)
+    # Whoever was given a date within the second in which it was modified cannot know what was modified later in that second.
+    return modified is not None and modified < math.floor(now) and _date_or_none(headers, "if-range", now) == modified
+
+
+def _ranges_asked(values, size, max_ranges):
+    """The _Decision on Range: 206, 416, or 200 if it is to be ignored: another unit, malformed, too many, nothing to send."""
+    found = _range_set(values[0]) if len(values) == 1 else None
+    if not found or not size or found[1].count(",") > 4 * max_ranges:
+        return _Decision(200)
+    wanted = [element for element in [element.strip(" \t") for element in found[1].split(",")] if element]
+    if not 0 < len(wanted) <= max_ranges:
+        return _Decision(200)
+    ranges = []
+    for element in wanted:
+        one = _byte_range(element)
+        if not one:
+            return _Decision(200)
+        if one[3] is not None:
+            first, last = max(0, size - int(one[3])), size - 1
+        else:
+            first, last = int(one[1]), int(one[2]) if one[2] else size - 1
+            if one[2] and last < first:
+                return _Decision(200)
+        if first < size:
+            ranges.append(_ByteRange(first, min(last, size - 1)))
+    return _Decision(206, _coalesced(ranges)) if ranges else _Decision(416)
+
+
+def _coalesced(ranges):
+    """The ranges, those that overlap or nearly touch made one, each at the place of the first of those it is made of."""
+    groups = []                 # [first, last, place], by first
+    for place, (first, last) in sorted(enumerate(ranges), key=lambda item: item[1]):
+        if groups and first - groups[-1][1] - 1 <= RANGE_GAP:
+            groups[-1][1] = max(groups[-1][1], last)
+            groups[-1][2] = min(groups[-1][2], place)
+        else:
+            groups.append([first, last, place])
+    return tuple(_ByteRange(first, last) for first, last, _ in sorted(groups, key=lambda group: group[2]))
+
+
+class _ByteRangesFrame(typing.NamedTuple):
+    """How several ranges are sent: for each of `parts` (head, range) the head and then the bytes, and the `tail` after the last.
+
+    `content_type` and `length` are the values for Content-Type and Content-Length.
+    """
+
+    content_type: str
+    length: int
+    parts: tuple
+    tail: bytes
+
+
+def _frame_byteranges(ranges, size, content_type, boundary):
+    """The _ByteRangesFrame of a multipart/byteranges answer. RFC 9110 section 14.6. ValueError for what cannot be a boundary."""
+    if not _is_boundary(boundary):
+        raise ValueError(f"boundary={boundary!r:.80}: 1 to 70 letters, digits or '()+_,-./:=? and no blank at the end")
+    kind = f"Content-Type: {content_type}\r\n" if content_type else ""
+    parts = tuple((f"\r\n--{boundary}\r\n{kind}Content-Range: {one.content_range(size)}\r\n\r\n".encode("latin-1"), one)
+                  for one in ranges)
+    tail = f"\r\n--{boundary}--\r\n".encode()
+    length = sum(len(head) + one.length for head, one in parts) + len(tail)
+    return _ByteRangesFrame(str(MediaType("multipart", "byteranges", {"boundary": boundary})), length, parts, tail)
+
+
+def _parse_content_range(value):
+    """A Content-Range value. -> (_ByteRange or None for 416, the whole size or None if unknown). ProtocolError if malformed."""
+    found = _is_content_range(value)
+    if not found:
+        raise _refused("Content-Range", value, "expected `bytes first-last/size`")
+    if found[4] is not None:
+        return None, int(found[4])
+    one, size = _ByteRange(int(found[1]), int(found[2])), None if found[3] is None else int(found[3])
+    if one.last < one.first or (size is not None and one.last >= size):
+        raise _refused("Content-Range", value, "it ends before it begins, or beyond the size")
+    return one, size
+
+
+# ---- compression ----------------------------------------------------------------------------------------------
+# gzip (RFC 1952) and deflate, which is zlib's format (RFC 1950), but was and is sent raw too (RFC 1951): both are read, and the
+# first two bytes tell which it is.
+
+# Bytes that a decoder gives at a time, and takes at a time from what it is given: zlib copies what it has not used.
+INFLATED_PIECE, DEFLATED_PIECE = 64 * 2**10, 16 * 2**10
+
+# Bytes that a body may have once it is inflated: a bomb of 64 KiB makes 64 MiB.
+MAX_INFLATED = 64 * 2**20
+
+# Content codings of one body, one over the other. Two are seen by mistake; curl allows five.
+MAX_CODINGS = 5
+
+# zlib's level: 6, its default, takes twice as long as 4 for a few per cent; nginx has 1.
+COMPRESSION_LEVEL = 5
+
+# Bytes below which a response is not compressed: it fits into one segment of TCP anyway, and may grow. nginx: 20, Apache: none.
+MIN_COMPRESSED = 860
+
+_is_compressible = re.compile(
+    r"text/.*|.*\+(?:json|xml|text)|application/(?:json|javascript|ecmascript|xml|x-javascript|wasm|manifest\+json|x-ndjson|"
+    r"rtf|sql|graphql|x-sh|toml|yaml|x-yaml|vnd\.ms-fontobject)|font/(?:ttf|otf|collection)|image/(?:bmp|x-icon)").fullmatch
+
+
+class _Encoder:
+    """Compresses a stream: encode() for each piece, finish() for the rest; flush() when what came so far must get through.
+
+    `coding`: "gzip" or "deflate". All three give bytes to send, maybe none.
+    """
+
+    def __init__(self, coding, *, level=COMPRESSION_LEVEL):
+        if coding not in ("gzip", "deflate"):
+            raise ValueError(f'coding={coding!r:.40}: "gzip" or "deflate"')
+        self._zlib = zlib.compressobj(level, zlib.DEFLATED, 31 if coding == "gzip" else 15)
+
+    def encode(self, data):
+        """Take a piece."""
+        return self._zlib.compress(data)
+
+    def flush(self):
+        """All that has been taken so far: the peer can inflate it at once. It costs about 5 bytes each time."""
+        return self._zlib.flush(zlib.Z_SYNC_FLUSH)
+
+    def finish(self):
+        """The end of the stream. Nothing comes after it."""
+        return self._zlib.flush(zlib.Z_FINISH)
+
+
+class _Decoder:
+    """Inflates a stream: decode() for each piece, finish() at the end.
+
+    `codings`: a Content-Encoding value ("gzip", "deflate, gzip", "identity", ""); ProtocolError (415) for one that is not known.
+    More than `max_bytes` in any stage are refused with 413 before they are made. Trailing bytes are an error, but for further
+    members of gzip; so is a stream that breaks off.
+    """
+
+    def __init__(self, codings, *, max_bytes=MAX_INFLATED):
+        stages = [coding.removeprefix("x-") for coding in _parse_tokens(codings) if coding != "identity"]
+        for coding in stages:
+            if coding not in ("gzip", "deflate"):
+                raise _refused("Content-Encoding", codings, f"{coding!r:.40} is not known here, only gzip and deflate", 415)
+        if len(stages) > MAX_CODINGS:
+            raise _refused("Content-Encoding", codings, f"more than {MAX_CODINGS} codings", 415)
+        self._stages = [_Stage(coding, max_bytes) for coding in reversed(stages)]
+
+    def decode(self, data):
+        """Take a piece. -> iterator of bytes, each at most 64 KiB; it must be exhausted. ProtocolError (400, 413).
+
+        Without a coding it gives the piece as it is, and counts nothing.
+        """
+        pieces = iter([data] if len(data) else [])
+        for stage in self._stages:
+            pieces = stage.decode(pieces)
+        return pieces
+
+    def finish(self):
+        """There is no more. ProtocolError (400) if the stream is not complete; nothing at all is complete."""
+        for stage in self._stages:
+            stage.finish()
+
+
+class _Stage:
+    """One coding of a _Decoder."""
+
+    def __init__(self, coding, max_bytes):
+        self._coding, self._left, self._max = coding, max_bytes, max_bytes
+        self._zlib = None           # the decompressor of the stream or member under way
+        self._begun = False         # there was one
+        self._held = b""            # the beginning of the next one, if it is less than two bytes
+
+    def _begin(self, head):
+        if self._coding == "gzip":
+            if head != b"\x1f\x8b":
+                raise ProtocolError(400, f"gzip: {head!r} " + ("follows its end" if self._begun else "is no beginning of it"))
+            return zlib.decompressobj(31)
+        if self._begun:
+            raise ProtocolError(400, f"deflate: {head!r} follows its end")
+        wrapped = head[0] & 15 == 8 and head[0] >> 4 <= 7 and int.from_bytes(head, "big") % 31 == 0
+        return zlib.decompressobj(15 if wrapped else -15)
+
+    def decode(self, pieces):
+        for piece in pieces:
+            for at in range(0, len(piece), DEFLATED_PIECE):
+                yield from self._inflate(bytes(piece[at:at + DEFLATED_PIECE]))
+
+    def _inflate(self, data):
+        data, self._held = self._held + data, b""
+        while True:
+            if self._zlib is None:
+                if len(data) < 2:
+                    self._held = data
+                    return
+                self._zlib, self._begun = self._begin(data[:2]), True
+            limit = min(INFLATED_PIECE, self._left + 1)
+            try:
+                out = self._zlib.decompress(data, limit)
+            except zlib.error as error:
+                raise ProtocolError(400, f"{self._coding}: the data are corrupt ({error})") from None
+            self._left -= len(out)
+            if self._left < 0:
+                raise ProtocolError(413, f"{self._coding}: more than {self._max} bytes once inflated (max_bytes)")
+            data, done = self._zlib.unconsumed_tail, not self._zlib.unconsumed_tail and len(out) < limit
+            if self._zlib.eof:
+                data, self._zlib, done = self._zlib.unused_data, None, False
+            if out:
+                yield out
+            if done:                    # else zlib may have more in hand, also without more input
+                return
+
+    def finish(self):
+        if self._zlib is not None or self._held:
+            raise ProtocolError(400, f"{self._coding}: the stream breaks off")
+
+
+def _choose_compression(accept_encoding, status, headers, length=None, *, min_bytes=MIN_COMPRESSED):
+    """Whether a response is to be compressed. -> (coding or None, whether it depends on Accept-Encoding).
+
+    `headers` are the response's, `length` the bytes of its content, None if it is streamed. Not: what is small, encoded, partial
+    (206) or has no content; types that are compressed in themselves; with Cache-Control: no-transform. Where the second is True
+    the response needs `Vary: Accept-Encoding` even if it is not compressed: _compressed_headers() does it all.
+
+    Do not compress what holds a secret next to something that the client can choose (BREACH): leave such routes out.
+    """
+    if status < 200 or status in (204, 205, 206, 304) or "content-encoding" in headers or "content-range" in headers:
+        return None, False
+    if length is not None and length < min_bytes:
+        return None, False
+    try:
+        if not _is_compressible(parse_media_type(headers.get("content-type", "")).essence):
+            return None, False
+        if "no-transform" in _parse_cache_control(", ".join(headers.get_all("cache-control"))):
+            return None, False
+    except ProtocolError:               # what a handler has written is not ours to repair
+        return None, False
+    coding = negotiate_encoding(accept_encoding)
+    return (None if coding == "identity" else coding), True
+
+
+def _compressed_headers(headers, coding, depends=True):
+    """Change a response's headers for what _choose_compression() has decided.
+
+    Vary says that it depends on Accept-Encoding. With a coding: Content-Encoding is set, Content-Length and Accept-Ranges go,
+    and the entity tag becomes weak, as it is no longer of the same bytes.
+    """
+    if depends:
+        vary = headers.get_all("vary")
+        named = ",".join(vary)
+        if "*" not in named and "accept-encoding" not in [name.lower() for name in _parse_list(named)]:
+            headers.set("vary", ", ".join([*vary, "Accept-Encoding"]))
+    if coding is None:
+        return
+    headers.set("content-encoding", coding)
+    for name in ("content-length", "accept-ranges"):
+        if name in headers:
+            headers.remove(name)
+    etag = headers.get("etag")
+    if etag is not None and not etag.startswith("W/"):
+        headers.set("etag", f"W/{etag}")
 
 
 # ---- codec ----------------------------------------------------------------------------------------------------
@@ -1381,3 +3259,1627 @@ class HttpConnection(_Outgoing):
         self._begin()
         if self._start == len(self._buffer):
             self._buffer, self._start, self._scan = b"", 0, 0       # so that an idle connection holds no memory
+
+
+# ---- typed handlers --------------------------------------------------------------------------------------------
+#
+# An annotation is read once, when the handler is registered, into an object that knows two things: to check a value (of JSON,
+# or a text of the query) and to write itself as JSON Schema. So what is documented is what is checked.
+#
+# Checking is strict: no value is made into another type but those that JSON does not have and that are written as a string
+# (datetime, date, UUID, Decimal), an integer where a number is wanted, and the text of a query. It collects what is wrong
+# instead of ending at the first. It is linear in the document: of a union one member is chosen, by the type of the value and
+# the names of its fields, and never are two tried in depth (which, nested, would be two to the power of the depth).
+
+# Arrays and objects in each other, in a JSON body at most: what people write has ten, and the stack of a recursive validator,
+# or of whoever walks through the value afterwards, has room for hundreds.
+JSON_DEPTH = 64
+
+# Errors that a 422 lists at most, and characters of a path or of a value in it.
+ERRORS, ERROR_PATH, ERROR_VALUE = 50, 200, 60
+
+# Digits of an integer in a path or a query at most, and of a number before and after its point: 64 bits have 20.
+DIGITS = 20
+
+_MISSING = object()
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]").search
+_IS_JSON = re.compile(r"application/(?:[0-9a-z!#$&^_.+-]+\+)?json[ \t]*(?:;|\Z)", re.IGNORECASE | re.ASCII).match
+_CHARSET = re.compile(r";[ \t]*charset=\"?([^\";, \t]*)", re.IGNORECASE | re.ASCII).search
+
+
+class UnprocessableContent(HttpError):
+    """422: what came is well-formed, but not what the handler's annotations ask for (RFC 9110 section 15.5.21).
+
+    `errors`: what is wrong, as dicts of strings: "in" ("body" or "query"), "path" (a JSON Pointer, RFC
+    6901, such as "/items/0/price"; "" is the whole; or the name of a query parameter), "expected", "got". `document` is what to
+    answer as JSON.
+    """
+
+    def __init__(self, errors):
+        super().__init__(422, "; ".join(f"{error['in']} {error['path']}: expected {error['expected']}, got {error['got']}"
+                                        for error in errors[:3]))
+        self.errors = errors
+
+    @property
+    def document(self):
+        """The body of the answer, to be made JSON."""
+        return {"status": 422, "title": "Unprocessable Content", "errors": self.errors}
+
+
+def _shown_handler(handler):
+    return f"{getattr(handler, '__module__', '?')}.{getattr(handler, '__qualname__', type(handler).__qualname__)}"
+
+
+class _Errors:
+    """What is wrong so far: `count` of all, and the first of them."""
+
+    def __init__(self, most):
+        self.count, self.first, self.most = 0, [], most
+
+    def add(self, at, expected, value, place="body"):
+        self.count += 1
+        if len(self.first) < self.most:
+            path = at if place == "query" else _pointer(at)
+            self.first.append({"in": place, "path": path, "expected": expected, "got": _came(value)})
+
+
+def _pointer(at):
+    """The JSON Pointer of a place: None is the whole, (place, key) what is in it."""
+    keys = []
+    while at is not None:
+        at, key = at
+        keys.append(str(key)[:ERROR_PATH].replace("~", "~0").replace("/", "~1"))
+    pointer = "".join(["/" + key for key in reversed(keys)])
+    return pointer if len(pointer) <= ERROR_PATH else pointer[:ERROR_PATH] + "…"
+
+
+def _came(value):
+    """A value that came, as a message names it."""
+    if value is _MISSING:
+        return "nothing"
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return f"an array of {len(value)}"
+    if isinstance(value, str):
+        text = json.dumps(value[:ERROR_VALUE], ensure_ascii=False)
+        return f"the string {text}" if len(value) <= ERROR_VALUE else f"the string {text}… of {len(value)}"
+    text = json.dumps(value)
+    return text if len(text) <= ERROR_VALUE else text[:ERROR_VALUE] + "…"
+
+
+# -- JSON
+
+def _no_name_twice(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("an object has the same name twice")
+    return value
+
+
+def _no_constant(text):
+    raise ValueError(f"{text} is no JSON")
+
+
+def _load_json(data, *, max_depth=JSON_DEPTH):
+    """The value of a JSON text (RFC 8259) in UTF-8. HttpError(400) when it is none, names something twice, or is too deep.
+
+    max_depth: arrays and objects in each other
+    """
+    try:
+        text = data.decode()
+        value = json.loads(text, object_pairs_hook=_no_name_twice, parse_constant=_no_constant)
+        if text.count("[") + text.count("{") > max_depth:           # else it cannot be that deep
+            _check_depth(value, max_depth)
+        if _SURROGATE(text):
+            json.dumps(value, ensure_ascii=False).encode()          # half of a pair cannot be encoded, here or by the handler
+    except UnicodeEncodeError:
+        raise HttpError(400, "the body is no JSON: a string has half of a surrogate pair") from None
+    except UnicodeDecodeError as error:
+        raise HttpError(400, f"the body is no JSON: not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise HttpError(400, f"the body has more than {max_depth} arrays and objects in each other") from None
+    except ValueError as error:
+        raise HttpError(400, f"the body is no JSON: {str(error)[:100]}") from None
+    return value
+
+
+def _check_depth(value, max_depth):
+    level = [value]
+    for _ in range(max_depth):
+        level = [inner for outer in level if isinstance(outer, (dict, list))
+                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    if any(isinstance(inner, (dict, list)) for inner in level):
+        raise RecursionError
+
+
+def json_default(value):
+    """For json.dumps(default=): dataclass, Enum, datetime, date, UUID and Decimal as typed handlers read them; else TypeError."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, datetime.datetime):
+        text = value.isoformat()
+        return text.removesuffix("+00:00") + "Z" if text.endswith("+00:00") else text
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    if isinstance(value, decimal.Decimal):
+        return format(value, "f")
+    raise TypeError(f"{type(value).__qualname__} has no JSON: {value!r:.80}")
+
+
+# -- what an annotation takes
+
+def _query_text(value):
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (datetime.datetime, datetime.date)):
+        return value.isoformat()
+    return str(value)
+
+
+class _Anything:
+    """Any, object, and what is in a plain list or dict."""
+
+    expected = "anything"
+
+    def check(self, value, at, errors):
+        """The value that the handler gets; what is wrong is added to `errors`, and the value does not matter then."""
+        return value
+
+    def schema(self, components):
+        """The JSON Schema, in which dataclasses are references to `components`."""
+        return {}
+
+
+class _Scalar:
+    """One value: of these types of JSON, converted by a function that raises ValueError or ArithmeticError; read from text."""
+
+    def __init__(self, expected, schema, types, convert=None, read=str, order=0):
+        self.expected, self.types, self.convert, self._read, self._schema = expected, types, convert, read, schema
+        self.order = order          # in a union: a str takes all that others take too, so it is last
+        self.is_literal = False
+
+    def take(self, value):
+        if type(value) not in self.types:
+            raise ValueError
+        return value if self.convert is None else self.convert(value)
+
+    def read(self, text):
+        return self.take(self._read(text))
+
+    def check(self, value, at, errors):
+        try:
+            return self.take(value)
+        except (ValueError, ArithmeticError):
+            errors.add(at, self.expected, value)
+
+    def schema(self, components):
+        return dict(self._schema)
+
+
+def _matching(pattern, convert):
+    """A function that converts texts which match, and raises ValueError for others."""
+    matches = re.compile(pattern).fullmatch
+
+    def take(text):
+        if not matches(text):
+            raise ValueError
+        return convert(text)
+    return take
+
+
+def _finite(value):
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+_JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+
+
+def _one_of(values, converted):
+    """A _Scalar for some values only; 1, 1.0 and True are different ones."""
+    table = {(type(value), value): result for value, result in zip(values, converted)}
+    texts = {_query_text(value): value for value in values}
+
+    def pick(where, key):
+        if key not in where:
+            raise ValueError
+        return where[key]
+    names = {_JSON_TYPES[type(value)] for value in values}
+    schema = {"enum": list(values)} if len(names) > 1 else {"type": min(names), "enum": list(values)}
+    return _Scalar(" or ".join(map(json.dumps, values))[:ERROR_PATH], schema, {type(value) for value in values},
+                   lambda value: pick(table, (type(value), value)), lambda text: pick(texts, text))
+
+
+_DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
+_SCALARS = {
+    str: _Scalar("a string", {"type": "string"}, {str}, order=2),
+    bool: _Scalar("true or false", {"type": "boolean"}, {bool}, read=_matching("true|false", "true".__eq__)),
+    int: _Scalar("an integer", {"type": "integer"}, {int}, read=_matching(rf"-?[0-9]{{1,{DIGITS}}}", int)),
+    float: _Scalar("a number", {"type": "number"}, {int, float}, _finite, _matching(
+        rf"-?[0-9]{{1,{DIGITS}}}(?:\.[0-9]{{1,{DIGITS}}})?(?:[eE][+-]?[0-9]{{1,3}})?", float), order=1),
+    type(None): _Scalar("null", {"type": "null"}, {type(None)}),
+    datetime.datetime: _Scalar(
+        "a date and time with its offset, such as 2024-02-29T12:30:00Z", {"type": "string", "format": "date-time"}, {str},
+        _matching(_DATE + r"T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,9})?(?:Z|[+-][0-9]{2}:[0-9]{2})",
+                  datetime.datetime.fromisoformat)),
+    datetime.date: _Scalar("a date, such as 2024-02-29", {"type": "string", "format": "date"}, {str},
+                           _matching(_DATE, datetime.date.fromisoformat)),
+    uuid.UUID: _Scalar("a UUID", {"type": "string", "format": "uuid"}, {str},
+                       _matching(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", uuid.UUID)),
+    decimal.Decimal: _Scalar("a decimal number as a string, such as \"9.99\"",
+                             {"type": "string", "pattern": r"^-?[0-9]{1,40}(\.[0-9]{1,40})?$"}, {str},
+                             _matching(r"-?[0-9]{1,40}(?:\.[0-9]{1,40})?", decimal.Decimal)),
+}
+
+
+class _List:
+    """list[...]."""
+
+    expected = "an array"
+
+    def __init__(self, item):
+        self.item = item
+
+    def check(self, value, at, errors):
+        if type(value) is not list:
+            return errors.add(at, self.expected, value)
+        check = self.item.check
+        return [check(item, (at, number), errors) for number, item in enumerate(value)]
+
+    def schema(self, components):
+        return {"type": "array", "items": self.item.schema(components)}
+
+
+class _Dict:
+    """dict[str, ...]."""
+
+    expected = "an object"
+
+    def __init__(self, item):
+        self.item = item
+
+    def check(self, value, at, errors):
+        if type(value) is not dict:
+            return errors.add(at, self.expected, value)
+        check = self.item.check
+        return {name: check(item, (at, name), errors) for name, item in value.items()}
+
+    def schema(self, components):
+        return {"type": "object", "additionalProperties": self.item.schema(components)}
+
+
+@dataclasses.dataclass
+class _Field:
+    """A field of a dataclass, or a parameter that is taken from the query or the body."""
+
+    name: str
+    kind: object
+    description: str
+    default: object         # _MISSING: it must be given
+
+    def schema(self, components):
+        schema = self.kind.schema(components)
+        if self.description:
+            schema["description"] = self.description
+        try:
+            if self.default is not _MISSING:
+                default = json.loads(json.dumps(self.default, default=json_default, allow_nan=False))
+                errors = _Errors(0)
+                self.kind.check(default, None, errors)
+                if not errors.count:            # None of a parameter that is no Optional is nothing that can be sent
+                    schema["default"] = default
+        except (TypeError, ValueError):
+            pass                    # it has no JSON: a default_factory, say
+        return schema
+
+
+class _Object:
+    """A dataclass."""
+
+    def __init__(self, cls, said, seen):
+        seen[cls] = self                        # first: it may have fields of its own type
+        self.cls, self.expected = cls, f"an object ({cls.__name__})"
+        said = f"{said}, {cls.__qualname__}"
+        try:
+            hints = typing.get_type_hints(cls, localns={cls.__name__: cls}, include_extras=True)
+        except NameError as error:
+            raise TypeError(f"{said}: {error}; annotations are looked up in the module of the class") from None
+        if any(isinstance(hint, dataclasses.InitVar) for hint in hints.values()):
+            raise TypeError(f"{said}: a dataclass with an InitVar cannot be filled from JSON")
+        self.fields = {}
+        for field in dataclasses.fields(cls):
+            if field.init:
+                default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory
+                self.fields[field.name] = _Field(
+                    field.name, _kind(hints[field.name], f"{said}.{field.name}", seen), _description(hints[field.name]),
+                    _MISSING if default is dataclasses.MISSING else default)
+        self.required = {name for name, field in self.fields.items() if field.default is _MISSING}
+        self._checks = [(name, field.kind.check, name in self.required) for name, field in self.fields.items()]
+
+    def check(self, value, at, errors):
+        if type(value) is not dict:
+            return errors.add(at, self.expected, value)
+        before, arguments = errors.count, {}
+        for name, check, required in self._checks:
+            if name in value:
+                arguments[name] = check(value[name], (at, name), errors)
+            elif required:
+                errors.add((at, name), self.fields[name].kind.expected, _MISSING)
+        if len(arguments) < len(value):
+            for name in value:
+                if name not in self.fields:
+                    errors.add((at, name), "no field of this name", value[name])
+        if errors.count > before:
+            return None
+        try:
+            return self.cls(**arguments)
+        except ValueError as error:             # of its __post_init__
+            return errors.add(at, str(error)[:ERROR_PATH] or self.expected, value)
+
+    def fits(self, value):
+        """Whether it has the fields of this class, and the right Literal in those that are one."""
+        return self.required <= value.keys() <= self.fields.keys() and self.tags_fit(value) is not False
+
+    def tags_fit(self, value):
+        """True: it has this class's Literals; False: it has others; None: the class has none."""
+        tags = [field for field in self.fields.values() if isinstance(field.kind, _Scalar) and field.kind.is_literal]
+        for field in tags:
+            try:
+                if field.name in value or field.name in self.required:
+                    field.kind.take(value.get(field.name, _MISSING))
+            except ValueError:
+                return False
+        return True if tags else None
+
+    def schema(self, components):
+        return components.reference(self)
+
+
+class _Union:
+    """Optional[...], A | B: which member is decided by the type of the value, for objects by their fields."""
+
+    def __init__(self, members, said):
+        self.members = members
+        self.null = _SCALARS[type(None)] in members
+        self.scalars = sorted((one for one in members if isinstance(one, _Scalar)), key=lambda one: one.order)
+        self.objects = [one for one in members if isinstance(one, _Object)]
+        self.dicts = [one for one in members if isinstance(one, _Dict)]
+        self.lists = [one for one in members if isinstance(one, _List)]
+        if len(self.lists) > 1 or len(self.dicts) > 1:
+            raise TypeError(f"{said}: a union can have one list[...] and one dict[...], since two cannot be told from each other")
+        self.expected = " or ".join(one.expected for one in members)
+
+    def check(self, value, at, errors):
+        chosen = None
+        if type(value) is dict:
+            chosen = self._choose(value)
+        elif type(value) is list:
+            chosen = self.lists[0] if self.lists else None
+        else:
+            for scalar in self.scalars:
+                try:
+                    return scalar.take(value)
+                except (ValueError, ArithmeticError):
+                    pass
+        return errors.add(at, self.expected, value) if chosen is None else chosen.check(value, at, errors)
+
+    def _choose(self, value):
+        fitting = [one for one in self.objects if one.fits(value)] or self.dicts
+        if not fitting:                         # none is right; whose errors are the most useful?
+            fitting = [one for one in self.objects if one.tags_fit(value)]
+            if len(self.objects) == 1:
+                fitting = self.objects
+        return fitting[0] if fitting else None
+
+    def read(self, text):
+        for scalar in self.scalars:
+            try:
+                return scalar.read(text)
+            except (ValueError, ArithmeticError):
+                pass
+        raise ValueError
+
+    def schema(self, components):
+        return {"anyOf": [one.schema(components) for one in self.members]}
+
+
+def _bare(annotation):
+    """Without Annotated, NewType and the name of an alias."""
+    while True:
+        if typing.get_origin(annotation) is typing.Annotated:
+            annotation = annotation.__origin__
+        elif isinstance(annotation, typing.NewType):
+            annotation = annotation.__supertype__
+        elif type(annotation).__name__ == "TypeAliasType":          # `type X = ...`, from Python 3.12 on
+            annotation = annotation.__value__
+        else:
+            return annotation
+
+
+def _description(annotation):
+    """The first string in an Annotated[...]."""
+    return next((note for note in getattr(annotation, "__metadata__", ()) if isinstance(note, str)), "")
+
+
+def _kind(annotation, said, seen):
+    """What checks values for an annotation. TypeError when nothing does."""
+    annotation = _bare(annotation)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in (typing.Any, object):
+        return _Anything()
+    if origin in (typing.Union, types.UnionType):
+        members = [_kind(argument, said, seen) for argument in arguments]
+        return next((one for one in members if isinstance(one, _Anything)), None) or _Union(members, said)
+    if origin is typing.Literal:
+        return _literal(arguments, said)
+    if annotation is list or origin is list:
+        return _List(_kind(arguments[0], said, seen) if arguments else _Anything())
+    if annotation is dict or origin is dict:
+        if arguments and _bare(arguments[0]) is not str:
+            raise TypeError(f"{said}: {annotation}: the names in a JSON object are strings: dict[str, ...]")
+        return _Dict(_kind(arguments[1], said, seen) if arguments else _Anything())
+    if annotation is None:
+        annotation = type(None)
+    if isinstance(annotation, type):
+        if annotation in _SCALARS:
+            return _SCALARS[annotation]
+        if dataclasses.is_dataclass(annotation) and not origin:
+            return seen.get(annotation) or _Object(annotation, said, seen)
+        if issubclass(annotation, enum.Enum):
+            return _enumeration(annotation, said)
+    raise TypeError(f"{said}: no JSON is made into {annotation!r}; there are dataclasses, list[...], dict[str, ...], unions, "
+                    "Literal, Enum, str, int, float, bool, None, datetime, date, UUID, Decimal and Any")
+
+
+def _literal(values, said):
+    if not all(type(value) in (str, int, bool, type(None)) for value in values):
+        raise TypeError(f"{said}: a Literal has strings, integers, True, False and None")
+    kind = _one_of(values, values)
+    kind.is_literal = True
+    return kind
+
+
+def _enumeration(cls, said):
+    values = [member.value for member in cls]
+    if not values or not all(type(value) in _JSON_TYPES for value in values):
+        raise TypeError(f"{said}: {cls.__qualname__}: the values of an Enum that comes from JSON are strings, numbers, True, "
+                        "False and None")
+    return _one_of(values, list(cls))
+
+
+# -- how a handler is called
+
+class _Plan:
+    """What a handler's signature says, once: `call` is awaited with the request and the path's parameters that are `wanted`.
+
+    `wanted`: None: all of them; else a tuple of names. `body`: a _Field or None; `query`: a list of _Field.
+    """
+
+    def __init__(self, handler, names, converters, methods, said, limits):
+        self.handler, self.said, self.limits = handler, f"{said}, {_shown_handler(handler)}", limits
+        self.body, self.query = None, []
+        function = self._function()
+        first, *others = self._parameters()
+        if first.name in names:
+            raise ValueError(f"{self.said}: the first parameter is the request, and the path has a parameter of that name, "
+                             f"{first.name!r}")
+        named = []
+        takes_all = any(other.kind is other.VAR_KEYWORD for other in others)
+        for other in others:
+            if other.name in names and other.kind not in (other.VAR_KEYWORD, other.VAR_POSITIONAL):
+                self._check_path_parameter(other, converters.get(other.name), function)
+                named.append(other.name)
+            elif other.kind not in (other.VAR_KEYWORD, other.VAR_POSITIONAL):
+                self._add(other, function, methods, names)
+        self.wanted = None if takes_all or len(named) == len(names) > 0 else tuple(named)
+        if names[-1:] == ("rest",) and not methods and self.wanted is not None and "rest" not in named:
+            raise TypeError(f"{self.said}: a mounted handler takes the rest of the path: async def handler(request, rest)")
+        self.call = handler if not (self.body or self.query) else self._typed(handler)
+        if inspect.isasyncgenfunction(function):
+            self.call = _generator_call(handler) if not (self.body or self.query) else self._typed(_generator_call(handler))
+
+    def _function(self):
+        """The function whose globals the annotations are looked up in; TypeError when calling the handler gives no awaitable."""
+        function = self.handler
+        while isinstance(function, functools.partial):
+            function = function.func
+        if not inspect.isroutine(function) and not isinstance(function, type) and hasattr(function, "__call__"):
+            function = type(function).__call__
+        if not (inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)):
+            raise TypeError(f"{self.said}: a handler is async: write `async def`")
+        return function
+
+    def _parameters(self):
+        parameters = list(inspect.signature(self.handler).parameters.values())
+        if not parameters or parameters[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
+            raise TypeError(f"{self.said}: the first parameter of a handler is the request: async def handler(request)")
+        return parameters
+
+    def _annotation(self, annotation, function):
+        """An annotation without names in quotes. TypeError when it has one that is not there."""
+        if annotation is inspect.Parameter.empty:
+            return annotation
+        try:
+            holder = types.SimpleNamespace(__annotations__={"it": annotation})
+            scope = getattr(inspect.unwrap(function), "__globals__", {})
+            return typing.get_type_hints(holder, scope, include_extras=True)["it"]
+        except (NameError, SyntaxError) as error:
+            raise TypeError(f"{self.said}: {error}; annotations are looked up in the module of the handler") from None
+
+    def _check_path_parameter(self, parameter, converter, function):
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise TypeError(f"{self.said}: {parameter.name} is passed by its name, so it cannot stand before \"/\"")
+        try:
+            wanted = _bare(self._annotation(parameter.annotation, function))
+        except TypeError:
+            return                              # nothing depends on it
+        given = converter and converter.type
+        if wanted in (str, int, float, uuid.UUID) and given and wanted is not given and (wanted, given) != (float, int):
+            raise TypeError(f"{self.said}: {parameter.name} is annotated with {wanted.__name__}, but {{{parameter.name}:"
+                            f"{converter.name}}} gives {given.__name__}; write {{{parameter.name}:{wanted.__name__.lower()}}}")
+
+    def _add(self, parameter, function, methods, names):
+        """Take a parameter that the path does not have from the body or the query."""
+        said = f"{self.said}: {parameter.name}"
+        annotation = self._annotation(parameter.annotation, function)
+        default = _MISSING if parameter.default is parameter.empty else parameter.default
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise TypeError(f"{said} is passed by its name, so it cannot stand before \"/\"")
+        if annotation is not parameter.empty and _has_dataclass(annotation):
+            if self.body is not None:
+                raise TypeError(f"{said}: there is one body, and {self.body.name} takes it already")
+            if not {"GET", "HEAD", "TRACE"}.isdisjoint(methods):
+                raise TypeError(f"{said} is taken from the body, and {' and '.join(methods)} may not have one")
+            self.body = _Field(parameter.name, self._kind(annotation, said), _description(annotation), default)
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            kind = self._kind(str if annotation is parameter.empty else annotation, said)
+            if not _is_of_query(kind):
+                raise TypeError(f"{said}: the query has texts, numbers, true and false, and list[...] of these")
+            self.query.append(_Field(parameter.name, kind, _description(annotation), default))
+        else:
+            raise TypeError(
+                f"{said} comes from nowhere: the path has {', '.join(names) or 'no parameters'}; a dataclass would be taken from "
+                f"the body, and a keyword-only parameter (after *) from the query; one of an include(prefix=) is not known yet")
+
+    @staticmethod
+    def _kind(annotation, said):
+        try:
+            return _kind(annotation, said, {})
+        except RecursionError:
+            raise TypeError(f"{said}: the type refers to itself; only dataclasses may") from None
+
+    def _typed(self, handler):
+        body, query = self.body, [(field, *_reader(field.kind)) for field in self.query]
+        max_depth, max_errors = self.limits
+
+        async def call(request, **arguments):
+            errors = _Errors(max_errors)
+            for field, read, many in query:
+                texts = request.query.get_all(field.name)
+                if texts:
+                    arguments[field.name] = _read_query(field, read, many, texts, errors)
+                elif field.default is _MISSING:
+                    errors.add(field.name, field.kind.expected, _MISSING, "query")
+            if body is not None:
+                data = await request.body()
+                if data or body.default is _MISSING:
+                    arguments[body.name] = body.kind.check(_json_of(request, data, max_depth), None, errors)
+            if errors.count:
+                raise UnprocessableContent(errors.first)
+            return await handler(request, **arguments)
+        return call
+
+    def returns(self):
+        """The annotation of what the handler returns; inspect.Parameter.empty when there is none, or none that can be found."""
+        try:
+            return self._annotation(inspect.signature(self.handler).return_annotation, self._function())
+        except TypeError:
+            return inspect.Parameter.empty
+
+
+def _generator_call(handler):
+    """An async generator function as a coroutine function that returns the generator."""
+    async def call(request, **arguments):
+        return handler(request, **arguments)
+    return call
+
+
+def _has_dataclass(annotation):
+    annotation = _bare(annotation)
+    return dataclasses.is_dataclass(annotation) or any(map(_has_dataclass, typing.get_args(annotation)))
+
+
+def _is_of_query(kind):
+    if isinstance(kind, _List):
+        return isinstance(kind.item, _Scalar) or isinstance(kind.item, _Union) and kind.item.members == kind.item.scalars
+    if isinstance(kind, _Union):
+        return all(isinstance(one, _Scalar) or isinstance(one, _List) and len(kind.scalars) == kind.null and _is_of_query(one)
+                   for one in kind.members)
+    return isinstance(kind, _Scalar)
+
+
+def _reader(kind):
+    """What reads one text of the query, and whether there may be many."""
+    if isinstance(kind, _Union) and kind.lists:
+        kind = kind.lists[0]
+    return (kind.item, True) if isinstance(kind, _List) else (kind, False)
+
+
+def _read_query(field, kind, many, texts, errors):
+    if not many and len(texts) > 1:
+        return errors.add(field.name, f"{kind.expected}, once", texts, "query")
+    values = []
+    for text in texts:
+        try:
+            values.append(kind.read(text))
+        except (ValueError, ArithmeticError):
+            errors.add(field.name, kind.expected, text, "query")
+    return values if many else values[0] if values else None
+
+
+def _json_of(request, data, max_depth):
+    """The body as JSON. HttpError(415) unless it says that it is: a form of a foreign page, which may say text/plain, is none."""
+    media_type = request.headers.get("content-type", "")
+    charset = _CHARSET(media_type)
+    if not _IS_JSON(media_type) or charset and charset[1].lower() not in ("utf-8", "utf8"):
+        raise HttpError(415, "the body has to be JSON in UTF-8: Content-Type: application/json", [("Accept", "application/json")])
+    return _load_json(data, max_depth=max_depth)
+
+
+# ---- router ---------------------------------------------------------------------------------------------------
+#
+# A pattern is a list of parts, one for each segment of a path, and all patterns make a tree: a node has children by text
+# (a dict) and children by converter. A path is looked up first in a dict of whole paths, where all patterns without a
+# parameter are: that is two lookups. Else it is divided at "/", each segment is decoded, and the tree is searched, the most
+# specific child first: text, then converters in the order of their rank, then {name:path}.
+#
+#     R1  a node is reached by one way only, since each part takes exactly one segment (and {name:path}, which takes many, is
+#         last): a search visits no node twice, so it costs at most the tree, and linear in the path whatever the path is
+#     R2  the order in which patterns were added plays no part: two of the same rank at one node have the same converter
+#     R3  what the dict of whole paths has is what the tree would have found first
+#
+# Rejected: regular expressions, one for each route or one for all (order decides, and some can be made to explode); parameters
+# that are a part of a segment, "{name}.json" (one segment could match in many ways); resolving "." and "..", which is for
+# those who serve files to do, or refuse, after the path has been decoded.
+
+# The rank of converters of one's own: after uuid (0), int (1) and float (2), before str (4) and path (5).
+OWN_RANK = 3
+
+# Characters that a segment of a path may have as they are (RFC 3986 section 3.3, pchar), besides those _quote() never encodes.
+_PCHAR = "!$&'()*+,;=:@"
+
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})").search
+_IS_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
+_PARAMETER = re.compile(r"\{([^{}:]*)(?::([^{}:]*))?\}").fullmatch
+_IS_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?").fullmatch
+_HOST_OF = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::[0-9]{0,5})?").fullmatch
+_IS_INT = re.compile(rf"-?[0-9]{{1,{DIGITS}}}").fullmatch
+_IS_FLOAT = re.compile(rf"-?[0-9]{{1,{DIGITS}}}(?:\.[0-9]{{1,{DIGITS}}})?").fullmatch
+_IS_UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}").fullmatch
+
+# The parameters of all matches that have none: shared, so nobody may write into it. And the methods of a path that is not there.
+_NOTHING, _NO_METHODS = types.MappingProxyType({}), {}
+
+
+class _Converter:
+    """How a parameter is read from one segment of a path, and written into it: see Router.add_converter().
+
+    Of one place in a path the converter of the lowest rank is asked first; of equal ones the one whose name is first.
+    """
+
+    __slots__ = ("name", "parse", "format", "schema", "type", "rank", "read")
+
+    def __init__(self, name, parse, format=str, *, schema=None, type=None, rank=None):
+        self.name, self.parse, self.format, self.type = name, parse, format, type
+        self.schema = {"type": "string"} if schema is None else schema
+        # What a search calls. Those of this module, which have a rank, raise nothing.
+        self.rank, self.read = (OWN_RANK, self.value) if rank is None else (rank, parse)
+
+    def __repr__(self):
+        return f"<_Converter {self.name}>"
+
+    def text(self, value):
+        """The text of a value, which parse() takes back; ValueError when there is none."""
+        text = self.format(value)
+        if not isinstance(text, str) or text in (".", "..") or not text and self is not _PATH or self.value(text) is None:
+            raise ValueError(f"{value!r:.80} is no {self.name} that a path can have")
+        return text
+
+    def value(self, text):
+        """The value of a text, or None."""
+        if self.parse is None:                  # any text
+            return text
+        try:
+            return self.parse(text)
+        except ValueError:
+            return None
+
+
+def _parse_int(text):
+    if text.isdecimal() and text.isascii() and len(text) <= DIGITS:        # half the time of the pattern
+        return int(text)
+    return int(text) if _IS_INT(text) else None
+
+
+def _parse_rest(text):
+    """A path that stays below what it is appended to, as far as that can be seen here: it does not begin with "/"."""
+    return None if text[:1] == "/" or any(segment in (".", "..") for segment in text.split("/")) else text
+
+
+def _format_float(value):
+    text = str(value)
+    return format(decimal.Decimal(text), "f") if "e" in text else text         # 1e+16, 1e-07
+
+
+_STR, _PATH = _Converter("str", None, type=str, rank=4), _Converter("path", _parse_rest, type=str, rank=5)
+
+_CONVERTERS = {converter.name: converter for converter in (
+    _Converter("uuid", lambda text: uuid.UUID(text) if _IS_UUID(text) else None,
+               schema={"type": "string", "format": "uuid"}, type=uuid.UUID, rank=0),
+    _Converter("int", _parse_int, schema={"type": "integer"}, type=int, rank=1),
+    _Converter("float", lambda text: float(text) if _IS_FLOAT(text) else None, _format_float,
+               schema={"type": "number"}, type=float, rank=2),
+    _STR, _PATH)}
+
+
+class Match:
+    """A route that takes a request: what Router.find() returns when `status` is 200.
+
+    `handler(request, **arguments)` is awaited; `arguments` is empty when the handler wants the request alone. `params` are all
+    parameters of the path, {name: value}, for request.params; `route` is the Route.
+    """
+
+    __slots__ = ("handler", "arguments", "params", "route")
+
+    status, allow, location = 200, "", ""
+
+    def __init__(self, route, params):
+        self.route, self.params, self.handler = route, params, route.call
+        wanted = route.wanted
+        if wanted is None:
+            self.arguments = params
+        elif wanted:
+            self.arguments = {name: params[name] for name in wanted}
+        else:
+            self.arguments = _NOTHING
+
+    def __repr__(self):
+        return f"<Match {self.route.path} {dict(self.params)}>"
+
+
+class _Answer(Match):
+    """What to answer when there is no handler to ask: `handler` is None, `status` 204, 308, 400, 404 or 405."""
+
+    __slots__ = ("status", "allow", "location")
+
+    def __init__(self, status, allow="", location=""):
+        self.status, self.allow, self.location = status, allow, location
+        self.handler = self.route = None
+        self.arguments = self.params = _NOTHING
+
+    def __repr__(self):
+        return f"<Match {self.status} {self.allow}{self.location}>"
+
+
+_BAD_PATH, _NOT_FOUND = _Answer(400), _Answer(404)
+
+
+def _parse_pattern(path, converters, said):
+    """The parts of a pattern: str for a text, (name, _Converter) for a parameter."""
+    if not isinstance(path, str):
+        raise TypeError(f"{said}: give the path as a str, such as \"/users/{{id:int}}\"")
+    if path == "":
+        return []
+    if path[0] != "/":
+        raise ValueError(f"{said}: a path begins with \"/\"")
+    found = re.search("[\0-\x1f\x7f?#]|%[0-9A-Fa-f]{2}", path)
+    if found:
+        raise ValueError(f"{said}: a path has no {found[0]!r}; it is written as text, not encoded (a space, not %20), and "
+                         "without a query")
+    parts = [_parse_part(segment, converters, said) for segment in path[1:].split("/")]
+    if "" in parts[:-1]:
+        raise ValueError(f"{said}: there is an empty segment (\"//\") in the path")
+    if any(part in (".", "..") for part in parts):
+        raise ValueError(f"{said}: clients resolve \".\" and \"..\" before they send a path, so it would never match")
+    for part in parts[:-1]:
+        if isinstance(part, tuple) and part[1] is _PATH:
+            raise ValueError(f"{said}: {{{part[0]}:path}} takes all of the rest, so it has to be last")
+    return parts
+
+
+def _parse_part(segment, converters, said):
+    if "{" not in segment and "}" not in segment:
+        return segment
+    found = _PARAMETER(segment)
+    if not found:
+        raise ValueError(f"{said}: {segment!r} is no parameter; one fills its whole segment: {{name}} or {{name:converter}}, "
+                         "and a path has no other braces")
+    name, kind = found[1], found[2]
+    if not (name.isidentifier() and name.isascii()) or keyword.iskeyword(name):
+        raise ValueError(f"{said}: {{{name}}}: the name of a parameter is passed to the handler, so it must be an identifier")
+    if kind is not None and kind not in converters:
+        raise ValueError(f"{said}: there is no converter {kind!r}; there are {', '.join(sorted(converters))}, and "
+                         "add_converter() adds one")
+    return name, converters[kind or "str"]
+
+
+def _parse_host(host, converters, said):
+    """The labels of a host, as parts; None for any host."""
+    if host is None:
+        return None
+    if not isinstance(host, str):
+        raise TypeError(f"{said}: host={host!r}: give a str, such as \"api.example.com\" or \"{{tenant}}.example.com\"")
+    parts = [_parse_part(label, converters, f"{said}, host={host!r}") for label in host.split(".")]
+    for part in parts:
+        if isinstance(part, tuple) and part[1] is _PATH or isinstance(part, str) and not _IS_LABEL(part):
+            raise ValueError(f"{said}: host={host!r}: a host is labels with dots between, in lower case and without a port; a "
+                             "label is text or a parameter")
+    return parts
+
+
+def _names_of(parts):
+    return [part[0] for part in parts if isinstance(part, tuple)]
+
+
+def _quoted(segment):
+    return urllib.parse.quote(segment, safe=_PCHAR)
+
+
+def _written(parts):
+    """The pattern of parts."""
+    return "".join("/" + (part if isinstance(part, str) else f"{{{part[0]}}}" if part[1] is _STR else
+                          f"{{{part[0]}:{part[1].name}}}") for part in parts)
+
+
+class Route:
+    """One pattern with its handler, as Router.routes() lists it. Not to be changed.
+
+    `path` and `host` (or None) are the patterns with all prefixes, `methods` a tuple of those that were given (empty: a mount,
+    which takes all), `name` or None, `handler` the function that was given, `documented` whether openapi() shows it.
+    """
+
+    __slots__ = ("path", "methods", "host", "name", "handler", "documented", "is_mount", "encoded_slashes",
+                 "parts", "host_parts", "limits", "names", "call", "wanted", "plan")
+
+    def __init__(self, parts, handler, methods, *, name, host_parts, limits, documented=True, is_mount=False,
+                 encoded_slashes=False):
+        self.parts, self.handler, self.methods, self.name, self.host_parts = parts, handler, methods, name, host_parts
+        self.limits = limits            # of a typed handler: depth of JSON, errors that are listed
+        self.documented, self.is_mount, self.encoded_slashes = documented, is_mount, encoded_slashes
+        self.path = _written(parts)
+        self.host = None if host_parts is None else _written(host_parts)[1:].replace("/", ".")
+        said = str(self)
+        self.names = (*_names_of(host_parts or ()), *_names_of(parts), *(("rest",) if is_mount else ()))
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"{said}: two parameters have the same name")
+        converters = {part[0]: part[1] for part in [*(host_parts or ()), *parts] if isinstance(part, tuple)}
+        self.plan = _Plan(handler, self.names, converters, methods, said, limits)
+        self.call, self.wanted = self.plan.call, self.plan.wanted
+
+    def __repr__(self):
+        return f"<Route {self}>"
+
+    def __str__(self):
+        return f"{', '.join(self.methods) or 'mount'} {self.host or ''}{self.path or '/'}"
+
+    def _below(self, parts, host_parts, name):
+        """The same one in a router that includes its router."""
+        if host_parts is not None and self.host_parts is not None:
+            raise ValueError(f"{self}: it has a host already, so its router cannot be included with host=")
+        full_name = self.name and (f"{name}.{self.name}" if name else self.name)
+        return Route([*parts, *self.parts], self.handler, self.methods, name=full_name, documented=self.documented,
+                     limits=self.limits, host_parts=self.host_parts if host_parts is None else host_parts,
+                     is_mount=self.is_mount, encoded_slashes=self.encoded_slashes)
+
+    def _url(self, params):
+        """The path (with "//host" before it) and what of `params` is no parameter of it."""
+        params = dict(params)
+        path = "".join("/" + self._part_text(part, params) for part in self.parts)
+        if self.is_mount:
+            rest = params.pop("rest", "")
+            if not isinstance(rest, str) or rest and (rest[0] != "/" or _parse_rest(rest[1:]) is None):
+                raise ValueError(f"{self}: rest={rest!r:.80}: give \"\", or a path that begins with one \"/\" and "
+                                 "has no dot segments")
+            path += urllib.parse.quote(rest, safe="/" + _PCHAR)
+        host = ""
+        if self.host_parts is not None:
+            labels = [self._part_text(part, params).lower() for part in self.host_parts]
+            if not all(map(_IS_LABEL, labels)):
+                raise ValueError(f"{self}: {'.'.join(labels)!r:.80} is no host")
+            host = "//" + ".".join(labels)
+        return host + (path or "/"), params
+
+    def _part_text(self, part, params):
+        if isinstance(part, str):
+            return _quoted(part)
+        name, converter = part
+        if params.get(name) is None:
+            raise ValueError(f"url_for({self.name!r}) needs {name}=; {self} has the parameters {', '.join(self.names)}")
+        try:
+            text = converter.text(params.pop(name))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"url_for({self.name!r}): {name}=: {error}") from None
+        return urllib.parse.quote(text, safe="/" + _PCHAR if converter is _PATH else _PCHAR)
+
+
+class _Node:
+    """A place in the tree of patterns."""
+
+    __slots__ = ("texts", "others", "rest", "routes", "mount")
+
+    def __init__(self):
+        self.texts = {}         # segment -> _Node
+        self.others = []        # (_Converter, its read, _Node), the most specific last: it is to come off a stack first
+        self.rest = None        # the _Node of {name:path}, which has only routes
+        self.routes = {}        # method -> Route; HEAD is GET's until it gets one of its own
+        self.mount = None       # Route
+
+
+class _Tree:
+    """The patterns for one host, or for any."""
+
+    __slots__ = ("root", "whole")
+
+    def __init__(self):
+        self.root = _Node()
+        self.whole = {}         # path as clients send it -> {method: Match}, of patterns without parameters
+
+    def node(self, parts):
+        """The node of a pattern, made if there is none: one without routes changes nothing."""
+        node = self.root
+        for part in parts:
+            if isinstance(part, str):
+                if part not in node.texts:
+                    node.texts[part] = _Node()
+                node = node.texts[part]
+            elif part[1] is _PATH:
+                node.rest = node = node.rest or _Node()
+            else:
+                node = self._child(node, part[1])
+        return node
+
+    @staticmethod
+    def _child(node, converter):
+        for other, _, child in node.others:
+            if other is converter:
+                return child
+            if (other.rank, other.name) == (converter.rank, converter.name):
+                raise ValueError(f"two different converters are called {other.name!r} at one place of the path; rename one")
+        child = _Node()
+        node.others = sorted([*node.others, (converter, converter.read, child)], reverse=True,
+                             key=lambda other: (other[0].rank, other[0].name))
+        return child
+
+    def add(self, route):
+        node = self.node(route.parts)
+        if route.is_mount:
+            node.mount = route
+            return
+        for method in route.methods:
+            node.routes[method] = route
+        if "GET" in route.methods:
+            node.routes.setdefault("HEAD", route)
+        if not _names_of(route.parts):
+            path = "".join("/" + _quoted(part) for part in route.parts)
+            self.whole[path] = {method: Match(at, _NOTHING) for method, at in node.routes.items() if not at.names}
+
+    def search(self, segments, slash, method, values=()):
+        """A Match, or the tuple (methods of routes that match but for theirs, the deepest mount: (Route, values, depth)).
+
+        segments: decoded, the first is what stands before the first "/"; slash: the last of them that has a "/" of its own, or 0
+        """
+        node, at, end = self.root, 1, len(segments)
+        waiting, methods, mount = [], None, None
+        while True:
+            if node.mount is not None and (mount is None or at > mount[2]) and (at > slash or node.mount.encoded_slashes):
+                mount = node.mount, values, at
+            if at == end:
+                route = node.routes.get(method)
+                if route is not None:
+                    return Match(route, dict(zip(route.names, values)))
+                if node.routes:
+                    methods = {*(methods or ()), *node.routes}
+            else:
+                segment = segments[at]
+                if node.rest is not None and at > slash and (segment or at + 1 == end):
+                    waiting.append((node.rest, -at, values))
+                at += 1
+                if segment:
+                    for _, read, child in node.others:
+                        value = segment if read is None else read(segment)
+                        if value is not None:
+                            waiting.append((child, at, (*values, value)))
+                node = node.texts.get(segment)
+                if node is not None:
+                    continue
+            if not waiting:
+                return methods, mount
+            node, at, values = waiting.pop()
+            if at < 0:
+                at, values = end, values + ("/".join(segments[-at:]),)
+
+
+class Router:
+    """Who answers which method and path: registers handlers, finds them, and builds URLs.
+
+    A pattern is text with parameters, each of one whole segment: {name} (any text), {id:int}, {x:float} (digits, a "-" before
+    them), {id:uuid}, or a converter of your own; the last may be {rest:path}, which takes all of the rest, but never begins with
+    "/". The most specific pattern wins: text before uuid, int, float, own converters and str, these before path, from the left;
+    a method that it does not have is looked for in the next. The order of registration plays no part.
+
+    A handler is an `async def`. Its first parameter is the request; parameters of the path that it names it gets as keyword
+    arguments, all of them with `**params`. One that names none is called with the request alone. More can be filled from the
+    body and the query (typed handlers). All this is decided when it is registered.
+
+    prefix: stands before all paths. redirect_slashes: whether a path that does not match, but would with its last "/" taken away
+    or added, is answered with a redirect (308). json_depth: arrays and objects in each other in a typed handler's body;
+    max_errors: those that a 422 lists.
+
+    What cannot be (a pattern that is none, a method that is taken, a handler that is not async ...) raises ValueError or
+    TypeError where it is registered; nothing of it is added then.
+    """
+
+    def __init__(self, prefix="", redirect_slashes=False, *, json_depth=JSON_DEPTH, max_errors=ERRORS):
+        self.redirect_slashes = redirect_slashes
+        self._limits = json_depth, max_errors
+        self._converters = dict(_CONVERTERS)
+        self._parts = self._prefix(prefix, "Router()")
+        self._routes = []
+        self._named = {}
+        self._tree = _Tree()            # for any host
+        self._hosts = {}                # what each label of a host is, a str or a _Converter -> _Tree; the most specific first
+        self._whole = self._tree.whole  # what find() looks into first: nothing as soon as there are hosts
+        self._parents = []              # (Router, parts, host parts, name) of those that include this one
+
+    def _prefix(self, prefix, said):
+        parts = _parse_pattern(prefix, self._converters, f"{said}, prefix={prefix!r}")
+        if parts and (parts[-1] == "" or not isinstance(parts[-1], str) and parts[-1][1] is _PATH):
+            raise ValueError(f"{said}, prefix={prefix!r}: it cannot end with \"/\" or {{...:path}}, since paths are appended "
+                             "to it")
+        return parts
+
+    # -- registering
+
+    def add_converter(self, name, parse, format=str, *, schema=None, type=None):
+        """Make {x:name} usable in patterns that are registered in this router from now on.
+
+        parse(text) gets a segment that is not empty, decoded, and returns the value; None or a ValueError say that the text is
+        none. It runs for each request that may match, so it has to be linear in the text. format(value) returns the text for
+        url_for(). `schema` is the JSON Schema that openapi() shows; `type` is what the handler's annotation must be, if there is
+        one.
+        """
+        if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]*", name):
+            raise ValueError(f"add_converter({name!r}): the name is lower-case letters, digits and \"_\"")
+        if name in self._converters:
+            raise ValueError(f"add_converter({name!r}): there is one of that name already")
+        self._converters[name] = _Converter(name, parse, format, schema=schema, type=type)
+
+    def add(self, path, handler, methods=("GET",), *, name=None, host=None, documented=True):
+        """Have `handler` answer these methods of a path, and HEAD with GET unless another one does. Returns the Route."""
+        said = f"{path!r} of {getattr(handler, '__qualname__', handler)!s:.80}"
+        if isinstance(methods, str):
+            raise TypeError(f"{said}: methods={methods!r}: give a list: [{methods!r}]")
+        methods = tuple(dict.fromkeys(methods))
+        if not methods:
+            raise ValueError(f"{said}: methods= is empty")
+        for method in methods:
+            if not isinstance(method, str) or not _IS_METHOD(method) or method != method.upper() or method == "CONNECT":
+                raise ValueError(f"{said}: {method!r} is no method; they are case-sensitive (GET), and CONNECT has no path")
+        parts = [*self._parts, *_parse_pattern(path, self._converters, said)]
+        if not parts:
+            raise ValueError(f"{said}: an empty path needs a prefix: Router(prefix=); the root is \"/\"")
+        route = Route(parts, handler, methods, name=name, documented=documented, limits=self._limits,
+                      host_parts=_parse_host(host, self._converters, said))
+        self._insert([route])
+        return route
+
+    def route(self, path, methods=("GET",), *, name=None, host=None, documented=True):
+        """The same as a decorator; the function stays as it is."""
+        def decorate(handler):
+            self.add(path, handler, methods, name=name, host=host, documented=documented)
+            return handler
+        return decorate
+
+    def get(self, path, **options):
+        """@router.get(path): route() for GET (and HEAD)."""
+        return self.route(path, ("GET",), **options)
+
+    def post(self, path, **options):
+        """@router.post(path): route() for POST."""
+        return self.route(path, ("POST",), **options)
+
+    def put(self, path, **options):
+        """@router.put(path): route() for PUT."""
+        return self.route(path, ("PUT",), **options)
+
+    def patch(self, path, **options):
+        """@router.patch(path): route() for PATCH."""
+        return self.route(path, ("PATCH",), **options)
+
+    def delete(self, path, **options):
+        """@router.delete(path): route() for DELETE."""
+        return self.route(path, ("DELETE",), **options)
+
+    def include(self, router, *, prefix="", host=None, name=None):
+        """Have this router answer what another one does, now and later, below `prefix`, and for `host` only.
+
+        Its names become "name.its". Who wants a parameter of the prefix as an argument gives it to Router(prefix=) instead, so
+        that it is known when the handler is registered; in request.params it is with both.
+        """
+        if not isinstance(router, Router):
+            raise TypeError(f"include({router!r:.80}): give a Router; a handler is mounted")
+        if router is self or router in self._ancestors():
+            raise ValueError("include(): that router includes this one")
+        parts = [*self._parts, *self._prefix(prefix, "include()")]
+        parent = self, parts, _parse_host(host, self._converters, "include()"), name
+        self._insert([route._below(*parent[1:]) for route in router._routes])
+        router._parents.append(parent)
+
+    def mount(self, prefix, handler, *, name=None, host=None, encoded_slashes=False):
+        """Give `handler` all requests below a prefix that no route matches, whatever their method; a Router is included.
+
+        It is called with (request, rest=...): the rest of the path, decoded: "" or what begins with "/". Of two mounts the
+        longer one wins. A path with an encoded "/" (%2F) in its rest is not found, since in `rest` it would look like any other,
+        unless encoded_slashes is True. "." and ".." are left as they are. Returns the Route, or None for a Router.
+        """
+        if isinstance(handler, Router):
+            self.include(handler, prefix="" if prefix == "/" else prefix, host=host, name=name)
+            return None
+        said = f"mount({prefix!r})"
+        parts = [*self._parts, *self._prefix("" if prefix == "/" else prefix, said)]
+        route = Route(parts, handler, (), name=name, documented=False, is_mount=True, encoded_slashes=encoded_slashes,
+                      host_parts=_parse_host(host, self._converters, said), limits=self._limits)
+        self._insert([route])
+        return route
+
+    def _ancestors(self):
+        found, remaining = [], [self]
+        while remaining:
+            parents = [parent for parent, *_ in remaining.pop()._parents if parent not in found]
+            found += parents
+            remaining += parents
+        return found
+
+    def _insert(self, routes):
+        """Add routes here and in all routers that include this one: in all or in none."""
+        placements = [placement for route in routes for placement in self._placements(route)]
+        claimed = {}
+        for router, route in placements:
+            router._check(route, claimed)
+        for router, route in placements:
+            router._routes.append(route)
+            router._tree_of(route).add(route)
+            if route.name:
+                router._named[route.name] = route
+            if router._hosts:
+                router._whole = {}
+
+    def _placements(self, route):
+        yield self, route
+        for parent, *where in self._parents:
+            yield from parent._placements(route._below(*where))
+
+    def _tree_of(self, route):
+        """The tree of the route's host, made if there is none."""
+        if route.host_parts is None:
+            return self._tree
+        key = tuple(part if isinstance(part, str) else part[1] for part in route.host_parts)
+        if key not in self._hosts:
+            self._hosts[key] = _Tree()
+            self._hosts = dict(sorted(self._hosts.items(), key=lambda item: [
+                (-1, label) if isinstance(label, str) else (label.rank, label.name) for label in item[0]]))
+        return self._hosts[key]
+
+    def _check(self, route, claimed):
+        """Raise ValueError if something is taken, by a route that is here or by one that is to be added with it (`claimed`)."""
+        node = self._tree_of(route).node(route.parts)
+        for method in route.methods or ("mount",):
+            other = node.mount if route.is_mount else node.routes.get(method)
+            if other is None or not route.is_mount and method not in other.methods:         # GET's HEAD may be taken
+                other = claimed.get((node, method))
+            if other is not None:
+                raise ValueError(f"{route}, {_shown_handler(route.handler)}: {method} of this path is taken by {other}, "
+                                 f"{_shown_handler(other.handler)}")
+            claimed[node, method] = route
+        if route.name is not None:
+            if not isinstance(route.name, str) or not route.name:
+                raise TypeError(f"{route}: name={route.name!r}: give a str, or None")
+            other = self._named.get(route.name) or claimed.get((self, route.name))
+            if other is not None:
+                raise ValueError(f"{route}: the name {route.name!r} is taken by {other}; include(name=) makes names of its own")
+            claimed[self, route.name] = route
+
+    # -- finding
+
+    def find(self, method, path, host=None):
+        """Who answers: a Match, whose `status` says whether there is a handler.
+
+        200   await match.handler(request, **match.arguments)
+        204   OPTIONS, and no handler for it: answer with `allow`
+        308   redirect to `location` (and the query, which this does not know)
+        400   the path is none: it does not begin with "/", has a bad "%", or is no UTF-8, or has a NUL, once it is decoded
+        404   nobody has such a path
+        405   somebody has, but not this method: answer with `allow`
+
+        path: from the request target, still encoded, without the query; "*" is taken with OPTIONS. It is decoded once, and "%2F"
+        does not divide segments. host: the Host field as it came, or None; a port, upper case and a dot at its end do not count.
+        """
+        return self._whole.get(path, _NO_METHODS).get(method) or self._find(method, path, host)
+
+    def _find(self, method, path, host):
+        segments, slash = path.split("/"), 0
+        if "%" in path:
+            segments, slash = _decoded(path, segments)
+        if len(segments) < 2 or segments[0] or not path.isascii() or "\0" in path:
+            return self._all_methods() if path == "*" and method == "OPTIONS" else _BAD_PATH
+        if not self._hosts:             # what follows is _search() written out: a seventh of the time of a path with parameters
+            found = self._tree.search(segments, slash, method)
+            if type(found) is Match:
+                return found
+            match = _answer(method, segments, *found)
+        else:
+            match = self._search(method, segments, slash, host)
+        if match is _NOT_FOUND and self.redirect_slashes and segments[1]:       # "//…" would be taken for a host
+            segments = [*segments, ""] if segments[-1] else segments[:-1]
+            if self._search(method, segments, slash, host).status == 200:
+                return _Answer(308, location="/".join(map(_quoted, segments)))
+        return match
+
+    def _search(self, method, segments, slash, host):
+        allowed = None
+        for tree, values in self._trees(host):
+            found = tree.search(segments, slash, method, values)
+            if type(found) is Match:
+                return found
+            methods, mount = found
+            if methods:
+                allowed = {*(allowed or ()), *methods}
+            elif mount and not allowed:
+                return _answer(method, segments, None, mount)
+        return _answer(method, segments, allowed, None)
+
+    def _trees(self, host):
+        """The trees for a host, the most specific first, each with the values of the host's parameters."""
+        found = _HOST_OF(host or "")
+        labels = found[1].lower().removesuffix(".").split(".") if found else []
+        pairs = [(tree, _host_values(parts, labels)) for parts, tree in self._hosts.items() if len(parts) == len(labels)]
+        return [*(pair for pair in pairs if pair[1] is not None), (self._tree, ())]
+
+    def _all_methods(self):
+        methods = {method for route in self._routes for method in route.methods}
+        return _Answer(204, allow=_allow(methods | ({"HEAD"} if "GET" in methods else set())))
+
+    # -- listing
+
+    def routes(self):
+        """All routes, those of included routers too, in the order in which they were added: a list of Route."""
+        return list(self._routes)
+
+    def url_for(self, name, /, **params):
+        """The path of the route of that name, percent-encoded; "//host/path" if the route has a host.
+
+        Parameters that the path does not have become the query: a list gives one field for each item, None gives none, True and
+        False are "true" and "false". KeyError: there is no such name; ValueError: a parameter is missing, or is none that the
+        path takes back.
+        """
+        if name not in self._named:
+            raise KeyError(f"no route is called {name!r}; there are {', '.join(sorted(self._named)) or 'none with a name'}")
+        path, others = self._named[name]._url(params)
+        fields = [(key, _query_text(item)) for key, value in others.items() if value is not None
+                  for item in (value if isinstance(value, (list, tuple)) else [value])]
+        return f"{path}?{urllib.parse.urlencode(fields)}" if fields else path
+
+
+def _answer(method, segments, methods, mount):
+    """What a search gives that has found no route: `methods` of others at that path, or None, and a mount, or None."""
+    if methods:
+        return _Answer(204 if method == "OPTIONS" else 405, allow=_allow(methods))
+    if mount is None:
+        return _NOT_FOUND
+    route, values, at = mount
+    rest = "".join(["/" + segment for segment in segments[at:]])
+    return Match(route, dict(zip(route.names, (*values, rest))))
+
+
+def _allow(methods):
+    return ", ".join(sorted({*methods, "OPTIONS"}))
+
+
+def _host_values(parts, labels):
+    """The values of the parameters of a host; None when it does not match."""
+    values = []
+    for part, label in zip(parts, labels):
+        if not isinstance(part, str):
+            values.append(part.value(label) if label else None)
+        elif part != label:
+            return None
+    return None if None in values else tuple(values)
+
+
+def _decoded(path, segments):
+    """The segments decoded, and which is the last that has a "/" of its own (0: none). No segments when that cannot be."""
+    slash = 0
+    if _BAD_ESCAPE(path):
+        return (), 0
+    try:
+        for at, segment in enumerate(segments):
+            if "%" in segment:
+                segments[at] = segment = urllib.parse.unquote_to_bytes(segment).decode()
+                if "\0" in segment:
+                    return (), 0
+                if "/" in segment:
+                    slash = at
+    except UnicodeDecodeError:
+        return (), 0
+    return segments, slash
+
+
+# ---- OpenAPI --------------------------------------------------------------------------------------------------
+#
+# The document is made from what the routes know, when it is asked for; nothing is kept. OpenAPI 3.1 takes JSON Schema 2020-12
+# as it is. Two things it cannot say: that two patterns of the same shape differ by their converters, or by their host. Of
+# those the first stands for all, and its description names the others.
+
+_OPERATIONS = ("GET", "PUT", "POST", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE")
+
+_UNPROCESSABLE = {
+    "type": "object", "required": ["status", "title", "errors"],
+    "properties": {
+        "status": {"type": "integer"}, "title": {"type": "string"},
+        "errors": {"type": "array", "items": {
+            "type": "object", "required": ["in", "path", "expected", "got"],
+            "properties": {"in": {"enum": ["body", "query"]}, "path": {"type": "string"}, "expected": {"type": "string"},
+                           "got": {"type": "string"}}}}}}
+
+
+class _Components:
+    """The schemas of the dataclasses that a document refers to: {name: schema}."""
+
+    def __init__(self):
+        self.schemas, self._names = {"UnprocessableContent": _UNPROCESSABLE}, {}
+        self.uses_unprocessable = False
+
+    def reference(self, kind):
+        """A reference to the schema of an _Object, which is made when it is the first."""
+        cls = kind.cls
+        if cls not in self._names:
+            name = self._names[cls] = self._free_name(cls)
+            self.schemas[name] = None                   # its place, also for a field of its own type
+            self.schemas[name] = self._schema(kind)
+        return {"$ref": f"#/components/schemas/{self._names[cls]}"}
+
+    def _free_name(self, cls):
+        for name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}"):
+            name = re.sub("[^A-Za-z0-9._-]", "_", name)
+            if name not in self.schemas:
+                return name
+        return next(name for number in itertools.count(2) if (name := f"{cls.__name__}-{number}") not in self.schemas)
+
+    def _schema(self, kind):
+        schema = {"type": "object", "properties": {name: field.schema(self) for name, field in kind.fields.items()},
+                  "additionalProperties": False}
+        required = [name for name, field in kind.fields.items() if field.default is _MISSING]
+        if required:
+            schema["required"] = required
+        text = inspect.cleandoc(kind.cls.__doc__ or "")
+        if text and not text.startswith(f"{kind.cls.__name__}("):        # which is what a dataclass without one gets
+            schema["description"] = text
+        return schema
+
+
+def openapi(router, *, title="API", version="1", description="", servers=()):
+    """The OpenAPI 3.1 document of a router's routes, to be made JSON: a dict.
+
+    Of each handler it has the docstring (first line: summary; the rest: description), the parameters of the path and the query,
+    the body, and what the return annotation says: a type of JSON, str, bytes, None (204), or tuple[int, ...] (status, body), with
+    Literal[201] for the int to name the status. Dataclasses are components; a string in Annotated[...] is a description. Mounts,
+    and routes with documented=False, are left out. servers: URLs.
+    """
+    components, paths, shapes, identifiers = _Components(), {}, {}, set()
+    for route in router.routes():
+        if not route.documented:
+            continue
+        shape = tuple(part if isinstance(part, str) else None for part in route.parts)
+        template, names = shapes.setdefault(shape, (_template(route), _names_of(route.parts)))
+        item = paths.setdefault(template, {})
+        for method in route.methods:
+            if method not in _OPERATIONS:
+                continue
+            if method.lower() in item:
+                first = item[method.lower()]
+                first["description"] = f"{first.get('description', '')}\n\nAlso: {route}".strip()
+            else:
+                item[method.lower()] = _operation(route, method, names, components, identifiers)
+    info = {"title": title, "version": version, **({"description": description} if description else {})}
+    document = {"openapi": "3.1.0", "info": info, "paths": {path: item for path, item in paths.items() if item}}
+    if servers:
+        document["servers"] = [{"url": url} for url in servers]
+    if not components.uses_unprocessable:
+        del components.schemas["UnprocessableContent"]
+    if components.schemas:
+        document["components"] = {"schemas": components.schemas}
+    return document
+
+
+def _template(route):
+    return "".join("/" + (part if isinstance(part, str) else f"{{{part[0]}}}") for part in route.parts)
+
+
+def _operation(route, method, names, components, identifiers):
+    """An Operation Object. names: of the path's parameters, as the first route of this shape has them."""
+    plan = route.plan
+    summary, _, rest = inspect.cleandoc(inspect.getdoc(route.handler) or "").partition("\n")
+    name = route.name or getattr(route.handler, "__name__", type(route.handler).__name__)
+    choices = itertools.chain([name, f"{name}_{method.lower()}"], (f"{name}_{number}" for number in itertools.count(2)))
+    operation = {"operationId": next(choice for choice in choices if choice not in identifiers)}
+    identifiers.add(operation["operationId"])
+    if summary:
+        operation["summary"] = summary
+    if rest.strip():
+        operation["description"] = rest.strip()
+    if route.host_parts is not None:
+        operation["servers"] = [_server(route)]
+    converters = [part[1] for part in route.parts if isinstance(part, tuple)]
+    parameters = [{"name": name, "in": "path", "required": True, "schema": dict(converter.schema)}
+                  for name, converter in zip(names, converters)]
+    for field in plan.query:
+        schema = field.schema(components)
+        described = {"description": schema.pop("description")} if field.description else {}
+        parameters.append({"name": field.name, "in": "query", "required": field.default is _MISSING, **described,
+                           "schema": schema})
+    if parameters:
+        operation["parameters"] = parameters
+    if plan.body is not None:
+        content = {"application/json": {"schema": plan.body.kind.schema(components)}}
+        described = {"description": plan.body.description} if plan.body.description else {}
+        operation["requestBody"] = {**described, "required": plan.body.default is _MISSING, "content": content}
+    operation["responses"] = _responses(plan, components)
+    return operation
+
+
+def _server(route):
+    url = "//" + ".".join(part if isinstance(part, str) else f"{{{part[0]}}}" for part in route.host_parts)
+    variables = {name: {"default": name} for name in _names_of(route.host_parts)}
+    return {"url": url, "variables": variables} if variables else {"url": url}
+
+
+def _responses(plan, components):
+    status, returned = "200", plan.returns()
+    if typing.get_origin(returned) is tuple and len(typing.get_args(returned)) == 2:
+        number, returned = typing.get_args(returned)
+        codes = typing.get_args(number) if typing.get_origin(number) is typing.Literal else ()
+        status = str(codes[0]) if len(codes) == 1 and type(codes[0]) is int and 100 <= codes[0] <= 599 else "2XX"
+    elif returned is type(None):
+        status = "204"
+    content = _content(_bare(returned), components)
+    phrase = http.HTTPStatus(int(status)).phrase if status in map(str, http.HTTPStatus) else "Success"
+    responses = {status: {"description": _description(returned) or phrase, **({"content": content} if content else {})}}
+    if plan.body is not None:
+        responses["400"] = {"description": "The body is no JSON"}
+        responses["415"] = {"description": "The body is not declared to be JSON"}
+    if plan.body is not None or plan.query:
+        components.uses_unprocessable = True
+        responses["422"] = {"description": "A field or a parameter is not what it should be", "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/UnprocessableContent"}}}}
+    return responses
+
+
+def _content(returned, components):
+    """The media types of what a handler returns, when its annotation says so."""
+    if returned in (str, bytes):
+        media_type = "text/plain" if returned is str else "application/octet-stream"
+        return {media_type: {"schema": {"type": "string"} if returned is str else {}}}
+    try:
+        kind = None if returned is type(None) else _kind(returned, "", {})
+    except TypeError:                           # a Response, an iterator, nothing at all
+        return {}
+    return {"application/json": {"schema": kind.schema(components)}} if kind else {}
+
+
+# -- the page
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8885; --soft: #8882; --link: #0a58ca; }
+@media (prefers-color-scheme: dark) { :root { --link: #7ab7ff; } }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+a { color: var(--link); } code, pre { font: 0.9em/1.4 ui-monospace, monospace; } pre { white-space: pre-wrap; margin: 0.5rem 0; }
+details { border: 1px solid var(--line); border-radius: 6px; margin: 0.5rem 0; } details > div { padding: 0 1rem 0.5rem; }
+summary { padding: 0.5rem 1rem; cursor: pointer; } summary b { display: inline-block; min-width: 5rem; }
+summary:focus-visible, a:focus-visible { outline: 3px solid var(--link); }
+table { border-collapse: collapse; width: 100%; } caption { text-align: left; font-weight: bold; padding: 0.5rem 0; }
+th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.5rem; text-align: left; vertical-align: top; }
+thead { background: var(--soft); } h3 { margin: 1rem 0 0.25rem; } .text { white-space: pre-line; }
+"""
+
+
+def openapi_page(document, *, url=""):
+    """An OpenAPI document, as openapi() makes it, as a page of HTML: a str that needs nothing else, no script, and no network.
+
+    url: where the document itself is, for a link to it.
+    """
+    info, escape = document["info"], html.escape
+    operations = [_operation_html(path, method, operation) for path, item in document["paths"].items()
+                  for method, operation in item.items()]
+    schemas = [_schema_html(name, schema) for name, schema in document.get("components", {}).get("schemas", {}).items()]
+    link = f'<p><a href="{escape(url)}">OpenAPI {escape(document["openapi"])} document</a></p>' if url else ""
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(info["title"])}</title><style>{_STYLE}</style></head>
+<body><header><h1>{escape(info["title"])} <small>{escape(info["version"])}</small></h1>
+<p class="text">{escape(info.get("description", ""))}</p>{link}</header>
+<main><section aria-labelledby="operations"><h2 id="operations">Operations</h2>
+{"".join(operations) or "<p>There are none.</p>"}</section>
+{f'<section aria-labelledby="schemas"><h2 id="schemas">Schemas</h2>{"".join(schemas)}</section>' if schemas else ""}
+</main></body></html>
+"""
+
+
+def _operation_html(path, method, operation):
+    escape = html.escape
+    body = [f'<p class="text">{escape(operation.get("description", ""))}</p>'] if operation.get("description") else []
+    body += [f"<p>At <code>{escape(server['url'])}</code></p>" for server in operation.get("servers", ())]
+    rows = [(parameter["name"], f"{parameter['in']}, {'required' if parameter['required'] else 'optional'}",
+             parameter["schema"], parameter.get("description", "")) for parameter in operation.get("parameters", ())]
+    if rows:
+        body.append(_table("Parameters", "Where", rows))
+    if "requestBody" in operation:
+        required = "" if operation["requestBody"]["required"] else " (optional)"
+        body.append(f"<h3>Body{required}</h3>" + _content_html(operation["requestBody"]))
+    body.append("<h3>Responses</h3><ul>")
+    for status, response in operation["responses"].items():
+        body.append(f"<li><b>{escape(status)}</b> {escape(response['description'])} {_content_html(response)}</li>")
+    return (f'<details id="operation-{escape(operation["operationId"])}"><summary><b>{escape(method.upper())}</b> '
+            f'<code>{escape(path)}</code> {escape(operation.get("summary", ""))}</summary>'
+            f'<div>{"".join(body)}</ul></div></details>\n')
+
+
+def _content_html(holder):
+    return "".join(f"<div><code>{html.escape(media_type)}</code>: {_type_html(content['schema'])}</div>"
+                   for media_type, content in holder.get("content", {}).items())
+
+
+def _table(caption, second, rows):
+    body = "".join(f'<tr><th scope="row"><code>{html.escape(name)}</code></th><td>{html.escape(where)}</td>'
+                   f'<td>{_type_html(schema)}</td><td class="text">{html.escape(text)}</td></tr>'
+                   for name, where, schema, text in rows)
+    head = "".join(f'<th scope="col">{title}</th>' for title in ("Name", second, "Type", "Description"))
+    return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _schema_html(name, schema):
+    required = schema.get("required", ())
+    rows = [(field, "required" if field in required else "optional", inner, inner.get("description", ""))
+            for field, inner in schema.get("properties", {}).items()]
+    return (f'<article id="schema-{html.escape(name)}"><h3>{html.escape(name)}</h3>'
+            f'<p class="text">{html.escape(schema.get("description", ""))}</p>{_table("Fields", "Given", rows)}</article>\n')
+
+
+def _type_html(schema):
+    """A schema in a line, with links to those it refers to."""
+    escape = html.escape
+    if "$ref" in schema:
+        name = escape(schema["$ref"].rpartition("/")[2])
+        text = f'<a href="#schema-{name}">{name}</a>'
+    elif "anyOf" in schema:
+        text = " or ".join(map(_type_html, schema["anyOf"]))
+    elif "enum" in schema:
+        text = "one of " + ", ".join(f"<code>{escape(json.dumps(value))}</code>" for value in schema["enum"])
+    elif schema.get("type") == "array":
+        text = f"array of {_type_html(schema['items'])}"
+    elif isinstance(schema.get("additionalProperties"), dict):
+        text = f"object of {_type_html(schema['additionalProperties'])}"
+    else:
+        text = escape(str(schema.get("type", "anything")))
+        text += f" ({escape(str(schema['format']))})" if "format" in schema else ""
+    if "default" in schema:
+        text += f", default <code>{escape(json.dumps(schema['default']))}</code>"
+    return text
