@@ -5521,7 +5521,7 @@ class _Connection:
 
     def __init__(self, run, sock):
         self.run, self.app, self.sock = run, run.app, sock
-        self.http = HttpConnection(SERVER, **run.app._limits)
+        self.http = HttpConnection(SERVER, **run.app._codec_limits)
         peer, local = sock.peer, sock.local
         self.client = peer[:2] if type(peer) is tuple else peer or None
         self.server = local[:2] if type(local) is tuple else local
@@ -5926,8 +5926,8 @@ class HttpServer(Router):
         self.idle_timeout, self.send_timeout = (math.inf if each is None else each for each in (idle_timeout, send_timeout))
         self.min_body_rate = min_body_rate
         self.state = types.SimpleNamespace()
-        self._limits = {"max_body": max_body, "max_request_line": max_request_line, "max_field_line": max_field_line,
-                        "max_fields": max_fields, "max_head": max_head}
+        self._codec_limits = {"max_body": max_body, "max_request_line": max_request_line, "max_field_line": max_field_line,
+                              "max_fields": max_fields, "max_head": max_head}
         self._middleware, self._chain = [], None
         self._error_handlers = {}       # status or exception class -> handler
         self._lifespans = []            # functions that give async context managers
@@ -6063,6 +6063,21 @@ class HttpServer(Router):
         if isinstance(error, HttpError):
             return Response(status, error.message or REASONS.get(status, ""), error.headers)
         return Response(500, "Internal Server Error")
+
+    def describe(self, path="/openapi.json", page="/docs", **options):
+        """Serve the OpenAPI document of all routes at `path`, and a page for people at `page` (None: no page).
+
+        `options` as openapi(): title, version, description, servers. Both are made anew when they are asked for.
+        """
+        async def document(request):
+            return openapi(self, **options)
+
+        async def for_people(request):
+            return Response(200, openapi_page(openapi(self, **options), url=path), media_type="text/html; charset=utf-8")
+
+        self.add(path, document, documented=False)
+        if page is not None:
+            self.add(page, for_people, documented=False)
 
     # -- serving
 
