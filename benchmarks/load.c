@@ -1,8 +1,8 @@
 /* The load generator of net.py and http.py: one thread, one epoll, as many connections as asked for.
 
    load echo     port=N connections=N size=BYTES seconds=S     each connection sends a request, awaits the answer, sends the next
-   load paced    port=N connections=N size=BYTES seconds=S     each connection sends one request a second, whatever the answers do;
-                                                               with rate=N, all of them together N a second
+   load paced    port=N connections=N size=BYTES seconds=S     each connection sends one request a second, whatever the answers
+                                                               do; with rate=N, all of them together N a second
    load connect  port=N connections=N size=BYTES seconds=S     connect, one request, one answer, close, and again
    load push     port=N bytes=N repeat=N                       send so many bytes; the answer is how many have come
    load pull     port=N bytes=N repeat=N                       ask for so many bytes and receive them

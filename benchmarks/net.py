@@ -105,7 +105,7 @@ FIGURES = {
     "cpu": rate_of_cpu, "rate": rate, "speed": lambda done: rate(done) / 1e6,
     "speed_of_cpu": lambda done: rate_of_cpu(done) / 1e6,
     "p50": lambda done: done["p50"] * 1e6, "p99": lambda done: done["p99"] * 1e6,
-    "p99_ms": lambda done: done["p99"] * 1e3, "max_ms": lambda done: done["max"] * 1e3,
+    "p50_ms": lambda done: done["p50"] * 1e3, "p99_ms": lambda done: done["p99"] * 1e3, "max_ms": lambda done: done["max"] * 1e3,
     "lost": lambda done: done["broken"] + done["unanswered"] + done["skipped"],
     "memory": lambda done: done["memory"] / 1024,
     "busy": lambda done: 100 * done["busy"],
@@ -266,7 +266,8 @@ def run_generator(command, core):
     """What a load generator prints, run on a processor of its own, or on all where `core` is None."""
     pin = None if core is None else functools.partial(os.sched_setaffinity, 0, {core})
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_LIMIT, stdin=subprocess.DEVNULL, preexec_fn=pin)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_LIMIT, stdin=subprocess.DEVNULL,
+                              preexec_fn=pin)
     except subprocess.TimeoutExpired:
         raise Failed(f"the load was not done within {LOAD_LIMIT} s") from None
     if done.returncode:
