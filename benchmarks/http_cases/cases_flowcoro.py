@@ -11,8 +11,8 @@ import flowcoro_http
 import harness
 
 
-def serve(app, processes=1):
-    app.run("127.0.0.1", harness.free_port(), processes=processes)
+def serve(app, **options):
+    app.run("127.0.0.1", harness.free_port(), **options)
 
 
 def hello():
@@ -25,7 +25,7 @@ def hello():
     serve(app)
 
 
-def api(processes=1):
+def api():
     app = flowcoro_http.HttpServer()
 
     async def api(request, **found):
@@ -34,7 +34,17 @@ def api(processes=1):
 
     for route in [*harness.OTHERS, *harness.ROUTES]:
         app.route(route, methods=["POST"])(api)
-    serve(app, processes)
+    serve(app)
+
+
+def processes(count=2):
+    app = flowcoro_http.HttpServer()
+
+    @app.route("/")
+    async def hello(request):
+        return harness.work()
+
+    serve(app, processes=count, reuse_port=True)        # one queue for all, and the first may accept all of wrk's connections
 
 
 def wsgi():
@@ -63,8 +73,8 @@ async def client():
         await harness.measure_client(get, gather)
 
 
-CASES = dict(hello=hello, api=api, wsgi=wsgi, static=static, client=lambda: flowcoro.run(client(), workers=1),
-             processes=lambda: api(processes=2))
+CASES = dict(hello=hello, api=api, wsgi=wsgi, static=static, processes=processes,
+             client=lambda: flowcoro.run(client(), workers=1))
 
 if __name__ == "__main__":
     harness.main(CASES, flowcoro_http.__version__)

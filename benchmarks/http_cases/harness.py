@@ -11,15 +11,17 @@ What a server answers, as ../http.py expects it:
     api         POST to one of ROUTES, with DOCUMENT: answer(), as JSON; OTHERS are routes too, which nobody asks for
     wsgi        as hello, from hello_wsgi()
     static      GET /files/NAME: the file NAME in the folder of the option `files`
+    processes   GET /: what work() returns, from as many processes as there are to be
 
 `client` is the other way round: 64 tasks GET the URL of the option `url` again and again, and the last line says how often.
 
-The options: `core` is the processor to stay on; `processes` how many processes; `program` and `folder` belong to nginx and Go.
+The options: `core` is the processor to stay on; `program` and `folder` belong to nginx and Go.
 
 SPDX-License-Identifier: MIT
 """
 
 import ctypes
+import html
 import json
 import os
 import signal
@@ -67,6 +69,11 @@ def answer(found, page, words, session, document):
     items = document["items"]
     return {**found, "page": int(page), "q": words, "session": session, "customer": document["customer"],
             "total": sum(item["count"] * item["price"] for item in items), "items": items}
+
+
+def work():
+    """How many characters a page has that takes some tenths of a millisecond to write."""
+    return str(len("".join(f"<tr><td>{number}<td>{html.escape(TEXT)}<td>{number / 7:.2f}" for number in range(600))))
 
 
 def hello_wsgi(environ, start_response):
