@@ -302,7 +302,7 @@ class Lab:
             await_server(port)
             check(port, head_of("/"), b"", harness.work().encode())
             first, *further = processes_of(process.pid)
-            for one, core in zip(further or [first], self.cores):       # else they may share one: the other is never idle for long
+            for one, core in zip(further or [first], self.cores):       # else both may stay on one: no other is idle for long
                 os.sched_setaffinity(one, {core})
             return self.wrk(process, port, "/")
 
