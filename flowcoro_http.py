@@ -368,6 +368,8 @@ class Headers:
 
     def add(self, name, value):
         """One more line, after the others."""
+        if type(self._entries) is tuple:                # of a request that is known
+            self._entries = list(self._entries)
         self._entries.append(_entry(name, value))
         self._index = None
 
@@ -388,7 +390,7 @@ class Headers:
 
     def copy(self):
         """Another one with the same lines."""
-        return Headers._of(self._entries.copy())
+        return Headers._of(list(self._entries))
 
     def __repr__(self):
         shown = [(name, "…" if lower in _SECRET else value) for lower, (name, value) in self._entries]
@@ -2503,7 +2505,7 @@ class _Received:
     __slots__ = ("role", "our_state", "their_state", "method", "keep_alive", "expects_continue", "upgrade", "max_body",
                  "_our_moves", "_their_moves", "_our_end", "_their_end", "_awaits", "_minor",
                  "_max_first", "_max_field", "_max_fields", "_max_head", "_max_chunk_line", "_least_line",
-                 "_buffer", "_start", "_scan", "_ended", "_error",
+                 "_buffer", "_start", "_scan", "_ended", "_error", "_known",
                  "_first", "_entries", "_head_size", "_blank",
                  "_mode", "_left", "_stage", "_body_size",
                  "_out_mode", "_out_left")
@@ -2575,6 +2577,29 @@ class _Received:
         return buffer[start:cr].decode("latin-1")
 
 
+# Requests that have come more than once, as they came: bytes -> _Known. Clients that ask for the same again and again (they poll,
+# they check whether we are well) send the same bytes each time: one look instead of 2.5 µs. What has secrets in it is not
+# kept, nor what has come once; limits differ, so each set of them has a table.
+_SEEN = [None] * 1024           # hashes of what has come
+_RECEIVED_KNOWN = (_TRANSITIONS[SERVER][IDLE][_REQUEST], _TRANSITIONS[CLIENT][_TRANSITIONS[CLIENT][IDLE][_REQUEST]][_END])
+
+
+@functools.lru_cache(8)
+def _known_requests(*limits):
+    return {}
+
+
+class _Known:
+    """A request without content, for good: `entries` is a tuple, so whoever changes its Headers makes a list of his own."""
+
+    __slots__ = ("method", "target", "raw_path", "query_string", "entries", "index")
+
+    def __init__(self, head):
+        self.method, self.target, self.entries, self.index = (
+            head.method, head.target, tuple(head.headers._entries), head.headers._index)
+        self.raw_path, _, self.query_string = head.path.partition("?")
+
+
 class _Heads(_Received):
     """Heads: bytes to events, and what they say of the connection."""
 
@@ -2589,6 +2614,8 @@ class _Heads(_Received):
                 event = self._short_way(text)
                 if event is not None:
                     self._start = self._scan = end + 4
+                    if not start and end + 4 == len(buffer) <= KNOWN_HEAD and self._known is not None:
+                        self._remember(buffer, event)
                     return event
             elif start == len(buffer):
                 return self._nothing() if self._ended else NEED_DATA
@@ -2618,6 +2645,29 @@ class _Heads(_Received):
             return self._response(found, entries)
         method, target, minor = found.groups()
         return self._request(method, target, minor != "0", entries)
+
+    def _remember(self, data, head):
+        """Have receive_known() know a request, if it is the usual kind and has come before."""
+        place = hash(data) % len(_SEEN)
+        if _SEEN[place] != hash(data):
+            _SEEN[place] = hash(data)
+        elif (type(data) is bytes and self._mode is _BY_LENGTH and not self._left and self.keep_alive and self._minor
+                and self._their_end is _END and _SECRET.isdisjoint(head.headers._index)):
+            if len(self._known) >= KNOWN_HEADS:
+                self._known.clear()
+            self._known[data] = _Known(head)
+
+    def receive_known(self, data):
+        """(server) The _Known of data that are a whole request, known from before, where nothing else is: it is then received
+        to its end. None: receive_data() has to look.
+        """
+        known = self._known.get(data)
+        if (known is None or self.their_state is not IDLE or self._start != len(self._buffer)
+                or self._entries is not None):          # which are the first lines of another head
+            return None
+        self.method = known.method
+        self.our_state, self.their_state = _RECEIVED_KNOWN
+        return known
 
     def _too_long(self, lines):
         return len(lines[0]) > self._max_first or max(map(len, lines)) > self._max_field
@@ -3294,6 +3344,7 @@ class HttpConnection(_Outgoing):
         self._our_moves = _TRANSITIONS[role]
         self._their_moves = _TRANSITIONS[SERVER if role == CLIENT else CLIENT]
         self._awaits = IDLE if role == SERVER else SEND_RESPONSE        # the state in which they send a head
+        self._known = _known_requests(max_request_line, max_field_line, max_fields, max_head) if role == SERVER else None
         self._ended, self._error = False, None
         self._buffer, self._start, self._scan = b"", 0, 0
         self._first = self._entries = None      # of a head that comes in pieces: its first line, its field lines
@@ -3426,6 +3477,10 @@ def _no_constant(text):
     raise ValueError(f"{text} is no JSON")
 
 
+# Made once: json.loads() would make a decoder each time that it is given a hook, 4 µs.
+_decode_json = json.JSONDecoder(object_pairs_hook=_no_name_twice, parse_constant=_no_constant).decode
+
+
 def _load_json(data, *, max_depth=JSON_DEPTH):
     """The value of a JSON text (RFC 8259) in UTF-8. HttpError(400) when it is none, names something twice, or is too deep.
 
@@ -3433,7 +3488,7 @@ def _load_json(data, *, max_depth=JSON_DEPTH):
     """
     try:
         text = data.decode()
-        value = json.loads(text, object_pairs_hook=_no_name_twice, parse_constant=_no_constant)
+        value = _decode_json(text)
         if text.count("[") + text.count("{") > max_depth:           # else it cannot be that deep
             _check_depth(value, max_depth)
         if _SURROGATE(text):
@@ -5082,8 +5137,8 @@ class Request:
 
     `method`; `target` as sent; `headers`, a Headers; `version`, "1.1" or "1.0"; `raw_path`, `query_string`: what stands before
     and after the "?" of the target, as sent; `params`: the parameters of the path, {name: value}; `route`, a Route or None;
-    `app`, the HttpServer; `client` and `server`: addresses of both ends, (host, port), or a path or None on a Unix socket; `scheme`,
-    "http" or "https"; `tls`, the version of TLS or None; `state`: whatever you like to keep here (a SimpleNamespace). Attributes
+    `app`, the HttpServer; `client` and `server`: addresses of both ends, (host, port), or a path or None on a Unix socket;
+    `scheme`, "http" or "https"; `tls`, the version of TLS or None; `state`: whatever you like to keep here (a SimpleNamespace). Attributes
     may be set: a middleware that knows the proxies sets `client`, `scheme` and `host`.
 
     Its content is received when it is asked for, and once: by body(), json() and form(), which keep it, or by stream() or
@@ -5233,7 +5288,7 @@ class Request:
         self._begun = True
 
     def _end(self):
-        self.trailers = self._source.trailers
+        self.trailers, self._source.trailers = self._source.trailers, None
 
     async def stream(self):
         """`async for data in request.stream()`: the content as it comes, bytes. With max_body (body_limit()) 413 beyond it."""
@@ -5586,7 +5641,7 @@ class _Exchange:
 
     def __init__(self, run, sock):
         self.run, self.app, self.sock = run, run.app, sock
-        self.http = HttpConnection(SERVER, **run.app._limits)
+        self.http = HttpConnection(SERVER, **run.app._codec_limits)
         peer, local = sock.peer, sock.local
         self.client = peer[:2] if type(peer) is tuple else peer or None
         self.server = local[:2] if type(local) is tuple else local
@@ -5829,28 +5884,33 @@ class _Connection(_Answering):
         app, sock, http, find, now = self.app, self.sock, self.http, self.app.find, _CLOCK.now
         run = self.run
         while True:
+            request = None
             if http._start == len(http._buffer):        # nothing of another request is here yet
                 data = await sock.read(CHUNK)
-                http.receive_data(data) if data else http.receive_end()
-            try:
-                head = http.next_event()
-                while head is NEED_DATA:
-                    self.phase = _HEAD
-                    data = await sock.read(CHUNK)
+                if known := http.receive_known(data):
+                    request = self._known_request(known)
+                else:
                     http.receive_data(data) if data else http.receive_end()
+            if request is None:
+                try:
                     head = http.next_event()
-            except ProtocolError as error:
-                return await self._refuse(error)
-            if type(head) is not RequestHead:
-                return None
+                    while head is NEED_DATA:
+                        self.phase = _HEAD
+                        data = await sock.read(CHUNK)
+                        http.receive_data(data) if data else http.receive_end()
+                        head = http.next_event()
+                except ProtocolError as error:
+                    return await self._refuse(error)
+                if type(head) is not RequestHead:
+                    return None
+                request = self._request(head)
             self.phase = _HANDLING
             self.turn += 1
-            request = self._request(head)
             try:
-                if app._middleware or head.method == "CONNECT":
+                if app._middleware or request.method == "CONNECT":
                     result = await app._respond(request)
                 else:                                   # _respond() written out: two coroutines fewer, 0.3 µs
-                    match = find(head.method, request.raw_path, request.host if app._hosts else None)
+                    match = find(request.method, request.raw_path, request.host if app._hosts else None)
                     if match.status == 200:
                         request.params, request.route = match.params, match.route
                         result = await match.handler(request, **match.arguments)
@@ -5891,6 +5951,15 @@ class _Connection(_Answering):
             self.phase = _IDLE
             self.turn += 1
 
+    def _known_request(self, known):
+        request = _new(Request)
+        request.headers = headers = _new(Headers)
+        headers._entries, headers._index = known.entries, known.index
+        request.method, request.target, request.version = known.method, known.target, "1.1"
+        request.raw_path, request.query_string = known.raw_path, known.query_string
+        request.app, request._source = self.app, self
+        return request
+
     def _request(self, head):
         """The Request of a head."""
         http = self.http
@@ -5898,7 +5967,6 @@ class _Connection(_Answering):
             http.next_event()                           # EndOfMessage: it has no content
         else:
             self.received = 0
-        self.trailers = None
         request = _new(Request)
         request.method, request.target, request.headers, request.version = head.method, head.target, head.headers, head.version
         request.raw_path, _, request.query_string = head.target.partition("?")
@@ -5923,6 +5991,7 @@ class _Connection(_Answering):
                     left -= len(data)
             except HttpError:
                 pass
+            self.trailers = None                # they are not the next one's
         if http.reusable:
             return True
         await self._linger()
@@ -6083,8 +6152,8 @@ class HttpServer(Router):
         app.run("127.0.0.1", 8000)
 
     Routes are a Router's, which it is. A handler returns str (text/plain), bytes, dict or list (JSON), a Response, an async
-    iterator (streamed), (status, content), (status, content, headers), or None (204). HttpError raised in it is its answer; what else it
-    raises is reported to sys.unraisablehook, and answered with 500.
+    iterator (streamed), (status, content), (status, content, headers), or None (204). HttpError raised in it is its answer; what
+    else it raises is reported to sys.unraisablehook, and answered with 500.
 
     Limits, in seconds (None: no limit): head_timeout, from the first byte of a head; body_timeout, for all of a body;
     idle_timeout, between requests; send_timeout, for a client that does not read. min_body_rate, bytes a second, on average after
@@ -6106,9 +6175,9 @@ class HttpServer(Router):
         if not isinstance(self.min_body_rate, (int, float)) or not self.min_body_rate >= 0:
             raise ValueError(f"min_body_rate={min_body_rate!r}: give bytes a second, 0 or more, or None for no limit")
         self.state = types.SimpleNamespace()
-        self._limits = {"max_body": max_body, "max_request_line": max_request_line, "max_field_line": max_field_line,
-                        "max_fields": max_fields, "max_head": max_head}
-        for name, limit in self._limits.items():
+        self._codec_limits = {"max_body": max_body, "max_request_line": max_request_line, "max_field_line": max_field_line,
+                              "max_fields": max_fields, "max_head": max_head}
+        for name, limit in self._codec_limits.items():
             if (limit is not None or name != "max_body") and (type(limit) is not int or limit < 0):
                 raise ValueError(f"{name}={limit!r}: give a number, an int of 0 or more{', or None' * (name == 'max_body')}")
         self._middleware, self._chain = [], None
@@ -6136,8 +6205,9 @@ class HttpServer(Router):
         """A decorator: `async def handler(request, error)` answers this status, or this class of exceptions and its subclasses.
 
         It returns what handlers may return; a content alone keeps the status of an HttpError, or 500. The class that is nearest
-        to the exception's counts, before that a status. An HttpError that it raises is the answer. That for 500 is asked, after the
-        error has been reported, about all that no class is there for. What is no request (400, 408, 414, 431) gets here not.
+        to the exception's counts, before that a status. An HttpError that it raises is the answer. That for 500 is asked, after
+        the error has been reported, about all that no class is there for. What is no request (400, 408, 414, 431) is answered
+        without.
         """
         if not (isinstance(kind, int) and 400 <= kind <= 599 or isinstance(kind, type) and issubclass(kind, Exception)):
             raise TypeError(f"error_handler({kind!r}): give a status from 400 to 599, or a class of exceptions")
@@ -6271,6 +6341,21 @@ class HttpServer(Router):
                 return await self._respond_to_error(request, error)
         return call
 
+    def describe(self, path="/openapi.json", page="/docs", **options):
+        """Serve the OpenAPI document of all routes at `path`, and a page for people at `page` (None: no page).
+
+        `options` as openapi(): title, version, description, servers. Both are made anew when they are asked for.
+        """
+        async def document(request):
+            return openapi(self, **options)
+
+        async def for_people(request):
+            return Response(200, openapi_page(openapi(self, **options), url=path), media_type="text/html; charset=utf-8")
+
+        self.add(path, document, documented=False)
+        if page is not None:
+            self.add(page, for_people, documented=False)
+
     # -- serving
 
     async def listen(self, host="127.0.0.1", port=8000, *, unix=None, mode=None, tls=None, backlog=None, reuse_port=False):
@@ -6327,8 +6412,8 @@ class HttpListener:
 
         processes: worker processes that share the address, and have the application's lifespans each; reload and all else as
         TcpServer.serve(), but what `reload` returns, if not None, is the HttpServer of the new processes. SIGHUP, or reload(),
-        has the files of tls= read anew, before that; SIGHUP without processes, too, in the main thread and if nobody else handles it.
-        Errors of lifespans are serve()'s: those of a start at once, in a process that process's. Cancelled: all ends at once.
+        has the files of tls= read anew, before that; SIGHUP without processes, too, in the main thread and if nobody else handles
+        it. Errors of lifespans are serve()'s: those of a start at once, in a process that process's. Cancelled: all ends at once.
         """
         options = {"lifespan": self._running, "drain_timeout": drain_timeout, "max_connections": max_connections}
         if processes is not None:
