@@ -5637,7 +5637,7 @@ class _Exchange:
     """What a Request asks of its connection."""
 
     __slots__ = ("run", "app", "sock", "http", "client", "server", "scheme", "tls", "trailers", "with_files", "phase", "turn",
-                 "seen", "since", "waited", "received", "progress", "scope", "part", "events", "fault")
+                 "seen", "since", "waited", "lasted", "received", "progress", "scope", "part", "events", "fault")
 
     def __init__(self, run, sock):
         self.run, self.app, self.sock = run, run.app, sock
@@ -5651,7 +5651,8 @@ class _Exchange:
         self.with_files = None              # a Request whose files are to be closed
         self.phase, self.turn = _IDLE, 0
         self.seen = None                    # the sweep's: (turn, phase) when it looked last,
-        self.since = self.waited = 0.0      # how many seconds that has lasted, and in this turn the wait for a body
+        self.since = 0.0                    # how many seconds that has lasted,
+        self.waited = self.lasted = 0.0     # those for which this body was waited for, and since that began
         self.received = self.progress = 0   # bytes of this body's content; bytes that the sweep has seen going out
         self.scope = self.part = self.events = None     # of the connection; of the wait for a body, or for an endless stream
 
@@ -6025,10 +6026,12 @@ class _Connection(_Answering):
         seen = self.seen = self.turn, phase
         app, sock = self.app, self.sock
         if last is None or last[0] != seen[0]:
-            self.waited = 0.0
-        elif phase is _BODY:                    # whatever was between: the limit is for all of it
+            self.waited = self.lasted = 0.0
+        elif phase is _BODY:
             self._look_at_body(passed)
             return
+        elif self.lasted:                       # the limit of a body is for all of it, whatever is between
+            self.lasted += passed
         if last != seen:
             self.since, self.progress = 0.0, 0
             return
@@ -6055,7 +6058,8 @@ class _Connection(_Answering):
     def _look_at_body(self, passed):
         app, part = self.app, self.part
         waited = self.waited = self.waited + passed
-        if waited >= app.body_timeout:
+        self.lasted += passed
+        if self.lasted >= app.body_timeout:
             fault = f"the content took more than {app.body_timeout:g} s"
         elif waited > BODY_GRACE and self.received < waited * app.min_body_rate:
             fault = f"the content came with less than {app.min_body_rate:g} bytes a second"
