@@ -5138,8 +5138,8 @@ class Request:
     `method`; `target` as sent; `headers`, a Headers; `version`, "1.1" or "1.0"; `raw_path`, `query_string`: what stands before
     and after the "?" of the target, as sent; `params`: the parameters of the path, {name: value}; `route`, a Route or None;
     `app`, the HttpServer; `client` and `server`: addresses of both ends, (host, port), or a path or None on a Unix socket;
-    `scheme`, "http" or "https"; `tls`, the version of TLS or None; `state`: whatever you like to keep here (a SimpleNamespace). Attributes
-    may be set: a middleware that knows the proxies sets `client`, `scheme` and `host`.
+    `scheme`, "http" or "https"; `tls`, the version of TLS or None; `state`: whatever you like to keep here (a SimpleNamespace).
+    Attributes may be set: a middleware that knows the proxies sets `client`, `scheme` and `host`.
 
     Its content is received when it is asked for, and once: by body(), json() and form(), which keep it, or by stream() or
     multipart(), which do not. Only then is a client that waits for it told to send it (Expect: 100-continue). Errors of all of

@@ -3,12 +3,24 @@
 import contextlib
 import functools
 import gc
+import http.client
 import io
+import json
 import os
 import pathlib
+import re
+import shutil
+import signal
 import socket
+import ssl
+import subprocess
+import sys
+import textwrap
+import time
 import tracemalloc
 import types
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -16,8 +28,13 @@ import flowcoro
 import flowcoro_http
 from flowcoro_http import (Data, EndOfMessage, HttpConnection, HttpError, HttpServer, InformationalResponse, NEED_DATA, PAUSED,
                            ProtocolError, RequestHead, Response, ResponseHead)
-from flowcoro_net import BrokenError, Socket
+from flowcoro_net import BrokenError, Socket, client_tls, server_tls
 from flowcoro_testing import SimulatedNetwork, run_in_kernel
+from test_net import PATIENCE, nothing_is_left_behind, run  # noqa: F401  (a fixture)
+from test_net_cancel import at_each_point, cancelled_at
+from test_net_tls import certificates  # noqa: F401  (a fixture)
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 simulated = functools.partial(run_in_kernel, timeout=100_000)       # seconds of the virtual clock: a test that hangs fails
 
@@ -39,7 +56,7 @@ class World:
             return await Socket.connect("server", 80)
 
     async def talk(self, data, *methods):
-        """Send all of it and end; the answers to requests of these methods, which are all that comes. Each (status, headers, ...)"""
+        """Send all of it and end; the answers to requests of these methods (one GET), which are all that comes."""
         async with await self.connect() as sock:
             await sock.write(data)
             await sock.shutdown_write()
@@ -339,7 +356,8 @@ async def test_connect_is_refused_and_nothing_after_it_is_a_request():
         asked.append(request)
 
     async with serving(app) as world:
-        [answer] = await world.talk(b"CONNECT other:443 HTTP/1.1\r\nHost: other:443\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", "CONNECT")
+        [answer] = await world.talk(b"CONNECT other:443 HTTP/1.1\r\nHost: other:443\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+                                    "CONNECT")
         assert answer.status == 501 and not answer.keep_alive and asked == []
 
 
@@ -389,7 +407,8 @@ async def test_an_answer_without_reading_the_body_that_waits_ends_the_connection
         await sock.write(b"POST /ignore HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n")
         [answer] = answers(await everything(sock), "POST")
         assert (answer.status, answer.before, answer.keep_alive) == (200, [], False)
-        [answer] = await world.talk(b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 101\r\nExpect: 100-continue\r\n\r\n", "POST")
+        [answer] = await world.talk(b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 101\r\nExpect: 100-continue\r\n\r\n",
+                                    "POST")
         assert (answer.status, answer.before, answer.keep_alive) == (413, [], False)
 
 
@@ -429,7 +448,8 @@ async def test_trailers_of_a_body_that_nobody_read_are_not_those_of_the_next_req
         return repr(request.trailers)
 
     async with serving(app) as world:
-        found = await world.talk(b"POST /ignore HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nSum: 5\r\n\r\n"
+        found = await world.talk(b"POST /ignore HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+                                 b"1\r\na\r\n0\r\nSum: 5\r\n\r\n"
                                  b"POST /trailers HTTP/1.1\r\nHost: a\r\n\r\n", "POST", "POST")
         assert found[1].content == b"None"
 
@@ -632,7 +652,8 @@ WRONG = {
     "a wrong length": Response(200, "xy", [("Content-Length", "1")]),
     "length and chunks": Response(200, "x", [("Content-Length", "1"), ("Transfer-Encoding", "chunked")]),
     "chunks with 204": Response(204, None, [("Transfer-Encoding", "chunked")]),
-    "a reason with a line break": Response(200, "x", reason="OK\r\nX: y"), "a reason that is no text": Response(200, "x", reason=7),
+    "a reason with a line break": Response(200, "x", reason="OK\r\nX: y"),
+    "a reason that is no text": Response(200, "x", reason=7),
     "no content at all": Strange(content=None), "content of text": Strange(content="x"), "no headers": Strange(headers=None),
     "pairs for headers": Strange(headers={"a": "b"}), "a status of text": Strange(status="200"),
     "a reason beyond latin-1": Response(200, "x", reason="\u20ac"), "headers of three": (200, "x", [("a", "b", "c")]),
@@ -665,7 +686,8 @@ def test_a_wrong_result_is_reported_and_answered_with_500_and_the_connection_goe
 
 
 STRANGE_STREAMS = {
-    "a piece of another type": lambda: pieces(5), "an error": lambda: failing(), "a wrong status": lambda: Response(99, pieces("x")),
+    "a piece of another type": lambda: pieces(5), "an error": lambda: failing(),
+    "a wrong status": lambda: Response(99, pieces("x")),
     "a wrong head": lambda: Response(204, pieces("x"), [("Transfer-Encoding", "chunked")]),
     "none": lambda: Strange(content=None, stream=5), "an endless one with a wrong head": lambda: endless(99),
 }
@@ -774,7 +796,8 @@ def test_error_handlers_by_status_and_by_the_nearest_class(reports):
 
         async with serving(app) as world:
             for path, status, content in [
-                    ("/teapot", 418, b"a teapot: short and stout"), ("/nowhere", 404, b'{"status":404}'), ("/wrong", 409, b"wrong"),
+                    ("/teapot", 418, b"a teapot: short and stout"), ("/nowhere", 404, b'{"status":404}'),
+                    ("/wrong", 409, b"wrong"),
                     ("/very", 409, b"wrong"), ("/recursion", 503, b"RecursionError"), ("/group", 503, b"ExceptionGroup")]:
                 answer = await world.get(path)
                 assert (answer.status, answer.content) == (status, content), path
@@ -1578,7 +1601,8 @@ async def test_a_408_of_a_body_is_not_remembered():
 REFUSED = {
     b"GET / HTTP/1.1\n\n": 400, b"GET / HTTP/1.1\r\n\r\n": 400, b"GET / HTTP/2.0\r\nHost: a\r\n\r\n": 505,
     b"\x16\x03\x01\x02\x00\x01": 400, b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n": 400,
-    b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: a\r\n\r\n": 414, b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 20_000 + b"\r\n\r\n": 431,
+    b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: a\r\n\r\n": 414,
+    b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 20_000 + b"\r\n\r\n": 431,
     b"GET / HTTP/1.1\r\nHost: a\r\n" + b"a: b\r\n" * 101 + b"\r\n": 431,
     b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n": 400,
     b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 2000000\r\n\r\n": 413,
@@ -1810,7 +1834,8 @@ async def test_an_upgrade_that_was_not_offered_or_comes_with_a_content():
         assert (answer.status, answer.headers["upgrade"]) == (426, "shout") and "connection" in answer.headers
         [answer] = await world.talk(UPGRADE.replace(b"HTTP/1.1", b"HTTP/1.0"))
         assert answer.status == 426
-        [answer] = await world.talk(UPGRADE.replace(b"\r\n\r\n", b"\r\nContent-Length: 1\r\n\r\nx").replace(b"GET", b"POST"), "POST")
+        [answer] = await world.talk(
+            UPGRADE.replace(b"\r\n\r\n", b"\r\nContent-Length: 1\r\n\r\nx").replace(b"GET", b"POST"), "POST")
         assert answer.status == 400
         found = await world.talk(UPGRADE.replace(b"/up", b"/") + b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "GET", "GET")
         assert [answer.content for answer in found] == [b"hello", b"hello"]
@@ -1899,3 +1924,548 @@ async def test_a_write_that_was_cancelled_is_never_gone_on_with():
             while True:
                 data += await sock.read()
         assert b"the answer" not in data
+
+
+# ---- on the system's network -----------------------------------------------------------------------------------
+
+@contextlib.asynccontextmanager
+async def listening(app, host="127.0.0.1", port=0, *, serve=types.MappingProxyType({}), **options):
+    async with await app.listen(host, port, **options) as listener, flowcoro.TaskGroup() as group:
+        group.spawn(listener.serve(**serve))
+        try:
+            yield listener
+        finally:
+            listener.close()
+
+
+async def fetch(sock, path=b"/", method=b"GET", body=b""):
+    length = b"Content-Length: %d\r\n" % len(body) if body else b""
+    await sock.write(b"%s %s HTTP/1.1\r\nHost: a\r\n%s\r\n%s" % (method, path, length, body))
+    return await one_answer(sock, method.decode())
+
+
+def about_app():
+    app = plain_app()
+
+    @app.get("/about")
+    async def about(request):
+        return {"client": request.client, "server": request.server, "tls": request.tls, "scheme": request.scheme,
+                "url": request.url}
+
+    return app
+
+
+def test_http_client_and_urllib_are_served():
+    """Clients that others have written: keep-alive, HEAD, uploads by length and by chunks, errors, redirects, streams."""
+    app = plain_app(redirect_slashes=True)
+
+    @app.get("/folder/")
+    async def folder(request):
+        return "in it"
+
+    @app.get("/stream")
+    async def stream(request):
+        for number in range(3):
+            yield f"{number} "
+
+    def by_http_client(host, port):
+        connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            found = []
+            for method, path, body in [("GET", "/", None), ("HEAD", "/", None), ("POST", "/echo", b"x" * 100_000),
+                                       ("POST", "/echo", iter([b"in ", b"chunks"])), ("GET", "/nowhere", None),
+                                       ("GET", "/stream", None), ("OPTIONS", "/echo", None), ("PUT", "/echo", b"")]:
+                connection.request(method, path, body)
+                response = connection.getresponse()
+                found.append((response.status, response.read()))
+                assert not response.will_close
+                sockets.add(connection.sock)
+            return found
+
+    def by_urllib(url):
+        with urllib.request.urlopen(url + "/folder", timeout=PATIENCE) as response:         # a 308, from Python 3.11 on
+            assert (response.status, response.url, response.read()) == (200, url + "/folder/", b"in it")
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(url + "/nowhere", timeout=PATIENCE)
+        with caught.value as error:
+            assert error.code == 404 and error.headers["Connection"] == "close"
+        with urllib.request.urlopen(url + "/echo", b"posted", timeout=PATIENCE) as response:
+            assert response.read() == b"posted"
+
+    sockets = set()
+
+    async def main():
+        async with listening(app) as listener:
+            found = await flowcoro.to_thread(by_http_client, *listener.local)
+            assert found[:7] == [(200, b"hello"), (200, b""), (200, b"x" * 100_000), (200, b"in chunks"),
+                                 (404, b"there is no /nowhere"), (200, b"0 1 2 "), (204, b"")]
+            assert found[7] == (200, b"") and len(sockets) == 1
+            await flowcoro.to_thread(by_urllib, listener.url)
+
+    run(main)
+
+
+def test_tls_and_reload_of_its_certificate(certificates, tmp_path):  # noqa: F811
+    pair = tmp_path / "cert.pem", tmp_path / "key.pem"
+
+    def put(certificate):
+        for source, target in zip(certificate, pair):
+            shutil.copy(source, target)
+
+    async def name_of(listener):
+        context = client_tls(ca=certificates.ca)
+        context.check_hostname = False
+        async with await Socket.connect(*listener.local, tls=context) as sock:
+            answer = await fetch(sock, b"/about")
+            assert b'"scheme":"https"' in answer.content and b'"tls":"TLSv1.3"' in answer.content
+            return sock.tls.getpeercert()["subject"][0][0][1]
+
+    async def main():
+        put(certificates.good)
+        async with listening(about_app(), tls=tuple(map(str, pair))) as listener:
+            assert listener.url == f"https://127.0.0.1:{listener.local[1]}"
+            context = client_tls(ca=certificates.ca)
+            async with await Socket.connect(*listener.local, tls=context, server_name="localhost") as old:
+                assert (await fetch(old)).content == b"hello"
+                assert await name_of(listener) == "good"
+                put(certificates.other_name)
+                listener.reload_certificate()
+                assert await name_of(listener) == "other"
+                put((certificates.good[0], certificates.other_name[1]))         # they do not fit: nothing changes
+                with pytest.raises(ssl.SSLError):
+                    listener.reload_certificate()
+                assert await name_of(listener) == "other"
+                os.kill(os.getpid(), signal.SIGHUP)
+                await flowcoro.checkpoint()
+                assert len(reports) == 1 and await name_of(listener) == "other"
+                put(certificates.good)
+                os.kill(os.getpid(), signal.SIGHUP)
+                await flowcoro.checkpoint()
+                assert await name_of(listener) == "good"
+                listener.reload_certificate(*certificates.other_name)
+                assert await name_of(listener) == "other"
+                assert (await fetch(old)).content == b"hello"
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        async with await about_app().listen("127.0.0.1", 0, tls=server_tls(*certificates.good)) as listener:
+            with pytest.raises(RuntimeError, match="pass a certificate"):
+                listener.reload_certificate()
+        async with await about_app().listen("127.0.0.1", 0) as listener:
+            with pytest.raises(RuntimeError, match="no TLS"):
+                listener.reload_certificate(*certificates.good)
+
+    reports = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", reports.append)
+        run(main)
+
+
+def test_a_handler_is_cancelled_when_a_client_with_tls_is_gone(certificates):  # noqa: F811
+    async def main():
+        app, ended = waiting_app()
+        async with listening(app, tls=certificates.good) as listener:
+            sock = await Socket.connect(*listener.local, tls=client_tls(ca=certificates.ca), server_name="localhost")
+            await sock.write(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n")
+            await flowcoro.sleep(0.01)
+            sock.close_nowait()
+            while not ended:
+                await flowcoro.sleep(0.01)
+
+    run(main)
+
+
+def test_a_unix_socket(tmp_path):
+    async def main():
+        path = tmp_path / "http"
+        async with listening(about_app(), unix=path, mode=0o600) as listener:
+            assert listener.local == listener.url == str(path) and path.stat().st_mode & 0o777 == 0o600
+            async with await Socket.connect_unix(path) as sock:
+                assert (await fetch(sock, b"/about")).content == (
+                    b'{"client":null,"server":"%s","tls":null,"scheme":"http","url":"http://a/about"}' % str(path).encode())
+        assert not path.exists()
+
+    run(main)
+
+
+def test_addresses_of_both_ends():
+    async def main():
+        async with listening(about_app()) as listener, await Socket.connect(*listener.local) as sock:
+            content = json.loads((await fetch(sock, b"/about")).content)
+            assert content == {"client": list(sock.local), "server": list(listener.local), "tls": None, "scheme": "http",
+                               "url": "http://a/about"}
+            assert listener.addresses and repr(listener) == f"<HttpListener {listener.url}>"
+
+    run(main)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_several_workers(workers):
+    async def main():
+        app = plain_app()
+
+        @app.get("/stream")
+        async def stream(request):
+            for number in range(20):
+                yield f"{number} "
+                await flowcoro.checkpoint()
+
+        async with listening(app) as listener:
+            async def client():
+                async with await Socket.connect(*listener.local) as sock:
+                    for number in range(30):
+                        assert (await fetch(sock)).content == b"hello"
+                        assert (await fetch(sock, b"/echo", b"POST", b"x" * number)).content == b"x" * number
+                        assert (await fetch(sock, b"/stream")).content.endswith(b" 19 ")
+
+            await flowcoro.when_all(*[client() for _ in range(10)])
+            assert listener.statistics()["failed"] == 0
+
+    run(main, workers=workers)
+
+
+PROCESSES = """
+import os, signal, sys
+import flowcoro
+from flowcoro_http import HttpServer
+
+app = HttpServer()
+
+@app.on_startup
+def startup():
+    app.state.pid = os.getpid()
+    print("startup", os.getpid(), flush=True)
+
+@app.on_shutdown
+async def shutdown():
+    await flowcoro.sleep(0.01)
+    print("shutdown", os.getpid(), flush=True)
+
+@app.get("/")
+async def pid(request):
+    assert app.state.pid == os.getpid()
+    return str(os.getpid())
+
+@app.get("/slow")
+async def slow(request):
+    print("slow", flush=True)
+    await flowcoro.sleep(0.3)
+    return "slow"
+
+async def main():
+    async with await app.listen("127.0.0.1", 0) as listener:
+        print(listener.local[1], flush=True)
+        await listener.serve(processes=2)
+    print("ended", flush=True)
+
+flowcoro.run(main())
+"""
+
+
+def test_processes_have_their_lifespans_each_and_drain(tmp_path):
+    process = subprocess.Popen([sys.executable, "-W", "error", "-c", PROCESSES], stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    with process:
+        try:
+            port = int(process.stdout.readline())
+            started = {process.stdout.readline() for _ in range(2)}
+            pids = {line.split()[1] for line in started if line.startswith("startup")}
+            assert len(pids) == 2
+            seen, idle = set(), []
+            for _ in range(100):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+                idle.append(connection)
+                connection.request("GET", "/")
+                seen.add(connection.getresponse().read().decode())
+            assert seen <= pids and seen
+            slow = idle[0]
+            slow.request("GET", "/slow")
+            assert process.stdout.readline() == "slow\n"
+            process.send_signal(signal.SIGTERM)
+            response = slow.getresponse()
+            assert response.read() == b"slow"
+            rest = process.stdout.read().split("\n")
+            assert {line.split()[1] for line in rest if line.startswith("shutdown")} == pids and "ended" in rest
+            assert process.wait(PATIENCE) == 0
+            for connection in idle:
+                connection.close()
+        finally:
+            process.kill()
+
+
+def test_run_serves_until_it_is_told_to_stop():
+    code = ("from flowcoro_http import HttpServer\napp = HttpServer()\n@app.get('/')\nasync def hello(request): return 'hello'\n"
+            "app.run('127.0.0.1', 0)\nprint('ended')")
+    for number in signal.SIGINT, signal.SIGTERM:
+        with subprocess.Popen([sys.executable, "-W", "error", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              cwd=ROOT, text=True) as process:
+            try:
+                line = process.stderr.readline()
+                url = re.search("serving on (http://127.0.0.1:[0-9]+) ", line)[1]
+                with urllib.request.urlopen(url, timeout=PATIENCE) as response:
+                    assert response.read() == b"hello"
+                process.send_signal(number)
+                assert process.stdout.read() == "ended\n" and process.stderr.read() == "" and process.wait(PATIENCE) == 0
+            finally:
+                process.kill()
+
+
+def test_reload_gives_new_processes_another_application():
+    code = textwrap.dedent("""
+        import flowcoro, os, signal
+        from flowcoro_http import HttpServer
+
+        def make(text):
+            app = HttpServer()
+            @app.get("/")
+            async def hello(request):
+                return text
+            return app
+
+        async def main():
+            async with await make("old").listen("127.0.0.1", 0) as listener:
+                print(listener.local[1], flush=True)
+                await listener.serve(processes=1, reload=lambda: make("new"))
+
+        flowcoro.run(main())
+    """)
+
+    def ask():
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=PATIENCE) as response:
+            return response.read()
+
+    with subprocess.Popen([sys.executable, "-W", "error", "-c", code], stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
+        try:
+            port = int(process.stdout.readline())
+            assert ask() == b"old"
+            process.send_signal(signal.SIGHUP)
+            until = time.monotonic() + PATIENCE
+            while ask() != b"new":
+                assert time.monotonic() < until
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+
+
+def test_reload_needs_processes():
+    async def main():
+        async with await plain_app().listen("127.0.0.1", 0) as listener:
+            with pytest.raises(ValueError, match="reload= needs processes="):
+                await listener.serve(reload=print)
+            with pytest.raises(RuntimeError):
+                listener.reload()
+
+    run(main)
+
+
+# ---- nothing is left, nobody starves ---------------------------------------------------------------------------
+
+def test_a_connection_that_asks_without_end_does_not_starve_others():
+    async def main():
+        async with listening(plain_app()) as listener:
+            greedy, modest = await Socket.connect(*listener.local), await Socket.connect(*listener.local)
+            async with greedy, modest, flowcoro.TaskGroup() as group:
+                async def ask_for_ever():
+                    while True:
+                        await greedy.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 1000)
+
+                async def read_for_ever():
+                    while data := await greedy.read():
+                        count[0] += data.count(b"HTTP/1.1 200")
+
+                count = [0]
+                group.spawn(ask_for_ever())
+                group.spawn(read_for_ever())
+                while not count[0]:
+                    await flowcoro.checkpoint()
+                most = 0
+                for _ in range(20):
+                    before = count[0]
+                    assert (await fetch(modest)).content == b"hello"
+                    most = max(most, count[0] - before)
+                assert most < 2000, f"{most} of the greedy one's requests came before one of the modest one's"
+                group.cancel()
+
+    run(main)
+
+
+def test_20_000_requests_leave_nothing_behind():
+    async def main():
+        app = plain_app()
+
+        @app.middleware
+        async def through(request, call_next):
+            request.state.x = 1
+            return await call_next(request)
+
+        @app.get("/stream")
+        async def stream(request):
+            yield "x"
+
+        @app.get("/fail")
+        async def fail(request):
+            raise HttpError(404)
+
+        @app.get("/{number:int}")
+        async def number(request, number):
+            response = Response(200, [number], [("X-Number", str(number))])
+            response.set_cookie("number", str(number))
+            return response
+
+        async with listening(app) as listener, await Socket.connect(*listener.local) as sock:
+            kinds = (b"GET /%d?a=b HTTP/1.1\r\nHost: a\r\nCookie: x=%d\r\n\r\n" b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+                     b"GET /stream HTTP/1.1\r\nHost: a\r\nX-%d: y\r\n\r\n" b"GET /fail HTTP/1.1\r\nHost: a\r\n\r\n"
+                     b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nX-A: %d\r\n\r\nx")
+
+            async def some(begin, end):
+                for at in range(begin, end, 20):
+                    await sock.write(b"".join(kinds % (number, number, number, number) for number in range(at, at + 20)))
+                    seen = b""
+                    while seen.count(b"HTTP/1.1 ") < 100 or not seen.endswith(b"\r\n\r\nx"):
+                        seen += await sock.read()
+
+            def forget():
+                """What is remembered of lines and heads, which has limits of its own."""
+                for table in flowcoro_http._RECEIVED, flowcoro_http._SENT, flowcoro_http._KNOWN_HEADS, *codecs:
+                    table.clear()
+                gc.collect()
+
+            codecs = [connection.http._known for connection in listener._run.connections.values()]
+            tracemalloc.start()
+            await some(0, 200)
+            forget()
+            before = tracemalloc.get_traced_memory()[0]
+            tasks = flowcoro.statistics()["tasks"]["alive"]
+            await some(200, 4200)
+            forget()
+            grown = tracemalloc.get_traced_memory()[0] - before
+            tracemalloc.stop()
+            assert grown < 100_000, f"{grown} bytes more after 20,000 requests"
+            assert flowcoro.statistics()["tasks"]["alive"] == tasks
+
+    run(main)
+
+
+def test_connections_leave_nothing_behind():
+    async def main():
+        async with listening(plain_app()) as listener:
+            async def some(count):
+                for number in range(count):
+                    async with await Socket.connect(*listener.local) as sock:
+                        if number % 3 == 0:
+                            await fetch(sock)
+                        elif number % 3 == 1:
+                            await sock.write(b"BAD\r\n\r\n")
+                            await everything(sock)
+                        else:
+                            await sock.write(b"GET / HT")
+                while listener.statistics()["connections"]:
+                    await flowcoro.sleep(0.01)
+
+            await some(30)
+            gc.collect()
+            before, objects = flowcoro.statistics(), len(gc.get_objects())
+            await some(150)
+            gc.collect()
+            assert flowcoro.statistics()["tasks"]["alive"] == before["tasks"]["alive"]
+            assert len(gc.get_objects()) - objects < 500
+            assert not listener._run.connections
+
+    run(main)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_connection_cancelled_anywhere_leaves_nothing(workers, tmp_path, reports, monkeypatch):
+    """Each suspension of a conversation that uses all of a connection is cancelled once."""
+    monkeypatch.setattr(flowcoro_http, "SPOOLED", 10)
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 100_000)
+    opened = []
+
+    async def main():
+        app, points = plain_app(), []
+
+        @app.post("/form")
+        async def form(request):
+            fields = await request.form()
+            opened.append(fields["f"].file)
+            return str(fields["f"].size)
+
+        @app.get("/stream")
+        async def stream(request):
+            opened.append(contextlib.closing(None))
+            for _ in range(3):
+                yield b"x" * 100
+                await flowcoro.checkpoint()
+
+        @app.get("/file")
+        async def file(request):
+            opened.append(path.open("rb"))
+            return Response(200, flowcoro_http._FileStream(opened[-1], 0, 100_000))
+
+        @app.get("/up")
+        async def up(request):
+            sock = await request.upgrade("shout")
+            await sock.write((await sock.read_exactly(4)).upper())
+
+        body = (b'--b\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\n' + b"y" * 1000 + b"\r\n--b--\r\n")
+        conversation = (
+            b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" b"POST /ignore HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"
+            b"POST /form HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: %d\r\n\r\n%s"
+            b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n" b"GET /file HTTP/1.1\r\nHost: a\r\n\r\n"
+            b"GET /up HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: shout\r\n\r\nloud" % (len(body), body))
+        serve = flowcoro_http._Connection.serve
+
+        async def cancelled(self):
+            with flowcoro.CancelScope() as scope:
+                await cancelled_at(scope, len(points) + 1, serve(self))
+            points.append(scope.cancelled_caught)
+
+        monkeypatch.setattr(flowcoro_http._Connection, "serve", cancelled)
+        async with listening(app) as listener:
+            while not points or points[-1]:
+                with contextlib.suppress(BrokenError):
+                    async with await Socket.connect(*listener.local) as sock:
+                        await sock.write(conversation)
+                        data = await everything(sock)
+                while listener.statistics()["connections"]:
+                    await flowcoro.sleep(0)
+                assert all(getattr(file, "closed", True) for file in opened)
+            assert data.endswith(b"LOUD") and len(points) > 15 and listener.statistics()["failed"] == 0
+
+    run(main, workers=workers)
+    assert reports == []
+
+
+@pytest.mark.parametrize("at", ["lifespan", "serving"])
+def test_serving_cancelled_anywhere_leaves_nothing(at):
+    async def main():
+        app, order = plain_app(), []
+
+        @app.lifespan
+        async def around():
+            order.append(1)
+            try:
+                await flowcoro.checkpoint()
+                yield
+                await flowcoro.checkpoint()
+            finally:
+                order.append(-1)
+
+        async def server():
+            async with await app.listen("127.0.0.1", 0) as listener, flowcoro.TaskGroup() as group:
+                async def client():
+                    with contextlib.suppress(BrokenError):
+                        async with await Socket.connect(*listener.local) as sock:
+                            await fetch(sock)
+                    listener.close()
+
+                if at == "serving":
+                    group.spawn(client())
+                else:
+                    listener._server._closing.set()
+                await listener.serve()
+                group.cancel()
+
+        assert await at_each_point(server) > 3
+        assert sum(order) == 0 and app.statistics()["running"] == 0
+
+    run(main)
