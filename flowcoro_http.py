@@ -5355,7 +5355,10 @@ class Request:
         Limits, in bytes but for max_parts: max_parts, max_head_bytes, max_field_bytes (of a part without a filename),
         max_file_bytes, max_total_bytes. HttpError: 415 for another Content-Type, 413 beyond a limit, 400 for what is malformed.
         """
-        parser = _MultipartParser(_multipart_boundary(self.headers.get("content-type", "")), **limits)
+        media_type = self.headers.get("content-type")
+        if media_type is None:
+            raise HttpError(415, "there is no Content-Type; that of a form is multipart/form-data")
+        parser = _MultipartParser(_multipart_boundary(media_type), **limits)
         stream, begun = self.stream(), []
 
         async def next_event():

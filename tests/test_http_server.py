@@ -26,8 +26,8 @@ import pytest
 
 import flowcoro
 import flowcoro_http
-from flowcoro_http import (Data, EndOfMessage, HttpConnection, HttpError, HttpServer, InformationalResponse, NEED_DATA, PAUSED,
-                           ProtocolError, RequestHead, Response, ResponseHead)
+from flowcoro_http import (Data, EndOfMessage, HttpConnection, HttpError, HttpServer, InformationalResponse, NEED_DATA, RequestHead,
+                           Response, ResponseHead)
 from flowcoro_net import BrokenError, Socket, client_tls, server_tls
 from flowcoro_testing import SimulatedNetwork, run_in_kernel
 from test_net import PATIENCE, nothing_is_left_behind, run  # noqa: F401  (a fixture)
