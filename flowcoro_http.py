@@ -1532,8 +1532,8 @@ def _parse_urlencoded(data, *, max_fields=MAX_FORM_FIELDS, max_bytes=MAX_FORM_BY
     for a "%" without two hexadecimal digits or bytes that are no UTF-8.
     """
     if isinstance(data, str):
-        if "%" not in data and "+" not in data and data.count("&") < max_fields and len(data) <= max_bytes and data.isascii():
-            return [field.partition("=")[::2] for field in data.split("&") if field]        # 0.7 µs instead of 1.5 for three
+        if "%" not in data and data.count("&") < max_fields and len(data) <= max_bytes and data.isascii():
+            return [field.partition("=")[::2] for field in data.replace("+", " ").split("&") if field]      # 1 µs instead of 3
         data = data.encode()
     if len(data) > max_bytes:
         raise ProtocolError(413, f"form of {len(data)} bytes, {max_bytes} are allowed (max_bytes)")
@@ -2897,6 +2897,15 @@ class _Incoming(_Heads):
             raise ProtocolError(413, f"a content of more than {self.max_body} bytes")
         return Data(self._take(min(size, left)))
 
+    def receive_content(self):
+        """All that is left of a content that has a length, and its end, if they are here; None: next_event() gives what is."""
+        size = self._left
+        if self.their_state is not SEND_BODY or self._mode is not _BY_LENGTH or len(self._buffer) - self._start < size:
+            return None
+        data = self._take(size)
+        self._complete(_PLAIN_END)
+        return data
+
     def _take(self, size):
         """The next `size` bytes of the content, bytes: what was received itself if that is all of it, else a copy."""
         self._left -= size
@@ -3474,7 +3483,16 @@ def _no_constant(text):
 
 
 # Made once: json.loads() would make a decoder each time that it is given a hook, 4 µs.
-_decode_json = json.JSONDecoder(object_pairs_hook=_no_name_twice, parse_constant=_no_constant).decode
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_name_twice, parse_constant=_no_constant)
+
+
+def _decode_json(text):
+    """_DECODER.decode(), which looks for whitespace twice, 0.8 µs."""
+    if text[:1] in ("{", "["):
+        value, end = _DECODER.scan_once(text, 0)
+        if end == len(text):
+            return value
+    return _DECODER.decode(text)
 
 
 def _load_json(data, *, max_depth=JSON_DEPTH):
@@ -4070,6 +4088,10 @@ def _json_of(request, data, max_depth):
 # The rank of converters of one's own: after uuid (0), int (1) and float (2), before str (4) and path (5).
 OWN_RANK = 3
 
+# Paths with parameters that are remembered with what was found, and characters of one: 0.4 µs instead of 2.5 for what is asked for
+# often; what is asked for once costs 0.2 more.
+FOUND_PATHS, FOUND_PATH = 1024, 128
+
 # Characters that a segment of a path may have as they are (RFC 3986 section 3.3, pchar), besides those _quote() never encodes.
 _PCHAR = "!$&'()*+,;=:@"
 
@@ -4454,6 +4476,8 @@ class Router:
         self._tree = _Tree()            # for any host
         self._hosts = {}                # what each label of a host is, a str or a _Converter -> _Tree; the most specific first
         self._whole = self._tree.whole  # what find() looks into first: nothing as soon as there are hosts
+        self._found = {}                # (method, path) -> Match of paths with parameters, lately: without hosts only
+        self._remembers = True          # not with converters of one's own: they may say something else the next time
         self._parents = []              # (Router, parts, host parts, name) of those that include this one
 
     def _prefix(self, prefix, said):
@@ -4574,6 +4598,9 @@ class Router:
         for router, route in placements:
             router._routes.append(route)
             router._tree_of(route).add(route)
+            router._found.clear()
+            router._remembers &= all(part[1] in _CONVERTERS.values() for part in [*route.parts, *(route.host_parts or ())]
+                                     if isinstance(part, tuple))
             if route.name:
                 router._named[route.name] = route
             if router._hosts:
@@ -4629,7 +4656,7 @@ class Router:
         path: from the request target, still encoded, without the query; "*" is taken with OPTIONS. It is decoded once, and "%2F"
         does not divide segments. host: the Host field as it came, or None; a port, upper case and a dot at its end do not count.
         """
-        return self._whole.get(path, _NO_METHODS).get(method) or self._find(method, path, host)
+        return self._whole.get(path, _NO_METHODS).get(method) or self._found.get((method, path)) or self._find(method, path, host)
 
     def _find(self, method, path, host):
         segments, slash = path.split("/"), 0
@@ -4640,6 +4667,10 @@ class Router:
         if not self._hosts:             # what follows is _search() written out: a seventh of the time of a path with parameters
             found = self._tree.search(segments, slash, method)
             if type(found) is Match:
+                if len(path) <= FOUND_PATH and self._remembers:
+                    if len(self._found) >= FOUND_PATHS:
+                        self._found.clear()
+                    self._found[method, path] = found
                 return found
             match = _answer(method, segments, *found)
         else:
@@ -5239,19 +5270,22 @@ class Request:
     async def body(self, max_bytes=None):
         """The whole content, bytes, kept for the next call. HttpError (413) for more than `max_bytes` (None: max_body, or 16 MiB)."""
         if self.content is None:
-            limit = min(self._limit(max_bytes), sys.maxsize)
+            limit = self._limit(max_bytes)
             announced = self.headers.get("content-length")
             if announced is not None and int(announced) > limit:
                 raise self._too_large(limit)
             self._begin()
-            pieces, size, receive = [], 0, self._source.receive_body
-            while data := await receive():
-                size += len(data)
-                if size > limit:
-                    raise self._too_large(limit)
-                pieces.append(data)
-            self._end()
-            self.content = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            content = self._source.receive_content()        # most are there when the handler asks: 1.2 µs instead of 2.9
+            if content is None:
+                pieces, size, receive = [], 0, self._source.receive_body
+                while data := await receive():
+                    size += len(data)
+                    if size > limit:
+                        raise self._too_large(limit)
+                    pieces.append(data)
+                self._end()
+                content = b"".join(pieces)
+            self.content = content
         elif max_bytes is not None and len(self.content) > max_bytes:
             raise self._too_large(max_bytes)
         return self.content
@@ -5379,6 +5413,13 @@ class Request:
 
 
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=json_default).encode
+if json.encoder.c_make_encoder is not None:
+    # The same without what encode() makes anew each time: 2.3 of 10.8 µs for 1 KiB. What contains itself is a RecursionError.
+    _json_chunks = json.encoder.c_make_encoder(None, json_default, json.encoder.encode_basestring, None, ":", ",",
+                                               False, False, False)
+
+    def _encode_json(value):
+        return "".join(_json_chunks(value, 0))
 
 
 class Response:
@@ -5630,7 +5671,7 @@ class _Connection:
                 else:                                   # _respond() written out: two coroutines fewer, 0.3 µs
                     match = find(request.method, request.raw_path, request.host if app._hosts else None)
                     if match.status == 200:
-                        request.params, request.route = match.params, match.route
+                        request.params, request.route = match.params and match.params.copy(), match.route
                         result = await match.handler(request, **match.arguments)
                     else:
                         result = _answer_without(request, match)
@@ -5706,6 +5747,9 @@ class _Connection:
         return self.http.send_message(self._head_of(response), response.content)
 
     # -- what a Request asks for
+
+    def receive_content(self):
+        return self.http.receive_content()
 
     async def receive_body(self):
         """The next piece of the content, b"" at its end. HttpError (408), ProtocolError, BrokenError."""
@@ -6101,7 +6145,7 @@ class HttpServer(Router):
             match = self.find(request.method, request.raw_path, request.host if self._hosts else None)
             if match.status != 200:
                 return _answer_without(request, match)
-            request.params, request.route = match.params, match.route
+            request.params, request.route = match.params and match.params.copy(), match.route
             return _as_response(await match.handler(request, **match.arguments))
         except Exception as error:
             return await self._respond_to_error(request, error)
