@@ -713,11 +713,11 @@ def test_routes_are_listed_in_the_order_in_which_they_were_added():
 
 def test_what_was_found_is_remembered_until_a_route_is_added():
     router = Router()
-    router.add("/x/{name}", show)
+    router.add("/x/{name}", handler)
     first = router.find("GET", "/x/a%20b")
     assert router.find("GET", "/x/a%20b") is first and first.params == {"name": "a b"}
     assert router.find("POST", "/x/a%20b").status == 405
-    router.add("/x/a b", show, name="exact")
+    router.add("/x/a b", handler, name="exact")
     assert router.find("GET", "/x/a%20b").route.name == "exact"
     for number in range(3000):
         router.find("GET", f"/x/{number}")
