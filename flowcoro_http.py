@@ -74,13 +74,16 @@ import itertools
 import json
 import keyword
 import math
+import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import struct
 import sys
 import tempfile
+import threading
 import time
 import types
 import typing
@@ -2659,7 +2662,8 @@ class _Heads(_Received):
         to its end. None: receive_data() has to look.
         """
         known = self._known.get(data)
-        if known is None or self.their_state is not IDLE or self._start != len(self._buffer):
+        if (known is None or self.their_state is not IDLE or self._start != len(self._buffer)
+                or self._entries is not None):          # which are the first lines of another head
             return None
         self.method = known.method
         self.our_state, self.their_state = _RECEIVED_KNOWN
@@ -5163,21 +5167,21 @@ class Request:
     """A request, as a handler gets it.
 
     `method`; `target` as sent; `headers`, a Headers; `version`, "1.1" or "1.0"; `raw_path`, `query_string`: what stands before
-    and after the "?" of the target, as sent; `params`: the parameters of the path, {name: value}; `route`, a Route or None; `app`,
-    the HttpServer; `client` and `server`: addresses of both ends, (host, port), or a path or None on a Unix socket; `scheme`,
-    "http" or "https"; `tls`, the version of TLS or None; `state`: whatever you like to keep here (a SimpleNamespace). Attributes
+    and after the "?" of the target, as sent; `params`: the parameters of the path, {name: value}; `route`, a Route or None;
+    `app`, the HttpServer; `client` and `server`: addresses of both ends, (host, port), or a path or None on a Unix socket;
+    `scheme`, "http" or "https"; `tls`, the version of TLS or None; `state`: whatever you like to keep here (a SimpleNamespace). Attributes
     may be set: a middleware that knows the proxies sets `client`, `scheme` and `host`.
 
     Its content is received when it is asked for, and once: by body(), json() and form(), which keep it, or by stream() or
     multipart(), which do not. Only then is a client that waits for it told to send it (Expect: 100-continue). Errors of all of
-    these: ProtocolError for what the client sends that is no HTTP or too much; HttpError (408) if it sends too slowly; BrokenError
-    if it is gone. Cancelled: what was received is lost, and the connection ends with this request.
+    these: ProtocolError for what the client sends that is no HTTP or too much; HttpError (408) if it sends too slowly;
+    BrokenError if it is gone. Cancelled: what was received is lost, and the connection ends with this request.
 
     Made by hand, for tests: Request("POST", "/x?y=1", [("Content-Type", "text/plain")], b"content").
     """
 
-    params, route, app, tls, content, trailers, max_body = _NOTHING, None, None, None, None, None, None
-    _source = _query = _cookies = _state = _client = _server = _scheme = _host = _files = None
+    params, route, app, content, trailers, max_body = _NOTHING, None, None, None, None, None
+    _source = _query = _cookies = _state = _client = _server = _scheme = _host = _form = _files = None
     _begun = False
 
     def __init__(self, method, target, headers=(), content=b"", *, version="1.1", client=None, server=None, scheme="http"):
@@ -5252,6 +5256,16 @@ class Request:
         self._scheme = scheme
 
     @property
+    def tls(self):
+        """The version of TLS, such as "TLSv1.3"; None without."""
+        return None if self._source is None else self._source.tls
+
+    @property
+    def closing(self):
+        """An Event that is set when the server wants to end: what goes on for long, such as an upgraded connection, ends then."""
+        return flowcoro.Event() if self._source is None else self._source.run.closing
+
+    @property
     def host(self):
         """The host that is asked for, name[:port]: the Host field, or that of an absolute target; "" if there is none."""
         return self.headers.get("host", "") if self._host is None else self._host
@@ -5263,12 +5277,14 @@ class Request:
     @property
     def url(self):
         """The whole URL, as the client has it, as far as is known: behind a proxy by trusted_proxies() only."""
-        return f"{self.scheme}://{self.host}{self.raw_path}{'?' * bool(self.query_string)}{self.query_string}"
+        path = self.raw_path if self.raw_path[:1] == "/" else ""        # OPTIONS * is about all of the host, CONNECT has none
+        return f"{self.scheme}://{self.host}{path}{'?' * bool(self.query_string)}{self.query_string}"
 
     # -- the content
 
     async def body(self, max_bytes=None):
-        """The whole content, bytes, kept for the next call. HttpError (413) for more than `max_bytes` (None: max_body, or 16 MiB)."""
+        """The whole content, bytes, kept for the next call. HttpError (413) for more than `max_bytes` (None: max_body, or
+        16 MiB)."""
         if self.content is None:
             limit = self._limit(max_bytes)
             announced = self.headers.get("content-length")
@@ -5301,12 +5317,12 @@ class Request:
 
     def _begin(self):
         if self._begun or self._source is None:
-            raise RuntimeError("the content of this request is being read or has been, by stream() or multipart(); it comes once. "
-                               "body() keeps it, and can be called again")
+            raise RuntimeError("the content of this request is being read or has been, by stream() or multipart(); it comes "
+                               "once. body() keeps it, and can be called again")
         self._begun = True
 
     def _end(self):
-        self.trailers = self._source.trailers
+        self.trailers, self._source.trailers = self._source.trailers, None
 
     async def stream(self):
         """`async for data in request.stream()`: the content as it comes, bytes. With max_body (body_limit()) 413 beyond it."""
@@ -5333,31 +5349,39 @@ class Request:
         max_bytes: of a form without files, or of one of its texts (None: 2 MiB, and 1 MiB). HttpError: 415 for another
         Content-Type, 413 beyond a limit, 400 for what is malformed or no UTF-8.
         """
-        if self._files is None:
+        if self._form is None:
             media = self.media_type
             if media is not None and media.essence == "application/x-www-form-urlencoded":
                 limit = MAX_FORM_BYTES if max_bytes is None else max_bytes
-                self._files = Fields(_parse_urlencoded(await self.body(limit), max_bytes=limit))
+                self._form = Fields(_parse_urlencoded(await self.body(limit), max_bytes=limit))
             else:
-                self._files = Fields()
-                self._files = Fields([pair async for pair in self._parts_kept(max_bytes or MAX_FIELD_BYTES, max_file_bytes, max_parts)])
-        return self._files
+                limit = MAX_FIELD_BYTES if max_bytes is None else max_bytes
+                self._form = Fields([pair async for pair in self._parts_kept(limit, max_file_bytes, max_parts)])
+        return self._form
 
     async def _parts_kept(self, max_field_bytes, max_file_bytes, max_parts):
         limits = {"max_field_bytes": max_field_bytes, "max_file_bytes": max_file_bytes, "max_parts": max_parts}
         async for part in self.multipart(**limits):
             if part.filename is None:
                 try:
-                    yield part.name, (await part.read()).decode()
+                    yield part.name, (await part.read(max_field_bytes)).decode()
                 except UnicodeDecodeError:
                     raise ProtocolError(400, f"the field {part.name!r:.80} is no UTF-8") from None
             else:
-                file = FormFile(part)
-                self._files._pairs.append((part.name, file))        # so that it is closed whatever comes
+                file = self._keep(FormFile(part))
                 async for data in part:
                     await file._write(data)
                 file.file.seek(0)
                 yield part.name, file
+
+    def _keep(self, file):
+        """Have a FormFile closed after the answer, or when there will be none."""
+        if self._files is None:
+            self._files = []
+            if self._source is not None:
+                self._source.with_files = self
+        self._files.append(file)
+        return file
 
     async def multipart(self, **limits):
         """`async for part in request.multipart()`: the parts of a multipart/form-data body, as they come: each a Part.
@@ -5387,7 +5411,12 @@ class Request:
     # -- more than an answer
 
     async def inform(self, status, headers=()):
-        """Send an informational response before the answer, such as 103 Early Hints; nothing to a client of HTTP/1.0."""
+        """Send an informational response before the answer, such as 103 Early Hints; nothing to a client of HTTP/1.0.
+
+        ValueError for 101, which upgrade() sends, and what is no such status. Cancelled: the connection is cut.
+        """
+        if not 100 <= status <= 199 or status == 101:
+            raise ValueError(f"inform({status!r}): a status from 100 to 199, but 101, which upgrade() sends")
         if self._source is not None and self.version != "1.0":
             await self._source.inform(InformationalResponse(status, headers))
 
@@ -5395,8 +5424,9 @@ class Request:
         """Accept the client's wish to switch to another protocol, or its CONNECT (protocol None). -> the Socket, which is yours.
 
         101 is sent, with Connection and Upgrade; what the client has sent already can be read from the Socket. When the handler
-        returns, the connection is closed; what it returns counts for nothing. HttpError (426) if the client has not offered it;
-        BrokenError. app.closing is set when the server wants to end.
+        returns, the connection is closed; what it returns counts for nothing. `closing` is set when the server wants to end.
+        HttpError: 426 if the client has not offered it, 400 if its request has a content that was not read. BrokenError.
+        Cancelled: the connection is cut.
         """
         if self._source is None:
             raise RuntimeError("this request came by no connection")
@@ -5404,9 +5434,11 @@ class Request:
 
     def _close(self):
         """After the answer: temporary files go."""
-        for _, value in self._files.items():
-            if type(value) is FormFile:
-                value.file.close()
+        for file in self._files:
+            with contextlib.suppress(OSError):          # the disk is full; nobody wants it any more
+                file.file.close()
+        if self._source is not None:
+            self._source.with_files = None
 
     def __repr__(self):
         return f"<Request {self.method} {self.target!r:.80}>"
@@ -5430,20 +5462,25 @@ class Response:
     checked as Headers checks them. `media_type`: a Content-Type instead of the usual one for the content. `reason`: instead of
     the usual one for the status. Content-Length, and chunks where there is none, are the server's to add.
 
+    The head of a stream is sent with its first piece (b"" will do): an error before that is still answered as any other; later
+    the connection is cut. `trailers`: pairs to be sent after a stream, if it goes out in chunks; it may be set while it lasts.
+
     A middleware may replace `content` and `stream`; one of them is None. `endless`: a stream that the server may end when it
-    closes, such as of events.
+    closes, such as of events; its head is sent at once.
     """
 
-    content = stream = request = reason = None
+    content = stream = request = reason = trailers = None
     endless = False
 
     def __init__(self, status=200, content=b"", headers=(), *, media_type=None, reason=None):
         if type(status) is not int:
-            raise TypeError(f"Response({status!r}): the status comes first, an int; then the content")
+            if not isinstance(status, int) or isinstance(status, bool):
+                raise TypeError(f"Response({status!r:.80}): the status comes first, an int; then the content")
+            status = int(status)            # an http.HTTPStatus
         self.status, self.reason, self.headers = status, reason, Headers(headers)
         usual = self._set(content)
         if media_type is not None or (usual is not None and "content-type" not in self.headers):
-            self.headers.set("Content-Type", media_type or usual)
+            self.headers.set("Content-Type", usual if media_type is None else str(media_type))
 
     def _set(self, content):
         """Take the content; the media type that goes without saying."""
@@ -5457,11 +5494,12 @@ class Response:
         if content is None:
             self.content = b""
             return None
-        if isinstance(content, (bytearray, memoryview)):
-            self.content = bytes(content)
-            return _BINARY
+        if isinstance(content, (str, bytes, bytearray, memoryview)):
+            text = isinstance(content, str)
+            self.content = content.encode() if text else bytes(content)
+            return _TEXT if text else _BINARY
         if hasattr(content, "__aiter__") or hasattr(content, "__next__"):
-            self.stream = content if hasattr(content, "__aiter__") else _asynchronous(content)
+            self.stream = content if hasattr(content, "__aiter__") else _Asynchronous(content)
             return _BINARY
         self.content = _encode_json(content).encode()
         return _JSON
@@ -5470,7 +5508,7 @@ class Response:
     def redirect(cls, location, status=303, headers=()):
         """Send the client to another URL. 303: GET it; 307: the same again; 301, 308: for good. ValueError for other statuses.
 
-        What is no ASCII in `location` is percent-encoded, control characters are refused.
+        What a URL cannot have in `location`, such as blanks and control characters, is percent-encoded.
         """
         if status not in (301, 302, 303, 307, 308):
             raise ValueError(f"redirect(status={status!r}): 301, 302, 303, 307 or 308")
@@ -5502,9 +5540,26 @@ class Response:
         return f"<Response {self.status}, {'a stream' if self.content is None else f'{len(self.content)} bytes'}>"
 
 
-async def _asynchronous(iterator):
-    for item in iterator:
-        yield item
+class _Asynchronous:
+    """An iterator as an asynchronous one. Whoever has it closes it: a generator, or a file, even if nothing was asked of it."""
+
+    __slots__ = ("iterator",)
+
+    def __init__(self, iterator):
+        self.iterator = iterator
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        try:
+            return next(self.iterator)
+        except StopIteration:
+            raise StopAsyncIteration from None
+
+    async def aclose(self):
+        if hasattr(self.iterator, "close"):
+            self.iterator.close()
 
 
 def _as_response(result):
@@ -5513,7 +5568,7 @@ def _as_response(result):
     if kind is Response:
         return result
     if kind is tuple:
-        if not 2 <= len(result) <= 3 or type(result[0]) is not int:
+        if not 2 <= len(result) <= 3 or not isinstance(result[0], int):
             raise TypeError(f"a handler has returned the tuple {result!r:.80}; (status, content) or (status, content, headers)")
         return Response(*result)
     if result is None:
@@ -5543,6 +5598,9 @@ class _FileStream:
     async def aclose(self):
         self.file.close()
 
+    def __del__(self):                  # of an answer that was not sent, because a middleware put another in its place
+        self.file.close()
+
 
 def _read_at(file, offset, count):
     file.seek(offset)
@@ -5555,14 +5613,17 @@ def _read_at(file, offset, count):
 # request. Deadlines are looked after by one sweep for all connections, twice a second: each connection says in `phase` what it
 # waits for, and the sweep remembers when it first saw that; so a deadline costs the request an attribute.
 #
-#     H1  `turn` is another one with each request; (turn, phase) is how the sweep knows that somebody still waits for the same
-#     H2  what a peer can make us wait for has a phase with a limit: a head, a body, a peer that does not read; only handlers have none
+#     H1  `turn` is another one with each request, 0 before the first; (turn, phase) is how the sweep knows that somebody still
+#         waits for the same
+#     H2  what a peer can make us wait for has a phase with a limit: a head, a body, a peer that does not read; only handlers
+#         have none
 #     H3  a connection goes on to the next request only when both messages are complete; else it is closed, and what was written
 #         arrives, because what the peer still sends is read and dropped for a while (else the system would reset)
-#     H4  whatever a handler does, its answer is one message or the connection is cut so that the peer can tell
+#     H4  whatever a handler does, its answer is one message or the connection is cut so that the peer can tell; what was sent in
+#         part (a write that was cancelled) is never gone on with
 
-# Seconds for a head from its first byte (nginx 60, Apache 20 to 40), between requests (nginx 75, Apache 5), for a body in all (nginx
-# has none, Apache by rate), and without progress while an answer is sent (nginx 60).
+# Seconds for a head from its first byte (nginx 60, Apache 20 to 40), between requests (nginx 75, Apache 5), for a body in all
+# (nginx has none, Apache by rate), and without progress while an answer is sent (nginx 60).
 HEAD_TIMEOUT, IDLE_TIMEOUT, BODY_TIMEOUT, SEND_TIMEOUT = 10.0, 60.0, 600.0, 60.0
 
 # Bytes a second that a body has to come with on average, after so many seconds of waiting for it (Kestrel's 240 and 5).
@@ -5577,13 +5638,18 @@ LINGER, MAX_LINGER = 2.0, 4 * 2**20
 # Seconds between two sweeps, and so how late a deadline may be; how soon a handler is cancelled when its client has gone.
 SWEEP = 0.5
 
+# Seconds that the hooks of a shutdown have: longer than a flush takes, shorter than service managers wait (Docker 10, systemd
+# 90).
+SHUTDOWN_TIMEOUT = 8.0
+
 # Seconds that a server gives what is under way when it ends, as flowcoro_net.
 DRAIN_TIMEOUT = 8.0
 
 # Bytes that one read asks for. A head is a few hundred; uploads want more.
 CHUNK = 64 * 2**10
 
-_IDLE, _HEAD, _HANDLING, _BODY, _SENDING, _LINGERING, _SWITCHED_TO = "idle", "head", "handling", "body", "sending", "lingering", "switched"
+_IDLE, _HEAD, _HANDLING, _BODY = "idle", "head", "handling", "body"
+_SENDING, _LINGERING, _SWITCHED_TO = "sending", "lingering", "switched"
 
 _CONTINUE = InformationalResponse(100)
 _PLAIN_TYPE, _JSON_TYPE = ("Content-Type", _TEXT), ("Content-Type", _JSON)
@@ -5600,19 +5666,19 @@ class _Clock:
     def now(self):
         """("Date", …), of now: 0.1 µs, and 1.4 if it were made each time."""
         second = int(time.time())
-        if second != self.second:
-            self.second, self.date = second, ("Date", http_date(second))
+        if second != self.second:               # the date first: another worker takes it as soon as the second fits
+            self.date, self.second = ("Date", http_date(second)), second
         return self.date
 
 
 _CLOCK = _Clock()
 
 
-class _Connection:
-    """A connection of a server: reads requests, has them answered, writes the answers."""
+class _Exchange:
+    """What a Request asks of its connection."""
 
-    __slots__ = ("run", "app", "sock", "http", "client", "server", "scheme", "tls", "trailers", "phase", "turn", "seen", "since",
-                 "received", "progress", "scope", "part", "fault", "ending")
+    __slots__ = ("run", "app", "sock", "http", "client", "server", "scheme", "tls", "trailers", "with_files", "phase", "turn",
+                 "seen", "since", "waited", "received", "progress", "scope", "part", "events", "fault")
 
     def __init__(self, run, sock):
         self.run, self.app, self.sock = run, run.app, sock
@@ -5623,21 +5689,241 @@ class _Connection:
         self.tls = sock.tls.version() if sock.tls else None
         self.scheme = "https" if sock.tls else "http"
         self.trailers = self.fault = None
+        self.with_files = None              # a Request whose files are to be closed
         self.phase, self.turn = _IDLE, 0
-        self.seen = self.since = None       # the sweep's: (turn, phase), and how many seconds it has lasted
-        self.received = self.progress = 0   # bytes of this body; bytes that the sweep has seen going out
-        self.scope = self.part = None       # of the connection; of the wait for a body, or of an endless stream
+        self.seen = None                    # the sweep's: (turn, phase) when it looked last,
+        self.since = self.waited = 0.0      # how many seconds that has lasted, and in this turn the wait for a body
+        self.received = self.progress = 0   # bytes of this body's content; bytes that the sweep has seen going out
+        self.scope = self.part = self.events = None     # of the connection; of the wait for a body, or for an endless stream
+
+    @property
+    def upgraded(self):
+        """Whether it speaks another protocol by now."""
+        return self.http.our_state is SWITCHED
+
+    def receive_content(self):
+        """All that is left of the content, if it is here; else None."""
+        return self.http.receive_content()
+
+    async def receive_body(self):
+        """The next piece of the content, b"" at its end. HttpError (408), ProtocolError, BrokenError."""
+        http = self.http
+        while http.their_state is SEND_BODY:
+            event = http.next_event()
+            if type(event) is Data:
+                self.received += len(event.data)
+                return event.data
+            if event is not NEED_DATA:
+                self.trailers = event.trailers
+                return b""
+            if http.expects_continue:
+                await self._write(http.send(_CONTINUE))
+            data = await self._read_body()
+            http.receive_data(data) if data else http.receive_end()
+        return b""
+
+    async def _read_body(self):
+        self.phase, data = _BODY, None
+        try:
+            with flowcoro.CancelScope() as self.part:
+                data = await self.sock.read(CHUNK)
+        finally:
+            self.phase, self.part = _HANDLING, None
+        fault, self.fault = self.fault, None
+        if data is None:
+            self.http.keep_alive = False
+            raise fault
+        return data
+
+    async def inform(self, event):
+        await self._write(self.http.send(event))
+
+    async def upgrade(self, request, protocol, headers):
+        http = self.http
+        if protocol is None:
+            if request.method != "CONNECT":
+                raise HttpError(400, "this is for CONNECT only")
+            event = ResponseHead(200, headers)
+        elif protocol.lower() not in map(str.lower, http.upgrade):
+            raise HttpError(426, f"this speaks {protocol} only", [("Upgrade", protocol), ("Connection", "Upgrade")])
+        else:
+            event = InformationalResponse(101, [("Upgrade", protocol), ("Connection", "Upgrade"), *headers])
+        if http.their_state is SEND_BODY:
+            raise HttpError(400, "what asks for another protocol has no content here")
+        await self._write(http.send(event))
+        if rest := http.trailing_data:
+            self.sock.unread(rest)
+        self.phase = _SWITCHED_TO
+        return self.sock
+
+    async def _write(self, data):
+        before, self.phase = self.phase, _SENDING
+        try:
+            await self.sock.write(data)
+        except BaseException:               # nobody knows how much of it has been sent
+            self._cut()
+            raise
+        self.phase = before
+
+    def _cut(self):
+        """H4: by a reset, so that it is no end to whoever waits for one."""
+        try:
+            self.sock.raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        except OSError:                     # closed already, or no socket of the system's
+            pass
+        self.sock.close_nowait()
+
+
+class _Answering(_Exchange):
+    """How an answer is sent that is more than a few bytes, or none."""
+
+    __slots__ = ()
+
+    @staticmethod
+    def _head_of(response):
+        pairs = response.headers.items()
+        if "date" not in response.headers:
+            pairs.append(_CLOCK.now())
+        return ResponseHead(response.status, tuple(pairs), response.reason)
+
+    async def _after_error(self, request, error):
+        """What answers an error: a Response, and its head."""
+        response = await self.app._respond_to_error(request, error)
+        try:
+            return response, self._head_of(response)
+        except Exception as another:        # an error handler's, and a strange one
+            flowcoro_net.report_error(another, f"the answer to the error of {request!r} is none", "flowcoro_http")
+            response = Response(500, "Internal Server Error")
+            return response, self._head_of(response)
+
+    async def _instead(self, request, error):
+        """The bytes of another answer if the handler's is none: a header that cannot be, content where there is none."""
+        response, head = await self._after_error(request, error)
+        try:
+            return self.http.send_message(head, response.content)
+        except Exception as another:
+            flowcoro_net.report_error(another, f"the answer to the error of {request!r} is none", "flowcoro_http")
+            await _close_stream(response.stream)
+            response = Response(500, "Internal Server Error")
+            return self.http.send_message(self._head_of(response), response.content)
+
+    async def _stream(self, request, response, head):
+        """Send an answer that is a stream; whether it is complete. If not, the connection is cut."""
+        stream, http = response.stream, self.http
+        try:
+            if request.method == "HEAD" or response.status in _STATELESS:
+                await self._write(http.send(head) + http.send(EndOfMessage()))
+            elif type(stream) is _FileStream:
+                await self._send_file(stream, head)
+            elif response.endless:
+                await self._send_events(response, head)
+            else:
+                await self._send_pieces(response, head)
+            return True
+        except Exception as error:
+            if http.our_state is SEND_RESPONSE:                 # nothing of it has been sent
+                await self._write(await self._instead(request, error))
+                return True
+            self._cut()
+            if not isinstance(error, ProtocolError) and not self.sock.caused(error):
+                flowcoro_net.report_error(error, f"the answer to {request!r} broke off; its connection is cut", "flowcoro_http")
+            return False
+        except BaseException:
+            self._cut()
+            raise
+        finally:
+            await _close_stream(stream)
+
+    async def _send_pieces(self, response, head):
+        http, pieces = self.http, aiter(response.stream)
+        try:
+            data = _piece(await anext(pieces, b""))             # before the head: an error can still be answered
+            await self._write(http.send(head) + http.send(Data(data)))
+            async for piece in pieces:
+                if data := http.send(Data(_piece(piece))):
+                    await self._write(data)
+            await self._end(response)
+        finally:
+            await _close_stream(pieces)
+
+    async def _send_events(self, response, head):
+        """Send what has no end of its own: it is at one when the server closes."""
+        http, pieces = self.http, aiter(response.stream)
+        await self._write(http.send(head))
+        try:
+            piece = b""
+            while piece is not None:
+                if data := http.send(Data(_piece(piece))):
+                    await self._write(data)
+                piece = None
+                try:
+                    with flowcoro.CancelScope() as self.events:         # only round this: a write would be cut short
+                        if not self.run.closing.is_set():
+                            piece = await anext(pieces, None)
+                finally:
+                    self.events = None
+            if self.run.closing.is_set():
+                http.keep_alive = False
+            await self._end(response)
+        finally:
+            await _close_stream(pieces)
+
+    async def _end(self, response):
+        """Send the end of a stream, with its trailers where they have a place."""
+        chunked = self.http._out_mode is _BY_CHUNKS
+        await self._write(self.http.send(EndOfMessage(response.trailers if chunked else None)))
+
+    async def _send_file(self, stream, head):
+        http, count = self.http, stream.count
+        announced = [value for name, value in head.headers if name.lower() == "content-length"]
+        if not announced:
+            head.headers = (*head.headers, ("Content-Length", str(count)))
+        elif announced != [str(count)]:
+            raise LocalProtocolError(f"Content-Length: {announced[0]}, and {count} bytes of the file are to be sent")
+        await self._write(http.send(head))
+        self.phase = _SENDING
+        sent = await self.sock.send_file(stream.file, stream.offset, count)
+        if sent != count:
+            raise OSError(f"{stream.file!r} has become shorter while it was sent: {count - sent} of {count} bytes are missing")
+        http._out_left -= count                         # the content went by another way
+        http.send(EndOfMessage())
+
+
+def _piece(piece):
+    """A piece of a stream, bytes."""
+    if type(piece) is str:
+        return piece.encode()
+    if not isinstance(piece, (bytes, bytearray, memoryview)):
+        raise TypeError(f"a stream has given {piece!r:.80}, and consists of bytes or str")
+    return piece
+
+
+async def _close_stream(stream):
+    """Close what the pieces of an answer came from."""
+    if hasattr(stream, "aclose"):
+        try:
+            await stream.aclose()
+        except Exception as error:
+            flowcoro_net.report_error(error, f"{stream!r} failed while it was closed; its answer has been sent", "flowcoro_http")
+
+
+class _Connection(_Answering):
+    """A connection of a server: reads requests, has them answered, writes the answers."""
+
+    __slots__ = ()
 
     async def serve(self):
         """Until it ends. Cancelled: it is closed."""
-        with flowcoro.CancelScope() as self.scope:
-            try:
-                await self._serve()
-            except flowcoro_net.BrokenError:        # the client has gone
-                pass
-        if self.fault is not None and self.http.our_state is IDLE:      # a head that has taken too long
-            with flowcoro.move_on_after(LINGER):
-                await self._refuse(self.fault)
+        try:
+            with contextlib.suppress(flowcoro_net.BrokenError, flowcoro.ClosedError):       # the client has gone; it was cut
+                with flowcoro.CancelScope() as self.scope:
+                    await self._serve()
+                if self.fault is not None and self.http.our_state is IDLE:      # a head that has taken too long
+                    with flowcoro.move_on_after(LINGER):
+                        await self._refuse(self.fault)
+        finally:
+            if self.with_files is not None:
+                self.with_files._close()
 
     async def _serve(self):
         app, sock, http, find, now = self.app, self.sock, self.http, self.app.find, _CLOCK.now
@@ -5684,19 +5970,21 @@ class _Connection:
                     response = _as_response(result)
                     head, content = self._head_of(response), response.content
             except Exception as error:
-                response = await app._respond_to_error(request, error)
-                head, content = self._head_of(response), response.content
+                response, head = await self._after_error(request, error)
+                content = response.content
             if http.our_state is SWITCHED:
                 return None
             if run.closing._set:
                 http.keep_alive = False
             if content is None:
                 if not await self._stream(request, response, head):
-                    return self._cut()
+                    return None
             else:
+                if http.their_state is SEND_BODY and http._left > MAX_UNREAD:       # then _rest() will not read it
+                    http.keep_alive = False
                 try:
                     data = http.send_message(head, content)
-                except LocalProtocolError as error:
+                except Exception as error:
                     data = await self._instead(request, error)
                 self.phase = _SENDING
                 await sock.write(data)
@@ -5723,7 +6011,7 @@ class _Connection:
         if http._mode is _BY_LENGTH and not http._left:
             http.next_event()                           # EndOfMessage: it has no content
         else:
-            self.received, self.trailers = 0, None
+            self.received = 0
         request = _new(Request)
         request.method, request.target, request.headers, request.version = head.method, head.target, head.headers, head.version
         request.raw_path, _, request.query_string = head.target.partition("?")
@@ -5732,130 +6020,9 @@ class _Connection:
             request.raw_path, _, request.query_string = head.path.partition("?")
             if head.target != "*":                      # Host counts for nothing then (RFC 9112 section 3.2.2)
                 request.host = head.authority
-        return request
-
-    @staticmethod
-    def _head_of(response):
-        pairs = response.headers.items()
-        if "date" not in response.headers:
-            pairs.append(_CLOCK.now())
-        return ResponseHead(response.status, tuple(pairs), response.reason)
-
-    async def _instead(self, request, error):
-        """The answer if the handler's is none: a header that cannot be, content where there is none."""
-        response = await self.app._respond_to_error(request, error)
-        return self.http.send_message(self._head_of(response), response.content)
-
-    # -- what a Request asks for
-
-    def receive_content(self):
-        return self.http.receive_content()
-
-    async def receive_body(self):
-        """The next piece of the content, b"" at its end. HttpError (408), ProtocolError, BrokenError."""
-        http = self.http
-        while http.their_state is SEND_BODY:
-            event = http.next_event()
-            if type(event) is Data:
-                return event.data
-            if event is not NEED_DATA:
-                self.trailers = event.trailers
-                return b""
-            if http.expects_continue:
-                await self._write(http.send(_CONTINUE))
-            self.phase, data = _BODY, None
-            with flowcoro.CancelScope() as self.part:
-                data = await self.sock.read(CHUNK)
-            self.phase, self.part = _HANDLING, None
-            if data is None:
+            if head.method == "CONNECT":                # what follows would be the tunnel's, and is no request
                 http.keep_alive = False
-                raise self.fault or HttpError(408)
-            self.received += len(data)
-            http.receive_data(data) if data else http.receive_end()
-        return b""
-
-    async def inform(self, event):
-        await self._write(self.http.send(event))
-
-    async def upgrade(self, request, protocol, headers):
-        http = self.http
-        if protocol is None and request.method == "CONNECT":
-            event = ResponseHead(200, headers)
-        elif protocol is None or protocol.lower() not in map(str.lower, http.upgrade):
-            raise HttpError(426, f"this speaks {protocol} only", [("Upgrade", str(protocol)), ("Connection", "Upgrade")])
-        else:
-            event = InformationalResponse(101, [("Upgrade", protocol), ("Connection", "Upgrade"), *headers])
-        await self._write(http.send(event))
-        if rest := http.trailing_data:
-            self.sock.unread(rest)
-        self.phase = _SWITCHED_TO
-        return self.sock
-
-    async def _write(self, data):
-        before, self.phase = self.phase, _SENDING
-        await self.sock.write(data)
-        self.phase = before
-
-    # -- an answer that is a stream
-
-    async def _stream(self, request, response, head):
-        """Send it; whether it is complete."""
-        stream, http = response.stream, self.http
-        try:
-            if request.method == "HEAD" or response.status in _STATELESS:
-                await self._write(http.send(head) + http.send(EndOfMessage()))
-            elif type(stream) is _FileStream:
-                await self._send_file(stream, head)
-            else:
-                with flowcoro.CancelScope() as scope:
-                    if response.endless:
-                        self.part = scope
-                        if self.run.closing._set:
-                            scope.cancel()
-                    await self._send_pieces(request, response, head)
-                self.part = None
-                if http.our_state is SEND_BODY:         # ended because the server closes
-                    await self._write(http.send(EndOfMessage()))
-            return True
-        except flowcoro_net.BrokenError:
-            raise
-        except Exception as error:
-            flowcoro_net.report_error(error, f"the answer to {request!r} broke off; its connection is cut", "flowcoro_http")
-            return False
-        finally:
-            if hasattr(stream, "aclose"):
-                await stream.aclose()
-
-    async def _send_pieces(self, request, response, head):
-        http, pieces, lines = self.http, aiter(response.stream), b""
-        if response.endless:
-            await self._write(http.send(head))
-        else:                           # with the first piece; an error before that can still be answered
-            try:
-                piece = await anext(pieces, b"")
-                lines = http.send(head)
-                lines += http.send(Data(piece.encode() if type(piece) is str else piece))
-            except Exception as error:
-                if lines:
-                    raise
-                lines = await self._instead(request, error)
-            await self._write(lines)
-            if http.our_state is not SEND_BODY:
-                return
-        async for piece in pieces:
-            if data := http.send(Data(piece.encode() if type(piece) is str else piece)):
-                await self._write(data)
-        await self._write(http.send(EndOfMessage(getattr(response, "trailers", None))))
-
-    async def _send_file(self, stream, head):
-        http = self.http
-        if "content-length" not in [name.lower() for name, _ in head.headers]:
-            head.headers = (*head.headers, ("Content-Length", str(stream.count)))
-        await self._write(http.send(head))
-        self.phase = _SENDING
-        await self.sock.send_file(stream.file, stream.offset, stream.count)
-        http._out_left -= stream.count                  # the content went by another way
-        http.send(EndOfMessage())
+        return request
 
     # -- how a cycle ends
 
@@ -5869,6 +6036,7 @@ class _Connection:
                     left -= len(data)
             except HttpError:
                 pass
+            self.trailers = None                # they are not the next one's
         if http.reusable:
             return True
         await self._linger()
@@ -5876,18 +6044,16 @@ class _Connection:
 
     async def _refuse(self, error):
         """Answer what is no request, and close."""
-        http, app = self.http, self.app
-        app._refused += 1
-        if http.our_state is IDLE or http.our_state is SEND_RESPONSE:
-            content = f"{error.message}\n".encode()
-            head = ResponseHead(error.status, [_PLAIN_TYPE, _CLOCK.now(), *error.headers])
-            http.keep_alive = False
-            await self._write(http.send_message(head, content))
+        http = self.http
+        self.app._refused += 1
+        http.keep_alive = False
+        head = ResponseHead(error.status, (_PLAIN_TYPE, _CLOCK.now()))
+        await self._write(http.send_message(head, f"{error.message}\n".encode()))
         await self._linger()
 
     async def _linger(self):
         """H3."""
-        if self.http._ended or self.sock.hung_up:
+        if self.http._ended:
             return
         self.phase = _LINGERING
         with flowcoro.move_on_after(LINGER):
@@ -5896,54 +6062,61 @@ class _Connection:
             while left > 0 and (data := await self.sock.read(CHUNK)):
                 left -= len(data)
 
-    def _cut(self):
-        """H4: by a reset, so that it is no end to whoever waits for one."""
-        try:
-            self.sock.raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        except OSError:
-            pass
-        self.sock.close_nowait()
-
     # -- the sweep's
 
     def look(self, passed):
         """`passed` seconds since the last look: end what has taken too long."""
-        phase, seen = self.phase, (self.turn, self.phase)
-        if seen != self.seen:
-            self.seen, self.since, self.progress = seen, 0.0, 0
+        last, phase = self.seen, self.phase
+        seen = self.seen = self.turn, phase
+        app, sock = self.app, self.sock
+        if last is None or last[0] != seen[0]:
+            self.waited = 0.0
+        elif phase is _BODY:                    # whatever was between: the limit is for all of it
+            self._look_at_body(passed)
             return
-        self.since += passed
-        app, waited = self.app, self.since
+        if last != seen:
+            self.since, self.progress = 0.0, 0
+            return
+        waited = self.since = self.since + passed
         if phase is _HANDLING:
-            if self.sock.hung_up:                       # nobody will read the answer
-                self.scope.cancel()
+            if sock.hung_up:                    # nobody will read the answer, or its client has gone on to nothing else:
+                if self.progress:               # for that it is to come before the next look
+                    self.scope.cancel()
+                self.progress = 1
         elif phase is _IDLE:
-            if waited >= app.idle_timeout:
+            if waited >= app.idle_timeout or self.run.closing.is_set():
                 self.scope.cancel()
         elif phase is _HEAD:
             if waited >= app.head_timeout:
                 self.fault = HttpError(408, f"the head of a request took more than {app.head_timeout:g} s")
                 self.scope.cancel()
-        elif phase is _BODY and self.part is not None:
-            if waited >= app.body_timeout:
-                self.fault = HttpError(408, f"the content took more than {app.body_timeout:g} s")
-                self.part.cancel()
-            elif waited > BODY_GRACE and self.received < waited * app.min_body_rate:
-                self.fault = HttpError(408, f"the content came with less than {app.min_body_rate:g} bytes a second")
-                self.part.cancel()
         elif phase is _SENDING:
-            sent = self.sock.statistics()["bytes_sent"]
+            sent = sock.statistics()["bytes_sent"]
             if sent != self.progress:
                 self.progress, self.since = sent, 0.0
             elif waited >= app.send_timeout:
                 self.scope.cancel()
 
+    def _look_at_body(self, passed):
+        app, part = self.app, self.part
+        waited = self.waited = self.waited + passed
+        if waited >= app.body_timeout:
+            fault = f"the content took more than {app.body_timeout:g} s"
+        elif waited > BODY_GRACE and self.received < waited * app.min_body_rate:
+            fault = f"the content came with less than {app.min_body_rate:g} bytes a second"
+        else:
+            return
+        if part is not None:                    # (with several workers it may be there by now)
+            self.fault = HttpError(408, fault)
+            part.cancel()
+
     def close(self):
         """The server closes: what waits for a request, or for ever, ends."""
-        if self.phase is _IDLE:
+        events = self.events
+        if events is not None:
+            events.cancel()
+        elif self.phase is _IDLE and self.turn:         # the first one may be on its way: that is the sweep's
             self.scope.cancel()
-        elif self.part is not None and self.phase is not _BODY:
-            self.part.cancel()
 
 
 class _Run:
@@ -5951,18 +6124,16 @@ class _Run:
 
     def __init__(self, app):
         self.app, self.connections, self.closing = app, {}, flowcoro.Event()
-        self.stack = contextlib.AsyncExitStack()
 
-    async def __aenter__(self):
-        await self.stack.enter_async_context(self.app._started())
-        group = await self.stack.enter_async_context(flowcoro.TaskGroup())
-        self.stack.callback(group.cancel)
-        group.spawn(self.sweep(), name="sweep of deadlines")
-        group.spawn(self.close_on_stop(), name="close connections on a stop")
-        return self
-
-    async def __aexit__(self, *error):
-        return await self.stack.__aexit__(*error)
+    @contextlib.asynccontextmanager
+    async def running(self):
+        async with self.app._started(), flowcoro.TaskGroup() as group:
+            group.spawn(self.sweep(), name="sweep of deadlines")
+            group.spawn(self.close_on_stop(), name="close connections on a stop")
+            try:
+                yield
+            finally:
+                group.cancel()
 
     async def serve(self, sock):
         connection = self.connections[sock] = _Connection(self, sock)
@@ -6005,6 +6176,15 @@ def _answer_without(request, match):
     raise HttpError(match.status, "the path is malformed" if match.status == 400 else f"there is no {request.raw_path}")
 
 
+def _error_response(error):
+    """The Response to an error that no handler was there for."""
+    if isinstance(error, UnprocessableContent):
+        return Response(error.status, error.document, error.headers, media_type="application/problem+json")
+    if isinstance(error, HttpError):
+        return Response(error.status, error.message or REASONS.get(error.status, ""), error.headers)
+    return Response(500, "Internal Server Error")
+
+
 class HttpServer(Router):
     """A web application: routes, middleware, and the server of them.
 
@@ -6016,9 +6196,9 @@ class HttpServer(Router):
 
         app.run("127.0.0.1", 8000)
 
-    Routes are a Router's, which it is. A handler returns str (text/plain), bytes, dict or list (JSON), a Response, an async iterator
-    (streamed), (status, content), (status, content, headers), or None (204). HttpError raised in it is its answer; what else it
-    raises is reported to sys.unraisablehook, and answered with 500.
+    Routes are a Router's, which it is. A handler returns str (text/plain), bytes, dict or list (JSON), a Response, an async
+    iterator (streamed), (status, content), (status, content, headers), or None (204). HttpError raised in it is its answer; what
+    else it raises is reported to sys.unraisablehook, and answered with 500.
 
     Limits, in seconds (None: no limit): head_timeout, from the first byte of a head; body_timeout, for all of a body;
     idle_timeout, between requests; send_timeout, for a client that does not read. min_body_rate, bytes a second, on average after
@@ -6036,14 +6216,20 @@ class HttpServer(Router):
                 raise ValueError(f"{name}={seconds!r}: give seconds, more than 0, or None for no limit")
         self.head_timeout, self.body_timeout = (math.inf if each is None else each for each in (head_timeout, body_timeout))
         self.idle_timeout, self.send_timeout = (math.inf if each is None else each for each in (idle_timeout, send_timeout))
-        self.min_body_rate = min_body_rate
+        self.min_body_rate = 0 if min_body_rate is None else min_body_rate
+        if not isinstance(self.min_body_rate, (int, float)) or not self.min_body_rate >= 0:
+            raise ValueError(f"min_body_rate={min_body_rate!r}: give bytes a second, 0 or more, or None for no limit")
         self.state = types.SimpleNamespace()
         self._codec_limits = {"max_body": max_body, "max_request_line": max_request_line, "max_field_line": max_field_line,
                               "max_fields": max_fields, "max_head": max_head}
+        for name, limit in self._codec_limits.items():
+            if (limit is not None or name != "max_body") and (type(limit) is not int or limit < 0):
+                raise ValueError(f"{name}={limit!r}: give a number, an int of 0 or more{', or None' * (name == 'max_body')}")
         self._middleware, self._chain = [], None
         self._error_handlers = {}       # status or exception class -> handler
         self._lifespans = []            # functions that give async context managers
-        self._starting, self._runs, self._stack = None, 0, None
+        self._runs, self._stack = 0, None
+        self._starting = flowcoro.Lock()        # held while the first run starts, and while the last one ends
         self._refused = 0
 
     # -- what goes around the handlers
@@ -6063,10 +6249,12 @@ class HttpServer(Router):
     def error_handler(self, kind):
         """A decorator: `async def handler(request, error)` answers this status, or this class of exceptions and its subclasses.
 
-        It returns what handlers may return; for a status that is a content alone, it keeps the status. The class that is nearest
-        to the exception's counts, before that a status.
+        It returns what handlers may return; a content alone keeps the status of an HttpError, or 500. The class that is nearest
+        to the exception's counts, before that a status. An HttpError that it raises is the answer. That for 500 is asked, after
+        the error has been reported, about all that no class is there for. What is no request (400, 408, 414, 431) is answered
+        without.
         """
-        if not (type(kind) is int and 400 <= kind <= 599 or isinstance(kind, type) and issubclass(kind, Exception)):
+        if not (isinstance(kind, int) and 400 <= kind <= 599 or isinstance(kind, type) and issubclass(kind, Exception)):
             raise TypeError(f"error_handler({kind!r}): give a status from 400 to 599, or a class of exceptions")
 
         def decorate(handler):
@@ -6107,7 +6295,6 @@ class HttpServer(Router):
     @contextlib.asynccontextmanager
     async def _started(self):
         """What lifespans and hooks want, once for all servers of this application that run at the same time."""
-        self._starting = self._starting or flowcoro.Lock()
         async with self._starting:
             if not self._runs:
                 async with contextlib.AsyncExitStack() as stack:
@@ -6118,11 +6305,19 @@ class HttpServer(Router):
         try:
             yield
         finally:
-            self._runs -= 1
-            if not self._runs:
-                stack, self._stack, self._starting = self._stack, None, None
-                with flowcoro.CancelScope(shield=True):
-                    await stack.aclose()
+            with flowcoro.CancelScope(shield=True):
+                async with self._starting:
+                    self._runs -= 1
+                    if not self._runs:
+                        await self._shut_down()
+
+    async def _shut_down(self):
+        """What was started, ended: also when the server is cancelled, so within a limit."""
+        stack, self._stack = self._stack, None
+        with flowcoro.move_on_after(SHUTDOWN_TIMEOUT) as scope:
+            await stack.aclose()
+        if scope.cancelled_caught:
+            raise TimeoutError(f"what on_shutdown() and lifespan() have added took more than {SHUTDOWN_TIMEOUT:g} s to end")
 
     # -- from a request to its answer
 
@@ -6131,11 +6326,8 @@ class HttpServer(Router):
         if self._chain is None:
             self._chain = self._handle
             for function in reversed(self._middleware):
-                self._chain = _linked(function, self._chain)
-        try:
-            return await self._chain(request)
-        except Exception as error:
-            return await self._respond_to_error(request, error)
+                self._chain = self._linked(function, self._chain)
+        return await self._chain(request)
 
     async def _handle(self, request):
         """What the innermost call_next() is."""
@@ -6151,30 +6343,48 @@ class HttpServer(Router):
             return await self._respond_to_error(request, error)
 
     async def _respond_to_error(self, request, error):
-        """The Response that an error is answered with."""
-        status = error.status if isinstance(error, HttpError) else 500
-        handler = self._error_handlers.get(status) if isinstance(error, HttpError) else None
-        for kind in type(error).__mro__[:-1] if handler is None else ():
-            handler = self._error_handlers.get(kind)
-            if handler is not None:
-                break
-        gone = isinstance(error, flowcoro_net.BrokenError) and request._source is not None and request._source.sock.hung_up
-        if handler is None and status == 500 and not gone and not isinstance(error, HttpError):
+        """The Response that an error is answered with; never an Exception."""
+        source, of_http = request._source, isinstance(error, HttpError)
+        gone = source is not None and source.sock.caused(error)
+        if source is not None and source.upgraded:
+            if not gone:
+                flowcoro_net.report_error(error, f"{request!r} was upgraded, and its handler failed; its connection is closed",
+                                          "flowcoro_http")
+            return Response(500)
+        handler = self._error_handler_of(error) if not gone else None
+        if handler is None and not of_http and not gone:
             flowcoro_net.report_error(error, f"the handler of {request!r} failed; it is answered with 500", "flowcoro_http")
-        if handler is None and status == 500:
             handler = self._error_handlers.get(500)
-        if handler is not None:
+        try:
+            if handler is not None:
+                try:
+                    result = await handler(request, error)
+                    if isinstance(result, (Response, tuple)):
+                        return _as_response(result)
+                    return Response(error.status if of_http else 500, result)
+                except HttpError as another:
+                    error = another
+            return _error_response(error)
+        except Exception as another:
+            flowcoro_net.report_error(another, f"what was to answer an error of {request!r} failed", "flowcoro_http")
+            return Response(500, "Internal Server Error")
+
+    def _error_handler_of(self, error):
+        """The handler for the status of an HttpError, or else of the class that is nearest to the exception's."""
+        handlers = self._error_handlers
+        handler = handlers.get(error.status) if isinstance(error, HttpError) else None
+        if handler is None:
+            handler = next((handlers[kind] for kind in type(error).__mro__ if kind in handlers), None)
+        return handler
+
+    def _linked(self, function, call_next):
+        """A middleware and what comes after it, as one function that gives the Response to a request; never an Exception."""
+        async def call(request):
             try:
-                result = await handler(request, error)
-                return _as_response(result) if isinstance(result, (Response, tuple)) else Response(status, result)
-            except Exception as another:
-                flowcoro_net.report_error(another, f"the error handler of {request!r} failed", "flowcoro_http")
-                status, error = 500, another
-        if isinstance(error, UnprocessableContent):
-            return Response(status, error.document, error.headers, media_type="application/problem+json")
-        if isinstance(error, HttpError):
-            return Response(status, error.message or REASONS.get(status, ""), error.headers)
-        return Response(500, "Internal Server Error")
+                return _as_response(await function(request, call_next))
+            except Exception as error:
+                return await self._respond_to_error(request, error)
+        return call
 
     def describe(self, path="/openapi.json", page="/docs", **options):
         """Serve the OpenAPI document of all routes at `path`, and a page for people at `page` (None: no page).
@@ -6196,21 +6406,24 @@ class HttpServer(Router):
     async def listen(self, host="127.0.0.1", port=8000, *, unix=None, mode=None, tls=None, backlog=None, reuse_port=False):
         """Listen on an address, or on a Unix socket (`unix`: its path, `mode` its permissions). -> HttpListener
 
-        tls: an ssl.SSLContext, as flowcoro_net.server_tls() makes it, or (certificate, key), paths of PEM files. The rest, and
-        errors, as TcpServer.listen() and UnixServer.listen().
+        tls: an ssl.SSLContext, as flowcoro_net.server_tls() makes it, or the path of a PEM file with certificates and key, or
+        (certificates, key), two of them, which SIGHUP reads anew. The rest, and errors, as TcpServer.listen() and
+        UnixServer.listen().
         """
-        if isinstance(tls, (tuple, str)):
-            tls = flowcoro_net.server_tls(*(tls if isinstance(tls, tuple) else (tls,)), alpn=["http/1.1"])
+        files = None
+        if isinstance(tls, (tuple, str, bytes, os.PathLike)):
+            files = tls if isinstance(tls, tuple) else (tls,)
+            tls = flowcoro_net.server_tls(*files, alpn=["http/1.1"])
         options = {} if backlog is None else {"backlog": backlog}
         if unix is not None:
             server = await flowcoro_net.UnixServer.listen(unix, tls=tls, mode=mode, **options)
         else:
             server = await flowcoro_net.TcpServer.listen(host, port, tls=tls, reuse_port=reuse_port, **options)
-        return HttpListener(self, server, tls)
+        return HttpListener(self, server, tls, files)
 
-    def run(self, host="127.0.0.1", port=8000, *, processes=None, drain_timeout=DRAIN_TIMEOUT, max_connections=math.inf, workers=None,
-            **options):
-        """Serve until Ctrl-C or SIGTERM; what listen() and serve() take. SIGHUP reloads the certificates that tls= names."""
+    def run(self, host="127.0.0.1", port=8000, *, processes=None, drain_timeout=DRAIN_TIMEOUT, max_connections=math.inf,
+            workers=None, **options):
+        """Serve until Ctrl-C or SIGTERM: listen() and serve(), and what they take."""
         async def main():
             async with await self.listen(host, port, **options) as server:
                 print(f"serving on {server.url}  (Ctrl-C ends it)", file=sys.stderr, flush=True)
@@ -6231,34 +6444,67 @@ async def _called(function):
         await result
 
 
-def _linked(function, call_next):
-    """A middleware and what comes after it, as one function of a request."""
-    async def call(request):
-        return _as_response(await function(request, call_next))
-    return call
-
-
 class HttpListener:
     """An application on an address: `await app.listen(…)`; then serve(). Best in `async with`, which closes it."""
 
-    def __init__(self, app, server, tls):
-        self._app, self._server, self._tls, self._run = app, server, tls, None
+    def __init__(self, app, server, tls, files=None):
+        self._app, self._server, self._tls, self._files, self._run = app, server, tls, files, None
 
     async def serve(self, *, processes=None, drain_timeout=DRAIN_TIMEOUT, max_connections=math.inf, reload=None):
-        """Serve until close() or a stop (SIGTERM, flowcoro.request_stop()). Then no connection is accepted any more, those that wait
-        for a request are closed, endless streams end, and what is under way has `drain_timeout` seconds before it is cancelled.
+        """Serve until close() or a stop (SIGTERM, flowcoro.request_stop()). Then no connection is accepted any more, those that
+        wait for a request are closed, endless streams end, and what is under way has `drain_timeout` seconds before it is
+        cancelled.
 
-        processes: worker processes that share the address; reload and all else as TcpServer.serve(). Cancelled: all ends at once.
+        processes: worker processes that share the address, and have the application's lifespans each; reload and all else as
+        TcpServer.serve(), but what `reload` returns, if not None, is the HttpServer of the new processes. SIGHUP, or reload(),
+        has the files of tls= read anew, before that; SIGHUP without processes, too, in the main thread and if nobody else handles
+        it. Errors of lifespans are serve()'s: those of a start at once, in a process that process's. Cancelled: all ends at once.
         """
-        options = {} if reload is None else {"reload": reload}
-        await self._server.serve(self._serve_one, lifespan=self._running, processes=processes, drain_timeout=drain_timeout,
-                                 max_connections=max_connections, **options)
+        options = {"lifespan": self._running, "drain_timeout": drain_timeout, "max_connections": max_connections}
+        if processes is not None:
+            options |= {"processes": processes, "reload": functools.partial(self._reload, reload)}
+        elif reload is not None:
+            raise ValueError("reload= needs processes=: it is called before worker processes are replaced")
+        await self._server.serve(self._serve_one, **options)
+
+    async def _reload(self, function):
+        if self._files is not None:
+            self.reload_certificate()
+        app = function and function()
+        app = await app if inspect.isawaitable(app) else app
+        if app is not None:
+            if not isinstance(app, HttpServer):
+                raise TypeError(f"reload= returned {app!r:.80}: give an HttpServer, or None for the same as before")
+            self._app = app
 
     @contextlib.asynccontextmanager
     async def _running(self):
-        async with _Run(self._app) as self._run:
+        self._run = _Run(self._app)
+        try:
+            async with self._run.running():
+                with self._hearing_hangups():
+                    yield
+        finally:
+            self._run = None
+
+    @contextlib.contextmanager
+    def _hearing_hangups(self):
+        """SIGHUP reads certificates anew. (With processes that is the supervisor's, and here it is ignored.)"""
+        def reload(number, frame):              # at any bytecode; it touches nothing that is the kernel's
+            try:
+                self.reload_certificate()
+            except (OSError, ValueError) as error:
+                flowcoro_net.report_error(error, f"{self!r} goes on with the certificate that it had", "flowcoro_http")
+
+        heard = (self._files is not None and threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP")
+                 and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)
+        if heard:
+            signal.signal(signal.SIGHUP, reload)
+        try:
             yield
-        self._run = None
+        finally:
+            if heard and signal.getsignal(signal.SIGHUP) is reload:
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     async def _serve_one(self, sock):
         await self._run.serve(sock)
@@ -6275,10 +6521,18 @@ class HttpListener:
     async def __aexit__(self, kind, error, trace):
         self.close()
 
-    def reload_certificate(self, certificate, key=None, password=None):
-        """Have connections from now on use this certificate (PEM files). OSError, ssl.SSLError: then nothing has changed."""
+    def reload_certificate(self, certificate=None, key=None, password=None):
+        """Have connections from now on use this certificate (PEM files; None: those of tls=, read anew).
+
+        OSError, ssl.SSLError: then nothing has changed. RuntimeError: there is no TLS, or no such file. It reads files: a
+        millisecond.
+        """
         if self._tls is None:
             raise RuntimeError("this server has no TLS: pass tls= to listen()")
+        if certificate is None:
+            if self._files is None:
+                raise RuntimeError("tls= was no file that could be read anew: pass a certificate")
+            certificate, key = (*self._files, None)[:2]
         flowcoro_net.server_tls(certificate, key, password=password)            # whether they fit, before any is exchanged
         self._tls.load_cert_chain(certificate, key, password)
 
