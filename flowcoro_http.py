@@ -5521,7 +5521,7 @@ class _Connection:
 
     def __init__(self, run, sock):
         self.run, self.app, self.sock = run, run.app, sock
-        self.http = HttpConnection(SERVER, **run.app._limits)
+        self.http = HttpConnection(SERVER, **run.app._http_limits)
         peer, local = sock.peer, sock.local
         self.client = peer[:2] if type(peer) is tuple else peer or None
         self.server = local[:2] if type(local) is tuple else local
@@ -5926,8 +5926,8 @@ class HttpServer(Router):
         self.idle_timeout, self.send_timeout = (math.inf if each is None else each for each in (idle_timeout, send_timeout))
         self.min_body_rate = min_body_rate
         self.state = types.SimpleNamespace()
-        self._limits = {"max_body": max_body, "max_request_line": max_request_line, "max_field_line": max_field_line,
-                        "max_fields": max_fields, "max_head": max_head}
+        self._http_limits = {"max_body": max_body, "max_request_line": max_request_line, "max_field_line": max_field_line,
+                             "max_fields": max_fields, "max_head": max_head}
         self._middleware, self._chain = [], None
         self._error_handlers = {}       # status or exception class -> handler
         self._lifespans = []            # functions that give async context managers
