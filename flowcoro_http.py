@@ -5091,7 +5091,7 @@ class Request:
     Made by hand, for tests: Request("POST", "/x?y=1", [("Content-Type", "text/plain")], b"content").
     """
 
-    params, route, app, tls, content, trailers, max_body = _NOTHING, None, None, None, None, None, None
+    params, route, app, content, trailers, max_body = _NOTHING, None, None, None, None, None
     _source = _query = _cookies = _state = _client = _server = _scheme = _host = _files = None
     _begun = False
 
@@ -5165,6 +5165,11 @@ class Request:
     @scheme.setter
     def scheme(self, scheme):
         self._scheme = scheme
+
+    @property
+    def tls(self):
+        """The version of TLS, such as "TLSv1.3"; None without."""
+        return None if self._source is None else self._source.tls
 
     @property
     def host(self):
