@@ -26,8 +26,8 @@ How it works:
     A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
     module is imported when its row is asked for, no earlier, so that a missing file costs its own rows only
     (flowcoro_net.py: the scenes `echo`, `http` and `network`; of these `http` needs flowcoro_http.py and `network`
-    flowcoro_testing.py too); the message then says which file to copy. No module of a lower layer imports this one: a command is handed its arguments (a list of
-    strings) and returns the exit status, a scene is handed a Screen and draws on it.
+    flowcoro_testing.py too); the message then says which file to copy. No module of a lower layer imports this one: a
+    command is handed its arguments (a list of strings) and returns the exit status, a scene is handed a Screen and draws on it.
     Exit status: 0 done · 1 a scene failed, or a vendored copy differs · 2 the command line cannot be obeyed ·
     130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
     `vendor` decides everything before it writes anything, writes to a temporary folder in the destination and
@@ -666,6 +666,8 @@ class _Visit:
                 self.screen.say(f"It stays until Ctrl-C. Open {server.url}/ in a browser, or try:\n"
                                 f"    curl -i {server.url}/teas/3", "bold")
                 await flowcoro.stop_requested()
+            else:
+                self.screen.say("With --keep it goes on, for your browser, and for: curl -i http://127.0.0.1:PORT/teas/3")
             server.close()
 
     async def ask(self, client):
@@ -720,14 +722,14 @@ class _Visit:
 
     async def dawdle(self, server):
         """Send a head that never ends: the seconds until the server has had enough."""
-        start = time.perf_counter()
-        async with await self.net.Socket.connect(*server.local) as sock:
-            await sock.write(b"GET / HTTP/1.1\r\n")
-            answer = None
-            while answer is None:
-                await sock.write(b"X-Slow: yes\r\n")
-                with flowcoro.move_on_after(0.1):
-                    answer = await sock.read()
+        start, answer = time.perf_counter(), None
+        with flowcoro.timeout(10 * self.HEAD_TIMEOUT):
+            async with await self.net.Socket.connect(*server.local) as sock:
+                await sock.write(b"GET / HTTP/1.1\r\n")
+                while answer is None:
+                    await sock.write(b"X-Slow: yes\r\n")
+                    with flowcoro.move_on_after(0.1):
+                        answer = await sock.read()
         self.screen.check(answer.startswith(b"HTTP/1.1 408 "), f"a slow head was answered with {answer[:20]}, not 408")
         return time.perf_counter() - start
 
