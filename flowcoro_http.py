@@ -6318,7 +6318,7 @@ _SENT_FILES = _FileCache(FILE_CACHE)
 
 # -- the answer
 
-_WHOLE = _Decision(200)
+_ALL_OF_IT = _Decision(200)
 
 
 def _file_response(request, found, open_file, extra=()):
@@ -6373,7 +6373,7 @@ def _decide(request, found):
     headers = request.headers
     index = headers._index or _first_of_each(headers._entries)      # one look at the few names that there are, not six for others
     if request.method not in ("GET", "HEAD") or _CONDITIONS.isdisjoint(index):
-        return _WHOLE
+        return _ALL_OF_IT
     return _evaluate(request.method, headers, now=time.time(), etag=found.etag, last_modified=found.modified, size=found.size)
 
 
@@ -6711,10 +6711,10 @@ def static_files(directory, *, listing=False, index="index.html", precompressed=
     """
     if not os.path.isdir(directory):
         raise NotADirectoryError(errno.ENOTDIR, "static_files() serves a folder", os.fspath(directory))
-    if index is not None and not _is_served(index, True):
+    if index is not None and ("/" in index or not _is_served(index, True)):
         raise ValueError(f"index={index!r}: give the name of a file, or None")
     if max_age is not None:
-        cache_control(max_age=max_age)
+        cache_control(max_age=max_age)                      # whether it can be one
     return _Folder(directory, listing, index, precompressed, max_age, follow_symlinks, hidden, cache_bytes).handle
 
 
@@ -7062,7 +7062,7 @@ def cors(origins, *, methods=("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"), 
     expose: header fields of answers that they may see. credentials: whether cookies may come along, for a list of origins only.
     max_age: seconds for which a browser remembers what it was told. Preflights are answered here: 204, or 403.
 
-    It does not keep anybody from sending: what changes something has to check who asks. ValueError for what browsers would refuse.
+    It does not keep anybody from sending: what changes something has to check who asks. ValueError for what browsers refuse.
     """
     if credentials and (origins == "*" or "*" in headers):
         raise ValueError('cors(credentials=True) needs lists of origins and headers: with "*" any page could act as its reader')
