@@ -107,6 +107,9 @@ MAX_CHUNK_LINE = 256
 # two tables. When one is full it is emptied: whoever fills it with lines of his own costs the others one check per 1024 lines.
 KNOWN_LINES, KNOWN_LINE = 1024, 256
 
+# The same for heads of answers: a quarter of a megabyte.
+KNOWN_HEADS, KNOWN_HEAD = 256, 1024
+
 # ---- errors ---------------------------------------------------------------------------------------------------
 
 class HttpError(flowcoro.FlowCoroError):
@@ -1513,6 +1516,8 @@ def _parse_urlencoded(data, *, max_fields=MAX_FORM_FIELDS, max_bytes=MAX_FORM_BY
     for a "%" without two hexadecimal digits or bytes that are no UTF-8.
     """
     if isinstance(data, str):
+        if "%" not in data and "+" not in data and data.count("&") < max_fields and len(data) <= max_bytes and data.isascii():
+            return [field.partition("=")[::2] for field in data.split("&") if field]        # 0.7 µs instead of 1.5 for three
         data = data.encode()
     if len(data) > max_bytes:
         raise ProtocolError(413, f"form of {len(data)} bytes, {max_bytes} are allowed (max_bytes)")
@@ -2961,6 +2966,21 @@ def _sent_values(entries, name):
     return ", ".join(line[len(name) + 2:-2].decode("latin-1") for lower, line in entries if lower == name)
 
 
+# The heads of answers that were made lately, up to the number after Content-Length: (status, headers) -> bytes. An answer's head
+# differs from the one before by its Date, once a second: 0.5 µs instead of 1.7 for the two lines that all have.
+_KNOWN_HEADS = {}
+_known_head = _KNOWN_HEADS.get
+
+
+def _remember_head(head, index, lines):
+    """Keep the head of an answer, unless its fields say more about the connection than its content, are long, or secret."""
+    if "connection" in index or not _SECRET.isdisjoint(index) or sum(map(len, lines)) > KNOWN_HEAD:
+        return
+    if len(_KNOWN_HEADS) >= KNOWN_HEADS:
+        _KNOWN_HEADS.clear()
+    _KNOWN_HEADS[head.status, head.headers] = b"".join([*lines, b"Content-Length: "])
+
+
 class _Outgoing(_Incoming):
     """What we send: events to bytes."""
 
@@ -2984,6 +3004,11 @@ class _Outgoing(_Incoming):
         if type(head) is ResponseHead:
             if _WHOLE not in self._our_moves[self.our_state]:
                 raise self._not_now(_WHOLE)
+            if type(head.headers) is tuple and head.reason is None:
+                known = _known_head((head.status, head.headers))
+                if known is not None and self._is_usual():
+                    self.our_state = self._our_moves[SEND_RESPONSE][_WHOLE]
+                    return b"%b%d\r\n\r\n%b" % (known, size, body)
             lines = self._response_lines(head, size)
             if self.our_state is SWITCHED:
                 return b"".join(lines)
@@ -3003,6 +3028,11 @@ class _Outgoing(_Incoming):
         if not self.keep_alive:
             self._no_keep_alive()
         return b"".join(lines)
+
+    def _is_usual(self):
+        """Whether a request of HTTP/1.1 is answered that goes on as most do: its head says all about the answer's framing."""
+        return (self.our_state is SEND_RESPONSE and self.keep_alive and self._minor and self._their_end is _END
+                and not self.expects_continue and self.method != "HEAD" and self.their_state in _LIVELY)
 
     def _not_now(self, what):
         return LocalProtocolError(f"{what} may not be sent by a {self.role} that is {self.our_state}")
@@ -3126,6 +3156,8 @@ class _Outgoing(_Incoming):
             mode, left = _DROPPED, 0
         elif left is None and mode is _BY_LENGTH:
             if size is not None:
+                if type(head.headers) is tuple and head.reason is None:
+                    _remember_head(head, index, lines)
                 lines.append(b"Content-Length: %d\r\n" % size)
                 left = size
             elif minor:
@@ -5588,7 +5620,7 @@ class _Connection:
         pairs = response.headers.items()
         if "date" not in response.headers:
             pairs.append(_CLOCK.now())
-        return ResponseHead(response.status, pairs, response.reason)
+        return ResponseHead(response.status, tuple(pairs), response.reason)
 
     async def _instead(self, request, error):
         """The answer if the handler's is none: a header that cannot be, content where there is none."""
@@ -5696,7 +5728,7 @@ class _Connection:
     async def _send_file(self, stream, head):
         http = self.http
         if "content-length" not in [name.lower() for name, _ in head.headers]:
-            head.headers.append(("Content-Length", str(stream.count)))
+            head.headers = (*head.headers, ("Content-Length", str(stream.count)))
         await self._write(http.send(head))
         self.phase = _SENDING
         stream.sent = await self.sock.send_file(stream.file, stream.offset, stream.count)
