@@ -6284,7 +6284,8 @@ class _Found:
             fields.append(("Vary", "Accept-Encoding"))
         if max_age is not None:
             fields.append(("Cache-Control", cache_control(public=True, max_age=max_age)))
-        self.fields = Headers(fields)         # checked here, and copied for each answer
+        headers = Headers(fields)                           # checked, and for each answer copied with its index
+        self.fields = headers._entries, _first_of_each(headers._entries)
 
     def holds(self):
         """Whether the path still leads to the same file."""
@@ -6372,7 +6373,8 @@ def _file_response(request, found, open_file, extra=()):
                 os.close(number)
         if found.content is not None or decision.status not in (200, 206):
             file.close()
-    headers = found.fields.copy()
+    entries, index = found.fields
+    headers = Headers._of(entries.copy(), index)
     for name, value in extra:
         headers.set(name, value)
     if decision.status == 200:
@@ -6461,19 +6463,15 @@ class _FileParts:
         self._file.close()
 
 
-@contextlib.contextmanager
-def _as_http_errors(shown):
-    """Of OSErrors make the answers that they are."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NOT_THERE:
-            raise HttpError(404, f"{shown}: there is no such file") from None
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise HttpError(403, f"{shown}: the server may not read it") from None
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise HttpError(503, "too many files are open; try again", [("Retry-After", "1")]) from error
-        raise
+def _of_the_system(error):
+    """The answer that an OSError is: HttpError 404, 403, 503; or the error itself."""
+    if error.errno in _NOT_THERE:
+        return HttpError(404, "there is no such file")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return HttpError(403, "the server may not read this file")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return HttpError(503, "too many files are open; try again", [("Retry-After", "1")])
+    return error
 
 
 async def send_file(request, path, *, filename=None, inline=False, media_type=None, max_age=None):
@@ -6488,15 +6486,17 @@ async def send_file(request, path, *, filename=None, inline=False, media_type=No
     path = os.fspath(path)
     media_type = media_type or _file_type(os.path.basename(path))
     key = path, media_type, max_age
-    with _as_http_errors(os.path.basename(path)):
+    extra = ()
+    if filename is not None or inline:
+        extra = [("Content-Disposition", content_disposition(filename, "inline" if inline else "attachment"))]
+    try:
         found = _SENT_FILES.get(key)
         if found is None:
             found = await flowcoro.to_thread(_look_at, path, media_type, max_age)
             _SENT_FILES.put(key, found)
-        extra = ()
-        if filename is not None or inline:
-            extra = [("Content-Disposition", content_disposition(filename, "inline" if inline else "attachment"))]
         return _file_response(request, found, lambda: _open_regular(path), extra)
+    except OSError as error:
+        raise _of_the_system(error) from error
 
 
 def _look_at(path, media_type, max_age):
@@ -6575,19 +6575,21 @@ class _Folder:
             if request.method == "OPTIONS":
                 return Response(204, None, [("Allow", "GET, HEAD, OPTIONS")])
             raise HttpError(405, f"{request.method}: files are only read here", [("Allow", "GET, HEAD, OPTIONS")])
-        with _as_http_errors("path"):
+        try:
             found = self._cache.get(rest)
-            chosen = found and self._choose(request, found)
-            if not chosen or chosen is not found and not chosen.holds():
+            chosen = found if found is None or not found.siblings else self._choose(request, found)
+            if chosen is None or chosen is not found and not chosen.holds():
                 names = _names(rest, self._hidden)
                 if names is None:
                     raise HttpError(404, "there is no such file")
                 found = await flowcoro.to_thread(self._look, names, rest[-1:] == "/", request)
-                if isinstance(found, Response):
+                if type(found) is not _Found:
                     return found
                 self._cache.put(rest, found)
                 chosen = self._choose(request, found)
             return _file_response(request, chosen, lambda: self._open_known(chosen))
+        except OSError as error:
+            raise _of_the_system(error) from error
 
     def _choose(self, request, found):
         """The file itself, or the sibling that the client prefers."""
