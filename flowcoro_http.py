@@ -1,23 +1,27 @@
-"""flowcoro_http 0.1.0: HTTP/1.1 without I/O: what a message is, strictly and quickly; both roles.
+"""flowcoro_http 0.1.0: HTTP/1.1, strictly and quickly: a codec without I/O, and a server and a client that stand on it.
 
-To vendor, copy: flowcoro.py, flowcoro_http.py
+To vendor, copy: flowcoro.py, flowcoro_net.py, flowcoro_http.py
 
 Example:
 
-    from flowcoro_http import HttpConnection, RequestHead, ResponseHead
+    from flowcoro_http import HttpServer
 
-    client, server = HttpConnection("client"), HttpConnection("server")
-    server.receive_data(client.send_message(RequestHead("GET", "/hello", [("Host", "example.com")])))
-    print(server.next_event())
-    client.receive_data(server.send_message(ResponseHead(200, [("Content-Type", "text/plain")]), b"world"))
-    print([client.next_event() for _ in range(3)])
+    app = HttpServer()
 
-Contents: constants · errors · headers · codec
+    @app.get("/users/{id:int}")
+    async def user(request, id):
+        return {"id": id, "greeting": f"Hello, {request.query.get('name', 'stranger')}"}
+
+    if __name__ == "__main__":
+        app.run("127.0.0.1", 8000)
+
+Contents: constants · errors · headers · field values · cookies · forms · conditional requests and ranges · compression ·
+codec · typed handlers · router · OpenAPI · messages · server
 
 How it works:
 
-An HttpConnection is one end of a connection, without its socket: bytes go in, and events come out; events go in, and bytes
-come out. Who owns the socket reads, writes, and waits.
+The *codec*, HttpConnection, is one end of a connection, without its socket: bytes go in, and events come out; events go in, and
+bytes come out. Who owns the socket reads, writes, and waits.
 
     receive_data(data), receive_end()   what the peer has sent
     next_event()                        RequestHead or ResponseHead (InformationalResponse before), Data …, EndOfMessage; then
@@ -29,11 +33,26 @@ no middle way: two programs that read one message differently are how requests a
 CRLF, a length is plain digits, a message has one way to be framed; and what is sent is checked as well, so that no value given
 to a header can split a response. The section "codec" says how it is made quick, and what holds however the bytes were split.
 
-Sources: RFC 9110 (semantics), RFC 9112 (HTTP/1.1), RFC 3986 (authorities); h11 (the idea of two states and one table);
-CWE-444 and the papers of J. Kettle (HTTP desync attacks) for what servers take that they should not.
+The sections before and after it are pure, too: what field values mean, how cookies, forms and ranges are read, who answers a
+path. Time is an argument to them, and all are linear in their input.
 
-What it does not do: sockets, timeouts, routes; HTTP/2; content codings; folded lines, bare LF and whatever else older servers
-let pass. A server and a client are not here yet.
+The *server* is one task for each connection: it reads a head, asks the router, awaits the handler, writes the answer with one
+system call, and goes on. Deadlines are kept by one sweep for all. What a handler does not ask for is not done: a body that
+nobody reads is not received. What H1 to H4 say, in the section "server", holds whatever handlers and clients do.
+
+Errors:
+
+    FlowCoroError
+      HttpError                 a handler's, or ours: it is the answer
+        ProtocolError           the peer's fault: what it has sent is no HTTP, or too much
+        UnprocessableContent    422, with all that is wrong
+      LocalProtocolError        our own fault: what is to be sent is no HTTP
+      SignatureError            a signed value that is none
+
+Sources: RFC 9110 (semantics), RFC 9112 (HTTP/1.1), RFC 3986 (authorities), and those that the sections name; h11 (the idea of two
+states and one table); CWE-444 and the papers of J. Kettle (HTTP desync attacks) for what servers take that they should not.
+
+What it does not do: HTTP/2; a cache; folded lines, bare LF and whatever else older servers let pass.
 
 SPDX-License-Identifier: MIT
 """
@@ -1102,7 +1121,7 @@ def _digest_credentials(asked, user, password, *, method, target, cnonce, count=
     that _best_challenge() would not have chosen.
     """
     if _best_challenge([asked]) is not asked or asked.scheme != "digest":
-        raise ValueError("_digest_credentials() answers digest with MD5 or SHA-256 and qop=auth; take what _best_challenge() gives")
+        raise ValueError("digest is answered with MD5 or SHA-256 and qop=auth; take what _best_challenge() gives")
     parameters, function = asked.parameters, _digest_of(asked)
 
     def digest(*texts):
@@ -1505,7 +1524,8 @@ _bad_escape = re.compile(rb"%(?![0-9A-Fa-f]{2})").search
 _is_boundary = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]").fullmatch
 _padding_at = re.compile(rb"[ \t]*+").match
 _part_line = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)").fullmatch
-_form_parameter_at = re.compile(rf'{_OWS};{_OWS}(?:({_TOKEN_PATTERN})=(?:({_TOKEN_PATTERN})|"([^"\\]*+(?:\\.[^"\\]*+)*+)"))?').match
+_form_parameter_at = re.compile(
+    rf'{_OWS};{_OWS}(?:({_TOKEN_PATTERN})=(?:({_TOKEN_PATTERN})|"([^"\\]*+(?:\\.[^"\\]*+)*+)"))?').match
 _form_escape = re.compile(r'\\(["\\])|%(22|0[dDaA])')
 
 
@@ -5511,7 +5531,7 @@ class _Connection:
 
     def __init__(self, run, sock):
         self.run, self.app, self.sock = run, run.app, sock
-        self.http = HttpConnection(SERVER, **run.app._limits)
+        self.http = HttpConnection(SERVER, **run.app._codec_limits)
         peer, local = sock.peer, sock.local
         self.client = peer[:2] if type(peer) is tuple else peer or None
         self.server = local[:2] if type(local) is tuple else local
@@ -5918,8 +5938,8 @@ class HttpServer(Router):
         self.idle_timeout, self.send_timeout = (math.inf if each is None else each for each in (idle_timeout, send_timeout))
         self.min_body_rate = min_body_rate
         self.state = types.SimpleNamespace()
-        self._limits = {"max_body": max_body, "max_request_line": max_request_line, "max_field_line": max_field_line,
-                        "max_fields": max_fields, "max_head": max_head}
+        self._codec_limits = {"max_body": max_body, "max_request_line": max_request_line, "max_field_line": max_field_line,
+                              "max_fields": max_fields, "max_head": max_head}
         self._middleware, self._chain = [], None
         self._error_handlers = {}       # status or exception class -> handler
         self._lifespans = []            # functions that give async context managers
@@ -6055,6 +6075,21 @@ class HttpServer(Router):
         if isinstance(error, HttpError):
             return Response(status, error.message or REASONS.get(status, ""), error.headers)
         return Response(500, "Internal Server Error")
+
+    def describe(self, path="/openapi.json", page="/docs", **options):
+        """Serve the OpenAPI document of all routes at `path`, and a page for people at `page` (None: no page).
+
+        `options` as openapi(): title, version, description, servers. Both are made anew when they are asked for.
+        """
+        async def document(request):
+            return openapi(self, **options)
+
+        async def for_people(request):
+            return Response(200, openapi_page(openapi(self, **options), url=path), media_type="text/html; charset=utf-8")
+
+        self.add(path, document, documented=False)
+        if page is not None:
+            self.add(page, for_people, documented=False)
 
     # -- serving
 

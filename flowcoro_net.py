@@ -95,6 +95,7 @@ import itertools
 import math
 import mmap
 import os
+import select
 import signal
 import socket
 import ssl
@@ -280,7 +281,10 @@ class LimitError(flowcoro.FlowCoroError):
 
 
 def report_error(error, what, source="flowcoro_net"):
-    """Tell sys.unraisablehook of an error that nobody waits for, as the kernel does: what failed, and of which module. Never raises."""
+    """Tell sys.unraisablehook of an error that nobody waits for, as the kernel does: `what` failed, in which module.
+
+    Never raises.
+    """
     try:
         if sys.unraisablehook is sys.__unraisablehook__:        # it takes only what the interpreter itself has made
             sys.stderr.write("".join([f"{source}: {what}\n", *traceback.format_exception(error)]))
@@ -1012,6 +1016,16 @@ class _Tls:
 _SOMEBODY, _CLOSER = "another task", "close()"
 
 
+# What poll() says of a peer that sends no more (Linux): where the kernel has no epoll that tells it by itself, it is asked.
+_HANGUP = getattr(select, "POLLRDHUP", 0)
+
+
+def _has_hung_up(raw):
+    poll = select.poll()
+    poll.register(raw, _HANGUP)
+    return bool(poll.poll(0))
+
+
 class _Stream(_Owner):
     """How a connection reads and writes; Socket is what users see of it."""
 
@@ -1175,6 +1189,19 @@ class _Stream(_Owner):
     def _cut_short(self, wanted):
         return self._own(BrokenError(None, f"{self!r}: the peer ended after {len(self._buffer)} bytes, where {wanted} was "
                                      "expected; read() still gives them"))
+
+    def unread(self, data):
+        """Give back what was read and not used: it is read again first. BusyError while a task reads; ClosedError; TypeError."""
+        view = _as_bytes(data, "unread()")
+        self._begin_read()
+        self._buffer[:0] = view
+        self._end_read()
+
+    @property
+    def hung_up(self):
+        """Whether the peer is known to send no more, or to be gone, even if there is something left to read. Never blocks."""
+        return self._ended or self._lost is not None or self._pollable.hangup or (
+            _HANGUP and not self._closed and isinstance(self._raw, socket.socket) and _has_hung_up(self._raw))
 
 
 def _in_records(views):
@@ -1570,13 +1597,6 @@ class Socket(_Secured):
         finally:
             self._end_read()
 
-    def unread(self, data):
-        """Give back what was read and not used: it is read again first. BusyError while a task reads; ClosedError; TypeError."""
-        view = _as_bytes(data, "unread()")
-        self._begin_read()
-        self._buffer[:0] = view
-        self._end_read()
-
     async def shutdown_write(self):
         """Tell the peer that no more comes (its read returns b""); reading goes on. Twice is once. With TLS its goodbye first.
 
@@ -1637,11 +1657,6 @@ class Socket(_Secured):
             self._close()
 
     # -- about it
-
-    @property
-    def hung_up(self):
-        """Whether the peer is known to send no more, or to be gone, even if there is something left to read. Never blocks."""
-        return self._ended or self._lost is not None or self._pollable.hangup
 
     @property
     def peer(self):
@@ -2575,8 +2590,9 @@ class _Acceptor:
             now = flowcoro.now()
             if now - self._reported >= REPORT_PAUSE:
                 self._reported = now
-                report_error(error, f"{self!r} cannot accept connections for the moment: {error.strerror} ({error.errno}). It tries "
-                        "again every few tenths of a second; close some, raise `ulimit -n`, or set max_connections= of serve()")
+                report_error(error, f"{self!r} cannot accept connections for the moment: {error.strerror} ({error.errno}). It "
+                             "tries again every few tenths of a second; close some, raise `ulimit -n`, or set max_connections= "
+                             "of serve()")
         await flowcoro.sleep(PAUSE)
 
     def __aiter__(self):
