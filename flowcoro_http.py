@@ -5614,6 +5614,8 @@ class _Connection:
                 request._close()
             if not http.reusable and not await self._rest():
                 return None
+            if run.closing._set:                        # since the head was sent
+                return await self._linger()
             http.start_next_cycle()
             self.phase = _IDLE
             self.turn += 1
@@ -6031,11 +6033,17 @@ class HttpServer(Router):
         if self._chain is None:
             self._chain = self._handle
             for function in reversed(self._middleware):
-                self._chain = _linked(function, self._chain)
-        try:
-            return await self._chain(request)
-        except Exception as error:
-            return await self._respond_to_error(request, error)
+                self._chain = self._linked(function, self._chain)
+        return await self._chain(request)
+
+    def _linked(self, function, call_next):
+        """A middleware and what comes after it, as one function of a request."""
+        async def call(request):
+            try:
+                return _as_response(await function(request, call_next))
+            except Exception as error:
+                return await self._respond_to_error(request, error)
+        return call
 
     async def _handle(self, request):
         """What the innermost call_next() is."""
@@ -6129,13 +6137,6 @@ async def _called(function):
     result = function()
     if inspect.isawaitable(result):
         await result
-
-
-def _linked(function, call_next):
-    """A middleware and what comes after it, as one function of a request."""
-    async def call(request):
-        return _as_response(await function(request, call_next))
-    return call
 
 
 class HttpListener:

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import gzip
+import inspect
 import io
 import json
 import re
@@ -31,7 +32,7 @@ def ask(middleware, request, answer=None):
 async def through(middleware, request, answer=None):
     async def call_next(request):
         result = answer(request) if callable(answer) else answer
-        if hasattr(result, "__await__"):
+        if inspect.isawaitable(result):
             result = await result
         return Response(200, TEXT) if result is None else result
     return await middleware(request, call_next)
