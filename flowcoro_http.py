@@ -7259,9 +7259,10 @@ def security_headers(*, hsts=31_536_000, hsts_subdomains=False, hsts_preload=Fal
     """Add the header fields that have a browser allow less; one that a handler has set stays as it is.
 
     hsts: seconds for which a browser uses https only (Strict-Transport-Security; None: not sent; it is sent over https alone);
-    hsts_subdomains, hsts_preload: for all hosts below it, and for the lists in browsers: hard to take back. X-Content-Type-Options:
-    nosniff always. Of the others each may be another str, or None to leave it out: content_security_policy (all from here, no
-    frames around it), frame_options, referrer_policy, permissions_policy, opener_policy, resource_policy.
+    hsts_subdomains, hsts_preload: for all hosts below it, and for the lists in browsers: hard to take back. Besides
+    X-Content-Type-Options: nosniff there are these, each of which may be another str, or None to leave it out:
+    content_security_policy (all from here, no frames around it), frame_options, referrer_policy, permissions_policy,
+    opener_policy, resource_policy.
     """
     if unknown := policies.keys() - _HARDENED.keys():
         raise TypeError(f"security_headers() has no {min(unknown)}=; it has {', '.join(_HARDENED)}, hsts")

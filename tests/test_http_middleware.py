@@ -209,9 +209,11 @@ def test_options_without_a_preflight_is_the_handlers():
     ("https://*.a.example", ["https://x.a.example", "https://y.x.a.example"],
      ["https://a.example", "https://.a.example", "https://evil.com/.a.example", "https://evil.com#.a.example",
       "https://evil.com?.a.example", "https://evil.com\\.a.example", "http://x.a.example", "https://x.a.example:8",
-      "https://xa.example", "https://x.a.example.", "https://evil@x.a.example", "https://evil%x.a.example", "nullhttps://x.a.example"]),
+      "https://xa.example", "https://x.a.example.", "https://evil@x.a.example", "https://evil%x.a.example",
+      "nullhttps://x.a.example"]),
     ("http://localhost:*", ["http://localhost", "http://localhost:8000"],
-     ["http://localhost:", "http://localhost:8000.evil.com", "http://localhost:x", "http://localhosts:1", "http://localhost:123456"]),
+     ["http://localhost:", "http://localhost:8000.evil.com", "http://localhost:x", "http://localhosts:1",
+      "http://localhost:123456"]),
     ("http://[::1]:*", ["http://[::1]:8000"], ["http://[::2]:8000"]),
     ("null", ["null"], ["https://null", "NULL"]),
 ])
@@ -249,8 +251,9 @@ def test_text_is_compressed_for_who_accepts_it(accepted, coding):
 
 
 @pytest.mark.parametrize("response", [
-    Response(200, "short"), Response(200, b"x" * 5000, media_type="image/png"), Response(206, TEXT, [("Content-Range", "bytes 0-1/2")]),
-    Response(200, TEXT, [("Content-Encoding", "br")]), Response(200, TEXT, [("Cache-Control", "no-transform")]), Response(304, None),
+    Response(200, "short"), Response(200, b"x" * 5000, media_type="image/png"), Response(304, None),
+    Response(206, TEXT, [("Content-Range", "bytes 0-1/2")]), Response(200, TEXT, [("Content-Encoding", "br")]),
+    Response(200, TEXT, [("Cache-Control", "no-transform")]),
 ])
 def test_what_is_small_compressed_partial_or_forbidden_is_left_alone(response):
     before = response.content, response.headers.get("content-encoding")
@@ -311,7 +314,8 @@ def test_head_of_what_would_be_compressed_says_so_and_not_how_long_it_would_be(t
 def test_a_compressed_stream_that_is_not_read_closes_what_is_below():
     async def main():
         stream = Stream(b"x")
-        response = await through(compress(), get("/", ("Accept-Encoding", "gzip")), Response(200, stream, media_type="text/plain"))
+        request = get("/", ("Accept-Encoding", "gzip"))
+        response = await through(compress(), request, Response(200, stream, media_type="text/plain"))
         await response.stream.aclose()
         assert stream.closed
     flowcoro.run(main())
@@ -327,7 +331,8 @@ def test_complete_answers_get_a_tag_and_who_has_them_a_304():
     assert response.status == 200 and tag.startswith('"')
     for method in ("GET", "HEAD"):
         again = ask(etag(), get("/", ("If-None-Match", tag), method=method), Response(200, TEXT, [("Set-Cookie", "a=b")]))
-        assert (again.status, again.content) == (304, b"") and again.headers["etag"] == tag and "content-type" not in again.headers
+        assert (again.status, again.content) == (304, b"") and again.headers["etag"] == tag
+        assert "content-type" not in again.headers
         assert "set-cookie" in again.headers
     assert ask(etag(), get("/", ("If-None-Match", tag)), Response(200, "other")).status == 200
     assert ask(etag(weak=True), get()).headers["etag"] == "W/" + tag
@@ -339,7 +344,8 @@ def test_complete_answers_get_a_tag_and_who_has_them_a_304():
 def test_tags_of_handlers_count_and_what_is_no_complete_200_gets_none():
     mine = Response(200, TEXT, [("ETag", '"mine"')])
     assert ask(etag(), get("/", ("If-None-Match", '"mine"')), mine).status == 304
-    for request, response in ((get(method="POST"), Response(200, "x")), (get(), Response(404, "x")), (get(), Response(200, Stream(b"x"))),
+    for request, response in ((get(method="POST"), Response(200, "x")), (get(), Response(404, "x")),
+                              (get(), Response(200, Stream(b"x"))),
                               (get(), Response(200, "x", [("Cache-Control", "private"), ("Cache-Control", "No-Store")])),
                               (get(method="HEAD"), Response(200, None))):
         assert "etag" not in ask(etag(), request, response).headers
@@ -354,7 +360,8 @@ def test_security_headers_are_added_and_never_overwrite_the_handlers():
     assert "strict-transport-security" not in headers           # RFC 6797 7.2: not over http
     headers = ask(security_headers(hsts_subdomains=True, hsts_preload=True), get(scheme="https")).headers
     assert headers["strict-transport-security"] == "max-age=31536000; includeSubDomains; preload"
-    headers = ask(security_headers(hsts=None, content_security_policy=None, frame_options="SAMEORIGIN"), get(scheme="https")).headers
+    middleware = security_headers(hsts=None, content_security_policy=None, frame_options="SAMEORIGIN")
+    headers = ask(middleware, get(scheme="https")).headers
     assert "content-security-policy" not in headers and headers["x-frame-options"] == "SAMEORIGIN"
     assert "strict-transport-security" not in headers
 
@@ -419,7 +426,8 @@ def test_what_trusted_proxies_say_is_believed_and_nobody_else():
         ask(trusted_proxies(trusted, **options), request)
         return request.client, request.scheme, request.host, request.peer
 
-    forwarded = (("X-Forwarded-For", "6.6.6.6, 192.0.2.1, 10.0.0.2"), ("X-Forwarded-Proto", "https"), ("X-Forwarded-Host", "shop"))
+    forwarded = (("X-Forwarded-For", "6.6.6.6, 192.0.2.1, 10.0.0.2"), ("X-Forwarded-Proto", "https"),
+                 ("X-Forwarded-Host", "shop"))
     assert proxied(("10.0.0.1", 7), *forwarded) == (("192.0.2.1", 0), "https", "shop", ("10.0.0.1", 7))
     assert proxied(("192.0.2.9", 7), *forwarded) == (("192.0.2.9", 7), "http", "inner", ("192.0.2.9", 7))
     assert proxied(("10.0.0.1", 7)) == (("10.0.0.1", 7), "http", "inner", ("10.0.0.1", 7))
@@ -441,8 +449,9 @@ def test_a_request_id_is_taken_from_who_is_trusted_and_made_for_others():
 
     assert identified(("10.0.0.1", 1), ("X-Request-ID", "abc-1")) == "abc-1"
     assert identified(("192.0.2.1", 0), ("X-Request-ID", "abc-1"), before=("10.0.0.1", 1)) == "abc-1"
-    for peer, *values in ((("192.0.2.1", 1), "abc"), (("10.0.0.1", 1), "a b"), (("10.0.0.1", 1), "a" * 129), (("10.0.0.1", 1), ""),
-                          (("10.0.0.1", 1), "a", "b"), (("10.0.0.1", 1), "\xfc"), (None, "abc"), (("10.0.0.1", 1),)):
+    trusted = ("10.0.0.1", 1)
+    for peer, *values in ((("192.0.2.1", 1), "abc"), (trusted, "a b"), (trusted, "a" * 129), (trusted, ""), (trusted, "a", "b"),
+                          (trusted, "\xfc"), (None, "abc"), (trusted,)):
         made = identified(peer, *[("X-Request-ID", value) for value in values])
         assert re.fullmatch("[0-9a-f]{32}", made)
     with pytest.raises(flowcoro_http.LocalProtocolError):
@@ -466,12 +475,13 @@ async def checks_async(name, password):
 
 
 @pytest.mark.parametrize("users, user", [
-    ({"ann": "s:e", "bob": ""}, "ann"), (lambda name, password: name == "ann" and password == "s:e", "ann"), (checks_async, "Ann")])
+    ({"ann": "s:e", "bob": ""}, "ann"), (lambda name, password: name == "ann" and password == "s:e", "ann"),
+    (checks_async, "Ann")])
 def test_basic_auth_lets_through_who_knows_the_password(users, user):
     middleware = basic_auth(users, realm="a \"shop\"")
     assert status_of(middleware, get("/", basic("ann:s:e"))) == (200, user)
-    for headers in ([], [basic("ann:x")], [basic("eve:s:e")], [basic("ann:")], [basic("noColon")], [("Authorization", "Basic !!")],
-                    [("Authorization", "Bearer x")], [basic("ann:s:e"), basic("ann:s:e")], [("Authorization", "")]):
+    for headers in ([], [basic("ann:x")], [basic("eve:s:e")], [basic("ann:")], [basic("noColon")],
+                    [("Authorization", "Basic !!")], [("Authorization", "Bearer x")], [basic("ann:s:e"), basic("ann:s:e")], [("Authorization", "")]):
         assert status_of(middleware, get("/", *headers)) == (401, 'Basic realm="a \\"shop\\"", charset="UTF-8"')
 
 
@@ -549,8 +559,8 @@ def test_what_is_no_session_of_ours_or_too_old_is_an_empty_one(monkeypatch):
     other = Signer(KEY, purpose="other").sign(b'{"a":1}', now)
     no_dict = Signer(KEY, purpose="session __Host-session").sign(b"[1]", now)
     no_json = Signer(KEY, purpose="session __Host-session").sign(b"\xff{", now)
-    for bad in (value[:-1] + ("A" if value[-1] != "A" else "B"), "x" + value, value.replace(".", "", 1), "", "...", other, no_dict, no_json,
-                "eyJhIjoxfQ"):
+    for bad in (value[:-1] + ("A" if value[-1] != "A" else "B"), "x" + value, value.replace(".", "", 1), "", "...",
+                other, no_dict, no_json, "eyJhIjoxfQ"):
         assert visit(middleware, bad)[:2] == ({}, None)
     assert visit(middleware, value)[0] == {"a": 1}
     monkeypatch.setattr(flowcoro_http.time, "time", lambda: now + 102)
@@ -603,9 +613,9 @@ def test_all_of_them_together_answer_and_log(tmp_path):
 
     async def main():
         app = HttpServer()
-        for middleware in (trusted_proxies(["127.0.0.1"]), request_id(trusted=["127.0.0.1"]), access_log(lines.append, format="json"),
-                           security_headers(), cors(["https://a.example"]), compress(), etag(), timeout(5), body_limit(10),
-                           sessions(KEY)):
+        for middleware in (trusted_proxies(["127.0.0.1"]), request_id(trusted=["127.0.0.1"]),
+                           access_log(lines.append, format="json"), security_headers(), cors(["https://a.example"]), compress(),
+                           etag(), timeout(5), body_limit(10), sessions(KEY)):
             app.middleware(middleware)
 
         @app.post("/text")
@@ -622,12 +632,13 @@ def test_all_of_them_together_answer_and_log(tmp_path):
         app.mount("/files", flowcoro_http.static_files(tmp_path))
 
         async with serving(app) as address:
-            tail = ("Host: x\r\nConnection: close\r\nAccept-Encoding: gzip\r\nX-Forwarded-For: 192.0.2.1\r\nX-Forwarded-Proto: https\r\n"
-                    "Origin: https://a.example\r\nX-Request-ID: id-1\r\n")
+            tail = ("Host: x\r\nConnection: close\r\nAccept-Encoding: gzip\r\nX-Forwarded-For: 192.0.2.1\r\n"
+                    "X-Forwarded-Proto: https\r\nOrigin: https://a.example\r\nX-Request-ID: id-1\r\n")
             answer = await exchange(address, f"POST /text HTTP/1.1\r\n{tail}Content-Length: 3\r\n\r\nabc".encode())
             head, _, content = answer.partition(b"\r\n\r\n")
             assert gzip.decompress(content) == TEXT.encode()
-            for expected in (b"200 OK", b"X-Request-ID: id-1", b"Strict-Transport-Security: ", b"Access-Control-Allow-Origin: https://a.ex",
+            for expected in (b"200 OK", b"X-Request-ID: id-1", b"Strict-Transport-Security: ",
+                             b"Access-Control-Allow-Origin: https://a.example",
                              b"content-encoding: gzip", b"Set-Cookie: __Host-session="):
                 assert expected in head, head
             for chunked in (b"Content-Length: 11\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\nb\r\n01234567890\r\n0\r\n\r\n"):
