@@ -63,6 +63,7 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import errno
 import functools
 import hashlib
 import hmac
@@ -74,12 +75,14 @@ import itertools
 import json
 import keyword
 import math
+import mimetypes
 import os
 import re
 import secrets
 import shutil
 import signal
 import socket
+import stat
 import struct
 import sys
 import tempfile
@@ -102,7 +105,9 @@ __all__ = ["HttpServer", "HttpListener", "Request", "Response", "Fields", "FormF
            "NEED_DATA", "PAUSED", "Headers", "ProtocolError", "LocalProtocolError",
            "MediaType", "parse_media_type", "negotiate_type", "negotiate_encoding", "negotiate_language", "http_date",
            "parse_http_date", "entity_tag", "safe_filename", "content_disposition", "parse_links", "cache_control",
-           "TrustedProxies", "Forwarding", "Signer", "SignatureError", "FormPart"]
+           "TrustedProxies", "Forwarding", "Signer", "SignatureError", "FormPart",
+           "send_file", "static_files", "ServerSentEvent", "event_stream", "last_event_id", "access_log", "cors", "compress", "etag",
+           "security_headers", "body_limit", "timeout", "trusted_proxies", "request_id", "basic_auth", "bearer_auth", "sessions"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -5580,11 +5585,11 @@ def _as_response(result):
 
 class _FileStream:
     """A part of an open binary file as the stream of a Response: `count` bytes from `offset`. The server sends it by the system,
-    others iterate it. close() closes the file, which is its own.
+    others iterate it. aclose() closes the file, which is its own, and calls done(bytes sent) if somebody has set that.
     """
 
     def __init__(self, file, offset, count):
-        self.file, self.offset, self.count = file, offset, count
+        self.file, self.offset, self.count, self.sent, self.done = file, offset, count, 0, None
 
     async def __aiter__(self):
         file, offset, left = self.file, self.offset, self.count
@@ -5593,10 +5598,14 @@ class _FileStream:
             if not data:
                 raise OSError(f"{file!r} has become shorter while it was sent: {left} bytes are missing")
             offset, left = offset + len(data), left - len(data)
+            self.sent += len(data)
             yield data
 
     async def aclose(self):
         self.file.close()
+        done, self.done = self.done, None
+        if done is not None:
+            done(self.sent)
 
     def __del__(self):                  # of an answer that was not sent, because a middleware put another in its place
         self.file.close()
@@ -5882,9 +5891,9 @@ class _Answering(_Exchange):
             raise LocalProtocolError(f"Content-Length: {announced[0]}, and {count} bytes of the file are to be sent")
         await self._write(http.send(head))
         self.phase = _SENDING
-        sent = await self.sock.send_file(stream.file, stream.offset, count)
-        if sent != count:
-            raise OSError(f"{stream.file!r} has become shorter while it was sent: {count - sent} of {count} bytes are missing")
+        stream.sent = await self.sock.send_file(stream.file, stream.offset, count)
+        if stream.sent != count:
+            raise OSError(f"{stream.file!r} has become shorter while it was sent: {count - stream.sent} bytes are missing")
         http._out_left -= count                         # the content went by another way
         http.send(EndOfMessage())
 
@@ -5992,6 +6001,8 @@ class _Connection(_Answering):
                 request._close()
             if not http.reusable and not await self._rest():
                 return None
+            if run.closing._set:                        # since the head was sent
+                return await self._linger()
             http.start_next_cycle()
             self.phase = _IDLE
             self.turn += 1
@@ -6564,3 +6575,1273 @@ class HttpListener:
 
     def __repr__(self):
         return f"<HttpListener {self.url}>"
+
+
+# ---- files ----------------------------------------------------------------------------------------------------
+# A file that is small is kept in memory with its header fields, made once. Before each use one stat(2) asks whether the path
+# still leads to the same bytes: device, inode, size, and both times in nanoseconds. Whoever puts a link or another file there
+# changes at least the inode, so what has been found without following links need not be walked to again.
+#
+#     D1  what is sent is of one descriptor: its size, tag and date are that descriptor's, whatever the path leads to by now
+#     D2  below a folder that is served each step is opened relative to the one before, and none of them through a link:
+#         there is no moment between a check and a use in which a link could be put there
+#     D3  only what is a regular file is opened, and without waiting; a pipe or device put there in between is closed unread
+#     D4  what has been changed less than RECENT seconds ago is not kept: it could change again within one tick of the clock
+#         that the file system has, and look the same
+#
+# What is in memory is looked at by the worker itself: a stat of a path that was asked for lately takes 2 µs, a trip through a
+# thread 40 to 60. Everything else (the first look, a folder, what is not there) is done in a thread, since a disk or a network
+# may have to be waited for. A large file that is known is opened by the worker too: 10 µs, of a path that has just been walked.
+
+# Bytes of a file up to which it is kept in memory, and of all of them in one cache; files in it, the large ones included, of
+# which only the header is kept. 64 KiB is what a socket takes at once; beyond it sendfile(2) is quicker.
+CACHED_FILE, FILE_CACHE, CACHED_FILES = 64 * 2**10, 16 * 2**20, 4096
+
+# Seconds for which a file is known before it is looked for anew: that is how late a precompressed sibling is noticed.
+FILE_SECONDS = 10.0
+
+# Seconds for which a file that was changed is not taken for settled: FAT's clock ticks every 2 s, ext4's every 10 ms at most.
+RECENT = 2.0
+
+# Names that a listing shows at most.
+LISTED = 10_000
+
+# Codings of siblings, in the order of preference, and the endings of their names.
+_SIBLINGS = (("br", ".br"), ("gzip", ".gz"))
+
+# What makes a request for a file more than "all of it".
+_CONDITIONS = frozenset(["range", "if-none-match", "if-modified-since", "if-match", "if-unmodified-since", "if-range"])
+
+# What the system says of a path that leads to nothing that could be served: not there, through what is no folder or is a link
+# (FreeBSD says EMLINK), too long, a socket, or a device that is none.
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV,
+              errno.EINVAL, errno.EISDIR, errno.EOPNOTSUPP}
+
+_OPEN_FILE = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
+_OPEN_FOLDER = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_DIRECTORY", "O_CLOEXEC"))
+_CAN_WALK = {os.open, os.stat} <= os.supports_dir_fd and hasattr(os, "O_NOFOLLOW") and os.stat in os.supports_follow_symlinks
+
+# What Python's table of types does not know, or not yet.
+_NEWER_TYPES = (
+        ("text/javascript", ".js"), ("text/javascript", ".mjs"), ("text/markdown", ".md"), ("text/yaml", ".yaml"),
+        ("application/manifest+json", ".webmanifest"), ("application/json", ".map"), ("application/wasm", ".wasm"),
+        ("application/x-ndjson", ".ndjson"), ("application/toml", ".toml"), ("font/woff2", ".woff2"), ("font/woff", ".woff"),
+        ("font/ttf", ".ttf"), ("font/otf", ".otf"), ("image/webp", ".webp"), ("image/avif", ".avif"), ("image/x-icon", ".ico"),
+        ("audio/flac", ".flac"), ("audio/ogg", ".ogg"), ("video/webm", ".webm"), ("application/rtf", ".rtf"))
+
+# What is compressed as a whole is sent as that: with Content-Encoding a browser would save it inflated, under the same name.
+_PACKED = {"gzip": "application/gzip", "bzip2": "application/x-bzip2", "xz": "application/x-xz",
+           "compress": "application/x-compress", "br": "application/octet-stream"}
+
+
+@functools.cache
+def _types():
+    """Python's own table, not the system's, so that a file has the same type everywhere. Made late: it reads the system's too."""
+    types = mimetypes.MimeTypes()
+    for kind, ending in _NEWER_TYPES:
+        types.add_type(kind, ending)
+    return types
+
+
+def _file_type(name):
+    """The Content-Type value for a file of this name; text is taken for UTF-8."""
+    kind, packed = _types().guess_type("./" + name)         # "./": else "data:…" would be taken for a URL that says it itself
+    kind = _PACKED.get(packed, "application/octet-stream") if packed else kind or "application/octet-stream"
+    return f"{kind}; charset=utf-8" if kind.startswith("text/") else kind
+
+
+def _same(state):
+    """What is equal as long as a file is the same, of an os.stat_result."""
+    return state.st_mtime_ns, state.st_ctime_ns, state.st_size, state.st_ino, state.st_dev
+
+
+class _Found:
+    """A file as it is sent: its header fields, made once, and its content if it is small, else None."""
+
+    __slots__ = ("path", "names", "same", "size", "etag", "modified", "fields", "content", "media_type", "coding", "max_age",
+                 "siblings", "until", "settled")
+
+    def __init__(self, number, path, *, media_type, max_age=None, names=(), coding=None, siblings=None):
+        """Read it from the descriptor `number`. `names`: the way to it from the folder that is served; `siblings`: {coding:
+        _Found} of the same file, compressed.
+        """
+        state, now = os.fstat(number), time.time()
+        self.path, self.names, self.same, self.size, self.content = path, names, _same(state), state.st_size, None
+        self.media_type, self.coding, self.max_age, self.siblings = media_type, coding, max_age, siblings
+        self.settled = now - max(state.st_mtime, state.st_ctime) > RECENT
+        self.modified = max(0, min(math.floor(state.st_mtime), math.floor(now)))      # never later than Date: RFC 9110 8.8.2.1
+        if self.size <= CACHED_FILE:
+            self.content = _read_descriptor(number, 0, self.size)
+            self.size = len(self.content)                   # it may have been cut just now
+            self.etag = entity_tag(hashlib.blake2b(self.content, digest_size=12).hexdigest())
+        else:
+            self.etag = entity_tag(f"{state.st_mtime_ns:x}-{self.size:x}", weak=not self.settled)
+        fields = [("Content-Type", media_type), ("ETag", self.etag), ("Last-Modified", http_date(self.modified)),
+                  ("Accept-Ranges", "bytes"), ("X-Content-Type-Options", "nosniff")]
+        if coding:
+            fields.append(("Content-Encoding", coding))
+        if coding or siblings:
+            fields.append(("Vary", "Accept-Encoding"))
+        if max_age is not None:
+            fields.append(("Cache-Control", cache_control(public=True, max_age=max_age)))
+        headers = Headers(fields)                           # checked, and for each answer copied with its index
+        self.fields = headers._entries, _first_of_each(headers._entries)
+
+    def holds(self):
+        """Whether the path still leads to the same file."""
+        try:
+            return _same(os.stat(self.path)) == self.same
+        except OSError:
+            return False
+
+    def again(self, number):
+        """This one, if the descriptor is of the same file, or what is found there."""
+        if _same(os.fstat(number)) == self.same:
+            return self
+        return _Found(number, self.path, media_type=self.media_type, max_age=self.max_age, names=self.names,
+                      coding=self.coding, siblings=self.siblings)
+
+
+def _read_descriptor(number, offset, count):
+    """`count` bytes of a descriptor, less at its end."""
+    pieces = []
+    os.lseek(number, offset, os.SEEK_SET)
+    while count > 0 and (piece := os.read(number, count)):
+        pieces.append(piece)
+        count -= len(piece)
+    return b"".join(pieces)
+
+
+class _FileCache:
+    """{key: _Found}, bounded: CACHED_FILES, and `max_bytes` of content; the one that was put in first goes first."""
+
+    def __init__(self, max_bytes):
+        self._found, self._bytes, self._max_bytes = {}, 0, max_bytes
+
+    def get(self, key):
+        """What is known to be there still, or None."""
+        found = self._found.get(key)
+        return found if found is not None and flowcoro.now() < found.until and found.holds() else None
+
+    @flowcoro.atomic
+    def put(self, key, found):
+        """Keep it, if it is settled and not too large by itself."""
+        self._drop(key)
+        weight = self._weight(found)
+        if not found.settled or weight > self._max_bytes:
+            return
+        while self._found and (self._bytes + weight > self._max_bytes or len(self._found) >= CACHED_FILES):
+            self._drop(next(iter(self._found)))
+        found.until = flowcoro.now() + FILE_SECONDS
+        self._found[key] = found
+        self._bytes += weight
+
+    def _drop(self, key):
+        found = self._found.pop(key, None)
+        if found is not None:
+            self._bytes -= self._weight(found)
+
+    def _weight(self, found):
+        return sum(len(one.content or b"") for one in (found, *(found.siblings or {}).values()))
+
+
+# What send_file() has sent lately.
+_SENT_FILES = _FileCache(FILE_CACHE)
+
+
+# -- the answer
+
+_ALL_OF_IT = _Decision(200)
+
+
+def _file_response(request, found, open_file, extra=()):
+    """The Response that sends a _Found, or what of it is asked for. HttpError 412, 416, and OSError of open_file().
+
+    open_file() gives a descriptor of a large file; `extra`: more header fields.
+    """
+    decision, file = _decide(request, found), None
+    if found.content is None and request.method != "HEAD" and decision.status in (200, 206):
+        number = open_file()
+        try:
+            again = found.again(number)
+            if again is not found:                          # it has been changed since it was looked at
+                found, decision = again, _decide(request, again)
+            file = open(number, "rb", buffering=0)
+            number = None
+        finally:
+            if number is not None:
+                os.close(number)
+        if found.content is not None or decision.status not in (200, 206):
+            file.close()
+    entries, index = found.fields
+    headers = Headers._of(entries.copy(), index)
+    for name, value in extra:
+        headers.set(name, value)
+    if decision.status == 200:
+        if found.content is not None:
+            return _response_of(200, headers, found.content)
+        headers.add("Content-Length", str(found.size))
+        if file is None:                                    # HEAD
+            return _response_of(200, headers, b"")
+        return _response_of(200, headers, None, _FileStream(file, 0, found.size))
+    if decision.status == 206:
+        return _partial(found, decision.ranges, headers, file)
+    if decision.status == 304:
+        for name in ("content-type", "content-encoding", "accept-ranges", "content-disposition"):
+            headers.remove(name)
+        return _response_of(304, headers, b"")
+    if decision.status == 412:
+        raise HttpError(412, "the file is not what If-Match or If-Unmodified-Since say")
+    raise HttpError(416, f"the file has {found.size} bytes, and none of them were asked for",
+                    [("Content-Range", f"bytes */{found.size}"), ("ETag", found.etag)])
+
+
+def _response_of(status, headers, content, stream=None):
+    """A Response whose headers are checked already: a third of the time."""
+    response = _new(Response)
+    response.status, response.headers, response.content, response.stream = status, headers, content, stream
+    return response
+
+
+def _decide(request, found):
+    headers = request.headers
+    index = headers._index or _first_of_each(headers._entries)      # one look at the few names that there are, not six for others
+    if request.method not in ("GET", "HEAD") or _CONDITIONS.isdisjoint(index):
+        return _ALL_OF_IT
+    return _evaluate(request.method, headers, now=time.time(), etag=found.etag, last_modified=found.modified, size=found.size)
+
+
+def _partial(found, ranges, headers, file):
+    """The 206 with these ranges, of `file` or of what is in memory."""
+    content = found.content
+    if len(ranges) == 1:
+        first, last = ranges[0]
+        headers.add("Content-Range", ranges[0].content_range(found.size))
+        if content is not None:
+            return _response_of(206, headers, content[first:last + 1])
+        headers.add("Content-Length", str(ranges[0].length))
+        return _response_of(206, headers, None, _FileStream(file, first, ranges[0].length))
+    frame = _frame_byteranges(ranges, found.size, found.media_type, secrets.token_hex(16))
+    headers.set("Content-Type", frame.content_type)
+    if content is not None:
+        parts = [piece for head, one in frame.parts for piece in (head, content[one.first:one.last + 1])]
+        return _response_of(206, headers, b"".join([*parts, frame.tail]))
+    headers.add("Content-Length", str(frame.length))
+    return _response_of(206, headers, None, _FileParts(file, frame))
+
+
+class _FileParts:
+    """The content of a multipart/byteranges answer, of a file which it owns: aclose() closes it."""
+
+    def __init__(self, file, frame):
+        self._file, self._steps = file, self._plan(frame)
+
+    @staticmethod
+    def _plan(frame):
+        """What is sent: bytes as they are, and (offset, count) of the file."""
+        for head, one in frame.parts:
+            yield head
+            for at in range(one.first, one.last + 1, CHUNK):
+                yield at, min(CHUNK, one.last + 1 - at)
+        yield frame.tail
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        step = next(self._steps, None)
+        if step is None:
+            raise StopAsyncIteration
+        if isinstance(step, bytes):
+            return step
+        piece = await flowcoro.to_thread(_read_at, self._file, *step)
+        if len(piece) < step[1]:
+            raise EOFError(f"{self._file.name}: the file has become shorter while it was sent")
+        return piece
+
+    async def aclose(self):
+        self._file.close()
+
+
+def _of_the_system(error):
+    """The answer that an OSError is: HttpError 404, 403, 503; or the error itself."""
+    if error.errno in _NOT_THERE:
+        return HttpError(404, "there is no such file")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return HttpError(403, "the server may not read this file")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return HttpError(503, "too many files are open; try again", [("Retry-After", "1")])
+    return error
+
+
+async def send_file(request, path, *, filename=None, inline=False, media_type=None, max_age=None):
+    """A Response that sends a file of yours, or of it what the request's conditions and ranges ask for.
+
+    `path` is trusted, and links are followed: what a client has a say in goes through static_files(). filename: what it is to be
+    saved as (Content-Disposition: attachment; with inline=True it is shown, and saved under that name on demand). media_type:
+    guessed from the name if None. max_age: seconds for which caches may keep it.
+    HttpError 404 for what is no regular file, 403, 412, 416. A client that asks for ranges gets them of one and the same file,
+    also if it is replaced meanwhile; one that is cut short while it is sent breaks the connection off. RFC 9110 chapters 13, 14.
+    """
+    path = os.fspath(path)
+    media_type = media_type or _file_type(os.path.basename(path))
+    key = path, media_type, max_age
+    extra = ()
+    if filename is not None or inline:
+        extra = [("Content-Disposition", content_disposition(filename, "inline" if inline else "attachment"))]
+    try:
+        found = _SENT_FILES.get(key)
+        if found is None:
+            found = await flowcoro.to_thread(_look_at, path, media_type, max_age)
+            _SENT_FILES.put(key, found)
+        return _file_response(request, found, lambda: _open_regular(path), extra)
+    except OSError as error:
+        raise _of_the_system(error) from error
+
+
+def _look_at(path, media_type, max_age):
+    number = _open_regular(path)
+    try:
+        return _Found(number, path, media_type=media_type, max_age=max_age)
+    finally:
+        os.close(number)
+
+
+def _open_regular(path, **at):
+    """A descriptor of a regular file. FileNotFoundError for anything else, before it is opened; other OSErrors.
+
+    `at`: dir_fd=, the folder that the path is relative to; the path is one name then, and not followed if it is a link.
+    """
+    follow = not at
+    if not stat.S_ISREG(os.stat(path, follow_symlinks=follow, **at).st_mode):
+        raise FileNotFoundError(errno.ENOENT, "no regular file", path)
+    number = os.open(path, _OPEN_FILE if follow else _OPEN_FILE | os.O_NOFOLLOW, **at)
+    if not stat.S_ISREG(os.fstat(number).st_mode):          # it was replaced in between
+        os.close(number)
+        raise FileNotFoundError(errno.ENOENT, "no regular file", path)
+    return number
+
+
+# -- folders
+
+_BAD_NAME = re.compile(r"[\x00\\]").search
+_BAD_ON_WINDOWS = re.compile(r'[\x00-\x1f<>:"|?*]|[ .]\Z').search
+
+
+def _is_served(name, hidden, windows=os.name == "nt"):
+    """Whether a file or folder of this name can be asked for; one that begins with a dot only if `hidden`."""
+    if not name or name in (".", "..") or _BAD_NAME(name) or name[0] == "." and not hidden:
+        return False
+    return not (windows and (_BAD_ON_WINDOWS(name) or _is_device(name)))
+
+
+def _names(rest, hidden):
+    """The names on the way to `rest` (decoded, "" or "/…", perhaps with a "/" at its end); None if one cannot be served."""
+    names = rest.split("/")[1:]
+    if names and not names[-1]:
+        del names[-1]
+    for place, name in enumerate(names):
+        if not _is_served(name, hidden or place == 0 and name == ".well-known"):          # RFC 8615
+            return None
+    return names
+
+
+@contextlib.contextmanager
+def _walked(directory, names):
+    """Open the folder that these names lead to, each relative to the one before and none through a link; a descriptor."""
+    flags = _OPEN_FOLDER | getattr(os, "O_PATH", 0)             # O_PATH: a folder on the way need not be readable
+    number = os.open(directory, flags)
+    try:
+        for name in names:
+            outer, number = number, os.open(name, flags | os.O_NOFOLLOW, dir_fd=number)
+            os.close(outer)
+        yield number
+    finally:
+        os.close(number)
+
+
+class _Folder:
+    """What static_files() makes a handler of."""
+
+    def __init__(self, directory, listing, index, precompressed, max_age, follow_symlinks, hidden, cache_bytes):
+        self._directory = os.path.abspath(directory)
+        self._listing, self._index, self._precompressed, self._max_age = listing, index, precompressed, max_age
+        self._hidden, self._walks, self._follows = hidden, _CAN_WALK and not follow_symlinks, follow_symlinks
+        self._cache = _FileCache(cache_bytes)
+
+    async def handle(self, request, rest):
+        """Answer a request for what is at `rest` below the folder."""
+        if request.method not in ("GET", "HEAD"):
+            if request.method == "OPTIONS":
+                return Response(204, None, [("Allow", "GET, HEAD, OPTIONS")])
+            raise HttpError(405, f"{request.method}: files are only read here", [("Allow", "GET, HEAD, OPTIONS")])
+        try:
+            found = self._cache.get(rest)
+            chosen = found if found is None or not found.siblings else self._choose(request, found)
+            if chosen is None or chosen is not found and not chosen.holds():
+                names = _names(rest, self._hidden)
+                if names is None:
+                    raise HttpError(404, "there is no such file")
+                found = await flowcoro.to_thread(self._look, names, rest[-1:] == "/", request)
+                if type(found) is not _Found:
+                    return found
+                self._cache.put(rest, found)
+                chosen = self._choose(request, found)
+            return _file_response(request, chosen, lambda: self._open_known(chosen))
+        except OSError as error:
+            raise _of_the_system(error) from error
+
+    def _choose(self, request, found):
+        """The file itself, or the sibling that the client prefers."""
+        siblings = found.siblings
+        if not siblings or "accept-encoding" not in request.headers:
+            return found
+        accepted = ", ".join(request.headers.get_all("accept-encoding"))
+        return siblings.get(negotiate_encoding(accepted, siblings), found)
+
+    # -- in a thread
+
+    def _look(self, names, slash, request):
+        """The _Found that these names lead to, or a Response that has none. OSError."""
+        number = self._open(names)
+        if number is None:
+            if not slash:
+                return self._redirect(request)
+            if self._index:
+                with contextlib.suppress(FileNotFoundError):
+                    number = self._open([*names, self._index])
+                    names = names if number is None else [*names, self._index]
+            if number is None:
+                return self._list(names, request)
+        elif slash:
+            os.close(number)
+            raise FileNotFoundError(errno.ENOTDIR, "no folder", names[-1])
+        try:
+            media_type = _file_type(names[-1])
+            siblings = self._siblings(names, media_type, os.fstat(number).st_mtime) if self._precompressed else {}
+            return _Found(number, self._path(names), media_type=media_type, max_age=self._max_age, names=names,
+                          siblings=siblings)
+        finally:
+            os.close(number)
+
+    def _siblings(self, names, media_type, modified):
+        """{coding: _Found} of what lies beside it, compressed; one that is older is of an earlier state, and passed over."""
+        siblings = {}
+        for coding, ending in _SIBLINGS:
+            its_names = [*names[:-1], names[-1] + ending]
+            try:
+                number = self._open(its_names)
+            except OSError:
+                continue
+            if number is not None:
+                try:
+                    if math.floor(os.fstat(number).st_mtime) >= math.floor(modified):
+                        siblings[coding] = _Found(number, self._path(its_names), media_type=media_type, names=its_names,
+                                                  max_age=self._max_age, coding=coding)
+                finally:
+                    os.close(number)
+        return siblings
+
+    def _path(self, names):
+        return os.path.join(self._directory, *names)
+
+    def _open(self, names):
+        """A descriptor of a regular file; None if it is a folder. OSError, FileNotFoundError for whatever else there may be."""
+        if self._walks and names:
+            with _walked(self._directory, names[:-1]) as folder:
+                if stat.S_ISDIR(os.stat(names[-1], dir_fd=folder, follow_symlinks=False).st_mode):
+                    return None
+                return _open_regular(names[-1], dir_fd=folder)
+        path = self._path(names)
+        if not self._follows and not self._walks:           # the system cannot do better: there is a moment in between
+            real = os.path.join(os.path.realpath(self._directory), *names)
+            if os.path.normcase(os.path.realpath(path)) != os.path.normcase(real):
+                raise FileNotFoundError(errno.ELOOP, "there is a link on the way", path)
+        return None if os.path.isdir(path) else _open_regular(path)
+
+    def _open_known(self, found):
+        number = self._open(found.names)
+        if number is None:
+            raise FileNotFoundError(errno.EISDIR, "it is a folder now", found.path)
+        return number
+
+    def _redirect(self, request):
+        """To the same path with "/" at its end: relative, so that it holds behind a proxy that hides a prefix."""
+        last = urllib.parse.quote(urllib.parse.unquote(request.raw_path.rsplit("/", 1)[-1]), safe="")
+        query = f"?{request.query_string}" if request.query_string else ""
+        return Response(308, None, [("Location", f"./{last}/{query}")])
+
+    def _list(self, names, request):
+        """A page that lists a folder, if that is wanted."""
+        if not self._listing:
+            raise FileNotFoundError(errno.ENOENT, "no index", self._path(names))
+        if self._walks:
+            with _walked(self._directory, names) as folder:
+                number = os.open(".", _OPEN_FOLDER, dir_fd=folder)
+            try:
+                entries, more = self._entries(number)
+            finally:
+                os.close(number)
+        else:
+            entries, more = self._entries(self._path(names))
+        return _listing_page(request.path, entries, more, bool(names))
+
+    def _entries(self, folder):
+        """[(is no folder, name, size, modified)] sorted, and whether there are more; what could not be got is not shown."""
+        entries = []
+        with os.scandir(folder) as found:
+            for entry in found:
+                if len(entries) >= LISTED:
+                    break
+                if not _is_served(entry.name, self._hidden) or not _is_utf8(entry.name):
+                    continue
+                with contextlib.suppress(OSError):          # it may be gone by now, or lead nowhere
+                    state = entry.stat(follow_symlinks=self._follows)
+                    if stat.S_ISDIR(state.st_mode) or stat.S_ISREG(state.st_mode):
+                        entries.append((not stat.S_ISDIR(state.st_mode), entry.name, state.st_size, state.st_mtime))
+        return sorted(entries), len(entries) >= LISTED
+
+
+def _is_utf8(name):
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:          # a name whose bytes are none has no URL here
+        return False
+
+
+def _listing_page(path, entries, more, has_parent):
+    """The Response with the page of a folder."""
+    title = html.escape(f"Index of {path}")
+    rows = ['<tr><td><a href="../">../</a></td><td></td><td></td></tr>'] if has_parent else []
+    for is_file, name, size, modified in entries:
+        slash = "" if is_file else "/"
+        date = time.strftime("%Y-%m-%d %H:%M", time.gmtime(max(0, min(modified, _END_OF_DATES - 1))))
+        rows.append(f'<tr><td><a href="./{urllib.parse.quote(name, safe="")}{slash}">{html.escape(name)}{slash}</a></td>'
+                    f"<td>{f'{size:,}' if is_file else ''}</td><td>{date}</td></tr>")
+    note = f"<p>Only {len(entries)} are shown.</p>" if more else ""
+    page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            '<meta name="viewport" content="width=device-width"><style>body{font-family:sans-serif;margin:2em}'
+            "td,th{padding:.1em 1.5em .1em 0;text-align:left}td+td{white-space:nowrap}</style>"
+            f"</head><body><h1>{title}</h1><table><tr><th>Name</th><th>Bytes</th><th>Changed (UTC)</th></tr>\n"
+            + "\n".join(rows) + f"\n</table>{note}</body></html>\n")
+    return Response(200, page.encode(), [
+        ("Content-Type", "text/html; charset=utf-8"), ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-cache"),
+        ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'")])
+
+
+def static_files(directory, *, listing=False, index="index.html", precompressed=True, max_age=None, follow_symlinks=False,
+                 hidden=False, cache_bytes=FILE_CACHE):
+    """A handler that serves the files of a folder, for Router.mount(): app.mount("/static", static_files("public")).
+
+    listing: whether a folder without an index is answered with a page of what is in it. index: the file that answers for a
+    folder; None for none. precompressed: whether `x.br` and `x.gz` beside `x`, if they are not older, are sent to clients that
+    prefer them. max_age: seconds for which caches may keep the files. hidden: whether names that begin with a dot are served
+    (of others only "/.well-known" is). cache_bytes: bytes of small files that are kept in memory.
+
+    Nothing outside of the folder is sent. Links below it are not followed, unless follow_symlinks says so; then whoever can
+    make one there decides what is served. `directory` itself may be a link, and may come to lead elsewhere. Pipes, devices and
+    sockets are not found. HEAD, conditions and ranges work as with send_file(); other methods are answered 405.
+    NotADirectoryError if it is none.
+    """
+    if not os.path.isdir(directory):
+        raise NotADirectoryError(errno.ENOTDIR, "static_files() serves a folder", os.fspath(directory))
+    if index is not None and ("/" in index or not _is_served(index, True)):
+        raise ValueError(f"index={index!r}: give the name of a file, or None")
+    if max_age is not None:
+        cache_control(max_age=max_age)                      # whether it can be one
+    return _Folder(directory, listing, index, precompressed, max_age, follow_symlinks, hidden, cache_bytes).handle
+
+
+# ---- server-sent events ---------------------------------------------------------------------------------------
+# WHATWG HTML, section "Server-sent events". A task of its own takes the events from their source, so that a comment can be sent
+# when none has come for a while: to cancel the source instead, and ask it again, would end an async generator for good. It lives
+# from the first event that is asked for to the end of the stream, however that comes: the server closes what it has sent.
+
+# Seconds without an event after which a comment is sent: proxies cut what is silent (nginx after 60, many load balancers after
+# 30), and only what is written tells that the client has gone.
+KEEP_ALIVE = 15.0
+
+_LINE_END = re.compile("\r\n|\r|\n").split
+_NOT_IN_A_FIELD = re.compile("[\r\n\0]").search
+
+
+class ServerSentEvent:
+    """An event: `data` (str, or what JSON has), `event` its type ("message" if None), `id` what Last-Event-ID says after it, and
+    `retry`, the seconds after which the client connects again. data=None sends only the others.
+    """
+
+    __slots__ = ("data", "event", "id", "retry")
+
+    def __init__(self, data=None, event=None, id=None, retry=None):
+        for name, text in (("event", event), ("id", id)):
+            if text is not None and not isinstance(text, str):
+                raise TypeError(f"ServerSentEvent({name}={text!r:.80}): give a str, or None")
+            if text is not None and _NOT_IN_A_FIELD(text):
+                raise ValueError(f"ServerSentEvent({name}={text!r:.80}): it is one line, so CR, LF and NUL have no place in it")
+        if isinstance(data, (bytes, bytearray, memoryview)):
+            raise TypeError(f"ServerSentEvent(data={data!r:.80}): an event is text: decode it, or send base64")
+        if retry is not None and not (isinstance(retry, (int, float)) and 0 <= retry < math.inf):
+            raise ValueError(f"ServerSentEvent(retry={retry!r:.80}): give seconds, from 0")
+        if data is None and event is None and id is None and retry is None:
+            raise ValueError("ServerSentEvent(): give data, or one of the others")
+        self.data, self.event, self.id, self.retry = data, event, id, retry
+
+    def encode(self):
+        """The bytes that are sent. Each line of `data` is one of its own; NUL becomes U+FFFD, as does what is no character."""
+        lines = [f"event: {self.event}"] * (self.event is not None) + [f"id: {self.id}"] * (self.id is not None)
+        if self.retry is not None:
+            lines.append(f"retry: {round(self.retry * 1000)}")
+        if self.data is not None:
+            text = self.data if isinstance(self.data, str) else _encode_json(self.data)
+            lines += [f"data: {line}" for line in _LINE_END(text.replace("\0", "\ufffd"))]
+        return ("\n".join(lines) + "\n\n").encode("utf-8", "replace")
+
+    def __repr__(self):
+        return f"ServerSentEvent({self.data!r:.80}, event={self.event!r}, id={self.id!r}, retry={self.retry!r})"
+
+
+def last_event_id(request):
+    """What the client has got last: the `id` of an event, when it connects again; None if it has got none. It is a str that the
+    client may have made up.
+    """
+    value = request.headers.get("last-event-id")
+    return None if value is None else value.encode("latin-1").decode("utf-8", "replace")
+
+
+def event_stream(request, events, *, keep_alive=KEEP_ALIVE, retry=None):
+    """A Response that sends events as they come, to an EventSource in a browser.
+
+    events: an async iterator of str, ServerSentEvent, or what JSON has (dict, list …), which is sent as JSON. keep_alive: seconds
+    after which a comment is sent if none has come; None for none. retry: the seconds after which a client that was cut off
+    connects again (3 in most browsers). last_event_id(request) says what it has got before.
+
+    It ends with `events`, with the client, or when the server closes; `events` is closed then. A client asks for it again
+    unless it is answered with 204. An error of `events` breaks the answer off.
+    """
+    if not hasattr(events, "__aiter__"):
+        raise TypeError(f"event_stream({events!r:.80}): give an async iterator of events: call the async generator")
+    if keep_alive is not None and not (isinstance(keep_alive, (int, float)) and keep_alive > 0):
+        raise ValueError(f"event_stream(keep_alive={keep_alive!r}): give seconds, more than 0, or None")
+    first = b"" if retry is None else ServerSentEvent(retry=retry).encode()
+    response = Response(200, _EventStream(aiter(events), keep_alive, first), [
+        ("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-cache, no-transform"),
+        ("X-Accel-Buffering", "no")])                       # nginx would gather it, and other proxies compress it
+    response.endless = True
+    return response
+
+
+class _EventStream:
+    """The stream of an event_stream()."""
+
+    def __init__(self, events, keep_alive, first):
+        self._events, self._keep_alive, self._first = events, keep_alive, first
+        self._channel, self._task, self._error = flowcoro.Channel(), None, None
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        if self._first:
+            first, self._first = self._first, b""
+            return first
+        if self._keep_alive is None:
+            return _event_bytes(await anext(self._events))
+        if self._task is None:
+            self._task = flowcoro.spawn(self._pump(), name="events")
+        with flowcoro.move_on_after(self._keep_alive):
+            try:
+                return await self._channel.receive()
+            except flowcoro.EndOfChannel:
+                if self._error is not None:
+                    raise self._error from None
+                raise StopAsyncIteration from None
+        return b":\n\n"
+
+    async def _pump(self):
+        try:
+            async for event in self._events:
+                await self._channel.send(_event_bytes(event))
+        except Exception as error:              # whoever reads the stream gets it
+            self._error = error
+        finally:
+            self._channel.close()
+            await self._close_events()          # here, so that what it has opened is closed by the task that has opened it
+
+    async def _close_events(self):
+        try:
+            await _close_stream(self._events)
+        except Exception as error:
+            flowcoro_net.report_error(error, "the source of an event stream failed while it was closed", "flowcoro_http")
+
+    async def aclose(self):
+        """End it: its task is gone when this returns. What `events` cleans up runs cancelled, as after any cancel."""
+        if self._task is None:
+            return await self._close_events()
+        self._task.cancel()
+        with flowcoro.CancelScope(shield=True), contextlib.suppress(flowcoro.TaskCancelled):
+            await self._task
+
+
+def _event_bytes(event):
+    return (event if isinstance(event, ServerSentEvent) else ServerSentEvent(event)).encode()
+
+
+# ---- middleware -----------------------------------------------------------------------------------------------
+# Each function gives an `async def middleware(request, call_next)` for app.middleware(). Of those that belong together the
+# outermost is added first: trusted_proxies, request_id, access_log, security_headers, cors, compress, etag, timeout, body_limit,
+# sessions, and who is who. What one refuses is an HttpError, so that error handlers and those further out see it.
+#
+# What needs to know a stream to its end stands around it (_Through); a file stays one that the system sends (_FileStream.done).
+
+# Bytes of content beyond which it is compressed in a thread: 128 KiB of text take 2 ms, in which nobody else would be served.
+COMPRESSED_HERE = 128 * 2**10
+
+# Seconds that a session is valid after it was changed: two weeks, as Django's.
+SESSION_AGE = 14 * 86400
+
+# Seconds for which a browser remembers what a preflight has been answered: Chrome takes 7200 at most, Firefox 86400; 5 without.
+PREFLIGHT_AGE = 600
+
+
+class _Through:
+    """A stream that is another one, piece by piece: take(piece) and then end() give what is sent instead. done() is called once
+    when it is over, whether it has come to its end or not; closing it closes the other one.
+    """
+
+    def __init__(self, stream, take, end=bytes, done=lambda: None):
+        self._stream, self._pieces, self._take, self._end, self._done = stream, None, take, end, done
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        if self._pieces is None:
+            self._pieces = aiter(self._stream)
+        async for piece in self._pieces:
+            if data := self._take(piece.encode() if type(piece) is str else piece):
+                return data
+        end, self._end = self._end, bytes
+        if data := end():
+            return data
+        raise StopAsyncIteration
+
+    async def aclose(self):
+        done, self._done = self._done, lambda: None
+        try:
+            if self._pieces is not self._stream:
+                await _close_stream(self._pieces)
+            await _close_stream(self._stream)
+        finally:
+            done()
+
+
+async def _close_stream(stream):
+    if hasattr(stream, "aclose"):
+        await stream.aclose()
+
+
+async def _drop_content(response):
+    """Make it one without content: what it would have sent is closed."""
+    stream, response.stream, response.content = response.stream, None, b""
+    await _close_stream(stream)
+    for name in ("content-type", "content-length", "content-encoding", "content-language", "content-range", "accept-ranges"):
+        response.headers.remove(name)
+
+
+def _add_vary(headers, *names):
+    """Have Vary name these, if it does not."""
+    lines = headers.get_all("vary")
+    named = {name.lower() for name in _parse_list(",".join(lines))}
+    missing = [name for name in names if name.lower() not in named]
+    if missing and "*" not in named:
+        headers.set("Vary", ", ".join([*lines, *missing]))
+
+
+# -- the log
+
+_LOG_UNSAFE = re.compile(r'[^\x20-\x7e]|["\\]').sub
+
+
+def _log_text(text):
+    """For a quoted place in a line: no quotes, and nothing that could begin another line or speak to a terminal."""
+    return _LOG_UNSAFE(lambda found: "".join(f"\\x{byte:02x}" for byte in found[0].encode("utf-8", "surrogatepass")), text)
+
+
+def _log_word(text):
+    """For a place that ends at a space."""
+    return _log_text(text).replace(" ", "\\x20") if text else "-"
+
+
+@functools.lru_cache(8)
+def _log_date(second):
+    year, month, day, hours, minutes, seconds = time.gmtime(second)[:6]
+    return f"{day:02d}/{_MONTHS[month - 1]}/{year:04d}:{hours:02d}:{minutes:02d}:{seconds:02d} +0000"
+
+
+def _client_text(request):
+    client = request.client
+    return client[0] if isinstance(client, tuple) else str(client or "unix")
+
+
+def _common_line(request, status, sent, seconds, now):
+    """Apache's common log format: host ident user [date] "request line" status bytes."""
+    return (f'{_log_word(_client_text(request))} - {_log_word(getattr(request, "user", None) or "")} [{_log_date(int(now))}] '
+            f'"{_log_text(request.method)} {_log_text(request.target)} HTTP/{request.version}" {status} {sent or "-"}')
+
+
+def _json_line(request, status, sent, seconds, now):
+    """A line of JSON; its text is ASCII."""
+    fields = {"time": round(now, 3), "client": _client_text(request), "method": request.method, "target": request.target,
+              "version": request.version, "status": status, "bytes": sent, "seconds": round(seconds, 6)}
+    for name, value in (("user", getattr(request, "user", None)), ("request_id", getattr(request, "request_id", None)),
+                        ("host", request.host), ("referer", request.headers.get("referer")),
+                        ("user_agent", request.headers.get("user-agent"))):
+        if value:
+            fields[name] = str(value)
+    return json.dumps(fields)
+
+
+_LOG_FORMATS = {"common": _common_line, "json": _json_line}
+
+
+def access_log(to=None, *, format="common"):
+    """Write a line for each request, when its answer is complete: for a stream at its end.
+
+    to: a stream with write(), which gets the line and a line end, or a function that gets the line; None: sys.stderr. format:
+    "common" (Apache's; `user` is request.user, times are UTC), or "json" (an object with time, client, method, target, status,
+    bytes of content, seconds from the request's arrival here to the end of its answer, and, where they are, user, request_id,
+    host, referer and user_agent). A request whose client has gone before there was an answer has the status 499.
+
+    Whatever a client sends stays within its place in the line: quotes, backslashes and all but printable ASCII are written \\xHH
+    (in JSON \\uHHHH). An error of `to` is reported to sys.unraisablehook, and the answer sent all the same.
+    """
+    if format not in _LOG_FORMATS:
+        raise ValueError(f'access_log(format={format!r}): "common" or "json"')
+    if to is not None and not callable(to) and not hasattr(to, "write"):
+        raise TypeError(f"access_log({to!r:.80}): give a stream with write(), or a function of a line")
+    line_of = _LOG_FORMATS[format]
+
+    def write(request, status, sent, began):
+        try:
+            line = line_of(request, status, sent, flowcoro.now() - began, time.time())
+            if callable(to):
+                to(line)
+            else:
+                (to or sys.stderr).write(line + "\n")
+        except Exception as error:
+            flowcoro_net.report_error(error, "the access log could not be written", "flowcoro_http")
+
+    async def middleware(request, call_next):
+        began = flowcoro.now()
+        try:
+            response = await call_next(request)
+        except BaseException:                           # cancelled: nobody gets an answer
+            write(request, 499, 0, began)
+            raise
+        stream, status, counted = response.stream, response.status, 0
+
+        def count(piece):
+            nonlocal counted
+            counted += len(piece)
+            return piece
+
+        if stream is None:
+            write(request, status, 0 if request.method == "HEAD" else len(response.content), began)
+        elif type(stream) is _FileStream:
+            stream.done = lambda sent: write(request, status, sent, began)
+        else:
+            response.stream = _Through(stream, count, done=lambda: write(request, status, counted, began))
+        return response
+    return middleware
+
+
+# -- who may read it
+
+_is_origin = re.compile(r"[a-z][a-z0-9+.-]*://(?:[0-9a-z._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?").fullmatch
+_origin_pattern = re.compile(r"([a-z][a-z0-9+.-]*://)(\*\.)?([0-9a-z._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5}|:\*)?").fullmatch
+
+
+def _origin_test(patterns):
+    """A function that says whether an origin fits one of them."""
+    exact, others = set(), []
+    for pattern in patterns:
+        found = _origin_pattern(pattern)
+        if found is None and pattern != "null":
+            raise ValueError(f'cors(): {pattern!r:.80} is no origin: "https://example.com", with a port if it is not the usual '
+                             'one, lower-case and without a path; "https://*.example.com" for all hosts below, ":*" for all '
+                             'ports; "null"; or origins="*"')
+        if found is not None and (found[2] or found[4] == ":*"):
+            others.append((found[1], found[2] and "." + found[3], found[3], found[4]))
+        else:
+            exact.add(pattern)
+
+    def fits(origin):
+        if origin in exact:
+            return True
+        if not others or not _is_origin(origin):
+            return False
+        scheme, _, rest = origin.partition("://")
+        host, port = re.fullmatch(r"(.*?)(:[0-9]+)?", rest).groups()
+        return any(scheme + "://" == its_scheme and (host.endswith(ending) and host != ending if ending else host == name)
+                   and its_port in (":*", port) for its_scheme, ending, name, its_port in others)
+    return fits
+
+
+def cors(origins, *, methods=("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"), headers=(), expose=(), credentials=False,
+         max_age=PREFLIGHT_AGE):
+    """Let pages of other origins read the answers (Cross-Origin Resource Sharing; WHATWG Fetch, section 3.3).
+
+    origins: "*" for all, or a list: "https://example.com", "https://*.example.com" (any host below), "http://localhost:*" (any
+    port), "null". methods, headers: what their requests may have; headers="*" for any but Authorization, which has to be named.
+    expose: header fields of answers that they may see. credentials: whether cookies may come along, for a list of origins only.
+    max_age: seconds for which a browser remembers what it was told. Preflights are answered here: 204, or 403.
+
+    It does not keep anybody from sending: what changes something has to check who asks. ValueError for what browsers refuse.
+    """
+    if credentials and (origins == "*" or "*" in headers):
+        raise ValueError('cors(credentials=True) needs lists of origins and headers: with "*" any page could act as its reader')
+    if isinstance(origins, str) and origins != "*":
+        raise TypeError(f"cors({origins!r:.80}): give a list of origins, or \"*\"")
+    names = [*methods, *(headers if headers != "*" else ()), *expose]
+    if bad := [name for name in names if not _is_token(name)]:
+        raise ValueError(f"cors(): {bad[0]!r:.80} is no name of a method or a header field")
+    fits, anybody = (None, True) if origins == "*" else (_origin_test(origins), False)
+    allowed = [("Access-Control-Allow-Credentials", "true")] * credentials
+    exposed = [("Access-Control-Expose-Headers", ", ".join(expose))] * bool(expose)
+    answers = [("Access-Control-Allow-Methods", ", ".join(methods)), ("Access-Control-Max-Age", str(max_age))]
+    if headers:
+        answers.append(("Access-Control-Allow-Headers", "*" if headers == "*" else ", ".join(headers)))
+
+    def preflight(origin):
+        if origin is None:
+            raise HttpError(403, "pages of this origin may not send that: it is not among those of cors()", [("Vary", "Origin")])
+        response = Response(204, None, [("Access-Control-Allow-Origin", origin), *allowed, *answers])
+        _add_vary(response.headers, "Origin", "Access-Control-Request-Method", "Access-Control-Request-Headers")
+        return response
+
+    async def middleware(request, call_next):
+        sent = request.headers.get_all("origin")
+        origin = ("*" if anybody else sent[0] if fits(sent[0]) else None) if len(sent) == 1 else None
+        if request.method == "OPTIONS" and sent and "access-control-request-method" in request.headers:
+            return preflight(origin)
+        response = await call_next(request)
+        if not anybody:
+            _add_vary(response.headers, "Origin")           # also for those without: a cache must not give them to others
+        if origin is not None:
+            for name, value in (("Access-Control-Allow-Origin", origin), *allowed, *exposed):
+                response.headers.set(name, value)
+        return response
+    return middleware
+
+
+# -- what it is sent as
+
+def compress(*, min_bytes=MIN_COMPRESSED, level=COMPRESSION_LEVEL, flush=True):
+    """Compress answers for clients that accept it, by gzip or deflate; what that changes in the headers is done too.
+
+    Not what is smaller than `min_bytes`, compressed in itself or by the handler, partial, or forbids it (no-transform). level: 1
+    to 9. flush: whether each piece of a stream gets through at once, as its handler has meant it; False: when there is enough of
+    it, which makes many small pieces smaller. (Events always do; files never.)
+
+    An attacker who can make a browser ask, and sees how long the answers are, learns what a secret in them is if something of his
+    own choice stands in them too (BREACH): keep this away from such routes, or have tokens masked.
+    """
+    if not (type(level) is int and 1 <= level <= 9):
+        raise ValueError(f"compress(level={level!r}): an int from 1 to 9")
+
+    def all_of(coding, content):
+        encoder = _Encoder(coding, level=level)
+        return encoder.encode(content) + encoder.finish()
+
+    async def middleware(request, call_next):
+        response = await call_next(request)
+        headers, stream = response.headers, response.stream
+        length = int(headers.get("content-length", sys.maxsize if stream is not None else len(response.content)))
+        accepted = request.headers.get_all("accept-encoding")
+        coding, depends = _choose_compression(", ".join(accepted) if accepted else None, response.status, headers, length,
+                                              min_bytes=min_bytes)
+        _compressed_headers(headers, coding, depends)
+        if coding is None:
+            return response
+        if stream is None:
+            content = response.content
+            if not content:                                 # HEAD, of what would be a stream
+                response.content, response.stream = None, _asynchronous(())
+                return response
+            response.content = (all_of(coding, content) if len(content) <= COMPRESSED_HERE else
+                                await flowcoro.to_thread(all_of, coding, content))
+            return response
+        encoder = _Encoder(coding, level=level)
+        if response.endless or flush and type(stream) is not _FileStream:
+            response.stream = _Through(stream, lambda piece: encoder.encode(piece) + encoder.flush(), encoder.finish)
+        else:
+            response.stream = _Through(stream, encoder.encode, encoder.finish)
+        return response
+    return middleware
+
+
+def etag(*, weak=False):
+    """Give complete answers to GET and HEAD an entity tag, made of their content, and answer 304 to who has got it already.
+
+    It spares the way, not the handler. A tag that the handler has set is taken as it is; answers with Cache-Control: no-store,
+    streams, and all but 200 are left alone. weak: "equivalent" rather than "equal to the byte". RFC 9110 sections 8.8.3 and 13.
+    """
+    async def middleware(request, call_next):
+        response = await call_next(request)
+        headers = response.headers
+        if response.status != 200 or request.method not in ("GET", "HEAD") or not response.content or (
+                "no-store" in ", ".join(headers.get_all("cache-control")).lower()):
+            return response
+        tag = headers.get("etag")
+        if tag is None:
+            tag = entity_tag(hashlib.blake2b(response.content, digest_size=12).hexdigest(), weak=weak)
+            headers.set("ETag", tag)
+        now = time.time()
+        status = _evaluate(request.method, request.headers, now=now, etag=tag,
+                           last_modified=_date_or_none(headers, "last-modified", now)).status
+        if status == 304:
+            await _drop_content(response)
+            response.status, response.reason = 304, None
+        elif status == 412:
+            raise HttpError(412, "it is not what If-Match or If-Unmodified-Since say", [("ETag", tag)])
+        return response
+    return middleware
+
+
+_HARDENED = {
+    "content_security_policy": ("Content-Security-Policy", "default-src 'self'; object-src 'none'; base-uri 'self'; "
+                                "form-action 'self'; frame-ancestors 'none'"),
+    "frame_options": ("X-Frame-Options", "DENY"),
+    "referrer_policy": ("Referrer-Policy", "strict-origin-when-cross-origin"),
+    "permissions_policy": ("Permissions-Policy", "camera=(), geolocation=(), microphone=()"),
+    "opener_policy": ("Cross-Origin-Opener-Policy", "same-origin"),
+    "resource_policy": ("Cross-Origin-Resource-Policy", "same-origin"),
+}
+
+
+def security_headers(*, hsts=31_536_000, hsts_subdomains=False, hsts_preload=False, **policies):
+    """Add the header fields that have a browser allow less; one that a handler has set stays as it is.
+
+    hsts: seconds for which a browser uses https only (Strict-Transport-Security; None: not sent; it is sent over https alone);
+    hsts_subdomains, hsts_preload: for all hosts below it, and for the lists in browsers: hard to take back. Besides
+    X-Content-Type-Options: nosniff there are these, each of which may be another str, or None to leave it out:
+    content_security_policy (all from here, no frames around it), frame_options, referrer_policy, permissions_policy,
+    opener_policy, resource_policy.
+    """
+    if unknown := policies.keys() - _HARDENED.keys():
+        raise TypeError(f"security_headers() has no {min(unknown)}=; it has {', '.join(_HARDENED)}, hsts")
+    fields = [("X-Content-Type-Options", "nosniff")]
+    for key, (name, usual) in _HARDENED.items():
+        value = policies.get(key, usual)
+        if value is not None:
+            fields.append((name, value))
+    Headers(fields)                                         # whether they can be sent
+    over_tls = fields if hsts is None else [*fields, ("Strict-Transport-Security", _strict_transport_security(
+        hsts, include_subdomains=hsts_subdomains, preload=hsts_preload))]
+
+    async def middleware(request, call_next):
+        response = await call_next(request)
+        headers = response.headers
+        for name, value in over_tls if request.scheme == "https" else fields:
+            if name not in headers:
+                headers.add(name, value)
+        return response
+    return middleware
+
+
+# -- limits
+
+def body_limit(max_bytes):
+    """Refuse requests (413) whose content has more than `max_bytes`: at once if they say so, else when it is received."""
+    if type(max_bytes) is not int or max_bytes < 0:
+        raise ValueError(f"body_limit({max_bytes!r}): give bytes, an int from 0")
+
+    async def middleware(request, call_next):
+        announced = request.headers.get("content-length")
+        if announced is not None and int(announced) > max_bytes or len(request.content or b"") > max_bytes:
+            raise HttpError(413, f"the content has more than {max_bytes} bytes, which is what is taken here")
+        request.max_body = max_bytes if request.max_body is None else min(max_bytes, request.max_body)
+        return await call_next(request)
+    return middleware
+
+
+def timeout(seconds, *, status=503):
+    """Cancel a handler that has not answered after so many seconds, and answer for it: 503, or 504 for a gateway.
+
+    It counts until there is a Response; what a stream sends later it does not limit. What never awaits cannot be cancelled.
+    """
+    if not (isinstance(seconds, (int, float)) and seconds > 0):
+        raise ValueError(f"timeout({seconds!r}): give seconds, more than 0")
+    if status not in (503, 504):
+        raise ValueError(f"timeout(status={status!r}): 503 or 504")
+
+    async def middleware(request, call_next):
+        with flowcoro.move_on_after(seconds):
+            return await call_next(request)
+        raise HttpError(status, f"there was no answer within {seconds:g} s")
+    return middleware
+
+
+# -- who asks
+
+def trusted_proxies(networks, *, field="x-forwarded"):
+    """Behind proxies of yours: have request.client, scheme and host say what is true of the client rather than of the last proxy.
+
+    networks, field: as TrustedProxies takes them. request.peer becomes the address of the connection; the port of a client behind
+    a proxy is 0, and its address "unknown" if the proxy hides it. ProtocolError (400) for what a trusted one has malformed. To be
+    added first: what stands further out sees the proxy.
+    """
+    proxies = TrustedProxies(networks, field=field)
+
+    async def middleware(request, call_next):
+        peer = request.peer = request.client
+        address = peer[0] if isinstance(peer, tuple) else None
+        said = proxies.client(address, request.headers)
+        if said.client != address:
+            request.client = (said.client or "unknown", 0)
+        if said.scheme is not None:
+            request.scheme = said.scheme
+        if said.host is not None:
+            request.host = said.host
+        return await call_next(request)
+    return middleware
+
+
+_is_request_id = re.compile(r"[0-9A-Za-z._~+/=:-]{1,128}").fullmatch
+
+
+def request_id(*, field="X-Request-ID", trusted=()):
+    """Give each request an id: request.request_id, and a header field of its answer.
+
+    One that comes with a request is taken if it is 1 to 128 letters, digits and ._~+/=:-, and comes from an address that
+    `trusted` names (as for TrustedProxies); else it is 32 random hexadecimal digits.
+    """
+    proxies = TrustedProxies(trusted)
+    Headers([(field, "x")])
+
+    async def middleware(request, call_next):
+        peer = getattr(request, "peer", request.client)
+        given = request.headers.get_all(field)
+        if len(given) == 1 and _is_request_id(given[0]) and proxies.trusts(peer[0] if isinstance(peer, tuple) else None):
+            request.request_id = given[0]
+        else:
+            request.request_id = secrets.token_hex(16)
+        response = await call_next(request)
+        response.headers.set(field, request.request_id)
+        return response
+    return middleware
+
+
+def _verifier(known, what):
+    """A function (*credentials) -> who it is, awaitable or not; of a dict one that takes as long whether there is such a name."""
+    if callable(known):
+        return known
+    if not isinstance(known, dict) or not all(isinstance(text, str) for pair in known.items() for text in pair):
+        raise TypeError(f"{what}: give a dict of str, or a function")
+    hashed = [(hashlib.sha256(name.encode()).digest(), value) for name, value in known.items()]
+
+    def verify(name, password=None):
+        given, who = hashlib.sha256(name.encode()).digest(), None
+        for digest, value in hashed:
+            if hmac.compare_digest(digest, given):
+                who = value
+        if password is None:
+            return who
+        return hmac.compare_digest((who or "").encode(), password.encode()) and who is not None
+    return verify
+
+
+def _authenticate(read, verify, challenge, failed):
+    """The middleware of both: read(value) gives the credentials as a tuple, None if they are of another scheme; verify(*them)
+    whom request.user is to be.
+    """
+    async def middleware(request, call_next):
+        values, credentials, who = request.headers.get_all("authorization"), None, None
+        if len(values) == 1:
+            with contextlib.suppress(ProtocolError):
+                credentials = read(values[0])
+        if credentials is not None:
+            who = verify(*credentials)
+            if inspect.isawaitable(who):
+                who = await who
+        if not who:
+            raise HttpError(401, "who are you?" if not values else "these credentials are not accepted",
+                            [("WWW-Authenticate", failed if values else challenge)])
+        request.user = who
+        return await call_next(request)
+    return middleware
+
+
+def basic_auth(users, *, realm="this server"):
+    """Let through who has a name and a password (RFC 7617): request.user is the name. Others are answered 401, with `realm`.
+
+    users: {name: password}, compared in constant time; or a function (name, password), async or not, that returns whether they
+    are right, or whom request.user is to be. Passwords belong hashed into a store, and hashing into a thread:
+    `await flowcoro.to_thread(check, …)`. Without TLS everybody on the way can read them.
+    """
+    known = _verifier(users, "basic_auth(users)")
+
+    async def verify(name, password):
+        who = known(name, password)
+        if inspect.isawaitable(who):
+            who = await who
+        return name if who is True else who
+
+    challenge = _challenge("Basic", realm=realm, charset="UTF-8")
+    return _authenticate(_parse_basic, verify, challenge, challenge)
+
+
+def bearer_auth(tokens, *, realm="this server"):
+    """Let through who has a token (RFC 6750): request.user is whom it belongs to. Others are answered 401, with `realm`.
+
+    tokens: {token: user}, compared in constant time; or a function (token), async or not, that returns the user, or None.
+    """
+    def read(value):
+        token = _parse_bearer(value)
+        return None if token is None else (token,)
+
+    return _authenticate(read, _verifier(tokens, "bearer_auth(tokens)"), _challenge("Bearer", realm=realm),
+                         _challenge("Bearer", realm=realm, error="invalid_token"))
+
+
+def sessions(keys, *, cookie="__Host-session", max_age=SESSION_AGE, domain=None, path="/", secure=True, same_site="Lax"):
+    """Give each request a dict, request.session, which comes back with the client's next one: in a cookie that is signed.
+
+    keys: one secret of 16 bytes or more, or several, the newest first: that one signs, the others are taken as well, until you
+    drop them. What is in the dict has to be JSON, and fits with its signature into 4 KiB; the client can read it, but not change
+    it, nor can you take it back before `max_age` seconds after its last change are over. What is no session of ours is an empty
+    one. The cookie is sent when the dict was changed, before the answer begins, and deleted when it was emptied; scripts do not
+    see it. secure=False (with another name: `__Host-` needs TLS) is for what runs without. ValueError for what browsers drop, and
+    (500) for a session that is too large.
+    """
+    signer = Signer(keys, purpose=f"session {cookie}")
+    attributes = {"domain": domain, "path": path, "secure": secure, "http_only": True, "same_site": same_site}
+    _set_cookie(cookie, "", max_age=max_age, **attributes)              # whether browsers take it
+
+    def load(request):
+        value = request.cookies.get(cookie)
+        if value:
+            with contextlib.suppress(SignatureError, ValueError):
+                session = json.loads(signer.verify(value, time.time(), max_age=max_age))
+                if isinstance(session, dict):
+                    return session
+        return {}
+
+    async def middleware(request, call_next):
+        request.session = load(request)
+        before = _encode_json(request.session)
+        response = await call_next(request)
+        after = _encode_json(request.session)
+        if before == "{}" == after:
+            return response
+        _add_vary(response.headers, "Cookie")
+        if after == before:
+            return response
+        if after == "{}":
+            response.delete_cookie(cookie, **attributes)
+        else:
+            response.set_cookie(cookie, signer.sign(after.encode(), time.time()), max_age=max_age, **attributes)
+        if "cache-control" not in response.headers:
+            response.headers.set("Cache-Control", "no-store")
+        return response
+    return middleware
