@@ -6437,8 +6437,8 @@ class HttpClient(_Sending):
                 url = _with_params(url, more)
         parsed = self._parse(url)
         content, media_type = _content_of(*contents)
-        if options.auth is None and given.auth is not False:
-            options = options._replace(auth=self._credentials(parsed))
+        if options.auth is None and given.auth is not False and (auth := self._credentials(parsed)):
+            options = options._replace(auth=auth)
         all_headers = self.headers.copy()
         for name in {name.lower() for name, _ in (headers.items() if hasattr(headers, "items") else headers)}:
             all_headers.remove(name)
