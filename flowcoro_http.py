@@ -5732,9 +5732,8 @@ class _Origin:
 
     async def tunnel(self, sock):
         """Have the proxy connect (RFC 9110 9.3.6)."""
-        connection, target = _Connection(sock, self.client._limits), f"{self.url.authority.removesuffix(':443')}:{self.url.port}"
-        if ":" in self.url.host:
-            target = f"[{self.url.host}]:{self.url.port}"
+        connection, host = _Connection(sock, self.client._limits), self.url.host
+        target = f"{f'[{host}]' if ':' in host else host}:{self.url.port}"
         head = RequestHead("CONNECT", target, [("Host", target), *self.proxy_authorization])
         await sock.write(connection.codec.send_message(head))
         said = f"the proxy {self.proxy.authority} does not connect to {target}"
@@ -5962,7 +5961,7 @@ class _Exchange:
     def failure(self, error, connection):
         """What the caller gets for an error of the network or the codec; None for others, which are its own."""
         if isinstance(error, ProtocolError):
-            kind = TransferError if connection.codec._ended else ResponseError
+            kind = TransferError if connection.codec._ended and connection.codec._error is error else ResponseError
             return _with(kind(f"{self.said}: {error.message}"), self.request)
         if isinstance(error, flowcoro_net.NetworkError):
             return _with(TransferError(f"{self.said}: {error.strerror}"), self.request)
@@ -6166,7 +6165,7 @@ class _Sending:
         except UnicodeDecodeError:
             pass
         try:
-            url = _Url(urllib.parse.urljoin(request.url, location))
+            url = _Url(location if _has_scheme(location) else urllib.parse.urljoin(request.url, location))
         except ValueError as error:
             raise RedirectError(f"{request.method} {request.url}: a redirect that cannot be followed: {error}") from None
         following = _again(request)

@@ -19,7 +19,7 @@ import pytest
 import flowcoro
 from flowcoro_http import (
     Auth, BasicAuth, BearerAuth, ClientResponse, ConnectError, Data, DigestAuth, EndOfMessage, Headers, HttpClient, HttpConnection,
-    LocalProtocolError, NEED_DATA, PAUSED, ProxyError, RedirectError, RequestError, RequestTimeout, ResponseError, Retries,
+    LocalProtocolError, NEED_DATA, PAUSED, ProtocolError, RedirectError, RequestError, RequestTimeout, ResponseError, Retries,
     ServerSentEvent, StatusError, Timeouts, TransferError, _environment_proxies, _EventParser, _goes_without, _test_client, _Url)
 from flowcoro_net import Socket, TcpServer, UnixServer, server_tls
 
@@ -44,7 +44,7 @@ class Origin:
     async def serve(self, sock):
         self.connections += 1
         number, codec, request = self.connections, HttpConnection("server"), None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ProtocolError):
             while True:
                 event = codec.next_event()
                 if event is NEED_DATA or event is PAUSED:
@@ -75,13 +75,17 @@ async def serving(handler, *, tls=None, unix=None):
     """An Origin that listens."""
     origin = handler if isinstance(handler, Origin) else Origin(handler)
     server = await UnixServer.listen(unix) if unix else await TcpServer.listen("127.0.0.1", 0, tls=tls)
-    async with server, flowcoro.TaskGroup() as group:
-        group.spawn(server.serve(origin.serve))
+    async with server:
+        task = flowcoro.spawn(server.serve(origin.serve))
         if not unix:
             origin.port = server.local[1]
             origin.url = f"{'https' if tls else 'http'}://127.0.0.1:{origin.port}"
-        yield origin
-        group.cancel()
+        try:
+            yield origin
+        finally:
+            task.cancel()
+            with contextlib.suppress(flowcoro.TaskCancelled):
+                await task
 
 
 def scripted(*replies):
