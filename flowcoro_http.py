@@ -1,23 +1,27 @@
-"""flowcoro_http 0.1.0: HTTP/1.1 without I/O: what a message is, strictly and quickly; both roles.
+"""flowcoro_http 0.1.0: HTTP/1.1, strictly and quickly: a codec without I/O, and a server and a client that stand on it.
 
-To vendor, copy: flowcoro.py, flowcoro_http.py
+To vendor, copy: flowcoro.py, flowcoro_net.py, flowcoro_http.py
 
 Example:
 
-    from flowcoro_http import HttpConnection, RequestHead, ResponseHead
+    from flowcoro_http import HttpServer
 
-    client, server = HttpConnection("client"), HttpConnection("server")
-    server.receive_data(client.send_message(RequestHead("GET", "/hello", [("Host", "example.com")])))
-    print(server.next_event())
-    client.receive_data(server.send_message(ResponseHead(200, [("Content-Type", "text/plain")]), b"world"))
-    print([client.next_event() for _ in range(3)])
+    app = HttpServer()
 
-Contents: constants · errors · headers · codec
+    @app.get("/users/{id:int}")
+    async def user(request, id):
+        return {"id": id, "greeting": f"Hello, {request.query.get('name', 'stranger')}"}
+
+    if __name__ == "__main__":
+        app.run("127.0.0.1", 8000)
+
+Contents: constants · errors · headers · field values · cookies · forms · conditional requests and ranges · compression ·
+codec · typed handlers · router · OpenAPI · messages · server
 
 How it works:
 
-An HttpConnection is one end of a connection, without its socket: bytes go in, and events come out; events go in, and bytes
-come out. Who owns the socket reads, writes, and waits.
+The *codec*, HttpConnection, is one end of a connection, without its socket: bytes go in, and events come out; events go in, and
+bytes come out. Who owns the socket reads, writes, and waits.
 
     receive_data(data), receive_end()   what the peer has sent
     next_event()                        RequestHead or ResponseHead (InformationalResponse before), Data …, EndOfMessage; then
@@ -29,11 +33,26 @@ no middle way: two programs that read one message differently are how requests a
 CRLF, a length is plain digits, a message has one way to be framed; and what is sent is checked as well, so that no value given
 to a header can split a response. The section "codec" says how it is made quick, and what holds however the bytes were split.
 
-Sources: RFC 9110 (semantics), RFC 9112 (HTTP/1.1), RFC 3986 (authorities); h11 (the idea of two states and one table);
-CWE-444 and the papers of J. Kettle (HTTP desync attacks) for what servers take that they should not.
+The sections before and after it are pure, too: what field values mean, how cookies, forms and ranges are read, who answers a
+path. Time is an argument to them, and all are linear in their input.
 
-What it does not do: sockets, timeouts, routes; HTTP/2; content codings; folded lines, bare LF and whatever else older servers
-let pass. A server and a client are not here yet.
+The *server* is one task for each connection: it reads a head, asks the router, awaits the handler, writes the answer with one
+system call, and goes on. Deadlines are kept by one sweep for all. What a handler does not ask for is not done: a body that
+nobody reads is not received. What H1 to H4 say, in the section "server", holds whatever handlers and clients do.
+
+Errors:
+
+    FlowCoroError
+      HttpError                 a handler's, or ours: it is the answer
+        ProtocolError           the peer's fault: what it has sent is no HTTP, or too much
+        UnprocessableContent    422, with all that is wrong
+      LocalProtocolError        our own fault: what is to be sent is no HTTP
+      SignatureError            a signed value that is none
+
+Sources: RFC 9110 (semantics), RFC 9112 (HTTP/1.1), RFC 3986 (authorities), and those that the sections name; h11 (the idea of two
+states and one table); CWE-444 and the papers of J. Kettle (HTTP desync attacks) for what servers take that they should not.
+
+What it does not do: HTTP/2; a cache; folded lines, bare LF and whatever else older servers let pass.
 
 SPDX-License-Identifier: MIT
 """
@@ -64,9 +83,12 @@ import os
 import random
 import re
 import secrets
+import shutil
 import socket
 import ssl
+import struct
 import sys
+import tempfile
 import time
 import types
 import typing
@@ -79,8 +101,16 @@ import flowcoro_net
 
 __version__ = "0.1.0"
 
-__all__ = ["HttpConnection", "RequestHead", "ResponseHead", "InformationalResponse", "Data", "EndOfMessage",
-           "ConnectionClosed", "NEED_DATA", "PAUSED", "Headers", "HttpError", "ProtocolError", "LocalProtocolError"]
+__all__ = ["HttpServer", "HttpListener", "Request", "Response", "Fields", "FormFile", "Part",
+           "Router", "Route", "Match", "HttpError", "UnprocessableContent", "openapi", "openapi_page", "json_default",
+           "HttpConnection", "RequestHead", "ResponseHead", "InformationalResponse", "Data", "EndOfMessage", "ConnectionClosed",
+           "NEED_DATA", "PAUSED", "Headers", "ProtocolError", "LocalProtocolError",
+           "MediaType", "parse_media_type", "negotiate_type", "negotiate_encoding", "negotiate_language", "http_date",
+           "parse_http_date", "entity_tag", "safe_filename", "content_disposition", "parse_links", "cache_control",
+           "TrustedProxies", "Forwarding", "Signer", "SignatureError", "FormPart",
+           "HttpClient", "ClientRequest", "ClientResponse", "Timeouts", "Retries", "Auth", "BasicAuth", "BearerAuth", "DigestAuth",
+           "EventStream", "ServerSentEvent", "RequestError", "ConnectError", "ProxyError", "TransferError", "RequestTimeout",
+           "ResponseError", "RedirectError", "StatusError"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -100,6 +130,9 @@ MAX_CHUNK_LINE = 256
 # Lines that are remembered with what their check has found, and characters of each at most: half a megabyte for each of the
 # two tables. When one is full it is emptied: whoever fills it with lines of his own costs the others one check per 1024 lines.
 KNOWN_LINES, KNOWN_LINE = 1024, 256
+
+# The same for heads of answers: a quarter of a megabyte.
+KNOWN_HEADS, KNOWN_HEAD = 256, 1024
 
 # ---- errors ---------------------------------------------------------------------------------------------------
 
@@ -1093,7 +1126,7 @@ def _digest_credentials(asked, user, password, *, method, target, cnonce, count=
     that _best_challenge() would not have chosen.
     """
     if _best_challenge([asked]) is not asked or asked.scheme != "digest":
-        raise ValueError("_digest_credentials() answers digest with MD5 or SHA-256 and qop=auth; take what _best_challenge() gives")
+        raise ValueError("digest is answered with MD5 or SHA-256 and qop=auth; take what _best_challenge() gives")
     parameters, function = asked.parameters, _digest_of(asked)
 
     def digest(*texts):
@@ -1496,7 +1529,8 @@ _bad_escape = re.compile(rb"%(?![0-9A-Fa-f]{2})").search
 _is_boundary = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]").fullmatch
 _padding_at = re.compile(rb"[ \t]*+").match
 _part_line = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)").fullmatch
-_form_parameter_at = re.compile(rf'{_OWS};{_OWS}(?:({_TOKEN_PATTERN})=(?:({_TOKEN_PATTERN})|"([^"\\]*+(?:\\.[^"\\]*+)*+)"))?').match
+_form_parameter_at = re.compile(
+    rf'{_OWS};{_OWS}(?:({_TOKEN_PATTERN})=(?:({_TOKEN_PATTERN})|"([^"\\]*+(?:\\.[^"\\]*+)*+)"))?').match
 _form_escape = re.compile(r'\\(["\\])|%(22|0[dDaA])')
 
 
@@ -1507,6 +1541,8 @@ def _parse_urlencoded(data, *, max_fields=MAX_FORM_FIELDS, max_bytes=MAX_FORM_BY
     for a "%" without two hexadecimal digits or bytes that are no UTF-8.
     """
     if isinstance(data, str):
+        if "%" not in data and "+" not in data and data.count("&") < max_fields and len(data) <= max_bytes and data.isascii():
+            return [field.partition("=")[::2] for field in data.split("&") if field]        # 0.7 µs instead of 1.5 for three
         data = data.encode()
     if len(data) > max_bytes:
         raise ProtocolError(413, f"form of {len(data)} bytes, {max_bytes} are allowed (max_bytes)")
@@ -2955,6 +2991,21 @@ def _sent_values(entries, name):
     return ", ".join(line[len(name) + 2:-2].decode("latin-1") for lower, line in entries if lower == name)
 
 
+# The heads of answers that were made lately, up to the number after Content-Length: (status, headers) -> bytes. An answer's head
+# differs from the one before by its Date, once a second: 0.5 µs instead of 1.7 for the two lines that all have.
+_KNOWN_HEADS = {}
+_known_head = _KNOWN_HEADS.get
+
+
+def _remember_head(head, index, lines):
+    """Keep the head of an answer, unless its fields say more about the connection than its content, are long, or secret."""
+    if "connection" in index or not _SECRET.isdisjoint(index) or sum(map(len, lines)) > KNOWN_HEAD:
+        return
+    if len(_KNOWN_HEADS) >= KNOWN_HEADS:
+        _KNOWN_HEADS.clear()
+    _KNOWN_HEADS[head.status, head.headers] = b"".join([*lines, b"Content-Length: "])
+
+
 class _Outgoing(_Incoming):
     """What we send: events to bytes."""
 
@@ -2978,6 +3029,11 @@ class _Outgoing(_Incoming):
         if type(head) is ResponseHead:
             if _WHOLE not in self._our_moves[self.our_state]:
                 raise self._not_now(_WHOLE)
+            if type(head.headers) is tuple and head.reason is None:
+                known = _known_head((head.status, head.headers))
+                if known is not None and self._is_usual():
+                    self.our_state = self._our_moves[SEND_RESPONSE][_WHOLE]
+                    return b"%b%d\r\n\r\n%b" % (known, size, body)
             lines = self._response_lines(head, size)
             if self.our_state is SWITCHED:
                 return b"".join(lines)
@@ -3005,6 +3061,11 @@ class _Outgoing(_Incoming):
         self.method, self._out_mode, self._out_left = method, _BY_LENGTH, 0
         self.our_state = self._our_moves[SEND_BODY][_END]
         self.their_state = self._their_moves[self.their_state][_REQUEST]
+
+    def _is_usual(self):
+        """Whether a request of HTTP/1.1 is answered that goes on as most do: its head says all about the answer's framing."""
+        return (self.our_state is SEND_RESPONSE and self.keep_alive and self._minor and self._their_end is _END
+                and not self.expects_continue and self.method != "HEAD" and self.their_state in _LIVELY)
 
     def _not_now(self, what):
         return LocalProtocolError(f"{what} may not be sent by a {self.role} that is {self.our_state}")
@@ -3128,6 +3189,8 @@ class _Outgoing(_Incoming):
             mode, left = _DROPPED, 0
         elif left is None and mode is _BY_LENGTH:
             if size is not None:
+                if type(head.headers) is tuple and head.reason is None:
+                    _remember_head(head, index, lines)
                 lines.append(b"Content-Length: %d\r\n" % size)
                 left = size
             elif minor:
@@ -4903,6 +4966,1267 @@ def _type_html(schema):
     return text
 
 
+# ---- messages -------------------------------------------------------------------------------------------------
+#
+# One Request and one Response for server and client. Neither knows how it travels: what has not been read yet is asked of a
+# source, an object with `async receive_body()` that gives the next piece of the content, b"" at its end.
+#
+# What nearly no handler looks at is made when it is asked for: class attributes stand for what has not been. (Eleven attributes
+# fewer to set are 0.3 of the 0.8 µs that a Request takes.)
+
+# Bytes of a body that body(), json() and form() take at most unless they are told otherwise; the server's max_body is for streams
+# as well. nginx 1 MiB, aiohttp 2 MiB, Django 2.5 MB, Go none.
+MAX_BODY = 16 * 2**20
+
+# Bytes of a file in a form up to which it stays in memory; beyond, it lies in a temporary file. Django 2.5 MB, starlette 1 MiB.
+SPOOLED = 2**20
+
+_TEXT, _BINARY, _JSON = "text/plain; charset=utf-8", "application/octet-stream", "application/json"
+_STATELESS = frozenset([204, 304])
+
+
+class Fields:
+    """The fields of a query or a form: names in order, any number of values each. As Headers, but names are exact.
+
+    Made from (name, value) pairs. Iterating gives the names, each once; len() counts them; `in` asks for one.
+    """
+
+    __slots__ = ("_pairs", "_values")
+
+    def __init__(self, pairs=()):
+        self._pairs, self._values = list(pairs), {}
+        for name, value in self._pairs:
+            self._values.setdefault(name, []).append(value)
+
+    def __getitem__(self, name):
+        """The first value of that name; KeyError if there is none."""
+        return self._values[name][0]
+
+    def get(self, name, default=None):
+        """The first value of that name, or `default`."""
+        found = self._values.get(name)
+        return default if found is None else found[0]
+
+    def get_all(self, name):
+        """All values of that name, in order: a list, perhaps an empty one."""
+        return list(self._values.get(name, ()))
+
+    def items(self):
+        """All (name, value) in order, a new list."""
+        return list(self._pairs)
+
+    def __iter__(self):
+        return iter(self._values)
+
+    def __contains__(self, name):
+        return name in self._values
+
+    def __len__(self):
+        return len(self._values)
+
+    def __eq__(self, other):
+        return self._pairs == other._pairs if isinstance(other, Fields) else NotImplemented
+
+    __hash__ = None
+
+    def __repr__(self):
+        return f"Fields({self._pairs!r})"
+
+
+class FormFile:
+    """A file of a form that has been received: `name` of the field, `filename` as the client says (see safe_filename()),
+    `media_type` (str or None), `headers`, `size` in bytes, and `file`, a binary file at its beginning, which is in memory up to
+    SPOOLED bytes and a temporary file beyond. It is closed when the request has been answered.
+    """
+
+    def __init__(self, part):
+        self.name, self.filename, self.media_type, self.headers = part.name, part.filename, part.media_type, part.headers
+        self.size, self.file = 0, tempfile.SpooledTemporaryFile(SPOOLED)
+
+    async def _write(self, data):
+        self.size += len(data)
+        await (flowcoro.to_thread(self.file.write, data) if self.size > SPOOLED else _done(self.file.write(data)))
+
+    async def read(self, max_bytes=-1):
+        """The next bytes, all by default; b"" at the end."""
+        return await flowcoro.to_thread(self.file.read, max_bytes) if self.size > SPOOLED else self.file.read(max_bytes)
+
+    async def save(self, path):
+        """Write all of it to a file of that path, in a thread; one that is there is overwritten. OSError."""
+        def copy():
+            self.file.seek(0)
+            with open(path, "wb") as target:
+                shutil.copyfileobj(self.file, target)
+        await flowcoro.to_thread(copy)
+
+    def __repr__(self):
+        return f"<FormFile {self.name!r} {self.filename!r}, {self.size} bytes>"
+
+
+async def _done(value):
+    return value
+
+
+class Part:
+    """A part of a multipart body while it is received: `name`, `filename` (None: no file; see safe_filename()), `media_type` (str
+    or None), `headers`. `async for data in part` gives its content; what is not read is skipped when the next part is asked for.
+    """
+
+    def __init__(self, begin, pieces):
+        self.name, self.filename, self.media_type, self.headers = begin.name, begin.filename, begin.content_type, begin.headers
+        self._pieces = pieces           # an async generator that gives this part's data, then ends
+
+    def __aiter__(self):
+        return self._pieces
+
+    async def read(self, max_bytes=MAX_BODY):
+        """All of its content that has not been read. HttpError (413) for more than `max_bytes`."""
+        pieces, size = [], 0
+        async for data in self._pieces:
+            size += len(data)
+            if size > max_bytes:
+                raise HttpError(413, f"the field {self.name!r:.80} has more than {max_bytes} bytes")
+            pieces.append(data)
+        return b"".join(pieces)
+
+    def __repr__(self):
+        return f"<Part {self.name!r}{'' if self.filename is None else f' {self.filename!r}'}>"
+
+
+class Request:
+    """A request, as a handler gets it.
+
+    `method`; `target` as sent; `headers`, a Headers; `version`, "1.1" or "1.0"; `raw_path`, `query_string`: what stands before
+    and after the "?" of the target, as sent; `params`: the parameters of the path, {name: value}; `route`, a Route or None; `app`,
+    the HttpServer; `client` and `server`: addresses of both ends, (host, port), or a path or None on a Unix socket; `scheme`,
+    "http" or "https"; `tls`, the version of TLS or None; `state`: whatever you like to keep here (a SimpleNamespace). Attributes
+    may be set: a middleware that knows the proxies sets `client`, `scheme` and `host`.
+
+    Its content is received when it is asked for, and once: by body(), json() and form(), which keep it, or by stream() or
+    multipart(), which do not. Only then is a client that waits for it told to send it (Expect: 100-continue). Errors of all of
+    these: ProtocolError for what the client sends that is no HTTP or too much; HttpError (408) if it sends too slowly; BrokenError
+    if it is gone. Cancelled: what was received is lost, and the connection ends with this request.
+
+    Made by hand, for tests: Request("POST", "/x?y=1", [("Content-Type", "text/plain")], b"content").
+    """
+
+    params, route, app, tls, content, trailers, max_body = _NOTHING, None, None, None, None, None, None
+    _source = _query = _cookies = _state = _client = _server = _scheme = _host = _files = None
+    _begun = False
+
+    def __init__(self, method, target, headers=(), content=b"", *, version="1.1", client=None, server=None, scheme="http"):
+        self.method, self.target, self.version = method, target, version
+        self.headers = headers if isinstance(headers, Headers) else Headers(headers)
+        self.raw_path, _, self.query_string = target.partition("?")
+        self.content, self._client, self._server, self._scheme = content, client, server, scheme
+
+    # -- the head
+
+    @property
+    def path(self):
+        """The path, percent-decoded; what is no UTF-8 in it is U+FFFD. To compare paths use raw_path, in which %2F is no "/"."""
+        raw_path = self.raw_path
+        return urllib.parse.unquote(raw_path) if "%" in raw_path else raw_path
+
+    @property
+    def query(self):
+        """The fields of the query: Fields. ProtocolError (400) for a bad "%" or what is no UTF-8; 413 for more than 1000."""
+        if self._query is None:
+            self._query = Fields(_parse_urlencoded(self.query_string) if self.query_string else ())
+        return self._query
+
+    @property
+    def cookies(self):
+        """{name: value} of the Cookie fields. ProtocolError (431) for more than 1000."""
+        if self._cookies is None:
+            values = self.headers.get_all("cookie")
+            self._cookies = _parse_cookies("; ".join(values)) if values else {}
+        return self._cookies
+
+    @property
+    def media_type(self):
+        """The MediaType of the content, None without a Content-Type. ProtocolError (400) if that is malformed."""
+        value = self.headers.get("content-type")
+        return None if value is None else parse_media_type(value)
+
+    @property
+    def state(self):
+        """A SimpleNamespace for what middleware and handlers want to tell each other."""
+        if self._state is None:
+            self._state = types.SimpleNamespace()
+        return self._state
+
+    @property
+    def client(self):
+        """The client's address: (host, port); None on a Unix socket."""
+        if self._client is None and self._source is not None:
+            self._client = self._source.client
+        return self._client
+
+    @client.setter
+    def client(self, address):
+        self._client = address
+
+    @property
+    def server(self):
+        """The address that the client has reached: (host, port), or the path of a Unix socket."""
+        if self._server is None and self._source is not None:
+            self._server = self._source.server
+        return self._server
+
+    @property
+    def scheme(self):
+        """ "http", or "https" with TLS."""
+        if self._scheme is None:
+            self._scheme = self._source.scheme if self._source is not None else "http"
+        return self._scheme
+
+    @scheme.setter
+    def scheme(self, scheme):
+        self._scheme = scheme
+
+    @property
+    def host(self):
+        """The host that is asked for, name[:port]: the Host field, or that of an absolute target; "" if there is none."""
+        return self.headers.get("host", "") if self._host is None else self._host
+
+    @host.setter
+    def host(self, host):
+        self._host = host
+
+    @property
+    def url(self):
+        """The whole URL, as the client has it, as far as is known: behind a proxy by trusted_proxies() only."""
+        return f"{self.scheme}://{self.host}{self.raw_path}{'?' * bool(self.query_string)}{self.query_string}"
+
+    # -- the content
+
+    async def body(self, max_bytes=None):
+        """The whole content, bytes, kept for the next call. HttpError (413) for more than `max_bytes` (None: max_body, or 16 MiB)."""
+        if self.content is None:
+            limit = min(self._limit(max_bytes), sys.maxsize)
+            announced = self.headers.get("content-length")
+            if announced is not None and int(announced) > limit:
+                raise self._too_large(limit)
+            self._begin()
+            pieces, size, receive = [], 0, self._source.receive_body
+            while data := await receive():
+                size += len(data)
+                if size > limit:
+                    raise self._too_large(limit)
+                pieces.append(data)
+            self._end()
+            self.content = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        elif max_bytes is not None and len(self.content) > max_bytes:
+            raise self._too_large(max_bytes)
+        return self.content
+
+    def _limit(self, max_bytes):
+        if max_bytes is None:
+            max_bytes = MAX_BODY
+        return max_bytes if self.max_body is None else min(max_bytes, self.max_body)
+
+    @staticmethod
+    def _too_large(limit):
+        return HttpError(413, f"the content has more than {limit} bytes, which is what is taken here")
+
+    def _begin(self):
+        if self._begun or self._source is None:
+            raise RuntimeError("the content of this request is being read or has been, by stream() or multipart(); it comes once. "
+                               "body() keeps it, and can be called again")
+        self._begun = True
+
+    def _end(self):
+        self.trailers = self._source.trailers
+
+    async def stream(self):
+        """`async for data in request.stream()`: the content as it comes, bytes. With max_body (body_limit()) 413 beyond it."""
+        if self.content is not None:
+            if self.content:
+                yield self.content
+            return
+        self._begin()
+        left = sys.maxsize if self.max_body is None else self.max_body
+        while data := await self._source.receive_body():
+            left -= len(data)
+            if left < 0:
+                raise self._too_large(self.max_body)
+            yield data
+        self._end()
+
+    async def json(self, *, max_bytes=None):
+        """The content as JSON (RFC 8259: no NaN, no name twice). HttpError: 415 if its Content-Type is another, 400, 413."""
+        return _json_of(self, await self.body(max_bytes), JSON_DEPTH)
+
+    async def form(self, *, max_bytes=None, max_file_bytes=MAX_FILE_BYTES, max_parts=MAX_PARTS):
+        """The fields of a form: Fields, whose values are str, or FormFile for files. It may be called again.
+
+        max_bytes: of a form without files, or of one of its texts (None: 2 MiB, and 1 MiB). HttpError: 415 for another
+        Content-Type, 413 beyond a limit, 400 for what is malformed or no UTF-8.
+        """
+        if self._files is None:
+            media = self.media_type
+            if media is not None and media.essence == "application/x-www-form-urlencoded":
+                limit = MAX_FORM_BYTES if max_bytes is None else max_bytes
+                self._files = Fields(_parse_urlencoded(await self.body(limit), max_bytes=limit))
+            else:
+                self._files = Fields()
+                self._files = Fields([pair async for pair in self._parts_kept(max_bytes or MAX_FIELD_BYTES, max_file_bytes, max_parts)])
+        return self._files
+
+    async def _parts_kept(self, max_field_bytes, max_file_bytes, max_parts):
+        limits = {"max_field_bytes": max_field_bytes, "max_file_bytes": max_file_bytes, "max_parts": max_parts}
+        async for part in self.multipart(**limits):
+            if part.filename is None:
+                try:
+                    yield part.name, (await part.read()).decode()
+                except UnicodeDecodeError:
+                    raise ProtocolError(400, f"the field {part.name!r:.80} is no UTF-8") from None
+            else:
+                file = FormFile(part)
+                self._files._pairs.append((part.name, file))        # so that it is closed whatever comes
+                async for data in part:
+                    await file._write(data)
+                file.file.seek(0)
+                yield part.name, file
+
+    async def multipart(self, **limits):
+        """`async for part in request.multipart()`: the parts of a multipart/form-data body, as they come: each a Part.
+
+        Limits, in bytes but for max_parts: max_parts, max_head_bytes, max_field_bytes (of a part without a filename),
+        max_file_bytes, max_total_bytes. HttpError: 415 for another Content-Type, 413 beyond a limit, 400 for what is malformed.
+        """
+        parser = _MultipartParser(_multipart_boundary(self.headers.get("content-type", "")), **limits)
+        stream, begun = self.stream(), []
+
+        async def next_event():
+            while (event := parser.next_event()) is NEED_DATA:
+                parser.receive_data(await anext(stream, b""))
+            return event
+
+        async def pieces():
+            while type(event := await next_event()) is _PartData:
+                yield event.data
+
+        async with contextlib.aclosing(stream):
+            while type(event := await next_event()) is not _FormEnd:
+                begun = pieces()
+                yield Part(event, begun)
+                async for _ in begun:                   # what nobody wanted
+                    pass
+
+    # -- more than an answer
+
+    async def inform(self, status, headers=()):
+        """Send an informational response before the answer, such as 103 Early Hints; nothing to a client of HTTP/1.0."""
+        if self._source is not None and self.version != "1.0":
+            await self._source.inform(InformationalResponse(status, headers))
+
+    async def upgrade(self, protocol, headers=()):
+        """Accept the client's wish to switch to another protocol, or its CONNECT (protocol None). -> the Socket, which is yours.
+
+        101 is sent, with Connection and Upgrade; what the client has sent already can be read from the Socket. When the handler
+        returns, the connection is closed; what it returns counts for nothing. HttpError (426) if the client has not offered it;
+        BrokenError. app.closing is set when the server wants to end.
+        """
+        if self._source is None:
+            raise RuntimeError("this request came by no connection")
+        return await self._source.upgrade(self, protocol, headers)
+
+    def _close(self):
+        """After the answer: temporary files go."""
+        for _, value in self._files.items():
+            if type(value) is FormFile:
+                value.file.close()
+
+    def __repr__(self):
+        return f"<Request {self.method} {self.target!r:.80}>"
+
+
+_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=json_default).encode
+
+
+class Response:
+    """An answer: `status`, `headers` (a Headers), `content` (bytes) or else `stream` (an async iterator of bytes).
+
+    content: str (sent as UTF-8, text/plain unless told otherwise), bytes, None for nothing, dict, list and what else JSON has
+    (json_default() says what more), or an iterator, async or not, of bytes or str, which is sent as it comes. `headers`: pairs,
+    checked as Headers checks them. `media_type`: a Content-Type instead of the usual one for the content. `reason`: instead of
+    the usual one for the status. Content-Length, and chunks where there is none, are the server's to add.
+
+    A middleware may replace `content` and `stream`; one of them is None. `endless`: a stream that the server may end when it
+    closes, such as of events.
+    """
+
+    content = stream = request = reason = None
+    endless = False
+
+    def __init__(self, status=200, content=b"", headers=(), *, media_type=None, reason=None):
+        if type(status) is not int:
+            raise TypeError(f"Response({status!r}): the status comes first, an int; then the content")
+        self.status, self.reason, self.headers = status, reason, Headers(headers)
+        usual = self._set(content)
+        if media_type is not None or (usual is not None and "content-type" not in self.headers):
+            self.headers.set("Content-Type", media_type or usual)
+
+    def _set(self, content):
+        """Take the content; the media type that goes without saying."""
+        kind = type(content)
+        if kind is str:
+            self.content = content.encode()
+            return _TEXT
+        if kind is bytes:
+            self.content = content
+            return _BINARY if content else None
+        if content is None:
+            self.content = b""
+            return None
+        if isinstance(content, (bytearray, memoryview)):
+            self.content = bytes(content)
+            return _BINARY
+        if hasattr(content, "__aiter__") or hasattr(content, "__next__"):
+            self.stream = content if hasattr(content, "__aiter__") else _asynchronous(content)
+            return _BINARY
+        self.content = _encode_json(content).encode()
+        return _JSON
+
+    @classmethod
+    def redirect(cls, location, status=303, headers=()):
+        """Send the client to another URL. 303: GET it; 307: the same again; 301, 308: for good. ValueError for other statuses.
+
+        What is no ASCII in `location` is percent-encoded, control characters are refused.
+        """
+        if status not in (301, 302, 303, 307, 308):
+            raise ValueError(f"redirect(status={status!r}): 301, 302, 303, 307 or 308")
+        location = urllib.parse.quote(location, safe="!#$%&'()*+,/:;=?@[]~-._")
+        return cls(status, b"", [*headers, ("Location", location)])
+
+    def set_cookie(self, name, value, *, max_age=None, expires=None, domain=None, path="/", secure=False, http_only=False,
+                   same_site="Lax", partitioned=False):
+        """Set a cookie. `max_age` in seconds, `expires` a timestamp; with neither it lasts until the browser is closed.
+
+        `path`: None is the folder of the request. `same_site`: "Strict", "Lax", "None", or None to leave it out. ValueError for
+        what has no place in a cookie, and for what browsers would drop (RFC 6265, and 6265bis).
+        """
+        self.headers.add("Set-Cookie", _set_cookie(
+            name, value, max_age=max_age, expires=expires, domain=domain, path=path, secure=secure, http_only=http_only,
+            same_site=same_site, partitioned=partitioned))
+
+    def delete_cookie(self, name, **attributes):
+        """Have the client forget a cookie; domain, path and partitioned as they were when it was set."""
+        self.headers.add("Set-Cookie", _delete_cookie(name, **attributes))
+
+    @property
+    def media_type(self):
+        """The MediaType of the content, None without a Content-Type. ProtocolError (400) if that is malformed."""
+        value = self.headers.get("content-type")
+        return None if value is None else parse_media_type(value)
+
+    def __repr__(self):
+        return f"<Response {self.status}, {'a stream' if self.content is None else f'{len(self.content)} bytes'}>"
+
+
+async def _asynchronous(iterator):
+    for item in iterator:
+        yield item
+
+
+def _as_response(result):
+    """What a handler has returned, as a Response. TypeError for what is none."""
+    kind = type(result)
+    if kind is Response:
+        return result
+    if kind is tuple:
+        if not 2 <= len(result) <= 3 or type(result[0]) is not int:
+            raise TypeError(f"a handler has returned the tuple {result!r:.80}; (status, content) or (status, content, headers)")
+        return Response(*result)
+    if result is None:
+        return Response(204)
+    if isinstance(result, Response):
+        return result
+    return Response(200, result)
+
+
+class _FileStream:
+    """A part of an open binary file as the stream of a Response: `count` bytes from `offset`. The server sends it by the system,
+    others iterate it. close() closes the file, which is its own.
+    """
+
+    def __init__(self, file, offset, count):
+        self.file, self.offset, self.count = file, offset, count
+
+    async def __aiter__(self):
+        file, offset, left = self.file, self.offset, self.count
+        while left:
+            data = await flowcoro.to_thread(_read_at, file, offset, min(left, CHUNK))
+            if not data:
+                raise OSError(f"{file!r} has become shorter while it was sent: {left} bytes are missing")
+            offset, left = offset + len(data), left - len(data)
+            yield data
+
+    async def aclose(self):
+        self.file.close()
+
+
+def _read_at(file, offset, count):
+    file.seek(offset)
+    return file.read(count)
+
+
+# ---- server ---------------------------------------------------------------------------------------------------
+#
+# A connection is one task: it reads a head, calls the handler, writes the answer, and so on. There is no task and no timer for a
+# request. Deadlines are looked after by one sweep for all connections, twice a second: each connection says in `phase` what it
+# waits for, and the sweep remembers when it first saw that; so a deadline costs the request an attribute.
+#
+#     H1  `turn` is another one with each request; (turn, phase) is how the sweep knows that somebody still waits for the same
+#     H2  what a peer can make us wait for has a phase with a limit: a head, a body, a peer that does not read; only handlers have none
+#     H3  a connection goes on to the next request only when both messages are complete; else it is closed, and what was written
+#         arrives, because what the peer still sends is read and dropped for a while (else the system would reset)
+#     H4  whatever a handler does, its answer is one message or the connection is cut so that the peer can tell
+
+# Seconds for a head from its first byte (nginx 60, Apache 20 to 40), between requests (nginx 75, Apache 5), for a body in all (nginx
+# has none, Apache by rate), and without progress while an answer is sent (nginx 60).
+HEAD_TIMEOUT, IDLE_TIMEOUT, BODY_TIMEOUT, SEND_TIMEOUT = 10.0, 60.0, 600.0, 60.0
+
+# Bytes a second that a body has to come with on average, after so many seconds of waiting for it (Kestrel's 240 and 5).
+MIN_BODY_RATE, BODY_GRACE = 240, 5.0
+
+# Bytes of a body that nobody has asked for which are read, so that the connection can be used again; more, and it is closed.
+MAX_UNREAD = 256 * 2**10
+
+# Seconds, and bytes, for which a connection that we close is read on (H3). nginx lingering_time 30 s, lingering_timeout 5 s.
+LINGER, MAX_LINGER = 2.0, 4 * 2**20
+
+# Seconds between two sweeps, and so how late a deadline may be; how soon a handler is cancelled when its client has gone.
+SWEEP = 0.5
+
+# Seconds that a server gives what is under way when it ends, as flowcoro_net.
+DRAIN_TIMEOUT = 8.0
+
+# Bytes that one read asks for. A head is a few hundred; uploads want more.
+CHUNK = 64 * 2**10
+
+_IDLE, _HEAD, _HANDLING, _BODY, _SENDING, _LINGERING, _SWITCHED_TO = "idle", "head", "handling", "body", "sending", "lingering", "switched"
+
+_CONTINUE = InformationalResponse(100)
+_PLAIN_TYPE, _JSON_TYPE = ("Content-Type", _TEXT), ("Content-Type", _JSON)
+
+
+class _Clock:
+    """The Date of an answer, made once a second."""
+
+    __slots__ = ("second", "date")
+
+    def __init__(self):
+        self.second, self.date = 0, None
+
+    def now(self):
+        """("Date", …), of now: 0.1 µs, and 1.4 if it were made each time."""
+        second = int(time.time())
+        if second != self.second:
+            self.second, self.date = second, ("Date", http_date(second))
+        return self.date
+
+
+_CLOCK = _Clock()
+
+
+class _Connection:
+    """A connection of a server: reads requests, has them answered, writes the answers."""
+
+    __slots__ = ("run", "app", "sock", "http", "client", "server", "scheme", "tls", "trailers", "phase", "turn", "seen", "since",
+                 "received", "progress", "scope", "part", "fault", "ending")
+
+    def __init__(self, run, sock):
+        self.run, self.app, self.sock = run, run.app, sock
+        self.http = HttpConnection(SERVER, **run.app._codec_limits)
+        peer, local = sock.peer, sock.local
+        self.client = peer[:2] if type(peer) is tuple else peer or None
+        self.server = local[:2] if type(local) is tuple else local
+        self.tls = sock.tls.version() if sock.tls else None
+        self.scheme = "https" if sock.tls else "http"
+        self.trailers = self.fault = None
+        self.phase, self.turn = _IDLE, 0
+        self.seen = self.since = None       # the sweep's: (turn, phase), and how many seconds it has lasted
+        self.received = self.progress = 0   # bytes of this body; bytes that the sweep has seen going out
+        self.scope = self.part = None       # of the connection; of the wait for a body, or of an endless stream
+
+    async def serve(self):
+        """Until it ends. Cancelled: it is closed."""
+        with flowcoro.CancelScope() as self.scope:
+            try:
+                await self._serve()
+            except flowcoro_net.BrokenError:        # the client has gone
+                pass
+        if self.fault is not None and self.http.our_state is IDLE:      # a head that has taken too long
+            with flowcoro.move_on_after(LINGER):
+                await self._refuse(self.fault)
+
+    async def _serve(self):
+        app, sock, http, find, now = self.app, self.sock, self.http, self.app.find, _CLOCK.now
+        run = self.run
+        while True:
+            if http._start == len(http._buffer):        # nothing of another request is here yet
+                data = await sock.read(CHUNK)
+                http.receive_data(data) if data else http.receive_end()
+            try:
+                head = http.next_event()
+                while head is NEED_DATA:
+                    self.phase = _HEAD
+                    data = await sock.read(CHUNK)
+                    http.receive_data(data) if data else http.receive_end()
+                    head = http.next_event()
+            except ProtocolError as error:
+                return await self._refuse(error)
+            if type(head) is not RequestHead:
+                return None
+            self.phase = _HANDLING
+            self.turn += 1
+            request = self._request(head)
+            try:
+                if app._middleware or head.method == "CONNECT":
+                    result = await app._respond(request)
+                else:                                   # _respond() written out: two coroutines fewer, 0.3 µs
+                    match = find(head.method, request.raw_path, request.host if app._hosts else None)
+                    if match.status == 200:
+                        request.params, request.route = match.params, match.route
+                        result = await match.handler(request, **match.arguments)
+                    else:
+                        result = _answer_without(request, match)
+                kind = type(result)
+                if kind is str:
+                    head, content = ResponseHead(200, (_PLAIN_TYPE, now())), result.encode()
+                elif kind is dict or kind is list:
+                    head, content = ResponseHead(200, (_JSON_TYPE, now())), _encode_json(result).encode()
+                else:
+                    response = _as_response(result)
+                    head, content = self._head_of(response), response.content
+            except Exception as error:
+                response = await app._respond_to_error(request, error)
+                head, content = self._head_of(response), response.content
+            if http.our_state is SWITCHED:
+                return None
+            if run.closing._set:
+                http.keep_alive = False
+            if content is None:
+                if not await self._stream(request, response, head):
+                    return self._cut()
+            else:
+                try:
+                    data = http.send_message(head, content)
+                except LocalProtocolError as error:
+                    data = await self._instead(request, error)
+                self.phase = _SENDING
+                await sock.write(data)
+            if request._files is not None:
+                request._close()
+            if not http.reusable and not await self._rest():
+                return None
+            http.start_next_cycle()
+            self.phase = _IDLE
+            self.turn += 1
+
+    def _request(self, head):
+        """The Request of a head."""
+        http = self.http
+        if http._mode is _BY_LENGTH and not http._left:
+            http.next_event()                           # EndOfMessage: it has no content
+        else:
+            self.received, self.trailers = 0, None
+        request = _new(Request)
+        request.method, request.target, request.headers, request.version = head.method, head.target, head.headers, head.version
+        request.raw_path, _, request.query_string = head.target.partition("?")
+        request.app, request._source = self.app, self
+        if head.target[0] != "/":
+            request.raw_path, _, request.query_string = head.path.partition("?")
+            if head.target != "*":                      # Host counts for nothing then (RFC 9112 section 3.2.2)
+                request.host = head.authority
+        return request
+
+    @staticmethod
+    def _head_of(response):
+        pairs = response.headers.items()
+        if "date" not in response.headers:
+            pairs.append(_CLOCK.now())
+        return ResponseHead(response.status, tuple(pairs), response.reason)
+
+    async def _instead(self, request, error):
+        """The answer if the handler's is none: a header that cannot be, content where there is none."""
+        response = await self.app._respond_to_error(request, error)
+        return self.http.send_message(self._head_of(response), response.content)
+
+    # -- what a Request asks for
+
+    async def receive_body(self):
+        """The next piece of the content, b"" at its end. HttpError (408), ProtocolError, BrokenError."""
+        http = self.http
+        while http.their_state is SEND_BODY:
+            event = http.next_event()
+            if type(event) is Data:
+                return event.data
+            if event is not NEED_DATA:
+                self.trailers = event.trailers
+                return b""
+            if http.expects_continue:
+                await self._write(http.send(_CONTINUE))
+            self.phase, data = _BODY, None
+            with flowcoro.CancelScope() as self.part:
+                data = await self.sock.read(CHUNK)
+            self.phase, self.part = _HANDLING, None
+            if data is None:
+                http.keep_alive = False
+                raise self.fault or HttpError(408)
+            self.received += len(data)
+            http.receive_data(data) if data else http.receive_end()
+        return b""
+
+    async def inform(self, event):
+        await self._write(self.http.send(event))
+
+    async def upgrade(self, request, protocol, headers):
+        http = self.http
+        if protocol is None and request.method == "CONNECT":
+            event = ResponseHead(200, headers)
+        elif protocol is None or protocol.lower() not in map(str.lower, http.upgrade):
+            raise HttpError(426, f"this speaks {protocol} only", [("Upgrade", str(protocol)), ("Connection", "Upgrade")])
+        else:
+            event = InformationalResponse(101, [("Upgrade", protocol), ("Connection", "Upgrade"), *headers])
+        await self._write(http.send(event))
+        if rest := http.trailing_data:
+            self.sock.unread(rest)
+        self.phase = _SWITCHED_TO
+        return self.sock
+
+    async def _write(self, data):
+        before, self.phase = self.phase, _SENDING
+        await self.sock.write(data)
+        self.phase = before
+
+    # -- an answer that is a stream
+
+    async def _stream(self, request, response, head):
+        """Send it; whether it is complete."""
+        stream, http = response.stream, self.http
+        try:
+            if request.method == "HEAD" or response.status in _STATELESS:
+                await self._write(http.send(head) + http.send(EndOfMessage()))
+            elif type(stream) is _FileStream:
+                await self._send_file(stream, head)
+            else:
+                with flowcoro.CancelScope() as scope:
+                    if response.endless:
+                        self.part = scope
+                        if self.run.closing._set:
+                            scope.cancel()
+                    await self._send_pieces(request, response, head)
+                self.part = None
+                if http.our_state is SEND_BODY:         # ended because the server closes
+                    await self._write(http.send(EndOfMessage()))
+            return True
+        except flowcoro_net.BrokenError:
+            raise
+        except Exception as error:
+            flowcoro_net.report_error(error, f"the answer to {request!r} broke off; its connection is cut", "flowcoro_http")
+            return False
+        finally:
+            if hasattr(stream, "aclose"):
+                await stream.aclose()
+
+    async def _send_pieces(self, request, response, head):
+        http, pieces, lines = self.http, aiter(response.stream), b""
+        if response.endless:
+            await self._write(http.send(head))
+        else:                           # with the first piece; an error before that can still be answered
+            try:
+                piece = await anext(pieces, b"")
+                lines = http.send(head)
+                lines += http.send(Data(piece.encode() if type(piece) is str else piece))
+            except Exception as error:
+                if lines:
+                    raise
+                lines = await self._instead(request, error)
+            await self._write(lines)
+            if http.our_state is not SEND_BODY:
+                return
+        async for piece in pieces:
+            if data := http.send(Data(piece.encode() if type(piece) is str else piece)):
+                await self._write(data)
+        await self._write(http.send(EndOfMessage(getattr(response, "trailers", None))))
+
+    async def _send_file(self, stream, head):
+        http = self.http
+        if "content-length" not in [name.lower() for name, _ in head.headers]:
+            head.headers = (*head.headers, ("Content-Length", str(stream.count)))
+        await self._write(http.send(head))
+        self.phase = _SENDING
+        await self.sock.send_file(stream.file, stream.offset, stream.count)
+        http._out_left -= stream.count                  # the content went by another way
+        http.send(EndOfMessage())
+
+    # -- how a cycle ends
+
+    async def _rest(self):
+        """After an answer: whether both sides can go on."""
+        http = self.http
+        if http.their_state is SEND_BODY and http.keep_alive and not http.expects_continue:
+            try:                                        # a body that the handler did not want
+                left = MAX_UNREAD
+                while left >= 0 and (data := await self.receive_body()):
+                    left -= len(data)
+            except HttpError:
+                pass
+        if http.reusable:
+            return True
+        await self._linger()
+        return False
+
+    async def _refuse(self, error):
+        """Answer what is no request, and close."""
+        http, app = self.http, self.app
+        app._refused += 1
+        if http.our_state is IDLE or http.our_state is SEND_RESPONSE:
+            content = f"{error.message}\n".encode()
+            head = ResponseHead(error.status, [_PLAIN_TYPE, _CLOCK.now(), *error.headers])
+            http.keep_alive = False
+            await self._write(http.send_message(head, content))
+        await self._linger()
+
+    async def _linger(self):
+        """H3."""
+        if self.http._ended or self.sock.hung_up:
+            return
+        self.phase = _LINGERING
+        with flowcoro.move_on_after(LINGER):
+            await self.sock.shutdown_write()
+            left = MAX_LINGER
+            while left > 0 and (data := await self.sock.read(CHUNK)):
+                left -= len(data)
+
+    def _cut(self):
+        """H4: by a reset, so that it is no end to whoever waits for one."""
+        try:
+            self.sock.raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        except OSError:
+            pass
+        self.sock.close_nowait()
+
+    # -- the sweep's
+
+    def look(self, passed):
+        """`passed` seconds since the last look: end what has taken too long."""
+        phase, seen = self.phase, (self.turn, self.phase)
+        if seen != self.seen:
+            self.seen, self.since, self.progress = seen, 0.0, 0
+            return
+        self.since += passed
+        app, waited = self.app, self.since
+        if phase is _HANDLING:
+            if self.sock.hung_up:                       # nobody will read the answer
+                self.scope.cancel()
+        elif phase is _IDLE:
+            if waited >= app.idle_timeout:
+                self.scope.cancel()
+        elif phase is _HEAD:
+            if waited >= app.head_timeout:
+                self.fault = HttpError(408, f"the head of a request took more than {app.head_timeout:g} s")
+                self.scope.cancel()
+        elif phase is _BODY and self.part is not None:
+            if waited >= app.body_timeout:
+                self.fault = HttpError(408, f"the content took more than {app.body_timeout:g} s")
+                self.part.cancel()
+            elif waited > BODY_GRACE and self.received < waited * app.min_body_rate:
+                self.fault = HttpError(408, f"the content came with less than {app.min_body_rate:g} bytes a second")
+                self.part.cancel()
+        elif phase is _SENDING:
+            sent = self.sock.statistics()["bytes_sent"]
+            if sent != self.progress:
+                self.progress, self.since = sent, 0.0
+            elif waited >= app.send_timeout:
+                self.scope.cancel()
+
+    def close(self):
+        """The server closes: what waits for a request, or for ever, ends."""
+        if self.phase is _IDLE:
+            self.scope.cancel()
+        elif self.part is not None and self.phase is not _BODY:
+            self.part.cancel()
+
+
+class _Run:
+    """One serve(): its connections, and who looks after them."""
+
+    def __init__(self, app):
+        self.app, self.connections, self.closing = app, {}, flowcoro.Event()
+        self.stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self):
+        await self.stack.enter_async_context(self.app._started())
+        group = await self.stack.enter_async_context(flowcoro.TaskGroup())
+        self.stack.callback(group.cancel)
+        group.spawn(self.sweep(), name="sweep of deadlines")
+        group.spawn(self.close_on_stop(), name="close connections on a stop")
+        return self
+
+    async def __aexit__(self, *error):
+        return await self.stack.__aexit__(*error)
+
+    async def serve(self, sock):
+        connection = self.connections[sock] = _Connection(self, sock)
+        try:
+            await connection.serve()
+        finally:
+            del self.connections[sock]
+
+    async def sweep(self):
+        last = flowcoro.now()
+        while True:
+            await flowcoro.sleep(SWEEP)
+            now = flowcoro.now()
+            for count, connection in enumerate(list(self.connections.values()), 1):
+                connection.look(now - last)
+                if not count % 1000:
+                    await flowcoro.checkpoint()
+            last = now
+
+    async def close_on_stop(self):
+        await flowcoro.stop_requested()
+        self.close()
+
+    def close(self):
+        """No further requests: what is under way is answered."""
+        self.closing.set()
+        for connection in list(self.connections.values()):
+            if connection.scope is not None:
+                connection.close()
+
+
+def _answer_without(request, match):
+    """The answer when no handler is to be asked. HttpError for what is an error."""
+    if match.status == 204:
+        return Response(204, None, [("Allow", match.allow)])
+    if match.status == 308:
+        return Response.redirect(match.location + ("?" + request.query_string if request.query_string else ""), 308)
+    if match.status == 405:
+        raise HttpError(405, f"{request.raw_path} takes {match.allow}, and not {request.method}", [("Allow", match.allow)])
+    raise HttpError(match.status, "the path is malformed" if match.status == 400 else f"there is no {request.raw_path}")
+
+
+class HttpServer(Router):
+    """A web application: routes, middleware, and the server of them.
+
+        app = HttpServer()
+
+        @app.route("/users/{id:int}", methods=["GET"])
+        async def user(request, id):
+            return {"id": id}
+
+        app.run("127.0.0.1", 8000)
+
+    Routes are a Router's, which it is. A handler returns str (text/plain), bytes, dict or list (JSON), a Response, an async iterator
+    (streamed), (status, content), (status, content, headers), or None (204). HttpError raised in it is its answer; what else it
+    raises is reported to sys.unraisablehook, and answered with 500.
+
+    Limits, in seconds (None: no limit): head_timeout, from the first byte of a head; body_timeout, for all of a body;
+    idle_timeout, between requests; send_timeout, for a client that does not read. min_body_rate, bytes a second, on average after
+    5 s. In bytes: max_body (413; None: no limit but that of body() and form()), max_request_line (414), max_field_line, max_head,
+    and max_fields, lines (431). They are looked at twice a second. redirect_slashes: as Router's.
+    """
+
+    def __init__(self, *, head_timeout=HEAD_TIMEOUT, body_timeout=BODY_TIMEOUT, idle_timeout=IDLE_TIMEOUT,
+                 send_timeout=SEND_TIMEOUT, min_body_rate=MIN_BODY_RATE, max_body=None, max_request_line=MAX_REQUEST_LINE,
+                 max_field_line=MAX_FIELD_LINE, max_fields=MAX_FIELDS, max_head=MAX_HEAD, **router_options):
+        super().__init__(**router_options)
+        for name, seconds in (("head_timeout", head_timeout), ("body_timeout", body_timeout), ("idle_timeout", idle_timeout),
+                              ("send_timeout", send_timeout)):
+            if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds > 0):
+                raise ValueError(f"{name}={seconds!r}: give seconds, more than 0, or None for no limit")
+        self.head_timeout, self.body_timeout = (math.inf if each is None else each for each in (head_timeout, body_timeout))
+        self.idle_timeout, self.send_timeout = (math.inf if each is None else each for each in (idle_timeout, send_timeout))
+        self.min_body_rate = min_body_rate
+        self.state = types.SimpleNamespace()
+        self._codec_limits = {"max_body": max_body, "max_request_line": max_request_line, "max_field_line": max_field_line,
+                              "max_fields": max_fields, "max_head": max_head}
+        self._middleware, self._chain = [], None
+        self._error_handlers = {}       # status or exception class -> handler
+        self._lifespans = []            # functions that give async context managers
+        self._starting, self._runs, self._stack = None, 0, None
+        self._refused = 0
+
+    # -- what goes around the handlers
+
+    def middleware(self, function):
+        """Have `async def function(request, call_next)` stand between the server and the handlers; may be used as a decorator.
+
+        It returns what `await call_next(request)` gives, a Response, or another one, or what handlers may return. The first that
+        is added is the outermost. Errors of handlers are answers already when they come to it; what it raises itself becomes one.
+        """
+        if not callable(function):
+            raise TypeError(f"middleware({function!r}): give an async function of request and call_next")
+        self._middleware.append(function)
+        self._chain = None
+        return function
+
+    def error_handler(self, kind):
+        """A decorator: `async def handler(request, error)` answers this status, or this class of exceptions and its subclasses.
+
+        It returns what handlers may return; for a status that is a content alone, it keeps the status. The class that is nearest
+        to the exception's counts, before that a status.
+        """
+        if not (type(kind) is int and 400 <= kind <= 599 or isinstance(kind, type) and issubclass(kind, Exception)):
+            raise TypeError(f"error_handler({kind!r}): give a status from 400 to 599, or a class of exceptions")
+
+        def decorate(handler):
+            self._error_handlers[kind] = handler
+            return handler
+        return decorate
+
+    def lifespan(self, function):
+        """Have the async context manager that `function()` gives entered before the first request, and left after the last; a
+        decorator: an `async def` with one `yield` does too. In each process that serves. Its errors end the serving.
+        """
+        if inspect.isasyncgenfunction(function):
+            self._lifespans.append(contextlib.asynccontextmanager(function))
+        else:
+            self._lifespans.append(function)
+        return function
+
+    def on_startup(self, function):
+        """Have `function()` (async or not) called before the first request; a decorator. Order as added, lifespans too."""
+        @contextlib.asynccontextmanager
+        async def started():
+            await _called(function)
+            yield
+        self._lifespans.append(started)
+        return function
+
+    def on_shutdown(self, function):
+        """Have `function()` (async or not) called after the last request; a decorator. The last added is called first."""
+        @contextlib.asynccontextmanager
+        async def stopped():
+            try:
+                yield
+            finally:
+                await _called(function)
+        self._lifespans.append(stopped)
+        return function
+
+    @contextlib.asynccontextmanager
+    async def _started(self):
+        """What lifespans and hooks want, once for all servers of this application that run at the same time."""
+        self._starting = self._starting or flowcoro.Lock()
+        async with self._starting:
+            if not self._runs:
+                async with contextlib.AsyncExitStack() as stack:
+                    for lifespan in self._lifespans:
+                        await stack.enter_async_context(lifespan())
+                    self._stack = stack.pop_all()
+            self._runs += 1
+        try:
+            yield
+        finally:
+            self._runs -= 1
+            if not self._runs:
+                stack, self._stack, self._starting = self._stack, None, None
+                with flowcoro.CancelScope(shield=True):
+                    await stack.aclose()
+
+    # -- from a request to its answer
+
+    async def _respond(self, request):
+        """The Response to a request, through all middleware; never an Exception."""
+        if self._chain is None:
+            self._chain = self._handle
+            for function in reversed(self._middleware):
+                self._chain = _linked(function, self._chain)
+        try:
+            return await self._chain(request)
+        except Exception as error:
+            return await self._respond_to_error(request, error)
+
+    async def _handle(self, request):
+        """What the innermost call_next() is."""
+        try:
+            if request.method == "CONNECT":
+                raise HttpError(501, "this server makes no tunnels")
+            match = self.find(request.method, request.raw_path, request.host if self._hosts else None)
+            if match.status != 200:
+                return _answer_without(request, match)
+            request.params, request.route = match.params, match.route
+            return _as_response(await match.handler(request, **match.arguments))
+        except Exception as error:
+            return await self._respond_to_error(request, error)
+
+    async def _respond_to_error(self, request, error):
+        """The Response that an error is answered with."""
+        status = error.status if isinstance(error, HttpError) else 500
+        handler = self._error_handlers.get(status) if isinstance(error, HttpError) else None
+        for kind in type(error).__mro__[:-1] if handler is None else ():
+            handler = self._error_handlers.get(kind)
+            if handler is not None:
+                break
+        gone = isinstance(error, flowcoro_net.BrokenError) and request._source is not None and request._source.sock.hung_up
+        if handler is None and status == 500 and not gone and not isinstance(error, HttpError):
+            flowcoro_net.report_error(error, f"the handler of {request!r} failed; it is answered with 500", "flowcoro_http")
+        if handler is None and status == 500:
+            handler = self._error_handlers.get(500)
+        if handler is not None:
+            try:
+                result = await handler(request, error)
+                return _as_response(result) if isinstance(result, (Response, tuple)) else Response(status, result)
+            except Exception as another:
+                flowcoro_net.report_error(another, f"the error handler of {request!r} failed", "flowcoro_http")
+                status, error = 500, another
+        if isinstance(error, UnprocessableContent):
+            return Response(status, error.document, error.headers, media_type="application/problem+json")
+        if isinstance(error, HttpError):
+            return Response(status, error.message or REASONS.get(status, ""), error.headers)
+        return Response(500, "Internal Server Error")
+
+    def describe(self, path="/openapi.json", page="/docs", **options):
+        """Serve the OpenAPI document of all routes at `path`, and a page for people at `page` (None: no page).
+
+        `options` as openapi(): title, version, description, servers. Both are made anew when they are asked for.
+        """
+        async def document(request):
+            return openapi(self, **options)
+
+        async def for_people(request):
+            return Response(200, openapi_page(openapi(self, **options), url=path), media_type="text/html; charset=utf-8")
+
+        self.add(path, document, documented=False)
+        if page is not None:
+            self.add(page, for_people, documented=False)
+
+    # -- serving
+
+    async def listen(self, host="127.0.0.1", port=8000, *, unix=None, mode=None, tls=None, backlog=None, reuse_port=False):
+        """Listen on an address, or on a Unix socket (`unix`: its path, `mode` its permissions). -> HttpListener
+
+        tls: an ssl.SSLContext, as flowcoro_net.server_tls() makes it, or (certificate, key), paths of PEM files. The rest, and
+        errors, as TcpServer.listen() and UnixServer.listen().
+        """
+        if isinstance(tls, (tuple, str)):
+            tls = flowcoro_net.server_tls(*(tls if isinstance(tls, tuple) else (tls,)), alpn=["http/1.1"])
+        options = {} if backlog is None else {"backlog": backlog}
+        if unix is not None:
+            server = await flowcoro_net.UnixServer.listen(unix, tls=tls, mode=mode, **options)
+        else:
+            server = await flowcoro_net.TcpServer.listen(host, port, tls=tls, reuse_port=reuse_port, **options)
+        return HttpListener(self, server, tls)
+
+    def run(self, host="127.0.0.1", port=8000, *, processes=None, drain_timeout=DRAIN_TIMEOUT, max_connections=math.inf, workers=None,
+            **options):
+        """Serve until Ctrl-C or SIGTERM; what listen() and serve() take. SIGHUP reloads the certificates that tls= names."""
+        async def main():
+            async with await self.listen(host, port, **options) as server:
+                print(f"serving on {server.url}  (Ctrl-C ends it)", file=sys.stderr, flush=True)
+                await server.serve(processes=processes, drain_timeout=drain_timeout, max_connections=max_connections)
+        try:
+            flowcoro.run(main(), workers=workers, grace=drain_timeout + 5.0)
+        except KeyboardInterrupt:
+            pass
+
+    def test_client(self, **options):
+        """An HttpClient of this app without a network, for tests: `async with app.test_client() as client:`.
+
+        The app runs while the client is open, with startup and shutdown; connections are in memory, and URLs may begin with their
+        path. options: HttpClient's. An https URL says so to the app's URLs, but there is no TLS.
+        """
+        return _test_client(self, **options)
+
+    def statistics(self):
+        """{"running": servers of this application in this process, "refused": what came and was no request}"""
+        return {"running": self._runs, "refused": self._refused}
+
+
+async def _called(function):
+    result = function()
+    if inspect.isawaitable(result):
+        await result
+
+
+def _linked(function, call_next):
+    """A middleware and what comes after it, as one function of a request."""
+    async def call(request):
+        return _as_response(await function(request, call_next))
+    return call
+
+
+class HttpListener:
+    """An application on an address: `await app.listen(…)`; then serve(). Best in `async with`, which closes it."""
+
+    def __init__(self, app, server, tls):
+        self._app, self._server, self._tls, self._run = app, server, tls, None
+
+    async def serve(self, *, processes=None, drain_timeout=DRAIN_TIMEOUT, max_connections=math.inf, reload=None):
+        """Serve until close() or a stop (SIGTERM, flowcoro.request_stop()). Then no connection is accepted any more, those that wait
+        for a request are closed, endless streams end, and what is under way has `drain_timeout` seconds before it is cancelled.
+
+        processes: worker processes that share the address; reload and all else as TcpServer.serve(). Cancelled: all ends at once.
+        """
+        options = {} if reload is None else {"reload": reload}
+        await self._server.serve(self._serve_one, lifespan=self._running, processes=processes, drain_timeout=drain_timeout,
+                                 max_connections=max_connections, **options)
+
+    @contextlib.asynccontextmanager
+    async def _running(self):
+        async with _Run(self._app) as self._run:
+            yield
+        self._run = None
+
+    async def _serve_one(self, sock):
+        await self._run.serve(sock)
+
+    def close(self):
+        """Accept no more, and end as serve() says. Twice is once. Never blocks."""
+        self._server.close()
+        if self._run is not None:
+            self._run.close()
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, kind, error, trace):
+        self.close()
+
+    def reload_certificate(self, certificate, key=None, password=None):
+        """Have connections from now on use this certificate (PEM files). OSError, ssl.SSLError: then nothing has changed."""
+        if self._tls is None:
+            raise RuntimeError("this server has no TLS: pass tls= to listen()")
+        flowcoro_net.server_tls(certificate, key, password=password)            # whether they fit, before any is exchanged
+        self._tls.load_cert_chain(certificate, key, password)
+
+    @property
+    def addresses(self):
+        """Where it listens: a list of addresses."""
+        return self._server.addresses
+
+    @property
+    def local(self):
+        """Where it listens: (host, port) of the first address, or the path of a Unix socket."""
+        return self._server.local
+
+    @property
+    def url(self):
+        """The URL of its first address; of a Unix socket its path."""
+        if not isinstance(self.local, tuple):
+            return str(self.local)
+        host, port = self.local
+        return f"http{'s' * (self._tls is not None)}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def reload(self):
+        """Replace the worker processes of serve(processes=), one by one. RuntimeError if there are none."""
+        self._server.reload()
+
+    def statistics(self):
+        """What TcpServer.statistics() has, and the application's."""
+        return self._server.statistics() | self._app.statistics()
+
+    def __repr__(self):
+        return f"<HttpListener {self.url}>"
+
+
 # ---- client ---------------------------------------------------------------------------------------------------
 #
 # A request goes through four loops, each in the other: redirects and authentication (_follow), retries (_attempts), a second
@@ -5494,7 +6818,7 @@ class ClientRequest:
         return f"<ClientRequest {self.method} {self.url}>"
 
 
-class ClientResponse:
+class ClientResponse(Response):
     """What HttpClient returns. `content` is there at once, but for stream(): then iterate the response, or read() it.
 
     status, reason, version; headers; request (the last one), url (its); elapsed (seconds from its begin to the end of this head);
@@ -5514,19 +6838,12 @@ class ClientResponse:
         return self.request.parsed.text
 
     @property
-    def media_type(self):
-        """MediaType of the content; None if there is none, or one that cannot be read."""
-        try:
-            return parse_media_type(self.headers["content-type"])
-        except (KeyError, ProtocolError):
-            return None
-
-    @property
     def text(self):
         """The content as str, by the charset that Content-Type names, else UTF-8; what does not decode becomes U+FFFD."""
         try:
-            charset = self.media_type.charset() if self.media_type else "utf-8"
-        except ProtocolError:           # one that is not known
+            media_type = self.media_type
+            charset = media_type.charset() if media_type else "utf-8"
+        except ProtocolError:           # malformed, or not known
             charset = "utf-8"
         return self._whole().decode(charset, "replace")
 
@@ -5655,7 +6972,7 @@ class ClientResponse:
 
 # -- one exchange
 
-class _Connection:
+class _ClientConnection:
     """A connection to an origin, or to a proxy on the way there."""
 
     __slots__ = ("sock", "codec", "used", "heard", "__weakref__")
@@ -5719,7 +7036,7 @@ class _Origin:
     async def connect(self):
         client, url, proxy = self.client, self.url, self.proxy
         if proxy is None:
-            return _Connection(await client._connect(url.host, url.port, client._tls if url.tls else None), client._limits)
+            return _ClientConnection(await client._connect(url.host, url.port, client._tls if url.tls else None), client._limits)
         sock = await client._connect(proxy.host, proxy.port, client._tls if proxy.tls else None)
         if url.tls:
             try:
@@ -5728,11 +7045,11 @@ class _Origin:
             except BaseException:
                 sock.close_nowait()
                 raise
-        return _Connection(sock, client._limits)
+        return _ClientConnection(sock, client._limits)
 
     async def tunnel(self, sock):
         """Have the proxy connect (RFC 9110 9.3.6)."""
-        connection, host = _Connection(sock, self.client._limits), self.url.host
+        connection, host = _ClientConnection(sock, self.client._limits), self.url.host
         target = f"{f'[{host}]' if ':' in host else host}:{self.url.port}"
         head = RequestHead("CONNECT", target, [("Host", target), *self.proxy_authorization])
         await sock.write(connection.codec.send_message(head))
@@ -5860,7 +7177,7 @@ class _Exchange:
                 if options.progress is not None:
                     self.tell(response, data)
                 if decoder is not None:
-                    data = await _decoded(decoder, data)
+                    data = await _inflated(decoder, data)
                 if not content:
                     content = data
                     continue
@@ -5981,7 +7298,7 @@ class _Exchange:
         return _with(error, self.request)
 
 
-async def _decoded(decoder, data):
+async def _inflated(decoder, data):
     """All that a piece gives, with a checkpoint for each MiB."""
     out = bytearray()
     for number, piece in enumerate(decoder.decode(data), 1):
@@ -6546,6 +7863,9 @@ class _EventParser:
             self.retry = int(value)
 
 
+_is_event_stream = re.compile(r"text/event-stream[ \t]*(?:;.*)?", re.IGNORECASE).fullmatch
+
+
 class EventStream:
     """The events of a server, across connections: see HttpClient.events(). Use it by `async with`, and in that by `async for`.
 
@@ -6623,8 +7943,7 @@ class EventStream:
         try:
             if response.status not in (200, 204):
                 response.raise_for_status()
-            if not self._over and (response.status != 200 or response.media_type is None
-                                   or response.media_type.essence != "text/event-stream"):
+            if not self._over and (response.status != 200 or not _is_event_stream(response.headers.get("content-type", ""))):
                 raise response._bad(f"{response.status}, {response.headers.get('content-type')} is no event stream")
         except BaseException:
             await self._leave()
@@ -6651,11 +7970,11 @@ class _InMemory:
     """What test_client() stands on: connections are socket pairs, whose other ends the app serves."""
 
     def __init__(self, app):
-        self._app, self._stack, self._group = app, None, None
+        self._app, self._stack, self._group, self._run = app, None, None, None
 
     async def __aenter__(self):
         async with contextlib.AsyncExitStack() as stack:
-            await stack.enter_async_context(self._app._running())
+            self._run = await stack.enter_async_context(_Run(self._app))
             self._group = await stack.enter_async_context(flowcoro.TaskGroup())
             self._stack = stack.pop_all()
 
@@ -6673,7 +7992,7 @@ class _InMemory:
 
     async def _serve(self, sock):
         async with sock:
-            await self._app._serve_connection(sock)
+            await self._run.serve(sock)
 
 
 def _test_client(app, **options):

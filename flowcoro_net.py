@@ -84,6 +84,7 @@ SPDX-License-Identifier: MIT
 """
 
 import collections
+import contextlib
 import encodings.idna           # getaddrinfo() loads it when it is first called: perhaps when no descriptors are left for that
 import errno
 import functools
@@ -94,6 +95,7 @@ import itertools
 import math
 import mmap
 import os
+import select
 import signal
 import socket
 import ssl
@@ -112,7 +114,7 @@ import flowcoro
 __version__ = "0.1.0"
 
 __all__ = ["Socket", "TcpServer", "UnixServer", "UdpSocket", "ConnectionPool", "resolve", "client_tls", "server_tls",
-           "NetworkError", "BrokenError", "ResolveError", "TlsError", "LimitError"]
+           "report_error", "NetworkError", "BrokenError", "ResolveError", "TlsError", "LimitError"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -278,14 +280,17 @@ class LimitError(flowcoro.FlowCoroError):
     _of = None          # as NetworkError's
 
 
-def _report(error, what):
-    """To sys.unraisablehook, where the kernel reports too what it has nobody to tell."""
+def report_error(error, what, source="flowcoro_net"):
+    """Tell sys.unraisablehook of an error that nobody waits for, as the kernel does: `what` failed, in which module.
+
+    Never raises.
+    """
     try:
         if sys.unraisablehook is sys.__unraisablehook__:        # it takes only what the interpreter itself has made
-            sys.stderr.write("".join([f"flowcoro_net: {what}\n", *traceback.format_exception(error)]))
+            sys.stderr.write("".join([f"{source}: {what}\n", *traceback.format_exception(error)]))
         else:
             sys.unraisablehook(types.SimpleNamespace(exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__,
-                                                     err_msg=f"flowcoro_net: {what}", object=None))
+                                                     err_msg=f"{source}: {what}", object=None))
     except Exception:           # the user's hook is broken, or stderr is closed
         pass
 
@@ -1011,6 +1016,16 @@ class _Tls:
 _SOMEBODY, _CLOSER = "another task", "close()"
 
 
+# What poll() says of a peer that sends no more (Linux): where the kernel has no epoll that tells it by itself, it is asked.
+_HANGUP = getattr(select, "POLLRDHUP", 0)
+
+
+def _has_hung_up(raw):
+    poll = select.poll()
+    poll.register(raw, _HANGUP)
+    return bool(poll.poll(0))
+
+
 class _Stream(_Owner):
     """How a connection reads and writes; Socket is what users see of it."""
 
@@ -1174,6 +1189,19 @@ class _Stream(_Owner):
     def _cut_short(self, wanted):
         return self._own(BrokenError(None, f"{self!r}: the peer ended after {len(self._buffer)} bytes, where {wanted} was "
                                      "expected; read() still gives them"))
+
+    def unread(self, data):
+        """Give back what was read and not used: it is read again first. BusyError while a task reads; ClosedError; TypeError."""
+        view = _as_bytes(data, "unread()")
+        self._begin_read()
+        self._buffer[:0] = view
+        self._end_read()
+
+    @property
+    def hung_up(self):
+        """Whether the peer is known to send no more, or to be gone, even if there is something left to read. Never blocks."""
+        return self._ended or self._lost is not None or self._pollable.hangup or (
+            _HANGUP and not self._closed and isinstance(self._raw, socket.socket) and _has_hung_up(self._raw))
 
 
 def _in_records(views):
@@ -2309,7 +2337,7 @@ class _Supervisor:
             place.delay = RESTART
         else:
             place.wait_longer()
-        _report(ChildProcessError(str(process)), f"{self.server!r}: a worker process has died; the next one starts in "
+        report_error(ChildProcessError(str(process)), f"{self.server!r}: a worker process has died; the next one starts in "
                 f"{place.delay:g} s")
         while True:
             await flowcoro.sleep(place.delay)
@@ -2319,7 +2347,7 @@ class _Supervisor:
                 place.process = self.start(place, self.handler)
             except OSError as error:
                 place.wait_longer()
-                _report(error, f"{self.server!r}: a worker process cannot be replaced for the moment; it is tried again in "
+                report_error(error, f"{self.server!r}: a worker process cannot be replaced for the moment; it is tried again in "
                         f"{place.delay:g} s")
             else:
                 self.restarts += 1
@@ -2350,7 +2378,7 @@ class _Supervisor:
             try:
                 await self.replace_all()
             except Exception as error:          # of reload=, or no process can be forked
-                _report(error, f"{self.server!r}: reloading failed; the worker processes that have not been replaced go on")
+                report_error(error, f"{self.server!r}: reloading failed; the worker processes that have not been replaced go on")
 
     async def replace_all(self):
         """One after the other: the old one is asked to end once the new one serves, and then the new handler is everybody's."""
@@ -2534,7 +2562,7 @@ class _Acceptor:
     def _not_taken(self, error, address):
         """It harms no other."""
         self._failed += 1
-        _report(error, f"{self!r} has closed a connection of {_shown(address)}, of which no Socket could be made")
+        report_error(error, f"{self!r} has closed a connection of {_shown(address)}, of which no Socket could be made")
 
     def _taken(self, listener, raw, address):
         """The Socket of what the system gave."""
@@ -2562,8 +2590,9 @@ class _Acceptor:
             now = flowcoro.now()
             if now - self._reported >= REPORT_PAUSE:
                 self._reported = now
-                _report(error, f"{self!r} cannot accept connections for the moment: {error.strerror} ({error.errno}). It tries "
-                        "again every few tenths of a second; close some, raise `ulimit -n`, or set max_connections= of serve()")
+                report_error(error, f"{self!r} cannot accept connections for the moment: {error.strerror} ({error.errno}). It "
+                             "tries again every few tenths of a second; close some, raise `ulimit -n`, or set max_connections= "
+                             "of serve()")
         await flowcoro.sleep(PAUSE)
 
     def __aiter__(self):
@@ -2619,7 +2648,7 @@ class _Server(_Acceptor):
     """A server that calls a handler for each connection."""
 
     async def serve(self, handler, *, max_connections=math.inf, drain_timeout=DRAIN_TIMEOUT,
-                    handshake_timeout=HANDSHAKE_TIMEOUT, processes=None, reload=None):
+                    handshake_timeout=HANDSHAKE_TIMEOUT, lifespan=None, processes=None, reload=None):
         """Run `handler(sock)` (async) in a task of its own for each connection, and close that when it returns.
 
         Returns when close() was called or a stop requested (SIGTERM, flowcoro.request_stop()): it accepts no more, waits
@@ -2628,6 +2657,8 @@ class _Server(_Acceptor):
         that connection itself, which are its peer's, are only counted. max_connections: at once; more wait in the backlog
         (with TLS one that closes counts until the goodbye is taken, 2 seconds at most). handshake_timeout: seconds, of TLS.
         BusyError when it is being served already, ClosedError when closed. Cancelled: handlers are too, and it is closed.
+        lifespan: a function that gives an async context manager, in which all of that happens: entered before the first
+        connection is accepted, in each process that serves, and left when the last handler has ended. Its errors are serve()'s.
 
         processes: how many worker processes are forked, which serve; max_connections holds for each. This one supervises: one
         that dies is reported to sys.unraisablehook and replaced after 0.1 s, or longer each time if it dies again soon, up to
@@ -2653,11 +2684,16 @@ class _Server(_Acceptor):
             slots = flowcoro.Semaphore(_whole(max_connections, 1, f"max_connections={max_connections!r}", "connections"))
         limits = _seconds(drain_timeout, "drain_timeout"), _seconds(handshake_timeout, "handshake_timeout")
         if processes is not None:
-            options = {"max_connections": max_connections, "handshake_timeout": handshake_timeout}
+            options = {"max_connections": max_connections, "handshake_timeout": handshake_timeout, "lifespan": lifespan}
             await self._supervise(handler, _checked_processes(processes), reload, limits[0], options)
             return
         if reload is not None:
             raise ValueError("reload= needs processes=: it is called before worker processes are replaced")
+        self._refuse_serving()
+        async with lifespan() if lifespan is not None else contextlib.nullcontext():
+            await self._serve(handler, slots, *limits)
+
+    async def _serve(self, handler, slots, drain_timeout, handshake_timeout):
         self._begin_serving()
         try:
             async with flowcoro.TaskGroup() as handlers:
@@ -2665,13 +2701,13 @@ class _Server(_Acceptor):
                     async with flowcoro.TaskGroup() as accepting:
                         accepting.spawn(self._close_on_stop(), name="close the server on a stop")
                         for listener in self._listeners:
-                            accepting.spawn(self._accept_all(listener, handlers, handler, slots, limits[1]),
+                            accepting.spawn(self._accept_all(listener, handlers, handler, slots, handshake_timeout),
                                             name=f"accept on {_shown(listener._local)}")
                         await self._closing.wait()
                         accepting.cancel()          # who waits for a place among max_connections, too
                 finally:
                     self.close()
-                with flowcoro.move_on_after(limits[0]):
+                with flowcoro.move_on_after(drain_timeout):
                     await self._drain.wait()
                 handlers.cancel()
         finally:
@@ -2696,10 +2732,13 @@ class _Server(_Acceptor):
 
     @flowcoro.atomic
     def _begin_serving(self):
+        self._refuse_serving()
+        self._drain = _Drain()
+
+    def _refuse_serving(self):
         if self.closed:
             raise self._closed_error()
         self._refuse_second()
-        self._drain = _Drain()
 
     async def _close_on_stop(self):
         await flowcoro.stop_requested()
@@ -2748,7 +2787,7 @@ class _Server(_Acceptor):
                 self._broken += 1
             else:
                 self._failed += 1
-                _report(error, f"the handler of {sock!r} failed; the others go on")
+                report_error(error, f"the handler of {sock!r} failed; the others go on")
         finally:
             if slots is not None:
                 slots.release()
@@ -3722,7 +3761,7 @@ class _PoolCare:
                 message = books.leaks.popleft()
             except IndexError:
                 break
-            _report(flowcoro.PoolError(message), "a connection was not returned to its pool")
+            report_error(flowcoro.PoolError(message), "a connection was not returned to its pool")
         if hire and not books.kept and books.hire():
             self.start_keeper()
 

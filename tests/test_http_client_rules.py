@@ -11,9 +11,9 @@ import pytest
 
 import flowcoro
 from flowcoro_http import (
-    Auth, BasicAuth, BearerAuth, ConnectError, DigestAuth, HttpClient, ProxyError, RedirectError, RequestError, RequestTimeout,
+    Auth, BasicAuth, BearerAuth, ConnectError, DigestAuth, HttpClient, HttpServer, ProxyError, RedirectError, RequestError, RequestTimeout,
     ResponseError, Retries, ServerSentEvent, StatusError, Timeouts, TransferError, _challenge, _environment_proxies, _EventParser,
-    _goes_without, _parse_challenges, _parse_credentials, _test_client, _Url)
+    _goes_without, _parse_challenges, _parse_credentials, _Url)
 from flowcoro_net import Socket, TcpServer, client_tls, server_tls
 from test_http_client import SEED, Origin, answer, given_back, scripted, serving, talk
 from test_net_tls import certificates  # noqa: F401
@@ -878,36 +878,48 @@ def test_an_event_stream_that_only_fails_gives_up_and_one_without_reconnecting_e
 
 # ---- a client of an app in the same process --------------------------------------------------------------------
 
-class App:
-    """As much of an HttpServer as test_client() needs."""
-
-    def __init__(self):
-        self.log = []
-
-    @contextlib.asynccontextmanager
-    async def _running(self):
-        self.log.append("startup")
-        yield
-        self.log.append("shutdown")
-
-    async def _serve_connection(self, sock):
-        origin = Origin(lambda request: answer(request.method + request.target))
-        await origin.serve(sock)
-        self.log.append("end")
-
-
 def test_a_client_of_an_app_runs_it_while_it_is_open():
+    app, log = HttpServer(), []
+    app.on_startup(lambda: log.append("startup"))
+    app.on_shutdown(lambda: log.append("shutdown"))
+
+    @app.get("/hello/{name}")
+    async def hello(request, name):
+        return {"hello": name, "q": request.query.get("q"), "x": request.headers["x"]}
+
+    @app.post("/echo")
+    async def echo(request):
+        return request.stream()
+
     async def main():
-        app = App()
-        client = _test_client(app, headers={"X": "y"})
+        client = app.test_client(headers={"X": "y"})
         with pytest.raises(RuntimeError, match="async with"):
             await client.get("/x")
         async with client:
-            assert app.log == ["startup"]
-            assert (await client.get("/x?y")).text == "GET/x?y" and (await client.post("/z", json={})).text == "POST/z"
-            async with client.stream("GET", "/s") as response:
-                assert await response.read() == b"GET/s"
-            assert given_back(client) and response.url == "http://testserver/s"
-        assert app.log[-1] == "shutdown"
+            assert log == ["startup"]
+            response = await client.get("/hello/me?q=1")
+            assert response.json() == {"hello": "me", "q": "1", "x": "y"} and response.url == "http://testserver/hello/me?q=1"
+            assert (await client.get("/none")).status == 404 and (await client.head("/hello/x")).content == b""
+            async with client.stream("POST", "/echo", content=[b"ab", b"c"]) as response:
+                assert await response.read() == b"abc"
+            assert given_back(client) and client.statistics()["http://testserver:80"]["created"] == 1
+        assert log == ["startup", "shutdown"]
+
+    flowcoro.run(main())
+
+
+def test_a_handler_that_never_ends_does_not_keep_the_client_open():
+    app = HttpServer()
+
+    @app.get("/")
+    async def stay(request):
+        await flowcoro.sleep(FOREVER)
+
+    async def main():
+        async with app.test_client() as client:
+            with pytest.raises(RequestTimeout):
+                await client.get("/", timeout=0.05)
+            with flowcoro.move_on_after(0.05):
+                await client.get("/")
 
     flowcoro.run(main())
