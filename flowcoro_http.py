@@ -6460,6 +6460,10 @@ class HttpServer(Router):
         except KeyboardInterrupt:
             pass
 
+    def static(self, prefix, directory, **options):
+        """Serve the files of a folder below `prefix`: mount() of static_files(), whose options these are."""
+        return self.mount(prefix, static_files(directory, **options))
+
     def test_client(self, **options):
         """An HttpClient of this app without a network, for tests: `async with app.test_client() as client:`.
 
@@ -7592,7 +7596,7 @@ def compress(*, min_bytes=MIN_COMPRESSED, level=COMPRESSION_LEVEL, flush=True):
         if stream is None:
             content = response.content
             if not content:                                 # HEAD, of what would be a stream
-                response.content, response.stream = None, _Asynchronous(())
+                response.content, response.stream = None, _Asynchronous(iter(()))
                 return response
             response.content = (all_of(coding, content) if len(content) <= COMPRESSED_HERE else
                                 await flowcoro.to_thread(all_of, coding, content))
@@ -9610,7 +9614,8 @@ class _InMemory:
 
     async def __aenter__(self):
         async with contextlib.AsyncExitStack() as stack:
-            self._run = await stack.enter_async_context(_Run(self._app))
+            self._run = _Run(self._app)
+            await stack.enter_async_context(self._run.running())
             self._group = await stack.enter_async_context(flowcoro.TaskGroup())
             self._stack = stack.pop_all()
 
