@@ -1,23 +1,27 @@
-"""flowcoro_http 0.1.0: HTTP/1.1 without I/O: what a message is, strictly and quickly; both roles.
+"""flowcoro_http 0.1.0: HTTP/1.1, strictly and quickly: a codec without I/O, and a server and a client that stand on it.
 
-To vendor, copy: flowcoro.py, flowcoro_http.py
+To vendor, copy: flowcoro.py, flowcoro_net.py, flowcoro_http.py
 
 Example:
 
-    from flowcoro_http import HttpConnection, RequestHead, ResponseHead
+    from flowcoro_http import HttpServer
 
-    client, server = HttpConnection("client"), HttpConnection("server")
-    server.receive_data(client.send_message(RequestHead("GET", "/hello", [("Host", "example.com")])))
-    print(server.next_event())
-    client.receive_data(server.send_message(ResponseHead(200, [("Content-Type", "text/plain")]), b"world"))
-    print([client.next_event() for _ in range(3)])
+    app = HttpServer()
 
-Contents: constants · errors · headers · codec
+    @app.get("/users/{id:int}")
+    async def user(request, id):
+        return {"id": id, "greeting": f"Hello, {request.query.get('name', 'stranger')}"}
+
+    if __name__ == "__main__":
+        app.run("127.0.0.1", 8000)
+
+Contents: constants · errors · headers · field values · cookies · forms · conditional requests and ranges · compression ·
+codec · typed handlers · router · OpenAPI · messages · server
 
 How it works:
 
-An HttpConnection is one end of a connection, without its socket: bytes go in, and events come out; events go in, and bytes
-come out. Who owns the socket reads, writes, and waits.
+The *codec*, HttpConnection, is one end of a connection, without its socket: bytes go in, and events come out; events go in, and
+bytes come out. Who owns the socket reads, writes, and waits.
 
     receive_data(data), receive_end()   what the peer has sent
     next_event()                        RequestHead or ResponseHead (InformationalResponse before), Data …, EndOfMessage; then
@@ -29,11 +33,26 @@ no middle way: two programs that read one message differently are how requests a
 CRLF, a length is plain digits, a message has one way to be framed; and what is sent is checked as well, so that no value given
 to a header can split a response. The section "codec" says how it is made quick, and what holds however the bytes were split.
 
-Sources: RFC 9110 (semantics), RFC 9112 (HTTP/1.1), RFC 3986 (authorities); h11 (the idea of two states and one table);
-CWE-444 and the papers of J. Kettle (HTTP desync attacks) for what servers take that they should not.
+The sections before and after it are pure, too: what field values mean, how cookies, forms and ranges are read, who answers a
+path. Time is an argument to them, and all are linear in their input.
 
-What it does not do: sockets, timeouts, routes; HTTP/2; content codings; folded lines, bare LF and whatever else older servers
-let pass. A server and a client are not here yet.
+The *server* is one task for each connection: it reads a head, asks the router, awaits the handler, writes the answer with one
+system call, and goes on. Deadlines are kept by one sweep for all. What a handler does not ask for is not done: a body that
+nobody reads is not received. What H1 to H4 say, in the section "server", holds whatever handlers and clients do.
+
+Errors:
+
+    FlowCoroError
+      HttpError                 a handler's, or ours: it is the answer
+        ProtocolError           the peer's fault: what it has sent is no HTTP, or too much
+        UnprocessableContent    422, with all that is wrong
+      LocalProtocolError        our own fault: what is to be sent is no HTTP
+      SignatureError            a signed value that is none
+
+Sources: RFC 9110 (semantics), RFC 9112 (HTTP/1.1), RFC 3986 (authorities), and those that the sections name; h11 (the idea of two
+states and one table); CWE-444 and the papers of J. Kettle (HTTP desync attacks) for what servers take that they should not.
+
+What it does not do: HTTP/2; a cache; folded lines, bare LF and whatever else older servers let pass.
 
 SPDX-License-Identifier: MIT
 """
@@ -110,6 +129,9 @@ MAX_CHUNK_LINE = 256
 # Lines that are remembered with what their check has found, and characters of each at most: half a megabyte for each of the
 # two tables. When one is full it is emptied: whoever fills it with lines of his own costs the others one check per 1024 lines.
 KNOWN_LINES, KNOWN_LINE = 1024, 256
+
+# The same for heads of answers: a quarter of a megabyte.
+KNOWN_HEADS, KNOWN_HEAD = 256, 1024
 
 # ---- errors ---------------------------------------------------------------------------------------------------
 
@@ -1103,7 +1125,7 @@ def _digest_credentials(asked, user, password, *, method, target, cnonce, count=
     that _best_challenge() would not have chosen.
     """
     if _best_challenge([asked]) is not asked or asked.scheme != "digest":
-        raise ValueError("_digest_credentials() answers digest with MD5 or SHA-256 and qop=auth; take what _best_challenge() gives")
+        raise ValueError("digest is answered with MD5 or SHA-256 and qop=auth; take what _best_challenge() gives")
     parameters, function = asked.parameters, _digest_of(asked)
 
     def digest(*texts):
@@ -1506,7 +1528,8 @@ _bad_escape = re.compile(rb"%(?![0-9A-Fa-f]{2})").search
 _is_boundary = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]").fullmatch
 _padding_at = re.compile(rb"[ \t]*+").match
 _part_line = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)").fullmatch
-_form_parameter_at = re.compile(rf'{_OWS};{_OWS}(?:({_TOKEN_PATTERN})=(?:({_TOKEN_PATTERN})|"([^"\\]*+(?:\\.[^"\\]*+)*+)"))?').match
+_form_parameter_at = re.compile(
+    rf'{_OWS};{_OWS}(?:({_TOKEN_PATTERN})=(?:({_TOKEN_PATTERN})|"([^"\\]*+(?:\\.[^"\\]*+)*+)"))?').match
 _form_escape = re.compile(r'\\(["\\])|%(22|0[dDaA])')
 
 
@@ -1517,6 +1540,8 @@ def _parse_urlencoded(data, *, max_fields=MAX_FORM_FIELDS, max_bytes=MAX_FORM_BY
     for a "%" without two hexadecimal digits or bytes that are no UTF-8.
     """
     if isinstance(data, str):
+        if "%" not in data and "+" not in data and data.count("&") < max_fields and len(data) <= max_bytes and data.isascii():
+            return [field.partition("=")[::2] for field in data.split("&") if field]        # 0.7 µs instead of 1.5 for three
         data = data.encode()
     if len(data) > max_bytes:
         raise ProtocolError(413, f"form of {len(data)} bytes, {max_bytes} are allowed (max_bytes)")
@@ -2965,6 +2990,21 @@ def _sent_values(entries, name):
     return ", ".join(line[len(name) + 2:-2].decode("latin-1") for lower, line in entries if lower == name)
 
 
+# The heads of answers that were made lately, up to the number after Content-Length: (status, headers) -> bytes. An answer's head
+# differs from the one before by its Date, once a second: 0.5 µs instead of 1.7 for the two lines that all have.
+_KNOWN_HEADS = {}
+_known_head = _KNOWN_HEADS.get
+
+
+def _remember_head(head, index, lines):
+    """Keep the head of an answer, unless its fields say more about the connection than its content, are long, or secret."""
+    if "connection" in index or not _SECRET.isdisjoint(index) or sum(map(len, lines)) > KNOWN_HEAD:
+        return
+    if len(_KNOWN_HEADS) >= KNOWN_HEADS:
+        _KNOWN_HEADS.clear()
+    _KNOWN_HEADS[head.status, head.headers] = b"".join([*lines, b"Content-Length: "])
+
+
 class _Outgoing(_Incoming):
     """What we send: events to bytes."""
 
@@ -2988,6 +3028,11 @@ class _Outgoing(_Incoming):
         if type(head) is ResponseHead:
             if _WHOLE not in self._our_moves[self.our_state]:
                 raise self._not_now(_WHOLE)
+            if type(head.headers) is tuple and head.reason is None:
+                known = _known_head((head.status, head.headers))
+                if known is not None and self._is_usual():
+                    self.our_state = self._our_moves[SEND_RESPONSE][_WHOLE]
+                    return b"%b%d\r\n\r\n%b" % (known, size, body)
             lines = self._response_lines(head, size)
             if self.our_state is SWITCHED:
                 return b"".join(lines)
@@ -3007,6 +3052,11 @@ class _Outgoing(_Incoming):
         if not self.keep_alive:
             self._no_keep_alive()
         return b"".join(lines)
+
+    def _is_usual(self):
+        """Whether a request of HTTP/1.1 is answered that goes on as most do: its head says all about the answer's framing."""
+        return (self.our_state is SEND_RESPONSE and self.keep_alive and self._minor and self._their_end is _END
+                and not self.expects_continue and self.method != "HEAD" and self.their_state in _LIVELY)
 
     def _not_now(self, what):
         return LocalProtocolError(f"{what} may not be sent by a {self.role} that is {self.our_state}")
@@ -3130,6 +3180,8 @@ class _Outgoing(_Incoming):
             mode, left = _DROPPED, 0
         elif left is None and mode is _BY_LENGTH:
             if size is not None:
+                if type(head.headers) is tuple and head.reason is None:
+                    _remember_head(head, index, lines)
                 lines.append(b"Content-Length: %d\r\n" % size)
                 left = size
             elif minor:
@@ -5588,7 +5640,7 @@ class _Connection:
         pairs = response.headers.items()
         if "date" not in response.headers:
             pairs.append(_CLOCK.now())
-        return ResponseHead(response.status, pairs, response.reason)
+        return ResponseHead(response.status, tuple(pairs), response.reason)
 
     async def _instead(self, request, error):
         """The answer if the handler's is none: a header that cannot be, content where there is none."""
@@ -5696,7 +5748,7 @@ class _Connection:
     async def _send_file(self, stream, head):
         http = self.http
         if "content-length" not in [name.lower() for name, _ in head.headers]:
-            head.headers.append(("Content-Length", str(stream.count)))
+            head.headers = (*head.headers, ("Content-Length", str(stream.count)))
         await self._write(http.send(head))
         self.phase = _SENDING
         await self.sock.send_file(stream.file, stream.offset, stream.count)

@@ -280,7 +280,10 @@ class LimitError(flowcoro.FlowCoroError):
 
 
 def report_error(error, what, source="flowcoro_net"):
-    """Tell sys.unraisablehook of an error that nobody waits for, as the kernel does: what failed, and of which module. Never raises."""
+    """Tell sys.unraisablehook of an error that nobody waits for, as the kernel does: `what` failed, in which module.
+
+    Never raises.
+    """
     try:
         if sys.unraisablehook is sys.__unraisablehook__:        # it takes only what the interpreter itself has made
             sys.stderr.write("".join([f"{source}: {what}\n", *traceback.format_exception(error)]))
@@ -1176,6 +1179,18 @@ class _Stream(_Owner):
         return self._own(BrokenError(None, f"{self!r}: the peer ended after {len(self._buffer)} bytes, where {wanted} was "
                                      "expected; read() still gives them"))
 
+    def unread(self, data):
+        """Give back what was read and not used: it is read again first. BusyError while a task reads; ClosedError; TypeError."""
+        view = _as_bytes(data, "unread()")
+        self._begin_read()
+        self._buffer[:0] = view
+        self._end_read()
+
+    @property
+    def hung_up(self):
+        """Whether the peer is known to send no more, or to be gone, even if there is something left to read. Never blocks."""
+        return self._ended or self._lost is not None or self._pollable.hangup
+
 
 def _in_records(views):
     """Memoryviews joined, so that small ones share a TLS record, and a system call; large ones are not copied."""
@@ -1570,13 +1585,6 @@ class Socket(_Secured):
         finally:
             self._end_read()
 
-    def unread(self, data):
-        """Give back what was read and not used: it is read again first. BusyError while a task reads; ClosedError; TypeError."""
-        view = _as_bytes(data, "unread()")
-        self._begin_read()
-        self._buffer[:0] = view
-        self._end_read()
-
     async def shutdown_write(self):
         """Tell the peer that no more comes (its read returns b""); reading goes on. Twice is once. With TLS its goodbye first.
 
@@ -1637,11 +1645,6 @@ class Socket(_Secured):
             self._close()
 
     # -- about it
-
-    @property
-    def hung_up(self):
-        """Whether the peer is known to send no more, or to be gone, even if there is something left to read. Never blocks."""
-        return self._ended or self._lost is not None or self._pollable.hangup
 
     @property
     def peer(self):
@@ -2575,8 +2578,8 @@ class _Acceptor:
             now = flowcoro.now()
             if now - self._reported >= REPORT_PAUSE:
                 self._reported = now
-                report_error(error, f"{self!r} cannot accept connections for the moment: {error.strerror} ({error.errno}). It tries "
-                        "again every few tenths of a second; close some, raise `ulimit -n`, or set max_connections= of serve()")
+                report_error(error, f"{self!r} cannot accept connections for the moment: {error.strerror} ({error.errno}). It "
+                             "tries again every few tenths of a second; close some, raise `ulimit -n`, or set max_connections= of serve()")
         await flowcoro.sleep(PAUSE)
 
     def __aiter__(self):

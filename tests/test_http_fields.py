@@ -11,12 +11,12 @@ import time
 import pytest
 
 from flowcoro_http import (
-    Headers, ProtocolError, TrustedProxies, _basic_credentials, _bearer_credentials, _best_challenge, cache_control, _challenge,
-    content_disposition, _digest_credentials, entity_tag, http_date, negotiate_encoding, negotiate_language, negotiate_type,
-    _parse_accept, _parse_basic, _parse_bearer, _parse_cache_control, _parse_challenges, _parse_content_disposition, _parse_credentials,
-    _parse_entity_tags, _parse_forwarded, parse_http_date, parse_links, _parse_list, parse_media_type, _parse_retry_after,
-    _parse_strict_transport_security, _parse_tokens, _parse_weighted, _quote, safe_filename, _strict_transport_security, _strong_match,
-    _unquote, _weak_match)
+    _basic_credentials, _bearer_credentials, _best_challenge, cache_control, _challenge, content_disposition,
+    _digest_credentials, entity_tag, Headers, http_date, negotiate_encoding, negotiate_language, negotiate_type,
+    _parse_accept, _parse_basic, _parse_bearer, _parse_cache_control, _parse_challenges, _parse_content_disposition,
+    _parse_credentials, _parse_entity_tags, _parse_forwarded, parse_http_date, parse_links, _parse_list, parse_media_type,
+    _parse_retry_after, _parse_strict_transport_security, _parse_tokens, _parse_weighted, ProtocolError, _quote,
+    safe_filename, _strict_transport_security, _strong_match, TrustedProxies, _unquote, _weak_match)
 
 SEEDS = range(int(os.environ.get("FLOWCORO_SEEDS", 50)))
 
@@ -468,8 +468,8 @@ def test_strict_transport_security_is_read_and_made():
 
 # ---- all of them -------------------------------------------------------------------------------------------
 
-READERS = [_parse_list, _parse_tokens, _unquote, parse_media_type, _parse_accept, _parse_weighted, _parse_entity_tags, parse_links,
-           _parse_content_disposition, _parse_challenges, _parse_credentials, _parse_basic, _parse_bearer, _parse_forwarded,
+READERS = [_parse_list, _parse_tokens, _unquote, parse_media_type, _parse_accept, _parse_weighted, _parse_entity_tags,
+           parse_links, _parse_content_disposition, _parse_challenges, _parse_credentials, _parse_basic, _parse_bearer, _parse_forwarded,
            _parse_cache_control, _parse_strict_transport_security, lambda value: parse_http_date(value, NOW),
            lambda value: _parse_retry_after(value, NOW), lambda value: negotiate_type(value, ["a/b"]),
            lambda value: negotiate_encoding(value), lambda value: negotiate_language(value, ["en-GB"]),

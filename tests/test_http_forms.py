@@ -14,8 +14,8 @@ import pytest
 
 import flowcoro_http
 from flowcoro_http import (
-    NEED_DATA, _FormEnd, FormPart, _MultipartBody, _MultipartParser, _PartBegin, _PartData, _PartEnd, ProtocolError, _encode_urlencoded,
-    _multipart_boundary, _parse_urlencoded)
+    _encode_urlencoded, _FormEnd, FormPart, _multipart_boundary, _MultipartBody, _MultipartParser, NEED_DATA,
+    _parse_urlencoded, _PartBegin, _PartData, _PartEnd, ProtocolError)
 
 SEEDS = range(int(os.environ.get("FLOWCORO_SEEDS", 50)))
 FUZZ = pathlib.Path(__file__).parent / "fuzz" / "http_forms.py"
