@@ -5946,15 +5946,15 @@ class HttpServer(Router):
 
     # -- what goes around the handlers
 
-    def middleware(self, function):
+    def middleware(self, function, *, outermost=False):
         """Have `async def function(request, call_next)` stand between the server and the handlers; may be used as a decorator.
 
         It returns what `await call_next(request)` gives, a Response, or another one, or what handlers may return. The first that
-        is added is the outermost. Errors of handlers are answers already when they come to it; what it raises itself becomes one.
+        is added is the outermost, unless a later one says outermost=True. Errors of handlers are answers already when they come to it; what it raises itself becomes one.
         """
         if not callable(function):
             raise TypeError(f"middleware({function!r}): give an async function of request and call_next")
-        self._middleware.append(function)
+        self._middleware.insert(0 if outermost else len(self._middleware), function)
         self._chain = None
         return function
 
