@@ -6654,6 +6654,8 @@ def wsgi_app(application, *, threads=WSGI_THREADS):
     """A handler that answers with a WSGI application (PEP 3333)."""
     if not callable(application):
         raise TypeError(f"wsgi_app({application!r}): give the application, a callable that takes environ and start_response")
+    if type(threads) is not int or threads < 1:
+        raise ValueError(f"wsgi_app(threads={threads!r}): give a number of threads, 1 or more")
     pools = weakref.WeakKeyDictionary()             # kernel -> _WsgiThreads
 
     async def handler(request, rest=None):
