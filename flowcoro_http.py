@@ -6773,6 +6773,11 @@ def _asgi_failure(application, error):
     return failure
 
 
+def _listed(request, name):
+    """The elements of all fields of that name."""
+    return [element for element in _split_list(",".join(request.headers.get_all(name))) if element]
+
+
 def _is_gone():
     return flowcoro_net.BrokenError(errno.ECONNABORTED, "send(): the client is gone; receive() gives http.disconnect")
 
@@ -6980,8 +6985,7 @@ class _AsgiHost:
         self.running = set()            # calls that have not ended
 
     async def __call__(self, request, rest=None):
-        if "upgrade" in request.headers and "websocket" in map(
-                str.lower, _split_list(request.headers.get_all("upgrade"))) and request.method == "GET":
+        if "upgrade" in request.headers and "websocket" in map(str.lower, _listed(request, "upgrade")) and request.method == "GET":
             return await self._answer_websocket(request, rest)
         scope = _asgi_scope("http", request, rest, self.state)
         scope["method"] = request.method
@@ -6993,7 +6997,7 @@ class _AsgiHost:
             raise HttpError(501, "no WebSocket is spoken here: this application was hosted without one (asgi_app(websocket=))")
         scope = _asgi_scope("websocket", request, rest, self.state)
         scope["scheme"] = "wss" if request.scheme == "https" else "ws"
-        scope["subprotocols"] = _split_list(request.headers.get_all("sec-websocket-protocol"))
+        scope["subprotocols"] = _listed(request, "sec-websocket-protocol")
         scope["extensions"] = {"websocket.http.response": {}}
         return await _AsgiWebSocket(self, request, scope).answer()
 

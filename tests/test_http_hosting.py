@@ -19,7 +19,7 @@ import flowcoro_http
 import flowcoro_net
 from flowcoro_http import HttpServer, Request, asgi_app, wsgi_app
 
-PATIENCE = 30           # seconds until a test counts as hanging; each takes some hundredths
+PATIENCE = 10           # seconds until a test counts as hanging; each takes some hundredths
 
 
 @pytest.fixture(autouse=True)
@@ -633,8 +633,9 @@ def test_an_error_of_an_application_whose_client_has_gone_is_reported(reports):
             await flowcoro.to_thread(running.wait, PATIENCE)
             group.cancel()
         go.set()
-        while not reports:
-            await flowcoro.sleep(0.001)
+        with flowcoro.timeout(PATIENCE):
+            while not reports:
+                await flowcoro.sleep(0.001)
 
     flowcoro.run(main())
     assert isinstance(reports[0][1], ZeroDivisionError) and "client was gone" in reports[0][0]
@@ -823,3 +824,522 @@ def test_a_flood_is_answered_whole_and_in_order_on_each_connection(workers):
 
     with_timeout = main()
     flowcoro.run(with_timeout, workers=workers)
+
+
+# ---- ASGI: messages -------------------------------------------------------------------------------------------
+
+def asgi(*steps):
+    """An ASGI application for http that sends these messages."""
+    async def application(scope, receive, send):
+        assert scope["type"] == "http"
+        for step in steps:
+            await send(step)
+    return application
+
+
+START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]}
+
+
+def body(content=b"", more=False):
+    return {"type": "http.response.body", "body": content, "more_body": more}
+
+
+async def received(receive):
+    """The content of a request, and how many messages it took."""
+    content, count, more = b"", 0, True
+    while more:
+        message = await receive()
+        assert message["type"] == "http.request"
+        content, count, more = content + message["body"], count + 1, message["more_body"]
+    return content, count
+
+
+def test_the_scope_has_all_that_the_specification_asks_for():
+    scopes = []
+
+    async def application(scope, receive, send):
+        if scope["type"] == "http":
+            scopes.append(scope)
+            await asgi(START, body())(scope, receive, send)
+
+    ask(asgi_app(application), "/app/%C3%A9%20x?q=%20", "PUT", [("X-One", "1"), ("x-ONE", "2"), ("Content-Type", "a/b")], b"abc",
+        prefix="/app")
+    scope, = scopes
+    assert scope["type"] == "http" and scope["asgi"]["version"] == "3.0" and scope["http_version"] == "1.1"
+    assert (scope["method"], scope["scheme"], scope["path"], scope["root_path"]) == ("PUT", "http", "/app/é x", "/app")
+    assert (scope["raw_path"], scope["query_string"]) == (b"/app/%C3%A9%20x", b"q=%20")
+    assert [pair for pair in scope["headers"] if pair[0] == b"x-one"] == [(b"x-one", b"1"), (b"x-one", b"2")]
+    assert scope["server"][0] == scope["client"][0] == "127.0.0.1" and scope["server"][1] != scope["client"][1]
+    assert {"http.response.trailers", "http.response.early_hint"} <= set(scope["extensions"]) and "state" not in scope
+
+
+@pytest.mark.parametrize("headers, content, length", [
+    ((), b"", 0), ((), b"abc", 3), ((), b"x" * 300_000, 300_000), ([("Transfer-Encoding", "chunked")], chunked(b"ab", b"c" * 99_999),
+                                                                   100_001)])
+def test_an_application_receives_the_content_of_a_request(headers, content, length):
+    async def application(scope, receive, send):
+        got, count = await received(receive)
+        await asgi(START, body(b"%d" % len(got)))(scope, receive, send)
+
+    assert ask(asgi_app(application), "/", "POST", headers, content).body == b"%d" % length
+
+
+def test_an_answer_in_one_piece_has_a_content_length_and_one_in_several_is_chunked():
+    answer = ask(asgi_app(asgi(START, body(b"whole"))))
+    assert (answer.body, answer.headers["Content-Length"], answer.headers["Content-Type"]) == (b"whole", "5", "text/plain")
+    answer = ask(asgi_app(asgi(START, body(b"a", True), body(b"", True), body(b"b", True), body(b"c"))))
+    assert (answer.body, answer.headers["Transfer-Encoding"]) == (b"abc", "chunked")
+    answer = ask(asgi_app(asgi({**START, "headers": [(b"content-length", b"2"), (b"transfer-encoding", b"chunked")]},
+                               body(b"a", True), body(b"b"))))
+    assert (answer.body, answer.headers["Content-Length"], answer.headers["Transfer-Encoding"]) == (b"ab", "2", None)
+
+
+def test_the_answer_to_head_has_the_length_if_it_is_known_and_no_content():
+    assert ask(asgi_app(asgi(START, body(b"12345"))), method="HEAD").headers["Content-Length"] == "5"
+    answer = ask(asgi_app(asgi(START, body(b"12345", True), body(b"6"))), method="HEAD")
+    assert answer.status == 200 and "Content-Length" not in answer.headers
+
+
+def test_trailers_and_early_hints_are_sent():
+    async def client(server):
+        return await exchange(server, request())
+
+    steps = [{"type": "http.response.early_hint", "links": [b"</x.css>; rel=preload"]}, {**START, "trailers": True}, body(b"a"),
+             {"type": "http.response.trailers", "headers": [(b"x-sum", b"1")], "more_trailers": True},
+             {"type": "http.response.trailers", "headers": [(b"x-end", b"2")]}]
+    raw = hosting(asgi_app(asgi(*steps)), client)
+    assert raw.startswith(b"HTTP/1.1 103 ") and b"Link: </x.css>; rel=preload\r\n" in raw
+    assert raw.endswith(b"0\r\nx-sum: 1\r\nx-end: 2\r\n\r\n")
+
+
+def test_send_returns_when_the_client_has_taken_what_was_sent_before():
+    sent = []
+
+    async def application(scope, receive, send):
+        await send(START)
+        for number in range(200):
+            await send(body(b"x" * 200_000, True))
+            sent.append(number)
+        await send(body())
+
+    async def client(server):
+        async with await flowcoro_net.Socket.connect(*server.local) as sock:
+            await sock.write(request())
+            await sock.read(10)
+            before = -1
+            while before != len(sent):
+                before = len(sent)
+                await flowcoro.sleep(0.05)
+            held, rest = len(sent), 10
+            while data := await sock.read(2**20):
+                rest += len(data)
+            return held, rest
+
+    held, size = hosting(asgi_app(application), client)
+    assert held < 100 and len(sent) == 200 and size > 40_000_000
+
+
+def test_an_application_may_go_on_when_its_answer_is_complete():
+    done = []
+
+    async def main():
+        async def application(scope, receive, send):
+            assert (await receive())["type"] == "http.request"
+            await asgi(START, body(b"now"))(scope, receive, send)
+            done.append((await receive())["type"])
+            await later.wait()
+            done.append("later")
+
+        later = flowcoro.Event()
+        assert (await asgi_app(application)(Request("GET", "/"))).content == b"now"
+        later.set()
+        with flowcoro.timeout(PATIENCE):
+            while len(done) < 2:
+                await flowcoro.checkpoint()
+
+    flowcoro.run(main())
+    assert done == ["http.disconnect", "later"]
+
+
+# ---- ASGI: clients that go ------------------------------------------------------------------------------------
+
+def leaving(application, **options):
+    """Host the application, and have a client go after the first piece of its answer; when the application has ended."""
+    async def client(server):
+        sock = await flowcoro_net.Socket.connect(*server.local)
+        await sock.write(request())
+        await sock.read(1000)
+        sock.close_nowait()
+        await ended.wait()
+
+    async def watched(scope, receive, send):
+        if scope["type"] == "http":
+            try:
+                await application(scope, receive, send)
+            finally:
+                ended.set()
+
+    ended = flowcoro.Event()
+    hosting(asgi_app(watched, **options), client)
+
+
+def test_receive_tells_of_a_client_that_has_gone():
+    seen = []
+
+    async def application(scope, receive, send):
+        await receive()
+        await send(START)
+        await send(body(b"begun", True))
+        seen.append(await receive())
+        seen.append(await receive())
+
+    leaving(application)
+    assert seen == [{"type": "http.disconnect"}] * 2
+
+
+def test_send_to_a_client_that_has_gone_is_an_oserror_and_no_report(reports):
+    seen = []
+
+    async def application(scope, receive, send):
+        await send(START)
+        try:
+            while True:
+                await send(body(b"x" * 100_000, True))
+        except OSError as error:
+            seen.append(error)
+            raise
+
+    leaving(application)
+    assert "http.disconnect" in str(seen[0]) and reports == []
+
+
+def test_an_application_that_takes_no_notice_is_cancelled_after_a_while():
+    seen = []
+
+    async def application(scope, receive, send):
+        await send(START)
+        await send(body(b"begun", True))
+        try:
+            await flowcoro.sleep(1000)
+        except flowcoro.Cancelled:
+            seen.append("cancelled")
+            raise
+
+    leaving(application, disconnect_timeout=0.01)
+    assert seen == ["cancelled"]
+
+
+def test_a_client_that_goes_before_the_answer_is_told_too():
+    seen = []
+
+    async def main():
+        async def application(scope, receive, send):
+            await receive()
+            waiting.set()
+            seen.append((await receive())["type"])
+            with pytest.raises(OSError, match="gone"):
+                await send(START)
+            seen.append("told")
+
+        waiting = flowcoro.Event()
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(asgi_app(application)(Request("GET", "/")))
+            await waiting.wait()
+            group.cancel()
+
+    flowcoro.run(main())
+    assert seen == ["http.disconnect", "told"]
+
+
+# ---- ASGI: errors ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("steps, said", [
+    ([body()], "now http.response.start or http.response.early_hint can"), ([START, START], "http.response.body can"), ([], "nothing sent"), ([START], "begun"),
+    ([{"type": "http.response.start", "status": "200"}], "status"), ([{"type": "http.response.start", "status": 99}], "99"),
+    ([{"type": "http.response.start"}], "status"), ([{**START, "headers": [("a", "b")]}], "bytes"), ([START, body("text")], "body"),
+    ([{"type": "websocket.accept"}], "websocket.accept"), (["text"], "dict"), ([{"no": "type"}], "dict"),
+    ([{**START, "headers": [(b"a", b"b\r\nc: d")]}], "a")])
+def test_a_message_that_cannot_be_sent_is_an_error_that_says_why(steps, said, reports):
+    assert ask(asgi_app(asgi(*steps))).status == 500
+    (_, error), = reports
+    assert said in str(error)
+
+
+def test_nothing_can_be_sent_after_the_end(reports):
+    assert ask(asgi_app(asgi(START, body(b"x"), body(b"y")))).body == b"x"
+    (_, error), = reports
+    assert "the answer complete" in str(error) and "nothing can" in str(error)
+
+
+def test_an_error_within_a_streamed_answer_cuts_the_connection_and_is_reported(reports):
+    async def application(scope, receive, send):
+        await send(START)
+        await send(body(b"begun", True))
+        raise ZeroDivisionError("in the middle")
+
+    raw = hosting(asgi_app(application), lambda server: exchange(server, request()))
+    assert b"begun" in raw and not raw.endswith(b"0\r\n\r\n")
+    assert [str(error) for _, error in reports] == ["in the middle"]
+
+
+def test_a_413_that_receive_raises_is_the_answer():
+    async def application(scope, receive, send):
+        await received(receive)
+
+    async def limited(request, rest):
+        request.max_body = 100
+        return await handler(request, rest)
+
+    handler = asgi_app(application)
+    assert ask(limited, "/", "POST", [("Transfer-Encoding", "chunked")], chunked(b"x" * 200)).status == 413
+
+
+async def sleeps_in_asyncio(scope, receive, send):
+    await asyncio.sleep(0.1)
+
+
+async def waits_for_a_future(scope, receive, send):
+    loop = asyncio.new_event_loop()
+    try:
+        await loop.create_future()
+    finally:
+        loop.close()
+
+
+async def spawns_a_task(scope, receive, send):
+    coro = receive()
+    try:
+        asyncio.create_task(coro)
+    finally:
+        coro.close()
+
+
+async def raises_as_anyio_does(scope, receive, send):
+    raise type("NoEventLoopError", (RuntimeError,), {})("not currently running on any asynchronous event loop")
+
+
+async def yields_to_nobody_knows_whom(scope, receive, send):
+    class Foreign:
+        def __await__(self):
+            yield "something"
+    await Foreign()
+
+
+@pytest.mark.parametrize("application", [sleeps_in_asyncio, waits_for_a_future, spawns_a_task, raises_as_anyio_does,
+                                         yields_to_nobody_knows_whom])
+def test_an_application_that_reaches_for_asyncio_is_told_where_it_is_and_what_to_do(application, reports):
+    async def http_only(scope, receive, send):
+        assert scope["type"] == "http"
+        await application(scope, receive, send)
+
+    assert ask(asgi_app(http_only)).status == 500
+    (_, error), = reports
+    for word in "http_only", "asyncio", "FlowCoro runs it without one", "flowcoro.to_thread", "receive() and send()":
+        assert word in str(error)
+    assert error.__cause__ is not None
+
+
+def test_what_would_end_the_run_ends_the_request_only(reports):
+    async def application(scope, receive, send):
+        if scope["type"] == "http":
+            raise SystemExit(3)
+
+    assert ask(asgi_app(application)).status == 500
+    assert "SystemExit" in str(reports[0][1])
+
+
+# ---- ASGI: lifespan -------------------------------------------------------------------------------------------
+
+def test_the_lifespan_begins_before_and_ends_after_all_requests_and_its_state_is_in_each_scope():
+    events = []
+
+    async def application(scope, receive, send):
+        if scope["type"] == "lifespan":
+            events.append((await receive())["type"])
+            scope["state"]["pool"] = events
+            await send({"type": "lifespan.startup.complete"})
+            events.append((await receive())["type"])
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        assert scope["state"]["pool"] is events
+        scope["state"]["mine"] = True                           # of this request alone
+        events.append(len(scope["state"]))
+        await asgi(START, body())(scope, receive, send)
+
+    async def client(server):
+        await exchange(server, request())
+        await exchange(server, request())
+
+    hosting(asgi_app(application), client)
+    assert events == ["lifespan.startup", 2, 2, "lifespan.shutdown"]
+
+
+@pytest.mark.parametrize("told", ["no database", ""])
+def test_a_lifespan_that_fails_ends_the_start(told):
+    async def application(scope, receive, send):
+        await receive()
+        await send({"type": "lifespan.startup.failed", "message": told})
+
+    async def main():
+        app, host = HttpServer(), asgi_app(application)
+        app.mount("/", host)
+        app.lifespan(host.lifespan)
+        async with await app.listen("127.0.0.1", 0) as server:
+            with pytest.raises(RuntimeError, match=f"cannot start: {told or 'it does not say why'}"):
+                await server.serve()
+
+    flowcoro.run(main())
+
+
+def test_a_lifespan_that_reaches_for_asyncio_ends_the_start():
+    async def application(scope, receive, send):
+        await asyncio.sleep(0)
+        await asyncio.sleep(1)
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        hosting(asgi_app(application), lambda server: flowcoro.sleep(PATIENCE))
+    assert "without one" in str(caught.value.exceptions[0])
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_an_application_without_a_lifespan_is_served_all_the_same(raises, reports):
+    async def application(scope, receive, send):
+        if scope["type"] == "lifespan":
+            if raises:
+                raise NotImplementedError("only http")
+            return
+        assert "state" not in scope
+        await asgi(START, body(b"served"))(scope, receive, send)
+
+    assert ask(asgi_app(application)).body == b"served" and reports == []
+
+
+def test_a_lifespan_that_ends_badly_is_reported_and_the_server_ends(reports):
+    async def application(scope, receive, send):
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.failed", "message": "the file is lost"})
+            return
+        await asgi(START, body(b"served"))(scope, receive, send)
+
+    assert ask(asgi_app(application)).body == b"served"
+    assert [str(error) for _, error in reports] == ["the file is lost"]
+
+
+def test_what_goes_on_after_its_answer_has_some_seconds_when_the_server_ends(monkeypatch):
+    monkeypatch.setattr(flowcoro_http, "ASGI_SHUTDOWN", 0.02)
+    ended = []
+
+    async def application(scope, receive, send):
+        if scope["type"] == "http":
+            await asgi(START, body())(scope, receive, send)
+            try:
+                await flowcoro.sleep(0 if scope["path"] == "/short" else 1000)
+                ended.append("by itself")
+            except flowcoro.Cancelled:
+                ended.append("cancelled")
+                raise
+
+    async def client(server):
+        await exchange(server, request("/short"))
+        await exchange(server, request("/long"))
+
+    hosting(asgi_app(application), client)
+    assert ended == ["by itself", "cancelled"]
+
+
+# ---- ASGI: WebSocket ------------------------------------------------------------------------------------------
+
+UPGRADE = [("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"),
+           ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="), ("Sec-WebSocket-Protocol", "chat, super")]
+
+
+class Lines:
+    """What websocket= makes of a request; here a message is a line, and the end is the end."""
+
+    def __init__(self, request):
+        self.request = request
+
+    async def accept(self, subprotocol, headers):
+        chosen = [("Sec-WebSocket-Protocol", subprotocol)] if subprotocol else []
+        self.sock = await self.request.upgrade("websocket", [*chosen, *headers])
+
+    async def receive(self):
+        line = await self.sock.read_until(b"\n")
+        return line[:-1].decode() if line.isascii() and line else line[:-1] or (1001, "away")
+
+    async def send(self, message):
+        await self.sock.write((message.encode() if isinstance(message, str) else message) + b"\n")
+
+    async def close(self, code, reason):
+        await self.sock.write(f"closed {code} {reason}\n".encode())
+
+
+def websocket_request(connection="Upgrade"):
+    return request("/chat?x=1", headers=[("Connection", connection), *UPGRADE], close=False)
+
+
+async def websocket_echo(scope, receive, send):
+    if scope["type"] != "websocket":
+        return
+    assert (await receive())["type"] == "websocket.connect"
+    await send({"type": "websocket.accept", "subprotocol": scope["subprotocols"][1], "headers": [(b"x-a", b"b")]})
+    while (message := await receive())["type"] == "websocket.receive":
+        if message.get("text") == "bye":
+            await send({"type": "websocket.close", "code": 4000, "reason": "you said so"})
+            assert (await receive())["type"] == "websocket.disconnect"
+            with pytest.raises(OSError, match="gone"):
+                await send({"type": "websocket.send", "text": "late"})
+            return
+        await send({"type": "websocket.send", **{key: value for key, value in message.items() if key != "type"}})
+    assert message == {"type": "websocket.disconnect", "code": 1001, "reason": "away"}
+
+
+def test_without_websocket_the_application_is_not_asked_and_the_client_told_so():
+    async def application(scope, receive, send):
+        assert scope["type"] == "lifespan"
+
+    answer = Answer(hosting(asgi_app(application), lambda server: exchange(server, websocket_request("Upgrade, close"))))
+    assert answer.status == 501 and b"websocket=" in answer.body
+
+
+@pytest.mark.parametrize("lines, heard", [(b"one\ntw\xc3\xb6\nbye\n", b"one\ntw\xc3\xb6\nclosed 4000 you said so\n"), (b"one\n", b"one\n")])
+def test_an_application_speaks_websocket_by_what_is_plugged_in(lines, heard):
+    async def client(server):
+        async with await flowcoro_net.Socket.connect(*server.local) as sock:
+            await sock.write(websocket_request() + lines)
+            head = await sock.read_until(b"\r\n\r\n")
+            await sock.shutdown_write()
+            return head, await read_all(sock)
+
+    head, rest = hosting(asgi_app(websocket_echo, websocket=Lines), client)
+    assert head.startswith(b"HTTP/1.1 101 ") and b"Sec-WebSocket-Protocol: super\r\n" in head and b"x-a: b\r\n" in head
+    assert rest == heard
+
+
+@pytest.mark.parametrize("steps, status, content", [
+    ([{"type": "websocket.close"}], 403, b"the application has refused the WebSocket"),
+    ([{"type": "websocket.http.response.start", "status": 401, "headers": [(b"x", b"y")]},
+      {"type": "websocket.http.response.body", "body": b"who", "more_body": True},
+      {"type": "websocket.http.response.body", "body": b"?"}], 401, b"who?")])
+def test_an_application_may_refuse_a_websocket(steps, status, content):
+    async def application(scope, receive, send):
+        if scope["type"] == "websocket":
+            await receive()
+            for step in steps:
+                await send(step)
+
+    answer = Answer(hosting(asgi_app(application, websocket=Lines), lambda server: exchange(server, websocket_request("Upgrade, close"))))
+    assert (answer.status, answer.body) == (status, content)
+
+
+def test_a_websocket_whose_application_fails_is_closed_with_1011(reports):
+    async def application(scope, receive, send):
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.accept"})
+            raise ZeroDivisionError("in a WebSocket")
+
+    raw = hosting(asgi_app(application, websocket=Lines), lambda server: exchange(server, websocket_request()))
+    assert raw.endswith(b"closed 1011 \n") and "in a WebSocket" in str(reports[0][1])
