@@ -26,8 +26,8 @@ import pytest
 
 import flowcoro
 import flowcoro_http
-from flowcoro_http import (Data, EndOfMessage, HttpConnection, HttpError, HttpServer, InformationalResponse, NEED_DATA, RequestHead,
-                           Response, ResponseHead)
+from flowcoro_http import (Data, EndOfMessage, HttpConnection, HttpError, HttpServer, InformationalResponse, NEED_DATA,
+                           RequestHead, Response, ResponseHead)
 from flowcoro_net import BrokenError, Socket, client_tls, server_tls
 from flowcoro_testing import SimulatedNetwork, run_in_kernel
 from test_net import PATIENCE, nothing_is_left_behind, run  # noqa: F401  (a fixture)
@@ -2129,15 +2129,18 @@ from flowcoro_http import HttpServer
 
 app = HttpServer()
 
+def say(*words):                  # at once, for others write there too
+    os.write(1, " ".join(map(str, words)).encode() + b"\\n")
+
 @app.on_startup
 def startup():
     app.state.pid = os.getpid()
-    print("startup", os.getpid(), flush=True)
+    say("startup", os.getpid())
 
 @app.on_shutdown
 async def shutdown():
     await flowcoro.sleep(0.01)
-    print("shutdown", os.getpid(), flush=True)
+    say("shutdown", os.getpid())
 
 @app.get("/")
 async def pid(request):
@@ -2146,15 +2149,15 @@ async def pid(request):
 
 @app.get("/slow")
 async def slow(request):
-    print("slow", flush=True)
+    say("slow")
     await flowcoro.sleep(0.3)
     return "slow"
 
 async def main():
     async with await app.listen("127.0.0.1", 0) as listener:
-        print(listener.local[1], flush=True)
+        say(listener.local[1])
         await listener.serve(processes=2)
-    print("ended", flush=True)
+    say("ended")
 
 flowcoro.run(main())
 """
