@@ -1440,6 +1440,10 @@ class _Secured(_Bulk):
         finally:
             self._end_read()
 
+    def caused(self, error):
+        """Whether an exception, or all of a group, says that the peer or the network has broken this connection. Never blocks."""
+        return _is_the_peers(error, self)
+
     @property
     def tls(self):
         """The ssl.SSLObject: version(), cipher(), getpeercert(), server_hostname …; None without TLS."""
@@ -1657,10 +1661,6 @@ class Socket(_Secured):
             self._close()
 
     # -- about it
-
-    def caused(self, error):
-        """Whether an exception, or all of a group, says that the peer or the network has broken this connection. Never blocks."""
-        return _is_the_peers(error, self)
 
     @property
     def peer(self):

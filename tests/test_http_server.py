@@ -30,7 +30,7 @@ from flowcoro_http import (Data, EndOfMessage, HttpConnection, HttpError, HttpSe
                            RequestHead, Response, ResponseHead)
 from flowcoro_net import BrokenError, Socket, client_tls, server_tls
 from flowcoro_testing import SimulatedNetwork, run_in_kernel
-from test_net import PATIENCE, nothing_is_left_behind, run  # noqa: F401  (a fixture)
+from test_net import PATIENCE, drain, nothing_is_left_behind, run  # noqa: F401  (a fixture)
 from test_net_cancel import at_each_point, cancelled_at
 from test_net_tls import certificates  # noqa: F401  (a fixture)
 
@@ -2069,6 +2069,18 @@ def test_a_handler_is_cancelled_when_a_client_with_tls_is_gone(certificates):  #
             sock.close_nowait()
             while not ended:
                 await flowcoro.sleep(0.01)
+
+    run(main)
+
+
+def test_what_a_client_has_sent_before_its_end_is_dropped_too_so_that_the_answer_arrives():
+    async def main():
+        async with listening(plain_app()) as listener:
+            with socket.create_connection(listener.local, timeout=PATIENCE) as plain:
+                plain.sendall(b"BAD\r\n" + b"x" * 2 * flowcoro_http.CHUNK)          # before the server has a turn
+                plain.shutdown(socket.SHUT_WR)
+                data = await flowcoro.to_thread(drain, plain)
+                assert answers(data)[0].status == 400
 
     run(main)
 
