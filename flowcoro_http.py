@@ -6254,7 +6254,7 @@ _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK, errno.ENAM
               errno.EINVAL, errno.EISDIR, errno.EOPNOTSUPP}
 
 _OPEN_FILE = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
-_OPEN_FOLDER = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_DIRECTORY", "O_CLOEXEC"))
+_OPEN_FOLDER = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_DIRECTORY", "O_NONBLOCK", "O_CLOEXEC"))
 _CAN_WALK = {os.open, os.stat} <= os.supports_dir_fd and hasattr(os, "O_NOFOLLOW") and os.stat in os.supports_follow_symlinks
 
 # What Python's table of types does not know, or not yet.
@@ -6519,7 +6519,7 @@ async def send_file(request, path, *, filename=None, inline=False, media_type=No
     HttpError 404 for what is no regular file, 403, 412, 416. A client that asks for ranges gets them of one and the same file,
     also if it is replaced meanwhile; one that is cut short while it is sent breaks the connection off. RFC 9110 chapters 13, 14.
     """
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     media_type = media_type or _file_type(os.path.basename(path))
     key = path, media_type, max_age
     extra = ()
@@ -6629,11 +6629,10 @@ class _Folder:
 
     def _choose(self, request, found):
         """The file itself, or the sibling that the client prefers."""
-        siblings = found.siblings
-        if not siblings or "accept-encoding" not in request.headers:
+        if not found.siblings:
             return found
         accepted = ", ".join(request.headers.get_all("accept-encoding"))
-        return siblings.get(negotiate_encoding(accepted, siblings), found)
+        return found.siblings.get(negotiate_encoding(accepted, found.siblings), found)
 
     # -- in a thread
 
@@ -7005,7 +7004,7 @@ def _log_text(text):
 
 def _log_word(text):
     """For a place that ends at a space."""
-    return _log_text(text).replace(" ", "\\x20") if text else "-"
+    return _log_text(str(text)).replace(" ", "\\x20") if text else "-"
 
 
 @functools.lru_cache(8)
@@ -7021,7 +7020,7 @@ def _client_text(request):
 
 def _common_line(request, status, sent, seconds, now):
     """Apache's common log format: host ident user [date] "request line" status bytes."""
-    return (f'{_log_word(_client_text(request))} - {_log_word(getattr(request, "user", None) or "")} [{_log_date(int(now))}] '
+    return (f'{_log_word(_client_text(request))} - {_log_word(getattr(request, "user", None))} [{_log_date(int(now))}] '
             f'"{_log_text(request.method)} {_log_text(request.target)} HTTP/{request.version}" {status} {sent or "-"}')
 
 
