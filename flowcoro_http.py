@@ -6620,9 +6620,10 @@ class HttpListener:
 #     D4  what has been changed less than RECENT seconds ago is not kept: it could change again within one tick of the clock
 #         that the file system has, and look the same
 #
-# What is in memory is looked at by the worker itself: a stat of a path that was asked for lately takes 2 µs, a trip through a
-# thread 40 to 60. Everything else (the first look, a folder, what is not there) is done in a thread, since a disk or a network
-# may have to be waited for. A large file that is known is opened by the worker too: 10 µs, of a path that has just been walked.
+# What is in memory is looked at by the worker itself: a stat of a path that was asked for lately takes 1.7 µs, a trip through a
+# thread 30 to 50, which is more than all of such an answer (24 µs). Everything else (the first look, a folder, what is not there)
+# is done in a thread, since a disk or a network may have to be waited for. A large file that is known is opened by the worker
+# too: 20 µs, of a path that has just been looked at.
 
 # Bytes of a file up to which it is kept in memory, and of all of them in one cache; files in it, the large ones included, of
 # which only the header is kept. 64 KiB is what a socket takes at once; beyond it sendfile(2) is quicker.
@@ -6828,7 +6829,7 @@ def _file_response(request, found, open_file, extra=()):
 
 
 def _response_of(status, headers, content, stream=None):
-    """A Response whose headers are checked already: a third of the time."""
+    """A Response whose headers are checked already: 0.3 µs instead of 1.6."""
     response = _new(Response)
     response.status, response.headers, response.content, response.stream = status, headers, content, stream
     return response
@@ -7330,7 +7331,7 @@ def _event_bytes(event):
 #
 # What needs to know a stream to its end stands around it (_Through); a file stays one that the system sends (_FileStream.done).
 
-# Bytes of content beyond which it is compressed in a thread: 128 KiB of text take 2 ms, in which nobody else would be served.
+# Bytes of content beyond which it is compressed in a thread: 128 KiB of text take 2 to 3 ms, in which nobody else would be served.
 COMPRESSED_HERE = 128 * 2**10
 
 # Seconds that a session is valid after it was changed: two weeks, as Django's.
