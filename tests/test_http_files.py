@@ -364,7 +364,8 @@ def test_no_descriptor_is_left_open_and_no_pipe_is_ever_opened(site, monkeypatch
         handler, strict = static_files(site, listing=True, cache_bytes=0), static_files(site, follow_symlinks=True)
         await get(handler, "/a.txt")
         before = sorted(os.listdir("/proc/self/fd"))
-        for path in ("/a.txt", "/large.bin", "/sub/deep/x.css", "/sub/", "/sub/deep/", "/", "/pipe", "/a.txt/", "/missing/x", "/sub"):
+        for path in ("/a.txt", "/large.bin", "/sub/deep/x.css", "/sub/", "/sub/deep/", "/", "/pipe", "/a.txt/", "/missing/x",
+                     "/sub"):
             for method in ("GET", "HEAD"):
                 await get(handler, path, [("Range", "bytes=0-1,200-300")], method)
                 await get(strict, path, [("If-None-Match", "*")], method)

@@ -486,7 +486,8 @@ def test_basic_auth_lets_through_who_knows_the_password(users, user):
     middleware = basic_auth(users, realm="a \"shop\"")
     assert status_of(middleware, get("/", basic("ann:s:e"))) == (200, user)
     for headers in ([], [basic("ann:x")], [basic("eve:s:e")], [basic("eve:")], [basic("ann:")], [basic("noColon")],
-                    [("Authorization", "Basic !!")], [("Authorization", "Bearer x")], [basic("ann:s:e"), basic("ann:s:e")], [("Authorization", "")]):
+                    [("Authorization", "Basic !!")], [("Authorization", "Bearer x")],
+                    [basic("ann:s:e"), basic("ann:s:e")], [("Authorization", "")]):
         assert status_of(middleware, get("/", *headers)) == (401, 'Basic realm="a \\"shop\\"", charset="UTF-8"')
 
 
