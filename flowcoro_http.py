@@ -5193,8 +5193,8 @@ class Request:
     `method`; `target` as sent; `headers`, a Headers; `version`, "1.1" or "1.0"; `raw_path`, `query_string`: what stands before
     and after the "?" of the target, as sent; `params`: the parameters of the path, {name: value}; `route`, a Route or None;
     `app`, the HttpServer; `client` and `server`: addresses of both ends, (host, port), or a path or None on a Unix socket;
-    `scheme`, "http" or "https"; `tls`, the version of TLS or None; `state`: whatever you like to keep here (a SimpleNamespace). Attributes
-    may be set: a middleware that knows the proxies sets `client`, `scheme` and `host`.
+    `scheme`, "http" or "https"; `tls`, the version of TLS or None; `state`: whatever you like to keep here (a SimpleNamespace).
+    Attributes may be set: a middleware that knows the proxies sets `client`, `scheme` and `host`.
 
     Its content is received when it is asked for, and once: by body(), json() and form(), which keep it, or by stream() or
     multipart(), which do not. Only then is a client that waits for it told to send it (Expect: 100-continue). Errors of all of
@@ -5413,7 +5413,10 @@ class Request:
         Limits, in bytes but for max_parts: max_parts, max_head_bytes, max_field_bytes (of a part without a filename),
         max_file_bytes, max_total_bytes. HttpError: 415 for another Content-Type, 413 beyond a limit, 400 for what is malformed.
         """
-        parser = _MultipartParser(_multipart_boundary(self.headers.get("content-type", "")), **limits)
+        media_type = self.headers.get("content-type")
+        if media_type is None:
+            raise HttpError(415, "there is no Content-Type; that of a form is multipart/form-data")
+        parser = _MultipartParser(_multipart_boundary(media_type), **limits)
         stream, begun = self.stream(), []
 
         async def next_event():
@@ -5706,7 +5709,7 @@ class _Exchange:
     """What a Request asks of its connection."""
 
     __slots__ = ("run", "app", "sock", "http", "client", "server", "scheme", "tls", "trailers", "with_files", "phase", "turn",
-                 "seen", "since", "waited", "received", "progress", "scope", "part", "events", "fault")
+                 "seen", "since", "waited", "lasted", "received", "progress", "scope", "part", "events", "fault")
 
     def __init__(self, run, sock):
         self.run, self.app, self.sock = run, run.app, sock
@@ -5720,7 +5723,8 @@ class _Exchange:
         self.with_files = None              # a Request whose files are to be closed
         self.phase, self.turn = _IDLE, 0
         self.seen = None                    # the sweep's: (turn, phase) when it looked last,
-        self.since = self.waited = 0.0      # how many seconds that has lasted, and in this turn the wait for a body
+        self.since = 0.0                    # how many seconds that has lasted,
+        self.waited = self.lasted = 0.0     # those for which this body was waited for, and since that began
         self.received = self.progress = 0   # bytes of this body's content; bytes that the sweep has seen going out
         self.scope = self.part = self.events = None     # of the connection; of the wait for a body, or for an endless stream
 
@@ -6100,10 +6104,12 @@ class _Connection(_Answering):
         seen = self.seen = self.turn, phase
         app, sock = self.app, self.sock
         if last is None or last[0] != seen[0]:
-            self.waited = 0.0
-        elif phase is _BODY:                    # whatever was between: the limit is for all of it
+            self.waited = self.lasted = 0.0
+        elif phase is _BODY:
             self._look_at_body(passed)
             return
+        elif self.lasted:                       # the limit of a body is for all of it, whatever is between
+            self.lasted += passed
         if last != seen:
             self.since, self.progress = 0.0, 0
             return
@@ -6130,7 +6136,8 @@ class _Connection(_Answering):
     def _look_at_body(self, passed):
         app, part = self.app, self.part
         waited = self.waited = self.waited + passed
-        if waited >= app.body_timeout:
+        self.lasted += passed
+        if self.lasted >= app.body_timeout:
             fault = f"the content took more than {app.body_timeout:g} s"
         elif waited > BODY_GRACE and self.received < waited * app.min_body_rate:
             fault = f"the content came with less than {app.min_body_rate:g} bytes a second"
