@@ -4,6 +4,7 @@
     python -m flowcoro demo http --keep           a web server to try; it runs until Ctrl-C
     python -m flowcoro vendor DEST [module …]     copy FlowCoro's files, and what they need, into a project
     python -m flowcoro vendor --check DEST        does the copy there differ from this version?
+    python -m flowcoro get URL [-o FILE] …        fetch what is at a URL; a transfer that was interrupted goes on with -C
     python -m flowcoro bench …                    the benchmarks that come with a clone of the repository
     python -m flowcoro serve module:app …         an application (its own, WSGI, ASGI) or a folder, over HTTP
 
@@ -38,6 +39,7 @@ How it works:
 
 Errors: CliError, and below it
     UsageError     the command line asks for what cannot be done; exit status 2
+    GetFailed      `get` has not got it; it says the exit status
     SceneFailed    a scene of the demo did not get the result it checks for; exit status 1
 
 Sources: https://no-color.org for NO_COLOR · the note on SIGPIPE in the documentation of Python's `signal`.
@@ -55,6 +57,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import getpass
 import importlib
 import inspect
 import json
@@ -66,6 +69,7 @@ import re
 import runpy
 import signal
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -75,6 +79,7 @@ import threading
 import time
 import traceback
 import types
+import urllib.parse
 
 try:
     import resource
@@ -85,7 +90,7 @@ import flowcoro
 
 __version__ = "0.1.0"
 
-__all__ = ["COMMANDS", "SCENES", "CliError", "SceneFailed", "Screen", "UsageError", "main"]
+__all__ = ["COMMANDS", "SCENES", "CliError", "GetFailed", "SceneFailed", "Screen", "UsageError", "main"]
 
 
 # ---- Constants and tables ----------------------------------------------------------------------------------
@@ -96,6 +101,7 @@ COMMANDS = {            # subcommand: (module, function(arguments) -> exit statu
     "demo": ("flowcoro_cli", "_demo_command", "what coroutines are good for, measured on this machine"),
     "vendor": ("flowcoro_cli", "_vendor_command", "copy FlowCoro's files, and what they need, to a project"),
     "bench": ("flowcoro_cli", "_bench_command", "the benchmarks that come with a clone of the repository"),
+    "get": ("flowcoro_cli", "_get_command", "fetch what is at a URL, as a person expects of curl"),
     "serve": ("flowcoro_cli", "_serve_command", "an application (module:app) or a folder, over HTTP"),
 }
 
@@ -1233,6 +1239,304 @@ def _bench_command(arguments):
     return 0
 
 
+# ---- get ---------------------------------------------------------------------------------------------------
+# A file is written as FILE.part, beside it FILE.part.info says of what; when all has come it gets its name. So FILE is
+# complete whenever it is there, and what an end in the middle leaves can be gone on with: by Range, and If-Range with
+# the validator of FILE.part.info, so that the halves of two versions are never joined.
+
+GET_EPILOG = """\
+exit status, as curl has it: 0 done · 2 the command line · 3 no URL · 6 no such host · 7 no connection · 8 no HTTP · 18 the
+transfer ended too early · 22 the status is 400 or more · 23 the file cannot be written · 28 out of time · 33 the server cannot
+go on where -C wants to · 35 no TLS · 47 redirects · 56 the connection broke · 60 a certificate that is not trusted
+
+Unlike curl it follows redirects, does not overwrite a file without --force, and says by its status (22) what the server's says;
+with -o the content of such an answer is not kept. -o writes to FILE.part first; after an interruption -C goes on with that.
+"""
+
+
+class GetFailed(CliError):
+    """`get` has not got it: `status`, the exit status."""
+
+    def __init__(self, status, message):
+        super().__init__(message)
+        self.status = status
+
+
+class _Meter:
+    """How far a transfer is, on a terminal; nothing elsewhere."""
+
+    def __init__(self, stream, began, silent):
+        self.screen, self.began, self.told, self.start = Screen(stream), began, began, 0
+        self.shown = self.screen.terminal and not silent
+
+    def tell(self, done, whole):
+        now = time.monotonic()
+        if not self.shown or now < self.told + 0.1:
+            return
+        self.told = now
+        rate = (done - self.start) / max(0.001, now - self.began)
+        line = f"{_bytes_in_words(done)}, {_bytes_in_words(rate)}/s"
+        if whole:
+            filled = Screen.BAR * done // whole
+            left = int((whole - done) / rate) if rate else 0
+            line = (f"[{'#' * filled}{'.' * (Screen.BAR - filled)}] {100 * done // whole:3d}% of {_bytes_in_words(whole)}, "
+                    f"{_bytes_in_words(rate)}/s, {left // 60}:{left % 60:02d} left")
+        self.screen.stream.write(f"\r{line:<78.78}")
+        self.screen.stream.flush()
+
+    def clear(self):
+        if self.shown and self.told != self.began:
+            self.screen.stream.write("\r" + " " * 78 + "\r")
+            self.screen.stream.flush()
+
+
+def _bytes_in_words(count):
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+
+
+class _Download:
+    """FILE, FILE.part and FILE.part.info."""
+
+    def __init__(self, path, url, proceed, force):
+        self.path, self.url, self.proceed, self.force = pathlib.Path(path), url, proceed, force
+        self.part = self.path.with_name(self.path.name + ".part")
+        self.info = self.path.with_name(self.path.name + ".part.info")
+        self.plain = self.path.exists() and not self.path.is_file()         # /dev/null, a pipe: written as it is
+        self.offset, self.validator = 0, None
+        if self.path.is_dir():
+            raise UsageError(f"{self.path} is a folder; name a file")
+        if self.path.is_file() and not force:
+            raise UsageError(f"{self.path} is there already; --force overwrites it")
+        if self.plain:
+            return
+        if proceed and self.part.is_file():
+            self._look()
+        elif self.part.exists() and not force:
+            raise UsageError(f"{self.part} is there, the beginning of a transfer that was interrupted; -C goes on with it, --force "
+                             "begins anew")
+
+    def _look(self):
+        """What is there, if it is known of what."""
+        try:
+            said = json.loads(self.info.read_text(encoding="utf-8"))
+            url, validator = said["url"], said["validator"]
+        except (OSError, ValueError, KeyError, TypeError):
+            url = validator = None
+        if url != self.url or not isinstance(validator, str) or not re.fullmatch(r"[\x20-\x7e]+", validator):
+            if not self.force:
+                raise GetFailed(33, f"{self.part}: it is not known of which version of {self.url} it is the beginning; --force "
+                                    "begins anew")
+            return
+        self.offset, self.validator = self.part.stat().st_size, validator
+
+    def headers(self):
+        return {"Range": f"bytes={self.offset}-", "If-Range": self.validator} if self.offset else {}
+
+    def open(self, response):
+        """The file to write to, at the place where the response's content belongs."""
+        if self.plain:
+            return open(self.path, "wb")
+        if response.status == 206:
+            found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/(?:[0-9]{1,18}|\*)", response.headers.get("content-range", ""))
+            if not self.offset or found is None or int(found[1]) != self.offset:
+                raise GetFailed(33, f"the server sends {response.headers.get('content-range')!r} where it was asked for what "
+                                    f"follows byte {self.offset}")
+            return open(self.part, "ab")
+        self.offset = 0
+        file = open(self.part, "wb")
+        validator = response.headers.get("etag", "")
+        if not validator.startswith('"'):           # a weak tag does not say that each byte is the same
+            validator = response.headers.get("last-modified")
+        self.info.write_text(json.dumps({"url": self.url, "validator": validator}), encoding="utf-8")
+        return file
+
+    def is_complete(self, response):
+        """Whether a 416 says that nothing is missing."""
+        return response.headers.get("content-range") == f"bytes */{self.offset}"
+
+    def finish(self):
+        if not self.plain:
+            os.replace(self.part, self.path)
+            self.info.unlink(missing_ok=True)
+
+    def left(self):
+        """What to say of an end in the middle."""
+        try:
+            return f"; {self.part} has {self.part.stat().st_size} bytes, -C goes on" if not self.plain else ""
+        except OSError:
+            return ""
+
+
+def _get_parser():
+    parser = _parser("get", "Fetches what is at a URL, and prints it or writes it to a file.")
+    parser.epilog, parser.formatter_class = GET_EPILOG, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("url", metavar="URL", help="http:// goes without saying")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write to FILE")
+    parser.add_argument("-O", "--remote-name", action="store_true", help="write to a file named as the URL's end")
+    parser.add_argument("-C", "--continue", dest="proceed", action="store_true", help="go on with a transfer to a file")
+    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+    parser.add_argument("-H", "--header", metavar="'NAME: VALUE'", action="append", default=[], help="send this header, too")
+    parser.add_argument("-d", "--data", metavar="DATA", action="append", default=[],
+                        help="POST it, as a form's fields; @FILE: what is in FILE (@-: stdin) without its line ends")
+    parser.add_argument("-X", "--request", metavar="METHOD", help="instead of GET, or POST with -d")
+    parser.add_argument("-I", "--head", action="store_true", help="ask for the headers alone")
+    parser.add_argument("-i", "--include", action="store_true", help="print the headers, too")
+    parser.add_argument("-L", "--location", action="store_true", help="follow redirects: it does so anyway")
+    parser.add_argument("--no-location", action="store_true", help="do not")
+    parser.add_argument("-u", "--user", metavar="USER[:PASSWORD]", help="basic authentication; asks for a password that is left out")
+    parser.add_argument("--digest", action="store_true", help="digest authentication instead")
+    parser.add_argument("-x", "--proxy", metavar="URL", help="instead of http_proxy, https_proxy … of the environment")
+    parser.add_argument("--cacert", metavar="FILE", help="certificates to trust instead of the system's")
+    parser.add_argument("-k", "--insecure", action="store_true", help="trust anybody, who may be in the middle")
+    parser.add_argument("-m", "--max-time", metavar="SECONDS", type=float, default=math.inf, help="for all of it")
+    parser.add_argument("-s", "--silent", action="store_true", help="no progress bar")
+    return parser
+
+
+def _get_data(pieces):
+    """-d: the content, or None."""
+    content = []
+    for piece in pieces:
+        if piece.startswith("@"):
+            try:
+                data = sys.stdin.buffer.read() if piece == "@-" else pathlib.Path(piece[1:]).read_bytes()
+            except OSError as error:
+                raise UsageError(f"-d {piece}: {error}") from error
+            content.append(data.replace(b"\r", b"").replace(b"\n", b""))
+        else:
+            content.append(os.fsencode(piece))
+    return b"&".join(content) if content else None
+
+
+def _get_settings(http, options):
+    """The arguments of HttpClient, and those of its stream()."""
+    headers = [("Accept-Encoding", "identity")]
+    for line in options.header:
+        name, colon, value = line.partition(":")
+        if not colon:
+            raise UsageError(f"-H {line!r}: give 'Name: value'")
+        headers.append((name.strip(), value.strip()))
+    content = _get_data(options.data)
+    if content is not None and "content-type" not in [name.lower() for name, _ in headers]:
+        headers.append(("Content-Type", "application/x-www-form-urlencoded"))
+    auth = None
+    if options.user is not None:
+        user, colon, password = options.user.partition(":")
+        if not colon:
+            password = getpass.getpass(f"Password of {user}: ")
+        auth = (http.DigestAuth if options.digest else http.BasicAuth)(user, password)
+    client = {"headers": headers, "auth": auth, "follow_redirects": not options.no_location, "max_bytes": None,
+              "verify": False if options.insecure else options.cacert or True,
+              "timeout": http.Timeouts(connect=60.0, head=300.0, read=300.0, total=None)}
+    if options.proxy:
+        client["proxy"] = options.proxy
+    return client, {"content": content}
+
+
+async def _get(http, options, url, download, settings):
+    """Do it: the exit status."""
+    client_settings, request = settings
+    method = options.request or ("HEAD" if options.head else "GET" if request["content"] is None else "POST")
+    meter = _Meter(sys.stderr, time.monotonic(), options.silent or download is None)
+    out = sys.stdout.buffer
+    try:
+        async with http.HttpClient(**client_settings) as client:
+            async with client.stream(method, url, headers=download.headers() if download else {}, **request) as response:
+                if options.include or options.head:
+                    for one in (*response.history, response):
+                        lines = [f"HTTP/{one.version} {one.status} {one.reason}".rstrip(), *[f"{name}: {value}" for name, value in one.headers]]
+                        out.write(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+                    out.flush()
+                if download is not None and response.status < 400:
+                    with download.open(response) as file:
+                        await _get_into(file, response, meter, download.offset)
+                    download.finish()
+                    return 0
+                if download is not None and download.offset and response.status == 416 and download.is_complete(response):
+                    download.finish()
+                    return 0
+                if download is None:
+                    await _get_into(out, response, meter, 0)
+                    out.flush()
+                if response.status >= 400:
+                    print(f"flowcoro: {url}: {response.status} {response.reason}".rstrip(), file=sys.stderr)
+                    return 22
+                return 0
+    finally:
+        meter.clear()
+
+
+async def _get_into(file, response, meter, offset):
+    length, done, terminal = response.headers.get("content-length"), offset, file.isatty()
+    meter.start = offset
+    async for piece in response:
+        if terminal and b"\0" in piece:
+            raise GetFailed(23, "this is no text, and stdout a terminal; -o FILE writes it to a file")
+        try:
+            file.write(piece)           # (one task is all there is: nobody waits for the disk but who wants to)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise GetFailed(23, f"cannot write: {error}") from error
+        done += len(piece)
+        meter.tell(done, offset + int(length) if length else None)
+
+
+def _get_status(http, net, error):
+    """The exit status for an error of HttpClient."""
+    cause = error.__cause__
+    for kind, status in ((http.RequestTimeout, 28), (http.RedirectError, 47), (http.ResponseError, 8), (http.ProxyError, 56)):
+        if isinstance(error, kind):
+            return status
+    if isinstance(error, http.ConnectError):
+        if isinstance(cause, net.TlsError):
+            return 60 if isinstance(cause.__cause__, ssl.SSLCertVerificationError) else 35
+        return 6 if isinstance(cause, net.ResolveError) else 7
+    return 18 if error.response is not None else 56
+
+
+def _get_command(arguments):
+    """`get URL [-o FILE] …`."""
+    options = _get_parser().parse_args(arguments)
+    http, net = _load("flowcoro_http"), _load("flowcoro_net")
+    url = options.url if "://" in options.url else f"http://{options.url}"
+    if not options.max_time > 0:
+        raise UsageError(f"--max-time {options.max_time:g}: give more than 0 seconds")
+    if options.remote_name and options.output is None:
+        name = url.partition("://")[2].partition("?")[0].partition("#")[0].partition("/")[2].rpartition("/")[2]
+        if not name:
+            raise UsageError(f"-O: {url} does not end with a name; give one with -o")
+        options.output = http.safe_filename(urllib.parse.unquote(name))
+    if options.proceed and options.output in (None, "-"):
+        raise UsageError("-C needs the file to go on with: -o FILE or -O")
+    download = None
+    try:
+        settings = _get_settings(http, options)
+        if options.output not in (None, "-"):
+            download = _Download(options.output, url, options.proceed, options.force)
+
+        async def in_time():
+            with flowcoro.timeout(options.max_time):
+                return await _get(http, options, url, download, settings)
+
+        return flowcoro.run(in_time())
+    except http.RequestError as error:
+        status, said = _get_status(http, net, error), str(error)
+    except GetFailed as error:
+        status, said = error.status, str(error)
+    except TimeoutError:
+        status, said = 28, f"{url}: not done within --max-time {options.max_time:g} seconds"
+    except (ValueError, TypeError, http.LocalProtocolError) as error:
+        status, said = 3, str(error)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        status, said = 23, str(error)
+    print(f"flowcoro: {said}{download.left() if download and status in (18, 28, 56) else ''}", file=sys.stderr)
+    return status
 # ---- serve -------------------------------------------------------------------------------------------------
 
 KEPT = "FLOWCORO_KEPT_SOCKETS"          # environment: numbers of listening sockets that --reload hands to the next program
@@ -1424,8 +1728,8 @@ def _kind_of(found, target):
         return "wsgi" if len(needed) == 2 else "asgi"
     if not needed and not isinstance(found, type) and not any(each.kind is each.VAR_POSITIONAL for each in parameters):
         raise UsageError(f"{target} takes no arguments: if it makes the application, write {target}()")
-    raise UsageError(f"{target} looks neither like WSGI (environ, start_response) nor like ASGI (scope, receive, send): say --wsgi "
-                     "or --asgi")
+    raise UsageError(f"{target} looks neither like WSGI (environ, start_response) nor like ASGI (scope, receive, send): say "
+                     "--wsgi or --asgi")
 
 
 # -- serving

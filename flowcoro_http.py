@@ -16,8 +16,8 @@ Example:
         app.run("127.0.0.1", 8000)
 
 Contents: constants · errors · headers · field values · cookies · forms · conditional requests and ranges · compression ·
-codec · typed handlers · router · OpenAPI · messages · server · files · server-sent events · middleware · hosting: WSGI ·
-hosting: ASGI
+codec · typed handlers · router · OpenAPI · messages · server · files · server-sent events · middleware ·
+client · hosting: WSGI · hosting: ASGI
 
 How it works:
 
@@ -50,8 +50,9 @@ Errors:
       LocalProtocolError        our own fault: what is to be sent is no HTTP
       SignatureError            a signed value that is none
 
-Sources: RFC 9110 (semantics), RFC 9112 (HTTP/1.1), RFC 3986 (authorities), and those that the sections name; PEP 3333 (WSGI) and ASGI 3.0; h11 (the idea of two
-states and one table); CWE-444 and the papers of J. Kettle (HTTP desync attacks) for what servers take that they should not.
+Sources: RFC 9110 (semantics), RFC 9112 (HTTP/1.1), RFC 3986 (authorities), and those that the sections name; PEP 3333 (WSGI),
+ASGI 3.0; h11 (the idea of two states and one table); CWE-444 and the papers of J. Kettle (HTTP desync attacks) for what servers
+take that they should not.
 
 What it does not do: HTTP/2; a cache; folded lines, bare LF and whatever else older servers let pass.
 
@@ -72,6 +73,7 @@ import hashlib
 import hmac
 import html
 import http
+import http.cookiejar
 import inspect
 import io
 import ipaddress
@@ -80,13 +82,16 @@ import json
 import keyword
 import math
 import mimetypes
+import netrc
 import os
 import queue
+import random
 import re
 import secrets
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import struct
 import sys
@@ -105,16 +110,17 @@ import flowcoro_net
 
 __version__ = "0.1.0"
 
-__all__ = ["HttpServer", "HttpListener", "Request", "Response", "Fields", "FormFile", "Part",
-           "Router", "Route", "Match", "HttpError", "UnprocessableContent", "openapi", "openapi_page", "json_default",
-           "HttpConnection", "RequestHead", "ResponseHead", "InformationalResponse", "Data", "EndOfMessage", "ConnectionClosed",
-           "NEED_DATA", "PAUSED", "Headers", "ProtocolError", "LocalProtocolError",
-           "MediaType", "parse_media_type", "negotiate_type", "negotiate_encoding", "negotiate_language", "http_date",
-           "parse_http_date", "entity_tag", "safe_filename", "content_disposition", "parse_links", "cache_control",
-           "TrustedProxies", "Forwarding", "Signer", "SignatureError", "FormPart",
-           "send_file", "static_files", "ServerSentEvent", "event_stream", "last_event_id", "access_log", "cors", "compress", "etag",
-           "security_headers", "body_limit", "timeout", "trusted_proxies", "request_id", "basic_auth", "bearer_auth", "sessions",
-           "wsgi_app", "asgi_app"]
+__all__ = ["HttpServer", "HttpListener", "Request", "Response", "Fields", "FormFile", "Part", "Router", "Route", "Match",
+           "HttpError", "UnprocessableContent", "openapi", "openapi_page", "json_default", "HttpConnection", "RequestHead",
+           "ResponseHead", "InformationalResponse", "Data", "EndOfMessage", "ConnectionClosed", "NEED_DATA", "PAUSED",
+           "Headers", "ProtocolError", "LocalProtocolError", "MediaType", "parse_media_type", "negotiate_type",
+           "negotiate_encoding", "negotiate_language", "http_date", "parse_http_date", "entity_tag", "safe_filename",
+           "content_disposition", "parse_links", "cache_control", "TrustedProxies", "Forwarding", "Signer", "SignatureError",
+           "FormPart", "send_file", "static_files", "ServerSentEvent", "event_stream", "last_event_id", "access_log", "cors",
+           "compress", "etag", "security_headers", "body_limit", "timeout", "trusted_proxies", "request_id", "basic_auth",
+           "bearer_auth", "sessions", "wsgi_app", "asgi_app", "HttpClient", "ClientRequest", "ClientResponse", "Timeouts",
+           "Retries", "Auth", "BasicAuth", "BearerAuth", "DigestAuth", "EventStream", "RequestError", "ConnectError",
+           "ProxyError", "TransferError", "RequestTimeout", "ResponseError", "RedirectError", "StatusError"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -3116,6 +3122,14 @@ class _Outgoing(_Incoming):
         if not self.keep_alive:
             self._no_keep_alive()
         return b"".join(lines)
+
+    def note_message(self, method):
+        """As send_message() of a request that has no content, no Connection and no Upgrade, and whose bytes are known."""
+        if _REQUEST not in self._our_moves[self.our_state] or _REQUEST not in self._their_moves[self.their_state]:
+            raise self._not_now(_REQUEST)
+        self.method, self._out_mode, self._out_left = method, _BY_LENGTH, 0
+        self.our_state = self._our_moves[SEND_BODY][_END]
+        self.their_state = self._their_moves[self.their_state][_REQUEST]
 
     def _is_usual(self):
         """Whether a request of HTTP/1.1 is answered that goes on as most do: its head says all about the answer's framing."""
@@ -6256,7 +6270,8 @@ class HttpServer(Router):
         """Have `async def function(request, call_next)` stand between the server and the handlers; may be used as a decorator.
 
         It returns what `await call_next(request)` gives, a Response, or another one, or what handlers may return. The first that
-        is added is the outermost, unless a later one says outermost=True. Errors of handlers are answers already when they come to it; what it raises itself becomes one.
+        is added is the outermost, unless a later one says outermost=True. Errors of handlers are answers already when they come
+        to it; what it raises itself becomes one.
         """
         if not callable(function):
             raise TypeError(f"middleware({function!r}): give an async function of request and call_next")
@@ -6450,6 +6465,18 @@ class HttpServer(Router):
             flowcoro.run(main(), workers=workers, grace=drain_timeout + 5.0)
         except KeyboardInterrupt:
             pass
+
+    def static(self, prefix, directory, **options):
+        """Serve the files of a folder below `prefix`: mount() of static_files(), whose options these are."""
+        return self.mount(prefix, static_files(directory, **options))
+
+    def test_client(self, **options):
+        """An HttpClient of this app without a network, for tests: `async with app.test_client() as client:`.
+
+        The app runs while the client is open, with startup and shutdown; connections are in memory, and URLs may begin with their
+        path. options: HttpClient's. An https URL says so to the app's URLs, but there is no TLS.
+        """
+        return _test_client(self, **options)
 
     def statistics(self):
         """{"running": servers of this application in this process, "refused": what came and was no request}"""
@@ -7174,7 +7201,8 @@ _NOT_IN_A_FIELD = re.compile("[\r\n\0]").search
 
 class ServerSentEvent:
     """An event: `data` (str, or what JSON has), `event` its type ("message" if None), `id` what Last-Event-ID says after it, and
-    `retry`, the seconds after which the client connects again. data=None sends only the others.
+    `retry`, the seconds after which the client connects again. data=None sends only the others. Received: `data` is str, `event`
+    never None, and `id` the last that the stream has named ("" before).
     """
 
     __slots__ = ("data", "event", "id", "retry")
@@ -7202,6 +7230,12 @@ class ServerSentEvent:
             text = self.data if isinstance(self.data, str) else _encode_json(self.data)
             lines += [f"data: {line}" for line in _LINE_END(text.replace("\0", "\ufffd"))]
         return ("\n".join(lines) + "\n\n").encode("utf-8", "replace")
+
+    def __eq__(self, other):
+        return (isinstance(other, ServerSentEvent) and (self.data, self.event, self.id, self.retry)
+                == (other.data, other.event, other.id, other.retry))
+
+    __hash__ = None
 
     def __repr__(self):
         return f"ServerSentEvent({self.data!r:.80}, event={self.event!r}, id={self.id!r}, retry={self.retry!r})"
@@ -7340,11 +7374,6 @@ class _Through:
             await _close_stream(self._stream)
         finally:
             done()
-
-
-async def _close_stream(stream):
-    if hasattr(stream, "aclose"):
-        await stream.aclose()
 
 
 async def _drop_content(response):
@@ -7573,7 +7602,7 @@ def compress(*, min_bytes=MIN_COMPRESSED, level=COMPRESSION_LEVEL, flush=True):
         if stream is None:
             content = response.content
             if not content:                                 # HEAD, of what would be a stream
-                response.content, response.stream = None, _asynchronous(())
+                response.content, response.stream = None, _Asynchronous(iter(()))
                 return response
             response.content = (all_of(coding, content) if len(content) <= COMPRESSED_HERE else
                                 await flowcoro.to_thread(all_of, coding, content))
@@ -7852,6 +7881,1773 @@ def sessions(keys, *, cookie="__Host-session", max_age=SESSION_AGE, domain=None,
             response.headers.set("Cache-Control", "no-store")
         return response
     return middleware
+# ---- client ---------------------------------------------------------------------------------------------------
+#
+# A request goes through four loops, each in the other: redirects and authentication (_follow), retries (_attempts), a second
+# connection in place of a stale one (_ClientExchange.run), and the pieces of one exchange. A connection belongs to its exchange from
+# the pool's acquire() until it is given back or discarded; and with stream() to the response after that.
+#
+#     K1  a connection goes back to its pool only when both messages are complete, nothing more has come, and no error, timeout
+#         or cancellation has struck since it was taken; in all other cases it is closed
+#     K2  a kept connection from which anything can be read, an end too, is not used: what has come is no answer to what has not
+#         been asked. (A recv() with MSG_PEEK before each request: 1 µs.) What ends between that look and the answer's first
+#         byte is tried once more on a new connection, if the method is idempotent (RFC 9110 9.2.2)
+#     K3  one scope for each exchange; its deadline is moved from phase to phase, which costs no timer where nothing is late
+#     K4  what is secret (Authorization, Cookie, auth=, cookies=) never leaves the origin that it was given for
+#
+# The ordinary GET is written out for speed: its URL, its place in the pool and the bytes of its head are remembered.
+
+# Redirects in a row at most. Chrome and Firefox 20, curl 50, RFC 2068 had 5.
+MAX_REDIRECTS = 20
+
+# Informational responses before a response at most. There are two in earnest, 100 and 103; Go allows 5.
+MAX_INFORMATIONAL = 16
+
+# Bytes of content that are read and dropped of a redirect in stream(), so that its connection can be used again.
+MAX_DROPPED = 64 * 2**10
+
+# Bytes of a request that leave in one write, head and content; bytes of a file that are read at a time, and of a response.
+WHOLE_REQUEST, UPLOAD_PIECE, RECEIVED_PIECE = 64 * 2**10, 256 * 2**10, 64 * 2**10
+
+# URLs that a client remembers, and origins to which it keeps connections; beyond them those without connections are forgotten.
+KNOWN_URLS, KEPT_ORIGINS = 1024, 256
+
+# Connections to one origin at most, and seconds that an idle one is kept. nginx closes after 75, Apache after 5, Node after 5.
+CONNECTIONS_PER_ORIGIN, KEEP_ALIVE = 100, 30.0
+
+# Cookies that a client keeps. Chrome keeps 3300 altogether.
+MAX_JAR = 3000
+
+# Bytes of one server-sent event, and failures in a row after which EventStream gives up.
+MAX_EVENT, MAX_EVENT_FAILURES = 2**20, 10
+
+# What a retry can do no harm to, and what changes nothing at all. RFC 9110 9.2.
+_IDEMPOTENT = frozenset(["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"])
+
+_CLIENTS = object()             # instead of an option: what the client has
+
+
+class RequestError(flowcoro.FlowCoroError):
+    """A request of HttpClient has not got what it was made for. `request`: the ClientRequest; `response`: if there was one.
+
+    RequestError
+      ConnectError     there is no connection: no such name, refused, no trust (TLS); nothing was sent
+        ProxyError     … because the proxy does not make one
+      TransferError    the connection broke, or ended too early: an unknown part was sent, or received
+      RequestTimeout   also a TimeoutError; `phase` says of what: "connect", "head", "read", "total"
+      ResponseError    what came is no HTTP, or more than a limit, or its content is not what its coding says
+      RedirectError    too many redirects, or one that cannot be followed
+      StatusError      raise_for_status(): the status is 400 or more
+    """
+
+    request = response = None
+
+
+class ConnectError(RequestError):
+    """No connection could be made, so nothing was sent. Its `__cause__` is the network's error."""
+
+
+class ProxyError(ConnectError):
+    """The proxy does not connect: `status` is its answer to CONNECT, None if it gave none."""
+
+    status = None
+
+
+class TransferError(RequestError):
+    """The connection broke or ended in the middle. Of the request an unknown part was sent; the server may have acted on it."""
+
+
+class RequestTimeout(RequestError, TimeoutError):
+    """A time limit has passed: `phase` "connect" (with the wait for a place in the pool), "head", "read" or "total"."""
+
+    phase = None
+
+
+class ResponseError(RequestError):
+    """The server, or who is between, sent no HTTP, or more than a limit, or a content that cannot be decoded."""
+
+
+class RedirectError(RequestError):
+    """A redirect that is not followed: too many, to no http URL, or with a content that cannot be sent again."""
+
+
+class StatusError(RequestError):
+    """The response's status is 400 or more: `response`."""
+
+
+def _with(error, request, response=None):
+    """The same error, which knows whose it is."""
+    error.request, error.response = request, response
+    return error
+
+
+class Timeouts(typing.NamedTuple):
+    """Limits in seconds; None for none.
+
+    connect: until there is a connection, a place in the pool and TLS included. head: from the end of the request to the end of
+    the response's head. read: each wait for more of a content, either way. total: all of it, with redirects and retries; for
+    stream() until the head is there, since from then on the time is the caller's.
+    """
+
+    connect: float | None = 10.0
+    head: float | None = 30.0
+    read: float | None = 30.0
+    total: float | None = 300.0
+
+    def _limits(self):
+        """As numbers that are compared; ValueError, TypeError."""
+        for name, seconds in zip(self._fields, self):
+            if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float))):
+                raise TypeError(f"timeout: {name}={seconds!r} is no number of seconds")
+            if seconds is not None and not seconds > 0:
+                raise ValueError(f"timeout: {name}={seconds!r}: give more than 0 seconds, or None for no limit")
+        return Timeouts(*[math.inf if seconds is None else float(seconds) for seconds in self])
+
+
+def _as_timeouts(timeout, total):
+    """timeout=: Timeouts; a number: seconds for connect, head and read each; None: no limit at all."""
+    if isinstance(timeout, Timeouts):
+        return timeout._limits()
+    return Timeouts(timeout, timeout, timeout, None if timeout is None else total)._limits()
+
+
+class Retries(typing.NamedTuple):
+    """How often and when a request is tried again.
+
+    count: times at most, for each request. statuses: of responses after which it is. wait: seconds before the first one,
+    doubled each time, and of that half to all, by chance; a Retry-After of the server counts instead, and one of more than
+    max_wait seconds ends it: you get the response. budget: retries that all requests of a client have together; each success
+    gives a tenth of one back, so that a server that is down is not hit by a multiple of the load (gRPC's retry throttling).
+
+    After a ConnectError any request is tried again, after everything else those with an idempotent method; and only if the
+    content can be sent again (bytes, files that can seek).
+    """
+
+    count: int = 2
+    statuses: tuple = (429, 502, 503, 504)
+    wait: float = 0.25
+    max_wait: float = 30.0
+    budget: float = 10.0
+
+
+# -- URLs
+
+_URL = re.compile(r"([A-Za-z][0-9A-Za-z+.-]*)://(?:([^/?#@\\]*)@)?(\[[0-9A-Fa-f:.]+\]|[^/?#@:\\\[\]]+)(?::([0-9]{1,5})?)?"
+                  r"(/[^?#]*)?(\?[^#]*)?(?:#.*)?")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
+_ENCODED = re.compile(rf"[^{_TARGET_CHARS}]")
+_PORTS = {"http": 80, "https": 443}
+_shown_url = re.compile(r"(?<=://)[^/?#@]*@").sub
+
+
+class _Url:
+    """An http or https URL, taken apart: what a request needs of it."""
+
+    __slots__ = ("scheme", "host", "port", "authority", "target", "userinfo", "tls", "text")
+
+    def __init__(self, text):
+        """ValueError if it is none."""
+        found = _URL.fullmatch(text) if not _CONTROLS.search(text) else None
+        if found is None:
+            raise ValueError(f"{_shown(_shown_url('', text))} is no URL: http://host/path, without control characters")
+        scheme, userinfo, host, port, path, query = found.groups()
+        self.scheme, self.userinfo = scheme.lower(), userinfo
+        if self.scheme not in _PORTS:
+            raise ValueError(f"{_shown(_shown_url('', text))}: http and https are spoken here, not {scheme}")
+        try:
+            host = (host if host.isascii() else host.encode("idna").decode()).lower()
+        except UnicodeError as error:
+            raise ValueError(f"{_shown(host)} is no name of a host: {error}") from None
+        self.port = int(port) if port else _PORTS[self.scheme]
+        self.authority = host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
+        if (problem := _authority_problem(f"{host}:{self.port}")) or not self.port:
+            raise ValueError(f"{_shown(self.authority)} {problem or 'has port 0'}")
+        self.host, self.tls = host.strip("[]"), self.scheme == "https"
+        self.target = _ENCODED.sub(lambda found: urllib.parse.quote(found[0]), (path or "/") + (query or ""))
+        self.text = f"{self.scheme}://{self.authority}{self.target}"
+
+    @property
+    def origin(self):
+        return self.scheme, self.host, self.port
+
+    @property
+    def credentials(self):
+        """(user, password) that it has, or None."""
+        if not self.userinfo:
+            return None
+        user, _, password = self.userinfo.partition(":")
+        return urllib.parse.unquote(user), urllib.parse.unquote(password)
+
+
+def _with_params(url, params):
+    """`url` with more of a query."""
+    pairs = [(name, "" if value is None else str(value).lower() if isinstance(value, bool) else value)
+             for name, values in (params.items() if hasattr(params, "items") else params)
+             for value in (values if isinstance(values, (list, tuple)) else [values])]
+    query = _encode_urlencoded(pairs).decode()
+    url, mark, fragment = url.partition("#")
+    return (f"{url}{'' if url.endswith(('?', '&')) else '&' if '?' in url else '?'}{query}" if query else url) + mark + fragment
+
+
+# -- authentication
+
+class Auth:
+    """What puts credentials into requests: BasicAuth, BearerAuth, DigestAuth, or a class of your own with these two methods."""
+
+    def authorize(self, request):
+        """Set what `request` (a ClientRequest) needs, in its headers, before it is sent."""
+
+    def challenged(self, request, response):
+        """After a 401: whether to try again, after another authorize(). Asked twice for one request at most."""
+        return False
+
+    def __repr__(self):
+        return f"<{type(self).__name__}>"
+
+
+class BasicAuth(Auth):
+    """User and password with each request (RFC 7617). Over http anybody between can read them."""
+
+    def __init__(self, user, password):
+        self._value = _basic_credentials(user, password)
+
+    def authorize(self, request):
+        """Set Authorization."""
+        request.headers.set("Authorization", self._value)
+
+
+class BearerAuth(Auth):
+    """A token with each request (RFC 6750)."""
+
+    def __init__(self, token):
+        self._value = _bearer_credentials(token)
+
+    def authorize(self, request):
+        """Set Authorization."""
+        request.headers.set("Authorization", self._value)
+
+
+class DigestAuth(Auth):
+    """User and password, which are not sent, but prove that they are known (RFC 7616: MD5 and SHA-256, auth).
+
+    The first request to an origin is answered with a challenge, and sent again; those after it answer that challenge at once.
+    If the server asks for basic authentication, which would show it the password, the 401 is what you get.
+    """
+
+    def __init__(self, user, password):
+        self._user, self._password = user, password
+        self._challenges = {}           # origin -> [challenge, how often its nonce was used]
+
+    def authorize(self, request):
+        """Set Authorization, if the origin has asked for it before."""
+        known = self._challenges.get(request.parsed.origin)
+        if known is not None:
+            known[1] += 1
+            request.headers.set("Authorization", _digest_credentials(
+                known[0], self._user, self._password, method=request.method, target=request.parsed.target,
+                cnonce=secrets.token_hex(8), count=known[1]))
+
+    def challenged(self, request, response):
+        """Keep the challenge; True if it can be answered, and is not the refusal of an answer."""
+        try:
+            best = _best_challenge([one for value in response.headers.get_all("www-authenticate")
+                                    for one in _parse_challenges(value)])
+        except ProtocolError:
+            return False
+        if best is None or best.scheme != "digest":
+            return False
+        answered = "Authorization" in request.headers
+        known = self._challenges.get(request.parsed.origin)
+        if answered and known is not None and best.parameters.get("stale", "").lower() != "true" and (
+                known[1] == 1 or best.parameters["nonce"] == known[0].parameters["nonce"]):
+            return False                # the password is wrong
+        if len(self._challenges) >= KEPT_ORIGINS:
+            self._challenges.clear()
+        self._challenges[request.parsed.origin] = [best, 0]
+        return True
+
+
+def _as_auth(auth):
+    if auth is None or auth is False or isinstance(auth, Auth):
+        return auth or None
+    if isinstance(auth, tuple) and len(auth) == 2:
+        return BasicAuth(*auth)
+    raise TypeError(f"auth={type(auth).__name__}: give (user, password), BasicAuth, BearerAuth, DigestAuth or another Auth; False "
+                    "for none")
+
+
+def _read_netrc(path):
+    """The netrc.netrc of a file, or None if there is none. ValueError for one that cannot be read."""
+    try:
+        return netrc.netrc(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as error:
+        raise ValueError(f"the netrc file {path!r} cannot be read: {error}; give netrc=False to do without") from error
+
+
+# -- proxies
+
+def _environment_proxies(environ):
+    """{"http", "https", "all": URL; "no": what goes without}, of HTTP_PROXY … in either case; lower case counts first.
+
+    HTTP_PROXY in upper case is what a CGI program gets for a `Proxy:` of its client, so it counts for nothing there (httpoxy).
+    """
+    found = {}
+    for scheme in ("http", "https", "all", "no"):
+        value = environ.get(f"{scheme}_proxy")
+        if value is None and not (scheme == "http" and "REQUEST_METHOD" in environ):
+            value = environ.get(f"{scheme}_proxy".upper())
+        if value:
+            found[scheme] = value
+    return found
+
+
+def _goes_without(url, no_proxy):
+    """Whether NO_PROXY names it: *, a host (and all below it), host:port, an address, a network as 10.0.0.0/8."""
+    try:
+        address = ipaddress.ip_address(url.host)
+    except ValueError:
+        address = None
+    for entry in no_proxy.lower().split(","):
+        entry = entry.strip(" \t")
+        if entry == "*":
+            return True
+        if address is not None:
+            try:
+                if address in ipaddress.ip_network(entry.strip("[]"), strict=False):
+                    return True
+            except ValueError:
+                pass
+        host, colon, port = entry.rpartition(":")
+        if colon and _DIGITS.fullmatch(port) and (":" not in host or host.endswith("]")):
+            if int(port) != url.port:
+                continue
+            entry = host
+        entry = entry.removeprefix("*").strip("[]").lstrip(".").removesuffix(".")
+        if entry and (url.host.removesuffix(".") == entry or address is None and url.host.endswith("." + entry)):
+            return True
+    return False
+
+
+class _Proxies:
+    """Which proxy an origin is reached by."""
+
+    def __init__(self, proxy, environ):
+        if proxy is None:
+            proxy = _environment_proxies(environ)
+        elif isinstance(proxy, str):
+            proxy = {"all": proxy}
+        self.no, self.all = proxy.get("no", ""), {}
+        for scheme in proxy.keys() - {"no"}:
+            text = proxy[scheme] if "://" in proxy[scheme] else "http://" + proxy[scheme]
+            try:
+                self.all[scheme] = _Url(text)
+            except ValueError as error:
+                raise ValueError(f"the proxy for {scheme}: {error}") from None
+            if self.all[scheme].tls and scheme != "http":
+                raise ValueError(f"the proxy {_shown_url('', text)} for {scheme}: TLS to a proxy is for http:// URLs alone "
+                                 "({\"http\": …}); give http://")
+
+    def find(self, url):
+        proxy = self.all.get(url.scheme) or self.all.get("all")
+        return None if proxy is None or self.no and _goes_without(url, self.no) else proxy
+
+
+# -- cookies
+
+class _Jar(http.cookiejar.CookieJar):
+    """A jar that does not grow without end. `filled`: whether there may be anything in it."""
+
+    def __init__(self):
+        super().__init__(http.cookiejar.DefaultCookiePolicy(strict_domain=True))
+        self.filled, self._added = False, 0
+
+    def set_cookie(self, cookie):
+        """Of too many the domain with the most loses all of its cookies."""
+        self.filled = True
+        self._added += 1
+        super().set_cookie(cookie)
+        if self._added > MAX_JAR:
+            self.clear_expired_cookies()
+            domains = collections.Counter(cookie.domain for cookie in self)
+            if domains.total() > MAX_JAR:
+                self.clear(domains.most_common(1)[0][0])
+            self._added = len(self)
+
+
+class _CookieRequest:
+    """A request as http.cookiejar wants it."""
+
+    unverifiable = False
+
+    def __init__(self, url):
+        self._url, self.host, self.type, self.origin_req_host = url, url.authority, url.scheme, url.host
+        self.cookie = None
+
+    def get_full_url(self):
+        return self._url.text
+
+    def has_header(self, name):
+        return False
+
+    def get_header(self, name, default=None):
+        return default
+
+    def header_items(self):
+        return []
+
+    def add_unredirected_header(self, name, value):
+        if name == "Cookie":
+            self.cookie = value
+
+
+class _CookieResponse:
+    """A response as http.cookiejar wants it."""
+
+    def __init__(self, headers):
+        self._headers = headers
+
+    def info(self):
+        return self
+
+    def get_all(self, name, default=None):
+        return self._headers.get_all(name) or default
+
+
+# -- contents to send
+
+class _Streamed:
+    """A content that is sent in pieces: bytes, files, iterables and async iterables of bytes, one after the other.
+
+    `length`: bytes, None if that is not known. `again`: whether it can be sent another time.
+    """
+
+    __slots__ = ("length", "again", "content_type", "_sources")
+
+    def __init__(self, sources, length=None, content_type=None):
+        self._sources = []              # (source, where a file began)
+        self.again, self.length, self.content_type = True, length, content_type
+        for source in sources:
+            start = _place(source)
+            self._sources.append((source, start))
+            self.again &= isinstance(source, bytes) or start is not None
+
+    def rewind(self):
+        for source, start in self._sources:
+            if start is not None:
+                source.seek(start)
+
+    async def pieces(self):
+        for source, _ in self._sources:
+            if isinstance(source, bytes):
+                for at in range(0, len(source), UPLOAD_PIECE):
+                    yield source[at:at + UPLOAD_PIECE]
+            elif hasattr(source, "read"):
+                while piece := await _read_piece(source):
+                    yield piece
+            elif hasattr(source, "__aiter__"):
+                async for piece in source:
+                    yield piece.encode() if isinstance(piece, str) else piece
+            else:
+                for piece in source:
+                    yield piece.encode() if isinstance(piece, str) else piece
+
+
+async def _read_piece(file):
+    """Of a file of the disk in a thread, which may wait for the disk."""
+    if isinstance(file, io.BytesIO):
+        piece = file.read(UPLOAD_PIECE)
+    else:
+        piece = await flowcoro.to_thread(file.read, UPLOAD_PIECE)
+        if inspect.isawaitable(piece):
+            piece = await piece
+    if isinstance(piece, str):
+        raise TypeError(f"{file!r} gives text: open the file in binary mode")
+    return piece
+
+
+def _place(source):
+    """Where a file is, if it can go back there, else None."""
+    try:
+        return source.tell() if hasattr(source, "read") and source.seekable() else None
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def _size_left(file):
+    """Bytes from where a file is to its end, or None."""
+    place = _place(file)
+    if place is None:
+        return None
+    try:
+        end = file.seek(0, 2)
+        file.seek(place)
+    except OSError:
+        return None
+    return max(0, end - place)
+
+
+def _file_part(name, file):
+    """files=: a file, bytes, or (filename, file[, media type]), as a FormPart."""
+    filename, media_type = None, None
+    if isinstance(file, tuple):
+        if not 2 <= len(file) <= 3:
+            raise TypeError(f"files: {name!r}: give a file, or (filename, file), or (filename, file, media type)")
+        filename, file, *rest = file
+        media_type = rest[0] if rest else None
+    if filename is None:
+        its_own = getattr(file, "name", None)
+        filename = os.path.basename(its_own) if isinstance(its_own, str) else "upload"
+    if media_type is None:
+        media_type = mimetypes.guess_type(filename)[0]
+    if isinstance(file, (str, bytes, bytearray, memoryview)):
+        return FormPart(name, file, filename, media_type)
+    if not any(hasattr(file, verb) for verb in ("read", "__aiter__", "__iter__")):
+        raise TypeError(f"files: {name!r}: {type(file).__name__} is no file and no bytes")
+    return FormPart(name, file, filename, media_type, _size_left(file) if hasattr(file, "read") else None)
+
+
+def _content_of(content, data, files, value):
+    """The content of a request: None, bytes or a _Streamed; and its media type or None. `value`: of json=."""
+    if (content is not None) + (data is not None or files is not None) + (value is not None) > 1:
+        raise TypeError("a request has one content: content=, json=, or data= and files=")
+    if value is not None:
+        text = json.dumps(value, default=json_default, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return text.encode(), "application/json"
+    if files is not None:
+        fields = list(data.items() if hasattr(data, "items") else data or ())
+        parts = [FormPart(name, one if isinstance(one, (str, bytes)) else str(one)) for name, several in fields
+                 for one in (several if isinstance(several, (list, tuple)) else [several])]
+        parts += [_file_part(name, file) for name, file in (files.items() if hasattr(files, "items") else files)]
+        body = _MultipartBody(parts)
+        return _Streamed(body, body.length), body.content_type
+    if data is not None:
+        if isinstance(data, (str, bytes)):
+            raise TypeError("data= takes the fields of a form, a dict or pairs; for text or bytes as they are use content=")
+        return _encode_urlencoded(data), "application/x-www-form-urlencoded"
+    if content is None or isinstance(content, bytes):
+        return content, None
+    if isinstance(content, str):
+        return content.encode(), "text/plain; charset=utf-8"
+    if isinstance(content, (bytearray, memoryview)):
+        return bytes(content), None
+    if hasattr(content, "read"):
+        return _Streamed([content], _size_left(content)), None
+    if hasattr(content, "__aiter__") or hasattr(content, "__iter__"):
+        return _Streamed([content]), None
+    raise TypeError(f"content={content!r:.60}: give bytes, str, a file, or an iterable or async iterable of bytes")
+
+
+class ClientRequest:
+    """What HttpClient sends: `method`, `url` (without user and password), `headers` (Headers, to be changed by hooks and Auth
+    until it is sent), `content` (None, bytes, or something that is sent in pieces), `parsed` (its URL, taken apart)."""
+
+    __slots__ = ("method", "parsed", "content", "_headers", "_equipped")
+
+    def __init__(self, method, parsed, headers, content=None):
+        self.method, self.parsed, self.content, self._headers = method, parsed, content, headers
+        self._equipped = ()             # names of the headers that depend on where it goes
+
+    @property
+    def url(self):
+        return self.parsed.text
+
+    @property
+    def headers(self):
+        if type(self._headers) is not Headers:          # of a request whose head was made before
+            self._headers = Headers(self._headers)
+        return self._headers
+
+    @property
+    def _again(self):
+        """Whether it can be sent another time."""
+        return self.content is None or isinstance(self.content, bytes) or self.content.again
+
+    def _rewind(self):
+        if isinstance(self.content, _Streamed):
+            self.content.rewind()
+
+    def __repr__(self):
+        return f"<ClientRequest {self.method} {self.url}>"
+
+
+class ClientResponse(Response):
+    """What HttpClient returns. `content` is there at once, but for stream(): then iterate the response, or read() it.
+
+    status, reason, version; headers; request (the last one), url (its); elapsed (seconds from its begin to the end of this head);
+    history (the responses before: redirects, challenges); trailers (Headers, or None); content (bytes, decoded; None: not read).
+    """
+
+    __slots__ = ("status", "reason", "version", "headers", "request", "elapsed", "history", "trailers", "content",
+                 "_exchange", "_decoder", "_pieces")
+
+    def __init__(self, head, request, elapsed):
+        self.status, self.reason, self.version, self.headers = head.status, head.reason, head.version, head.headers
+        self.request, self.elapsed, self.history, self.trailers, self.content = request, elapsed, (), None, None
+        self._exchange = self._decoder = self._pieces = None
+
+    @property
+    def url(self):
+        return self.request.parsed.text
+
+    @property
+    def text(self):
+        """The content as str, by the charset that Content-Type names, else UTF-8; what does not decode becomes U+FFFD."""
+        try:
+            media_type = self.media_type
+            charset = media_type.charset() if media_type else "utf-8"
+        except ProtocolError:           # malformed, or not known
+            charset = "utf-8"
+        return self._whole().decode(charset, "replace")
+
+    def json(self):
+        """The value of the content, which is JSON. ResponseError if it is none (that is, for a network it is an error)."""
+        content = self._whole()
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise self._bad(f"the content is no JSON: {str(error)[:100] or 'too deep'}") from None
+
+    @property
+    def links(self):
+        """{relation, or target without one: {"url": absolute, "rel": …, and its other parameters}} of Link (RFC 8288)."""
+        links = {}
+        for value in self.headers.get_all("link"):
+            try:
+                found = parse_links(value)
+            except ProtocolError:       # no reason to lose the others
+                continue
+            for target, parameters in found:
+                url = urllib.parse.urljoin(self.url, target)
+                for relation in parameters.get("rel", "").lower().split() or [url]:
+                    links.setdefault(relation, {**parameters, "url": url})
+        return links
+
+    @property
+    def cookies(self):
+        """{name: value} that this response sets. What is kept of them, and for whom, is in the client's `cookies`."""
+        pairs = [value.partition(";")[0].partition("=") for value in self.headers.get_all("set-cookie")]
+        return {name.strip(" \t"): value.strip(" \t") for name, equals, value in pairs if equals}
+
+    def raise_for_status(self):
+        """The response itself, if its status is below 400; else StatusError."""
+        if self.status < 400:
+            return self
+        raise _with(StatusError(f"{self.request.method} {self.url}: {self.status} {self.reason}".rstrip()), self.request, self)
+
+    # -- the content in pieces
+
+    def __aiter__(self):
+        """Decoded pieces as they come. Errors: TransferError, ResponseError, RequestTimeout; cancelled: the connection is closed."""
+        if self.content is not None:
+            self._pieces = iter([self.content] if self.content else [])
+        return self
+
+    async def __anext__(self):
+        while True:
+            try:
+                piece = next(self._pieces, None) if self._pieces is not None else None
+                if piece is not None:
+                    return piece
+                exchange = self._exchange
+                if exchange is None:
+                    raise StopAsyncIteration
+                if exchange.connection is None:
+                    raise flowcoro.ClosedError(f"{self!r} was closed, or has failed, before its content was read")
+                data = await exchange.more(self)
+                if data:
+                    self._pieces = self._decoder.decode(data) if self._decoder else iter([data])
+                else:
+                    self._exchange = None
+                    if self._decoder:
+                        self._decoder.finish()
+            except ProtocolError as error:
+                self._drop()
+                raise self._bad(error.message) from error
+
+    async def read(self):
+        """All of the content, which is kept in `content`. Errors as for a piece; ResponseError beyond max_bytes of the client."""
+        if self.content is None:
+            content, most = bytearray(), self._exchange.options.max_bytes if self._exchange else math.inf
+            async for piece in self:
+                content += piece
+                if len(content) > most:
+                    self._drop()
+                    raise self._bad(f"a content of more than max_bytes={most}; iterate the response, or allow more")
+            self.content = bytes(content)
+        return self.content
+
+    async def lines(self, limit=2**20):
+        """Iterate the lines of the text (UTF-8), without their ends (LF, CR LF). ResponseError beyond `limit` bytes."""
+        rest = bytearray()
+        async for piece in self:
+            begun = len(rest)
+            rest += piece
+            if b"\n" in piece:
+                *lines, rest = rest.split(b"\n")
+                for line in lines:
+                    yield line.removesuffix(b"\r").decode("utf-8", "replace")
+            elif begun + len(piece) > limit:
+                self._drop()
+                raise self._bad(f"a line of more than {limit} bytes")
+        if rest:
+            yield rest.decode("utf-8", "replace")
+
+    async def close(self):
+        """Give the connection back: to be used again, if all has come; else it is closed. Nothing, if that was done before."""
+        if self._exchange is not None and self._exchange.connection is not None:
+            self._exchange.leave()
+
+    async def _skip(self):
+        """Read what is left of a response that nobody is interested in, if that is little."""
+        exchange, left = self._exchange, MAX_DROPPED
+        while left > 0 and self.content is None and exchange.connection is not None:
+            data = await exchange.more(self)
+            left -= len(data) or left
+        self.content = self.content or b""
+        await self.close()
+
+    def _drop(self):
+        if self._exchange is not None:
+            self._exchange.drop()
+
+    def _whole(self):
+        if self.content is None:
+            raise RuntimeError(f"{self!r}: its content was not read; `await response.read()` first, or iterate it")
+        return self.content
+
+    def _bad(self, message):
+        return _with(ResponseError(f"{self.request.method} {self.url}: {message}"), self.request, self)
+
+    def __repr__(self):
+        return f"<ClientResponse {self.status} {self.reason}>"
+
+
+# -- one exchange
+
+class _ClientConnection:
+    """A connection to an origin, or to a proxy on the way there."""
+
+    __slots__ = ("sock", "codec", "used", "heard", "__weakref__")
+
+    def __init__(self, sock, limits):
+        self.sock, self.codec = sock, HttpConnection("client", **limits)
+        self.used = self.heard = False          # there was an exchange; there was a byte of this one's answer
+
+    def is_quiet(self):
+        """K2. Whether nothing has come since the last exchange."""
+        sock = self.sock
+        try:
+            sock.raw.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return sock.tls is None or not sock.statistics()["bytes_buffered"]
+        except OSError:
+            pass
+        return False
+
+    async def receive(self):
+        """The next event but NEED_DATA."""
+        codec = self.codec
+        while (event := codec.next_event()) is NEED_DATA:
+            data = await self.sock.read(RECEIVED_PIECE)
+            if data:
+                codec.receive_data(data)
+                self.heard = True
+            else:
+                codec.receive_end()
+        return event
+
+    async def receive_head(self):
+        """The ResponseHead; the informational ones before it are skipped."""
+        for _ in range(MAX_INFORMATIONAL + 1):
+            event = await self.receive()
+            if type(event) is ResponseHead:
+                return event
+            if type(event) is not InformationalResponse or event.status == 101:
+                raise ProtocolError(502, f"{event!r:.60} where a response has to be")
+        raise ProtocolError(502, f"more than {MAX_INFORMATIONAL} informational responses before the response")
+
+    def close(self):
+        self.sock.close_nowait()
+
+
+class _Origin:
+    """How one origin is reached: its proxy and its pool."""
+
+    def __init__(self, client, url):
+        self.client, self.url, self.proxy = client, url, client._proxies.find(url)
+        self.absolute = self.proxy is not None and not url.tls          # the proxy is asked for URLs
+        self.pool = flowcoro_net.ConnectionPool(
+            self.connect, max_connections=client._max_connections, idle_timeout=client._keep_alive, acquire_timeout=None,
+            reusable=lambda connection, error: error is None)
+
+    @property
+    def proxy_authorization(self):
+        credentials = self.proxy.credentials
+        return [("Proxy-Authorization", _basic_credentials(*credentials))] if credentials else []
+
+    async def connect(self):
+        client, url, proxy = self.client, self.url, self.proxy
+        if proxy is None:
+            return _ClientConnection(await client._connect(url.host, url.port, client._tls if url.tls else None), client._limits)
+        sock = await client._connect(proxy.host, proxy.port, client._tls if proxy.tls else None)
+        if url.tls:
+            try:
+                await self.tunnel(sock)
+                await sock.start_tls(client._tls, server_name=url.host)
+            except BaseException:
+                sock.close_nowait()
+                raise
+        return _ClientConnection(sock, client._limits)
+
+    async def tunnel(self, sock):
+        """Have the proxy connect (RFC 9110 9.3.6)."""
+        connection, host = _ClientConnection(sock, self.client._limits), self.url.host
+        target = f"{f'[{host}]' if ':' in host else host}:{self.url.port}"
+        head = RequestHead("CONNECT", target, [("Host", target), *self.proxy_authorization])
+        await sock.write(connection.codec.send_message(head))
+        said = f"the proxy {self.proxy.authority} does not connect to {target}"
+        try:
+            response = await connection.receive_head()
+        except ProtocolError as error:
+            raise ProxyError(f"{said}: {error.message}") from error
+        if response.status >= 300 or connection.codec.trailing_data:
+            error = ProxyError(f"{said}: it answers {response.status} {response.reason}".rstrip())
+            error.status = response.status
+            raise error
+
+
+class _ClientExchange:
+    """One request and its response on one connection."""
+
+    __slots__ = ("request", "origin", "options", "deadline", "phase", "scope", "connection", "began", "head", "done")
+
+    def __init__(self, request, origin, options, deadline, head=None):
+        self.request, self.origin, self.options, self.deadline = request, origin, options, deadline
+        self.head = head                # the bytes of all of it, made before
+        self.connection = self.phase = self.scope = None
+        self.began = 0.0
+        self.done = 0                   # bytes of content received, for progress=
+
+    async def run(self, stream):
+        """The ClientResponse; with `stream` its content is still to come, on this exchange's connection."""
+        self.began = now = flowcoro.now()
+        self.phase, limits, fresh = "connect", self.options.timeouts, False
+        scope = self.scope = flowcoro.CancelScope(deadline=min(self.deadline, now + limits.connect))
+        with scope:
+            while True:
+                connection = await self.acquire(fresh)
+                try:
+                    await self.send(connection)
+                    head = await connection.receive_head()
+                    response = ClientResponse(head, self.request, flowcoro.now() - self.began)
+                    if not stream:
+                        await self.receive_content(connection, response)
+                        self.give_back(connection)
+                    else:
+                        self.connection, response._exchange = connection, self
+                        response._decoder = self.decoder(head.headers, math.inf)
+                    return response
+                except BaseException as error:
+                    self.connection = None
+                    self.origin.pool.discard(connection)
+                    if connection.used and not connection.heard and not fresh and self.may_repeat(error):
+                        fresh = True
+                        self.request._rewind()
+                        self.wait("connect", limits.connect)
+                        continue
+                    if failure := self.failure(error, connection):
+                        raise failure from error
+                    raise
+        raise self.late()
+
+    def wait(self, phase, seconds):
+        """K3."""
+        self.phase = phase
+        self.scope.deadline = min(self.deadline, flowcoro.now() + seconds)
+
+    async def acquire(self, fresh):
+        pool = self.origin.pool
+        while True:
+            try:
+                connection = await pool.acquire(timeout=None)
+            except RequestError as error:
+                raise _with(error, self.request)
+            except TimeoutError as error:               # of the TLS handshake
+                raise self.late(str(error)) from error
+            except OSError as error:
+                raise _with(ConnectError(f"{self.said}: {error.strerror or error}"), self.request) from error
+            if not connection.used or not fresh and connection.is_quiet():
+                return connection
+            pool.discard(connection)
+
+    async def send(self, connection):
+        codec, request, limits = connection.codec, self.request, self.options.timeouts
+        codec.max_body, connection.heard = self.options.max_bytes if self.options.max_bytes != math.inf else None, False
+        if self.head is not None:
+            codec.note_message(request.method)
+            data = self.head
+        else:
+            content = request.content
+            target = request.url if self.origin.absolute else request.parsed.target
+            head = RequestHead(request.method, target, request.headers.items())
+            if type(content) is _Streamed or content and len(content) > WHOLE_REQUEST:
+                await self.send_pieces(connection, head, content)
+                return
+            data = codec.send_message(head, content or b"")
+        self.wait("head", limits.head)
+        await connection.sock.write(data)
+
+    async def send_pieces(self, connection, head, content):
+        codec, sock, limits, progress = connection.codec, connection.sock, self.options.timeouts, self.options.upload_progress
+        content = content if type(content) is _Streamed else _Streamed([content], len(content))
+        head.headers.append(("Transfer-Encoding", "chunked") if content.length is None else ("Content-Length", str(content.length)))
+        done = 0
+        try:
+            self.wait("read", limits.read)
+            await sock.write(codec.send(head))
+            async with contextlib.aclosing(content.pieces()) as pieces:
+                async for piece in pieces:
+                    self.wait("read", limits.read)
+                    await sock.write(codec.send(Data(piece)))
+                    done += len(piece)
+                    if progress is not None:
+                        progress(done, content.length)
+            if end := codec.send(EndOfMessage()):
+                await sock.write(end)
+        except flowcoro_net.BrokenError:
+            pass        # Who refuses a content before all of it has come may close the connection, and have answered before.
+        self.wait("head", limits.head)
+
+    async def receive_content(self, connection, response):
+        """All of it, within the scope of the exchange."""
+        codec, options, content = connection.codec, self.options, b""
+        decoder = self.decoder(response.headers, options.max_bytes)
+        while True:
+            event = codec.next_event()
+            if type(event) is Data:
+                data = event.data
+                if options.progress is not None:
+                    self.tell(response, data)
+                if decoder is not None:
+                    data = await _inflated(decoder, data)
+                if not content:
+                    content = data
+                    continue
+                if type(content) is bytes:          # so that many small pieces take no more memory than a large one
+                    content = bytearray(content)
+                content += data
+            elif event is NEED_DATA:
+                self.wait("read", options.timeouts.read)
+                data = await connection.sock.read(RECEIVED_PIECE)
+                if data:
+                    codec.receive_data(data)
+                else:
+                    codec.receive_end()
+            else:
+                break
+        if decoder is not None:
+            decoder.finish()
+        response.trailers, response.content = event.trailers, bytes(content)
+
+    async def more(self, response):
+        """The next piece of the content as it came, for a response of stream(); b"" at the end, and the connection is given back.
+
+        Cancelled, or by an error, the connection is closed.
+        """
+        connection, scope = self.connection, flowcoro.move_on_after(self.options.timeouts.read)
+        self.phase, self.deadline = "read", math.inf
+        with scope:
+            try:
+                event = await connection.receive()
+                if type(event) is Data:
+                    if self.options.progress is not None:
+                        self.tell(response, event.data)
+                    return event.data
+            except BaseException as error:
+                self.drop()
+                if failure := self.failure(error, connection):
+                    raise _with(failure, self.request, response) from error
+                raise
+            response.trailers, self.connection = event.trailers, None
+            self.give_back(connection)
+            return b""
+        raise _with(self.late(), self.request, response)
+
+    def tell(self, response, data):
+        self.done += len(data)
+        length = response.headers.get("content-length")
+        self.options.progress(self.done, length and int(length))
+
+    @staticmethod
+    def decoder(headers, max_bytes):
+        """A _Decoder, or None where there is nothing to decode, or nothing that is known here."""
+        if "content-encoding" not in headers:
+            return None
+        try:
+            return _Decoder(", ".join(headers.get_all("content-encoding")), max_bytes=max_bytes)
+        except ProtocolError as error:
+            if error.status == 415:
+                return None
+            raise
+
+    # -- the connection's way back (K1)
+
+    def give_back(self, connection):
+        codec = connection.codec
+        if codec.reusable and codec._start == len(codec._buffer):
+            codec.start_next_cycle()
+            connection.used = True
+            self.origin.pool.release(connection)
+        else:
+            self.origin.pool.discard(connection)
+
+    def drop(self):
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            self.origin.pool.discard(connection)
+
+    def leave(self):
+        """Give it back if what is left of the response has been received already."""
+        connection, self.connection = self.connection, None
+        try:
+            while type(connection.codec.next_event()) is Data:
+                pass
+        except ProtocolError:
+            pass
+        self.give_back(connection)
+
+    # -- errors
+
+    @property
+    def said(self):
+        return f"{self.request.method} {self.request.url}"
+
+    def may_repeat(self, error):
+        """K2: of an exchange that has ended before any answer."""
+        return (isinstance(error, (ProtocolError, flowcoro_net.NetworkError)) and self.request.method in _IDEMPOTENT
+                and self.request._again)
+
+    def failure(self, error, connection):
+        """What the caller gets for an error of the network or the codec; None for others, which are its own."""
+        if isinstance(error, ProtocolError):
+            kind = TransferError if connection.codec._ended and connection.codec._error is error else ResponseError
+            return _with(kind(f"{self.said}: {error.message}"), self.request)
+        if isinstance(error, flowcoro_net.NetworkError):
+            return _with(TransferError(f"{self.said}: {error.strerror}"), self.request)
+        return None
+
+    def late(self, why=None):
+        """The RequestTimeout for the phase in which the time was up."""
+        limits, phase = self.options.timeouts, "total" if flowcoro.now() >= self.deadline else self.phase
+        at = {"connect": "connecting", "head": "waiting for the head of the response", "read": "waiting for more of the content"}
+        if self.phase == "connect" and (why := why or "") == "":
+            numbers = self.origin.pool.statistics()
+            if numbers["in_use"] >= numbers["max_connections"]:
+                why = f": all max_connections={numbers['max_connections']} to {self.origin.url.authority} are in use"
+        error = RequestTimeout(f"{self.said}: timeout {phase}={getattr(limits, phase):g} s has passed while "
+                               f"{at[self.phase]}{why or ''}")
+        error.phase = phase
+        return _with(error, self.request)
+
+
+async def _inflated(decoder, data):
+    """All that a piece gives, with a checkpoint for each MiB."""
+    out = bytearray()
+    for number, piece in enumerate(decoder.decode(data), 1):
+        out += piece
+        if not number % 16:
+            await flowcoro.checkpoint()
+    return bytes(out)
+
+
+# -- the client
+
+class _Options(typing.NamedTuple):
+    """What one request is made with."""
+
+    timeouts: Timeouts
+    follow: bool
+    auth: Auth | None
+    cookies: dict
+    retries: Retries
+    max_bytes: float
+    progress: object = None
+    upload_progress: object = None
+
+
+class _Given(typing.NamedTuple):
+    """What a request was given instead of the client's options."""
+
+    auth: object
+    timeout: object
+    follow: object
+    retries: object
+    max_bytes: object
+    progress: object
+    upload_progress: object
+
+    def options(self, own):
+        """_Options: the client's `own` but for what was given."""
+        return _Options(
+            own.timeouts if self.timeout is _CLIENTS else _as_timeouts(self.timeout, Timeouts().total),
+            own.follow if self.follow is _CLIENTS else bool(self.follow),
+            own.auth if self.auth is _CLIENTS else _as_auth(self.auth), own.cookies,
+            own.retries if self.retries is _CLIENTS else _as_retries(self.retries),
+            own.max_bytes if self.max_bytes is _CLIENTS else _as_limit(self.max_bytes),
+            self.progress, self.upload_progress)
+
+
+_ALL_CLIENTS, _NO_CONTENT = _Given(*[_CLIENTS] * 5, None, None), (None, None, None, None)
+
+
+def _as_retries(retries):
+    if not isinstance(retries, Retries):
+        retries = Retries(retries)
+    if isinstance(retries.count, bool) or not isinstance(retries.count, int) or retries.count < 0:
+        raise ValueError(f"retries={retries.count!r}: give a number of times, 0 for none, or Retries")
+    return retries
+
+
+def _as_limit(max_bytes):
+    if max_bytes is None:
+        return math.inf
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
+        raise ValueError(f"max_bytes={max_bytes!r}: give a number of bytes, or None for no limit")
+    return max_bytes
+
+
+def _client_tls(verify, cert):
+    """What verify= and cert= mean for connect(): True, or an ssl.SSLContext."""
+    if isinstance(verify, ssl.SSLContext):
+        if cert is not None:
+            raise ValueError("verify= is an ssl.SSLContext: load the certificate of cert= into that")
+        return verify
+    if verify is True and cert is None:
+        return True
+    certificate, key, password = ((cert if isinstance(cert, tuple) else (cert,)) + (None, None))[:3]
+    return flowcoro_net.client_tls(ca=None if isinstance(verify, bool) else verify, certificate=certificate, key=key,
+                                   password=password, verify=verify is not False)
+
+
+async def _connect(host, port, tls):
+    return await flowcoro_net.Socket.connect(host, port, tls=tls)
+
+
+async def _connect_unix(path, host, port, tls):
+    return await flowcoro_net.Socket.connect_unix(path, tls=tls, server_name=host if tls else None)
+
+
+class _Ordinary(typing.NamedTuple):
+    """An ordinary request that was made before."""
+
+    url: _Url
+    origin: _Origin
+    pairs: tuple
+    head: bytes
+
+
+_DEFAULT_HEADERS = (("User-Agent", f"flowcoro/{__version__}"), ("Accept", "*/*"), ("Accept-Encoding", "gzip, deflate"))
+_has_scheme = re.compile(r"[A-Za-z][0-9A-Za-z+.-]*://").match
+_REDIRECTS = frozenset([301, 302, 303, 307, 308])
+
+# What speaks of a content that a redirect has taken away; and what is not for another origin (K4).
+_OF_CONTENT = ("content-type", "content-length", "content-encoding", "content-language", "content-location", "transfer-encoding",
+               "digest", "content-digest", "last-modified")
+_OF_ORIGIN = ("authorization", "cookie", "proxy-authorization", "host", "origin")
+
+
+class _Sending:
+    """From a ClientRequest to its ClientResponse. HttpClient is what users see of it."""
+
+    def _origin(self, url):
+        key = url.origin
+        origin = self._origins.get(key)
+        if origin is None:
+            if self._closed:
+                raise flowcoro.ClosedError("this HttpClient is closed")
+            if len(self._origins) >= KEPT_ORIGINS:      # the oldest goes; who has a connection to it still brings that back
+                self._origins.pop(next(iter(self._origins))).pool.clear()
+                self._known.clear()
+            origin = self._origins[key] = _Origin(self, url)
+        return origin
+
+    def _equip(self, request, options):
+        """Set what depends on where it goes: Host, cookies, credentials; not what the caller has set."""
+        headers, url, equipped = request.headers, request.parsed, []
+        if "host" not in headers:
+            headers._entries.insert(0, _entry("Host", url.authority))
+            headers._index = None
+            equipped.append("host")
+        if "cookie" not in headers:
+            pairs = [_cookie_pair(name, value) for name, value in options.cookies.items()]
+            if getattr(self.cookies, "filled", True):
+                asked = _CookieRequest(url)
+                self.cookies.add_cookie_header(asked)
+                pairs += [asked.cookie] if asked.cookie else []
+            if pairs:
+                headers.set("Cookie", "; ".join(pairs))
+                equipped.append("cookie")
+        if options.auth is not None and "authorization" not in headers:
+            options.auth.authorize(request)
+            equipped.append("authorization")
+        request._equipped = equipped
+
+    async def _follow(self, request, options, stream, known=None):
+        """The final response, after redirects and challenges."""
+        limit = options.timeouts.total
+        deadline = flowcoro.now() + limit
+        history, challenges, original = [], 0, request
+        while True:
+            response = await self._attempts(request, options, stream, deadline, known)
+            status, known = response.status, None
+            if "set-cookie" in response.headers:
+                self.cookies.extract_cookies(_CookieResponse(response.headers), _CookieRequest(request.parsed))
+            if self._response_hooks:
+                await self._call_hooks(self._response_hooks, response, response)
+            if history:
+                response.history = tuple(history)
+            if status == 401 and options.auth is not None and challenges < 2 and request._again and (
+                    options.auth.challenged(request, response)):
+                challenges += 1
+                following = _again(request)
+            elif status in _REDIRECTS and options.follow and "location" in response.headers:
+                try:
+                    if len(history) >= self._max_redirects:
+                        raise RedirectError(f"{original.method} {original.url}: more than max_redirects={self._max_redirects}")
+                    following, options = self._redirected(request, response, options)
+                except RedirectError as error:
+                    await response.close()
+                    raise _with(error, request, response) from None
+            else:
+                return response
+            if stream:
+                await response._skip()
+            history.append(response)
+            request = following
+            request._rewind()
+
+    def _redirected(self, request, response, options):
+        """(ClientRequest, _Options) of where a response leads. RedirectError."""
+        location = response.headers["location"]
+        try:
+            location = location.encode("latin-1").decode()      # what is not ASCII should be encoded, and where it is not is UTF-8
+        except UnicodeDecodeError:
+            pass
+        try:
+            url = _Url(location if _has_scheme(location) else urllib.parse.urljoin(request.url, location))
+        except ValueError as error:
+            raise RedirectError(f"{request.method} {request.url}: a redirect that cannot be followed: {error}") from None
+        following = _again(request)
+        headers, method, content, status = following.headers, request.method, request.content, response.status
+        if status == 303 and method != "HEAD" or status in (301, 302) and method == "POST":
+            method, content = "GET", None
+            for name in _OF_CONTENT:
+                headers.remove(name)
+        elif not request._again:
+            raise RedirectError(f"{method} {request.url}: a redirect to {url.text} wants the content once more, and what it came "
+                                "from can be read once; give bytes, or a file that can seek")
+        if url.origin != request.parsed.origin:
+            for name in _OF_ORIGIN:
+                headers.remove(name)
+            options = options._replace(auth=None, cookies={})
+        return ClientRequest(method, url, headers, content), options
+
+    async def _attempts(self, request, options, stream, deadline, known):
+        """One response, perhaps after retries."""
+        retries, number = options.retries, 0
+        while True:
+            try:
+                response = await self._once(request, options, stream, deadline, known)
+                if response.status not in retries.statuses or not retries.count:
+                    if self._budget < retries.budget:
+                        self._budget = min(retries.budget, self._budget + 0.1)
+                    return response
+                error, safe = None, request.method in _IDEMPOTENT
+            except RequestError as failure:
+                error, response = failure, None
+                safe = self._may_retry(request, failure)
+            wait = retries.wait * 2**number * (0.5 + random.random() / 2)
+            if response is not None and "retry-after" in response.headers:
+                try:
+                    wait = _parse_retry_after(response.headers["retry-after"], time.time())
+                except ProtocolError:
+                    pass
+            if (not safe or number >= retries.count or not request._again or self._budget < 1 or wait > retries.max_wait
+                    or flowcoro.now() + wait >= deadline):
+                if error is not None:
+                    raise error
+                return response
+            self._budget -= 1
+            number += 1
+            if stream and response is not None:
+                await response._skip()
+            await flowcoro.sleep(wait)
+            request, known = _again(request), None
+            request._rewind()
+
+    @staticmethod
+    def _may_retry(request, error):
+        """Whether another try may succeed, and does no harm."""
+        if isinstance(error, ConnectError):
+            return not isinstance(error, ProxyError) and not isinstance(error.__cause__, flowcoro_net.TlsError)
+        if isinstance(error, RequestTimeout):
+            return error.phase == "connect" or error.phase != "total" and request.method in _IDEMPOTENT
+        return isinstance(error, TransferError) and request.method in _IDEMPOTENT
+
+    async def _once(self, request, options, stream, deadline, known):
+        if known is not None:
+            return await _ClientExchange(request, known.origin, options, deadline, known.head).run(stream)
+        self._equip(request, options)
+        if self._request_hooks:
+            await self._call_hooks(self._request_hooks, request, None)
+        origin = self._origin(request.parsed)
+        if origin.absolute:
+            for name, value in origin.proxy_authorization:
+                request.headers.set(name, value)
+        return await _ClientExchange(request, origin, options, deadline).run(stream)
+
+    async def _call_hooks(self, hooks, thing, response):
+        """A hook's error ends the request, and gives the connection of its response back."""
+        try:
+            for hook in hooks:
+                result = hook(thing)
+                if inspect.isawaitable(result):
+                    await result
+        except BaseException:
+            if response is not None:
+                await response.close()
+            raise
+
+
+def _again(request):
+    """The same request, without what _equip() has set."""
+    headers = request.headers.copy()
+    for name in request._equipped:
+        headers.remove(name)
+    return ClientRequest(request.method, request.parsed, headers, request.content)
+
+
+class HttpClient(_Sending):
+    """A client: `async with HttpClient() as client: response = await client.get("http://…")`. Connections are kept and reused.
+
+    base_url: what comes before URLs that begin with no scheme. headers: of all requests, besides User-Agent, Accept and
+    Accept-Encoding; the attribute `headers` may be changed. params: of all URLs. cookies: dict, of all requests; what servers set
+    is kept in the attribute `cookies`, an http.cookiejar.CookieJar, which you may give instead.
+    auth: (user, password) or an Auth. timeout: Timeouts, or seconds for connect, head and each read. retries: a number, or Retries.
+    follow_redirects, max_redirects. max_bytes: of content, decoded, that is held in memory; None: no limit.
+    proxy: URL, or {"http": URL, "https": URL, "no": "host,.domain,10.0.0.0/8"}; None: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY
+    of the environment; {}: none. netrc: path of a file with users and passwords for hosts; None: $NETRC, or ~/.netrc; False: none.
+    trust_env=False: neither environment nor netrc, unless given here.
+    verify: whether servers must have a certificate for their name; a path of certificates to trust instead of the system's; or an
+    ssl.SSLContext. cert: one's own, a path or (certificate, key) or (certificate, key, password).
+    event_hooks: {"request": [function], "response": [function]}, plain or async; called with each ClientRequest before it is sent,
+    each ClientResponse after it has come, those of redirects too; what they raise ends the request.
+    max_connections: to one origin. keep_alive: seconds for which an idle connection is kept. max_head: bytes of a response's head.
+    connect: async function (host, port, tls) that returns a connected Socket; unix: path of a Unix socket, for all URLs.
+
+    All of it serves any number of tasks at once, in one run. Errors: RequestError and what is below it, TypeError and ValueError for
+    arguments that make no sense, LocalProtocolError for what cannot be sent, flowcoro.ClosedError after close(). Cancelled anywhere
+    the connection in use is closed, and an unknown part of the request was sent. Sources: RFC 9110, 9112, 6265, 7616, 7617.
+    """
+
+    def __init__(self, *, base_url="", headers=(), params=None, cookies=None, auth=None, timeout=Timeouts(), retries=0,
+                 follow_redirects=True, max_redirects=MAX_REDIRECTS, max_bytes=MAX_INFLATED, proxy=None, netrc=None, trust_env=True,
+                 verify=True, cert=None, event_hooks=None, max_connections=CONNECTIONS_PER_ORIGIN, keep_alive=KEEP_ALIVE,
+                 max_head=MAX_HEAD, connect=None, unix=None):
+        self._base = _Url(base_url) if base_url else None
+        self._params = params
+        self.headers = Headers(_DEFAULT_HEADERS)
+        for name, value in headers.items() if hasattr(headers, "items") else headers:
+            self.headers.set(name, value)
+        own = {} if cookies is None or isinstance(cookies, http.cookiejar.CookieJar) else dict(cookies)
+        self.cookies = cookies if isinstance(cookies, http.cookiejar.CookieJar) else _Jar()
+        self._max_redirects, self._max_connections, self._keep_alive = max_redirects, max_connections, keep_alive
+        self._limits = {"max_head": max_head, "max_field_line": max_head, "max_request_line": max_head}
+        self._proxies = _Proxies({} if proxy is None and not trust_env else proxy, os.environ)
+        self._netrc_file, self._netrc = netrc, _CLIENTS
+        if netrc is None:
+            self._netrc_file = os.environ.get("NETRC") or os.path.expanduser("~/.netrc") if trust_env else False
+        self._tls = _client_tls(verify, cert)
+        hooks = event_hooks or {}
+        if hooks.keys() - {"request", "response"}:
+            raise ValueError(f"event_hooks={event_hooks!r}: there are \"request\" and \"response\"")
+        self._request_hooks, self._response_hooks = list(hooks.get("request", ())), list(hooks.get("response", ()))
+        if connect is not None and unix is not None:
+            raise ValueError("connect= and unix= both say how to connect: give one")
+        self._connect = connect or (_connect if unix is None else functools.partial(_connect_unix, unix))
+        self._options = _Options(_as_timeouts(timeout, Timeouts().total), bool(follow_redirects), _as_auth(auth), own,
+                                 _as_retries(retries), _as_limit(max_bytes))
+        self._budget = self._options.retries.budget
+        self._origins, self._urls, self._known = {}, {}, {}
+        self._known_headers, self._headers_count = None, 0
+        self._closed, self._around = False, None        # around: entered before, left after (test_client())
+
+    # -- requests
+
+    def get(self, url, **options):
+        """await it: request("GET", …)."""
+        return self._ordinary("GET", url) if not options else self.request("GET", url, **options)
+
+    def head(self, url, **options):
+        """await it: request("HEAD", …)."""
+        return self._ordinary("HEAD", url) if not options else self.request("HEAD", url, **options)
+
+    def options(self, url, **options):
+        """await it: request("OPTIONS", …)."""
+        return self.request("OPTIONS", url, **options)
+
+    def delete(self, url, **options):
+        """await it: request("DELETE", …)."""
+        return self.request("DELETE", url, **options)
+
+    def post(self, url, **options):
+        """await it: request("POST", …)."""
+        return self.request("POST", url, **options)
+
+    def put(self, url, **options):
+        """await it: request("PUT", …)."""
+        return self.request("PUT", url, **options)
+
+    def patch(self, url, **options):
+        """await it: request("PATCH", …)."""
+        return self.request("PATCH", url, **options)
+
+    async def request(self, method, url, *, params=None, headers=(), cookies=None, content=None, json=None, data=None, files=None,
+                      auth=_CLIENTS, timeout=_CLIENTS, follow_redirects=_CLIENTS, retries=_CLIENTS, max_bytes=_CLIENTS,
+                      progress=None, upload_progress=None):
+        """A ClientResponse with all of its content, whatever its status.
+
+        params: dict or pairs to add to the query; of a list each item; None is "". headers: instead of the client's of the same
+        names. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async iterable of
+        bytes. json: a value. data: fields of a form. files: {name: file, bytes, or (filename, file[, media type])}, sent with data
+        as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: instead of the client's.
+        progress, upload_progress: function (bytes so far, bytes in all or None), of the content as it travels.
+        Errors, and what cancellation leaves: see HttpClient.
+        """
+        request, options = self._build(method, url, params, headers, cookies, (content, data, files, json), _Given(
+            auth, timeout, follow_redirects, retries, max_bytes, progress, upload_progress))
+        return await self._follow(request, options, False)
+
+    @contextlib.asynccontextmanager
+    async def stream(self, method, url, *, params=None, headers=(), cookies=None, content=None, json=None, data=None, files=None,
+                     auth=_CLIENTS, timeout=_CLIENTS, follow_redirects=_CLIENTS, retries=_CLIENTS, max_bytes=_CLIENTS,
+                     progress=None, upload_progress=None):
+        """`async with client.stream("GET", url) as response:`, and in it `async for piece in response:`. Otherwise as request().
+
+        At the end of the block the connection is used again if all of the content has been read, else closed.
+        """
+        request, options = self._build(method, url, params, headers, cookies, (content, data, files, json), _Given(
+            auth, timeout, follow_redirects, retries, max_bytes, progress, upload_progress))
+        response = await self._follow(request, options, True)
+        try:
+            yield response
+        finally:
+            await response.close()
+
+    def events(self, url, *, method="GET", last_event_id="", reconnect=True, max_event=MAX_EVENT, **options):
+        """`async with client.events(url) as events:`, and in it `async for event in events:`. An EventStream.
+
+        reconnect: connect again when the connection ends, with Last-Event-ID; False: then the iteration ends. max_event: bytes.
+        options: as request()'s; a timeout of None, or Timeouts with a long `read`, for servers that are silent for long.
+        """
+        return EventStream(self, method, url, last_event_id, reconnect, max_event, options)
+
+    # -- making a request
+
+    def _parse(self, url):
+        parsed = self._urls.get(url)
+        if parsed is None:
+            parsed = _Url(url if self._base is None or _has_scheme(url) else self._below(url))
+            if len(self._urls) >= KNOWN_URLS:
+                self._urls.clear()
+            self._urls[url] = parsed
+        return parsed
+
+    def _below(self, url):
+        """`url` after base_url, whose path stays before it."""
+        base = self._base.text.partition("?")[0]
+        return base + url if url[:1] in ("", "?", "#") else base.rstrip("/") + "/" + url.removeprefix("/")
+
+    async def _ordinary(self, method, url):
+        """A request with nothing of its own. From the third time on the bytes of its head are there already."""
+        headers = self.headers._entries
+        if self._known_headers is not headers or self._headers_count != len(headers):
+            self._known.clear()
+            self._known_headers, self._headers_count = headers, len(headers)
+        known = self._known.get((method, url))
+        if known is None or getattr(self.cookies, "filled", True) or self._request_hooks:
+            seen = url in self._urls
+            request, options = self._build(method, url, None, (), None, _NO_CONTENT, _ALL_CLIENTS)
+            response = await self._follow(request, options, False)
+            if seen and options is self._options and response.request is request and request._equipped == ["host"]:
+                self._remember(method, url, request)
+            return response
+        return await self._follow(ClientRequest(method, known.url, known.pairs), self._options, False, known)
+
+    def _remember(self, method, url, request):
+        origin, pairs = self._origin(request.parsed), request.headers.items()
+        codec = HttpConnection("client")
+        head = codec.send_message(RequestHead(method, request.url if origin.absolute else request.parsed.target, pairs))
+        if codec.keep_alive and not codec.upgrade:
+            if len(self._known) >= KNOWN_URLS:
+                self._known.clear()
+            self._known[method, url] = _Ordinary(request.parsed, origin, tuple(pairs), head)
+
+    def _build(self, method, url, params, headers, cookies, contents, given):
+        """(ClientRequest, _Options) of what request() was given."""
+        if not isinstance(method, str) or method == "CONNECT" or not _TOKEN.fullmatch(method):
+            raise ValueError(f"method={method!r}: give a token as GET; CONNECT is for proxies, see proxy=")
+        options = self._options if given is _ALL_CLIENTS else given.options(self._options)
+        if cookies:
+            options = options._replace(cookies={**options.cookies, **cookies})
+        for more in (self._params, params):
+            if more:
+                url = _with_params(url, more)
+        parsed = self._parse(url)
+        content, media_type = _content_of(*contents)
+        if options.auth is None and given.auth is not False and (auth := self._credentials(parsed)):
+            options = options._replace(auth=auth)
+        all_headers = self.headers.copy()
+        for name in {name.lower() for name, _ in (headers.items() if hasattr(headers, "items") else headers)}:
+            all_headers.remove(name)
+        for name, value in headers.items() if hasattr(headers, "items") else headers:
+            all_headers.add(name, value)
+        if media_type is not None and "content-type" not in all_headers:
+            all_headers.set("Content-Type", media_type)
+        for name in ("content-length", "transfer-encoding"):
+            if name in all_headers:
+                raise ValueError(f"the header {name} is set by the content; leave it out")
+        return ClientRequest(method, parsed, all_headers, content), options
+
+    def _credentials(self, url):
+        """The Auth of a URL's user, or of netrc."""
+        found = url.credentials
+        if found is None and self._netrc_file:
+            if self._netrc is _CLIENTS:
+                self._netrc = _read_netrc(self._netrc_file)
+            entry = self._netrc and self._netrc.authenticators(url.host)
+            found = entry and (entry[0], entry[2])
+        return BasicAuth(*found) if found else None
+
+    # -- closing
+
+    def statistics(self):
+        """{"http://host:port": statistics() of its ConnectionPool} of the origins there are connections to, or were."""
+        return {f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}": origin.pool.statistics()
+                for (scheme, host, port), origin in self._origins.items()}
+
+    async def close(self):
+        """Close all connections, those in use too. Twice is once. Cancelled: they are closed."""
+        self._closed = True
+        origins, self._origins = self._origins, {}
+        self._known.clear()
+        for origin in origins.values():
+            origin.pool.close_nowait()
+        await flowcoro.checkpoint()
+
+    async def __aenter__(self):
+        if self._around is not None:
+            await self._around.__aenter__()
+        return self
+
+    async def __aexit__(self, kind, error, trace):
+        try:
+            await self.close()
+        finally:
+            if self._around is not None:
+                await self._around.__aexit__(kind, error, trace)
+
+
+# -- server-sent events
+
+class _EventParser:
+    """Bytes of an event stream to events (WHATWG HTML 9.2.6). `id`: the last one; `retry`: milliseconds, None if not named."""
+
+    def __init__(self, max_event, last_event_id=""):
+        self._max, self.id, self.retry = max_event, last_event_id, None
+        self._line, self._after_cr, self._first = bytearray(), False, True
+        self._data, self._size, self._event = [], 0, ""
+
+    def receive_data(self, data):
+        """-> the events that are complete by it, a list. ProtocolError for one of more than max_event bytes."""
+        events = []
+        if self._after_cr:
+            data, self._after_cr = data.removeprefix(b"\n"), not data
+        *lines, rest = re.split(rb"\r\n|\r|\n", data)
+        self._after_cr = self._after_cr or data.endswith(b"\r")
+        for line in lines:
+            self._line += line
+            self._take(self._line.decode("utf-8", "replace"), events)
+            self._line.clear()
+        self._line += rest
+        if self._size + len(self._line) > self._max:
+            raise ProtocolError(502, f"an event of more than max_event={self._max} bytes")
+        return events
+
+    def _take(self, line, events):
+        if self._first:
+            line, self._first = line.removeprefix("\ufeff"), False
+        if not line:
+            if self._data:
+                events.append(ServerSentEvent("\n".join(self._data), self._event or "message", self.id))
+            self._data, self._size, self._event = [], 0, ""
+            return
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name == "data":
+            self._data.append(value)
+            self._size += len(value) + 1
+            if self._size > self._max:
+                raise ProtocolError(502, f"an event of more than max_event={self._max} bytes")
+        elif name == "event":
+            self._event = value
+        elif name == "id" and "\0" not in value:
+            self.id = value
+        elif name == "retry" and re.fullmatch(r"[0-9]{1,9}", value):
+            self.retry = int(value)
+
+
+_is_event_stream = re.compile(r"text/event-stream[ \t]*(?:;.*)?", re.IGNORECASE).fullmatch
+
+
+class EventStream:
+    """The events of a server, across connections: see HttpClient.events(). Use it by `async with`, and in that by `async for`.
+
+    When a connection ends or breaks it connects again, after `retry` seconds (3, or what the server names; more with each failure
+    in a row, a minute at most), with Last-Event-ID. A 204 ends the iteration. Raised are errors of the first connection, those that
+    connecting again does not mend (StatusError for 4xx but 408 and 429; ResponseError for what is no event stream), and the last
+    of ten failures in a row. `response`: the current one, or None; `last_event_id`: of the last event.
+    """
+
+    def __init__(self, client, method, url, last_event_id, reconnect, max_event, options):
+        self._client, self._method, self._url, self._options = client, method, url, options
+        self._reconnect, self._max = reconnect, max_event
+        self.last_event_id, self.retry, self.response = last_event_id, 3.0, None
+        self._events, self._failures, self._over = collections.deque(), 0, False
+        self._context = self._parser = None
+
+    async def __aenter__(self):
+        await self._open()
+        return self
+
+    async def __aexit__(self, kind, error, trace):
+        await self._leave()
+        self._over = True
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        while not self._events:
+            if self._over:
+                raise StopAsyncIteration
+            try:
+                if self._context is None:
+                    await self._open()
+                    continue
+                data = await anext(self.response, None)
+                if data is not None:
+                    self._take(data)
+                    continue
+                error = None
+            except RequestError as failure:
+                error = failure
+            await self._leave()
+            if not self._reconnect or error is not None and not self._may_mend(error):
+                self._over = True
+                if error is not None:
+                    raise error
+                continue
+            self._failures += 1
+            if self._failures > MAX_EVENT_FAILURES:
+                self._over = True
+                raise error or _with(TransferError(f"{self._method} {self._url}: the event stream ended {self._failures} times in a "
+                                                   "row without an event"), None)
+            await flowcoro.sleep(min(60.0, self.retry * 2**(self._failures - 1)))
+        event = self._events.popleft()
+        self.last_event_id, self._failures = event.id, 0
+        return event
+
+    @staticmethod
+    def _may_mend(error):
+        if isinstance(error, StatusError):
+            return error.response.status >= 500 or error.response.status in (408, 429)
+        return isinstance(error, (ConnectError, TransferError, RequestTimeout))
+
+    async def _open(self):
+        headers = dict(self._options.get("headers", {})) | {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+        if self.last_event_id:
+            headers["Last-Event-ID"] = self.last_event_id.encode().decode("latin-1")
+        context = self._client.stream(self._method, self._url, **{**self._options, "headers": headers})
+        response = await context.__aenter__()
+        self._context, self.response = context, response
+        self._parser = _EventParser(self._max, self.last_event_id)
+        if response.status == 204:
+            self._over = True
+        try:
+            if response.status not in (200, 204):
+                response.raise_for_status()
+            if not self._over and (response.status != 200 or not _is_event_stream(response.headers.get("content-type", ""))):
+                raise response._bad(f"{response.status}, {response.headers.get('content-type')} is no event stream")
+        except BaseException:
+            await self._leave()
+            raise
+
+    def _take(self, data):
+        try:
+            self._events.extend(self._parser.receive_data(data))
+        except ProtocolError as error:
+            raise self.response._bad(error.message) from None
+        self.last_event_id = self.last_event_id if self._events else self._parser.id
+        if self._parser.retry is not None:
+            self.retry = self._parser.retry / 1000
+
+    async def _leave(self):
+        context, self._context, self.response = self._context, None, None
+        if context is not None:
+            await context.__aexit__(None, None, None)
+
+
+# -- a client of an app in the same process
+
+class _InMemory:
+    """What test_client() stands on: connections are socket pairs, whose other ends the app serves."""
+
+    def __init__(self, app):
+        self._app, self._stack, self._group, self._run = app, None, None, None
+
+    async def __aenter__(self):
+        async with contextlib.AsyncExitStack() as stack:
+            self._run = _Run(self._app)
+            await stack.enter_async_context(self._run.running())
+            self._group = await stack.enter_async_context(flowcoro.TaskGroup())
+            self._stack = stack.pop_all()
+
+    async def __aexit__(self, kind, error, trace):
+        self._group.cancel()            # what is still at work; the client is closed
+        self._group = None
+        await self._stack.aclose()
+
+    async def connect(self, host, port, tls):
+        if self._group is None:
+            raise RuntimeError("the app runs while the client is open: `async with app.test_client() as client:`")
+        here, there = socket.socketpair()
+        self._group.spawn(self._serve(flowcoro_net.Socket(there)))
+        return flowcoro_net.Socket(here)
+
+    async def _serve(self, sock):
+        async with sock:
+            await self._run.serve(sock)
+
+
+def _test_client(app, **options):
+    """HttpServer.test_client(): an HttpClient of `app`, which runs while the client is open; nothing listens. TLS is left out."""
+    inside = _InMemory(app)
+    client = HttpClient(**{"base_url": "http://testserver", "trust_env": False, "connect": inside.connect, **options})
+    client._around = inside
+    return client
 
 
 # ---- hosting: WSGI --------------------------------------------------------------------------------------------
@@ -7861,13 +9657,13 @@ def sessions(keys, *, cookie="__Host-session", max_age=SESSION_AGE, domain=None,
 # (the next piece of the request's content, room for more of the answer), it asks, and waits for the answer.
 #
 #     W1  a field of a _WsgiCall is written by one side only; what both change are a deque and a SimpleQueue, whose operations
-#         are atomic. The thread changes the fields first and rings then; the task looks at them and parks then, in one atomic step
+#         are atomic. The thread changes the fields first and rings then; the task looks at them and parks, in one atomic step
 #     W2  each question of the thread gets one answer; when the task is gone (the client is, or the server stops) the answer is an
 #         error, and so is that to each later one: a thread never waits for somebody who is not there
 #     W3  while calls are waiting, either a thread looks for one (it has the token), or all threads are at work
 #
-# A change of threads costs as much as the rest of a request. So a call makes one round where it can: what is small of the request's
-# content is read before, and an answer that is complete at once goes back whole. And rounds are shared: a call does not wake a
+# A change of threads costs as much as the rest of a request. So a call makes one round where it can: content of the request that
+# is small is read before, and an answer that is complete at once goes back whole. And rounds are shared: a call does not wake a
 # thread itself, but has a task do it that comes after all others that are ready now; the thread works through all that are
 # waiting, and rings once; it is heard when it has finished, or lets go of the GIL. A thread that takes a call while more are
 # waiting wakes one other, which comes to run as soon as this one blocks. Measured, hello with 64 connections, µs of processor
@@ -7898,8 +9694,8 @@ _WSGI_STATUS = re.compile(rf"([2-9][0-9][0-9]) ([{_VALUE_CHARS}]*)")
 
 @functools.lru_cache(1024)
 def _environ_key(name):
-    """What a field is called in an environ. "" for those that are left out: X_Y would pass for X-Y, which a proxy may have set; and
-    HTTP_PROXY is taken for a setting (CVE-2016-5385)."""
+    """What a field is called in an environ. "" for those that are left out: X_Y would pass for X-Y, which a proxy may have set;
+    and HTTP_PROXY is taken for a setting (CVE-2016-5385)."""
     key = name.upper().replace("-", "_")
     if "_" in name or key == "PROXY":
         return ""
@@ -7987,8 +9783,8 @@ class _WsgiInput(io.RawIOBase):
 class _WsgiCall:
     """A request at an application: what its thread and its task have to tell each other."""
 
-    __slots__ = ("threads", "application", "environ", "context", "is_head", "head", "file", "blocks", "pushed", "asked", "error", "ended",
-                 "request", "chunks", "task", "taken", "gone", "answers")
+    __slots__ = ("threads", "application", "environ", "context", "is_head", "head", "file", "blocks", "pushed", "asked", "error",
+                 "ended", "request", "chunks", "task", "taken", "gone", "answers")
 
     def __init__(self, threads, application, request):
         self.threads, self.application, self.request = threads, application, request
@@ -8364,8 +10160,8 @@ async def _wsgi_content(request, call):
 # and as a task of its own: it may go on when its answer is complete. What belongs to asyncio it cannot use, and is told so.
 #
 #     A1  what may be sent when is one table; a missing key is the error
-#     A2  its task has ended, or been cancelled, disconnect_timeout after its client has gone or its answer has been dropped; after
-#         a complete answer it may go on until the server ends
+#     A2  its task has ended, or been cancelled, disconnect_timeout after its client has gone or its answer has been dropped;
+#         after a complete answer it may go on until the server ends
 #     A3  send() returns when the server has taken what it was given, so the application is as fast as its client
 
 # Seconds that an application has to end by itself: once its client is gone, and when the server ends.
@@ -8378,7 +10174,7 @@ _ASGI_MOVES = {                 # what send() takes when
     (_A_BODY, "http.response.body"): "_send_body", (_A_TRAILERS, "http.response.trailers"): "_send_trailers",
 }
 _REACHES = ("no running event loop", "there is no current event loop", "no current event loop")
-_REACHES_BY = frozenset(["AsyncLibraryNotFoundError", "NoEventLoopError"])      # sniffio's and anyio's, which are not imported here
+_REACHES_BY = frozenset(["AsyncLibraryNotFoundError", "NoEventLoopError"])      # sniffio's and anyio's, which are not here
 
 
 @functools.lru_cache(1024)
@@ -8435,7 +10231,8 @@ def _asgi_failure(application, error):
     if (isinstance(error, RuntimeError) and text.lower().startswith(_REACHES) or kind in _REACHES_BY
             or isinstance(error, TypeError) and text.startswith("a task yielded ")):
         failure = RuntimeError(
-            f"the ASGI application {_shown_handler(application)} reaches for another event loop, most likely asyncio's: \"{text}\". "
+            f"the ASGI application {_shown_handler(application)} reaches for another event loop, most likely asyncio's: "
+            f"\"{text}\". "
             "FlowCoro runs it without one: it may wait for receive() and send(), and for what is FlowCoro's (flowcoro.sleep, "
             "flowcoro_net, flowcoro_http.HttpClient). For the rest use await flowcoro.to_thread(asyncio.run, coroutine), or an "
             "asyncio server")
@@ -8659,7 +10456,8 @@ class _AsgiHost:
         self.running = set()            # calls that have not ended
 
     async def __call__(self, request, rest=None):
-        if "upgrade" in request.headers and "websocket" in map(str.lower, _listed(request, "upgrade")) and request.method == "GET":
+        if ("upgrade" in request.headers and request.method == "GET"
+                and "websocket" in map(str.lower, _listed(request, "upgrade"))):
             return await self._answer_websocket(request, rest)
         scope = _asgi_scope("http", request, rest, self.state)
         scope["method"] = request.method
@@ -8783,7 +10581,8 @@ class _AsgiWebSocket:
         kind = _asgi_type(message)
         move = {
             ("connecting", "websocket.accept"): self._accept, ("connecting", "websocket.close"): self._deny,
-            ("connecting", "websocket.http.response.start"): self._deny_by, ("denied", "websocket.http.response.body"): self._deny_with,
+            ("connecting", "websocket.http.response.start"): self._deny_by,
+            ("denied", "websocket.http.response.body"): self._deny_with,
             ("open", "websocket.send"): self._send, ("open", "websocket.close"): self._close,
         }.get((self.state, kind))
         if move is None and self.state == "closed" and kind in ("websocket.send", "websocket.close"):
