@@ -4,7 +4,9 @@
     python -m flowcoro demo http --keep           a web server to try; it runs until Ctrl-C
     python -m flowcoro vendor DEST [module …]     copy FlowCoro's files, and what they need, into a project
     python -m flowcoro vendor --check DEST        does the copy there differ from this version?
+    python -m flowcoro get URL [-o FILE] …        fetch what is at a URL; a transfer that was interrupted goes on with -C
     python -m flowcoro bench …                    the benchmarks that come with a clone of the repository
+    python -m flowcoro serve module:app …         an application (its own, WSGI, ASGI) or a folder, over HTTP
 
 To vendor, copy: flowcoro.py, flowcoro_cli.py
 
@@ -20,7 +22,7 @@ Example:
         assert flowcoro_cli.main(["vendor", "--check", str(copies)]) == 0
 
 Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the eight scenes ·
-demo · vendor · bench · the command line.
+demo · vendor · bench · serve · the command line.
 
 How it works:
     A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
@@ -37,6 +39,7 @@ How it works:
 
 Errors: CliError, and below it
     UsageError     the command line asks for what cannot be done; exit status 2
+    GetFailed      `get` has not got it; it says the exit status
     SceneFailed    a scene of the demo did not get the result it checks for; exit status 1
 
 Sources: https://no-color.org for NO_COLOR · the note on SIGPIPE in the documentation of Python's `signal`.
@@ -53,7 +56,10 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
+import getpass
 import importlib
+import inspect
 import json
 import math
 import os
@@ -61,6 +67,9 @@ import pathlib
 import platform
 import re
 import runpy
+import signal
+import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -68,6 +77,9 @@ import sysconfig
 import tempfile
 import threading
 import time
+import traceback
+import types
+import urllib.parse
 
 try:
     import resource
@@ -78,7 +90,7 @@ import flowcoro
 
 __version__ = "0.1.0"
 
-__all__ = ["COMMANDS", "SCENES", "CliError", "SceneFailed", "Screen", "UsageError", "main"]
+__all__ = ["COMMANDS", "SCENES", "CliError", "GetFailed", "SceneFailed", "Screen", "UsageError", "main"]
 
 
 # ---- Constants and tables ----------------------------------------------------------------------------------
@@ -89,6 +101,8 @@ COMMANDS = {            # subcommand: (module, function(arguments) -> exit statu
     "demo": ("flowcoro_cli", "_demo_command", "what coroutines are good for, measured on this machine"),
     "vendor": ("flowcoro_cli", "_vendor_command", "copy FlowCoro's files, and what they need, to a project"),
     "bench": ("flowcoro_cli", "_bench_command", "the benchmarks that come with a clone of the repository"),
+    "get": ("flowcoro_cli", "_get_command", "fetch what is at a URL, as a person expects of curl"),
+    "serve": ("flowcoro_cli", "_serve_command", "an application (module:app) or a folder, over HTTP"),
 }
 
 SCENES = {              # scene, in the order of the demo: (module, function(screen), one line of help)
@@ -1223,6 +1237,663 @@ def _bench_command(arguments):
     sys.path[:0] = [str(script.parent), str(HERE)]
     runpy.run_path(str(script), run_name="__main__")        # ends in SystemExit with its status, or returns
     return 0
+
+
+# ---- get ---------------------------------------------------------------------------------------------------
+# A file is written as FILE.part, beside it FILE.part.info says of what; when all has come it gets its name. So FILE is
+# complete whenever it is there, and what an end in the middle leaves can be gone on with: by Range, and If-Range with
+# the validator of FILE.part.info, so that the halves of two versions are never joined.
+
+GET_EPILOG = """\
+exit status, as curl has it: 0 done · 2 the command line · 3 no URL · 6 no such host · 7 no connection · 8 no HTTP · 18 the
+transfer ended too early · 22 the status is 400 or more · 23 the file cannot be written · 28 out of time · 33 the server cannot
+go on where -C wants to · 35 no TLS · 47 redirects · 56 the connection broke · 60 a certificate that is not trusted
+
+Unlike curl it follows redirects, does not overwrite a file without --force, and says by its status (22) what the server's says;
+with -o the content of such an answer is not kept. -o writes to FILE.part first; after an interruption -C goes on with that.
+"""
+
+
+class GetFailed(CliError):
+    """`get` has not got it: `status`, the exit status."""
+
+    def __init__(self, status, message):
+        super().__init__(message)
+        self.status = status
+
+
+class _Meter:
+    """How far a transfer is, on a terminal; nothing elsewhere."""
+
+    def __init__(self, stream, began, silent):
+        self.screen, self.began, self.told, self.start = Screen(stream), began, began, 0
+        self.shown = self.screen.terminal and not silent
+
+    def tell(self, done, whole):
+        now = time.monotonic()
+        if not self.shown or now < self.told + 0.1:
+            return
+        self.told = now
+        rate = (done - self.start) / max(0.001, now - self.began)
+        line = f"{_bytes_in_words(done)}, {_bytes_in_words(rate)}/s"
+        if whole:
+            filled = Screen.BAR * done // whole
+            left = int((whole - done) / rate) if rate else 0
+            line = (f"[{'#' * filled}{'.' * (Screen.BAR - filled)}] {100 * done // whole:3d}% of {_bytes_in_words(whole)}, "
+                    f"{_bytes_in_words(rate)}/s, {left // 60}:{left % 60:02d} left")
+        self.screen.stream.write(f"\r{line:<78.78}")
+        self.screen.stream.flush()
+
+    def clear(self):
+        if self.shown and self.told != self.began:
+            self.screen.stream.write("\r" + " " * 78 + "\r")
+            self.screen.stream.flush()
+
+
+def _bytes_in_words(count):
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+
+
+class _Download:
+    """FILE, FILE.part and FILE.part.info."""
+
+    def __init__(self, path, url, proceed, force):
+        self.path, self.url, self.proceed, self.force = pathlib.Path(path), url, proceed, force
+        self.part = self.path.with_name(self.path.name + ".part")
+        self.info = self.path.with_name(self.path.name + ".part.info")
+        self.plain = self.path.exists() and not self.path.is_file()         # /dev/null, a pipe: written as it is
+        self.offset, self.validator = 0, None
+        if self.path.is_dir():
+            raise UsageError(f"{self.path} is a folder; name a file")
+        if self.path.is_file() and not force:
+            raise UsageError(f"{self.path} is there already; --force overwrites it")
+        if self.plain:
+            return
+        if proceed and self.part.is_file():
+            self._look()
+        elif self.part.exists() and not force:
+            raise UsageError(f"{self.part} is there, the beginning of a transfer that was interrupted; -C goes on with it, --force "
+                             "begins anew")
+
+    def _look(self):
+        """What is there, if it is known of what."""
+        try:
+            said = json.loads(self.info.read_text(encoding="utf-8"))
+            url, validator = said["url"], said["validator"]
+        except (OSError, ValueError, KeyError, TypeError):
+            url = validator = None
+        if url != self.url or not isinstance(validator, str) or not re.fullmatch(r"[\x20-\x7e]+", validator):
+            if not self.force:
+                raise GetFailed(33, f"{self.part}: it is not known of which version of {self.url} it is the beginning; --force "
+                                    "begins anew")
+            return
+        self.offset, self.validator = self.part.stat().st_size, validator
+
+    def headers(self):
+        return {"Range": f"bytes={self.offset}-", "If-Range": self.validator} if self.offset else {}
+
+    def open(self, response):
+        """The file to write to, at the place where the response's content belongs."""
+        if self.plain:
+            return open(self.path, "wb")
+        if response.status == 206:
+            found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/(?:[0-9]{1,18}|\*)", response.headers.get("content-range", ""))
+            if not self.offset or found is None or int(found[1]) != self.offset:
+                raise GetFailed(33, f"the server sends {response.headers.get('content-range')!r} where it was asked for what "
+                                    f"follows byte {self.offset}")
+            return open(self.part, "ab")
+        self.offset = 0
+        file = open(self.part, "wb")
+        validator = response.headers.get("etag", "")
+        if not validator.startswith('"'):           # a weak tag does not say that each byte is the same
+            validator = response.headers.get("last-modified")
+        self.info.write_text(json.dumps({"url": self.url, "validator": validator}), encoding="utf-8")
+        return file
+
+    def is_complete(self, response):
+        """Whether a 416 says that nothing is missing."""
+        return response.headers.get("content-range") == f"bytes */{self.offset}"
+
+    def finish(self):
+        if not self.plain:
+            os.replace(self.part, self.path)
+            self.info.unlink(missing_ok=True)
+
+    def left(self):
+        """What to say of an end in the middle."""
+        try:
+            return f"; {self.part} has {self.part.stat().st_size} bytes, -C goes on" if not self.plain else ""
+        except OSError:
+            return ""
+
+
+def _get_parser():
+    parser = _parser("get", "Fetches what is at a URL, and prints it or writes it to a file.")
+    parser.epilog, parser.formatter_class = GET_EPILOG, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("url", metavar="URL", help="http:// goes without saying")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write to FILE")
+    parser.add_argument("-O", "--remote-name", action="store_true", help="write to a file named as the URL's end")
+    parser.add_argument("-C", "--continue", dest="proceed", action="store_true", help="go on with a transfer to a file")
+    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+    parser.add_argument("-H", "--header", metavar="'NAME: VALUE'", action="append", default=[], help="send this header, too")
+    parser.add_argument("-d", "--data", metavar="DATA", action="append", default=[],
+                        help="POST it, as a form's fields; @FILE: what is in FILE (@-: stdin) without its line ends")
+    parser.add_argument("-X", "--request", metavar="METHOD", help="instead of GET, or POST with -d")
+    parser.add_argument("-I", "--head", action="store_true", help="ask for the headers alone")
+    parser.add_argument("-i", "--include", action="store_true", help="print the headers, too")
+    parser.add_argument("-L", "--location", action="store_true", help="follow redirects: it does so anyway")
+    parser.add_argument("--no-location", action="store_true", help="do not")
+    parser.add_argument("-u", "--user", metavar="USER[:PASSWORD]", help="basic authentication; asks for a password that is left out")
+    parser.add_argument("--digest", action="store_true", help="digest authentication instead")
+    parser.add_argument("-x", "--proxy", metavar="URL", help="instead of http_proxy, https_proxy … of the environment")
+    parser.add_argument("--cacert", metavar="FILE", help="certificates to trust instead of the system's")
+    parser.add_argument("-k", "--insecure", action="store_true", help="trust anybody, who may be in the middle")
+    parser.add_argument("-m", "--max-time", metavar="SECONDS", type=float, default=math.inf, help="for all of it")
+    parser.add_argument("-s", "--silent", action="store_true", help="no progress bar")
+    return parser
+
+
+def _get_data(pieces):
+    """-d: the content, or None."""
+    content = []
+    for piece in pieces:
+        if piece.startswith("@"):
+            try:
+                data = sys.stdin.buffer.read() if piece == "@-" else pathlib.Path(piece[1:]).read_bytes()
+            except OSError as error:
+                raise UsageError(f"-d {piece}: {error}") from error
+            content.append(data.replace(b"\r", b"").replace(b"\n", b""))
+        else:
+            content.append(os.fsencode(piece))
+    return b"&".join(content) if content else None
+
+
+def _get_settings(http, options):
+    """The arguments of HttpClient, and those of its stream()."""
+    headers = [("Accept-Encoding", "identity")]
+    for line in options.header:
+        name, colon, value = line.partition(":")
+        if not colon:
+            raise UsageError(f"-H {line!r}: give 'Name: value'")
+        headers.append((name.strip(), value.strip()))
+    content = _get_data(options.data)
+    if content is not None and "content-type" not in [name.lower() for name, _ in headers]:
+        headers.append(("Content-Type", "application/x-www-form-urlencoded"))
+    auth = None
+    if options.user is not None:
+        user, colon, password = options.user.partition(":")
+        if not colon:
+            password = getpass.getpass(f"Password of {user}: ")
+        auth = (http.DigestAuth if options.digest else http.BasicAuth)(user, password)
+    client = {"headers": headers, "auth": auth, "follow_redirects": not options.no_location, "max_bytes": None,
+              "verify": False if options.insecure else options.cacert or True,
+              "timeout": http.Timeouts(connect=60.0, head=300.0, read=300.0, total=None)}
+    if options.proxy:
+        client["proxy"] = options.proxy
+    return client, {"content": content}
+
+
+async def _get(http, options, url, download, settings):
+    """Do it: the exit status."""
+    client_settings, request = settings
+    method = options.request or ("HEAD" if options.head else "GET" if request["content"] is None else "POST")
+    meter = _Meter(sys.stderr, time.monotonic(), options.silent or download is None)
+    out = sys.stdout.buffer
+    try:
+        async with http.HttpClient(**client_settings) as client:
+            async with client.stream(method, url, headers=download.headers() if download else {}, **request) as response:
+                if options.include or options.head:
+                    for one in (*response.history, response):
+                        lines = [f"HTTP/{one.version} {one.status} {one.reason}".rstrip(), *[f"{name}: {value}" for name, value in one.headers]]
+                        out.write(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+                    out.flush()
+                if download is not None and response.status < 400:
+                    with download.open(response) as file:
+                        await _get_into(file, response, meter, download.offset)
+                    download.finish()
+                    return 0
+                if download is not None and download.offset and response.status == 416 and download.is_complete(response):
+                    download.finish()
+                    return 0
+                if download is None:
+                    await _get_into(out, response, meter, 0)
+                    out.flush()
+                if response.status >= 400:
+                    print(f"flowcoro: {url}: {response.status} {response.reason}".rstrip(), file=sys.stderr)
+                    return 22
+                return 0
+    finally:
+        meter.clear()
+
+
+async def _get_into(file, response, meter, offset):
+    length, done, terminal = response.headers.get("content-length"), offset, file.isatty()
+    meter.start = offset
+    async for piece in response:
+        if terminal and b"\0" in piece:
+            raise GetFailed(23, "this is no text, and stdout a terminal; -o FILE writes it to a file")
+        try:
+            file.write(piece)           # (one task is all there is: nobody waits for the disk but who wants to)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise GetFailed(23, f"cannot write: {error}") from error
+        done += len(piece)
+        meter.tell(done, offset + int(length) if length else None)
+
+
+def _get_status(http, net, error):
+    """The exit status for an error of HttpClient."""
+    cause = error.__cause__
+    for kind, status in ((http.RequestTimeout, 28), (http.RedirectError, 47), (http.ResponseError, 8), (http.ProxyError, 56)):
+        if isinstance(error, kind):
+            return status
+    if isinstance(error, http.ConnectError):
+        if isinstance(cause, net.TlsError):
+            return 60 if isinstance(cause.__cause__, ssl.SSLCertVerificationError) else 35
+        return 6 if isinstance(cause, net.ResolveError) else 7
+    return 18 if error.response is not None else 56
+
+
+def _get_command(arguments):
+    """`get URL [-o FILE] …`."""
+    options = _get_parser().parse_args(arguments)
+    http, net = _load("flowcoro_http"), _load("flowcoro_net")
+    url = options.url if "://" in options.url else f"http://{options.url}"
+    if not options.max_time > 0:
+        raise UsageError(f"--max-time {options.max_time:g}: give more than 0 seconds")
+    if options.remote_name and options.output is None:
+        name = url.partition("://")[2].partition("?")[0].partition("#")[0].partition("/")[2].rpartition("/")[2]
+        if not name:
+            raise UsageError(f"-O: {url} does not end with a name; give one with -o")
+        options.output = http.safe_filename(urllib.parse.unquote(name))
+    if options.proceed and options.output in (None, "-"):
+        raise UsageError("-C needs the file to go on with: -o FILE or -O")
+    download = None
+    try:
+        settings = _get_settings(http, options)
+        if options.output not in (None, "-"):
+            download = _Download(options.output, url, options.proceed, options.force)
+
+        async def in_time():
+            with flowcoro.timeout(options.max_time):
+                return await _get(http, options, url, download, settings)
+
+        return flowcoro.run(in_time())
+    except http.RequestError as error:
+        status, said = _get_status(http, net, error), str(error)
+    except GetFailed as error:
+        status, said = error.status, str(error)
+    except TimeoutError:
+        status, said = 28, f"{url}: not done within --max-time {options.max_time:g} seconds"
+    except (ValueError, TypeError, http.LocalProtocolError) as error:
+        status, said = 3, str(error)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        status, said = 23, str(error)
+    print(f"flowcoro: {said}{download.left() if download and status in (18, 28, 56) else ''}", file=sys.stderr)
+    return status
+# ---- serve -------------------------------------------------------------------------------------------------
+
+KEPT = "FLOWCORO_KEPT_SOCKETS"          # environment: numbers of listening sockets that --reload hands to the next program
+LOOK_AT_FILES = 0.5                     # seconds between two looks at the sources; an editor has saved by then
+RELOAD_DRAIN = 2.0                      # seconds that requests have to end before the program is replaced: somebody is waiting
+
+
+class _NotLoaded(UsageError):
+    """The application could not be loaded; `files` are those whose change may help."""
+
+    def __init__(self, message, files=()):
+        super().__init__(message)
+        self.files = set(files)
+
+
+def _serve_parser():
+    parser = _parser("serve", "Serves an application, or the files of a folder, over HTTP.")
+    parser.epilog = ("examples:  serve shop:app  ·  serve 'shop:make_app()' --processes 4  ·  serve . --listing.  SIGTERM and "
+                     "Ctrl-C end it once requests under way are answered; a second Ctrl-C at once. SIGHUP reads the certificate "
+                     "anew, and with --processes replaces the processes one by one.")
+    add = parser.add_argument
+    add("target", metavar="TARGET", help="module:name of an HttpServer, a WSGI or an ASGI application, or module:name() for a "
+        "function that makes one; or a folder. The current directory is searched first")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 or ::, to be reached from other machines "
+        "(default: %(default)s)")
+    add("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
+    add("--unix", metavar="PATH", help="listen on a Unix socket instead")
+    add("--processes", type=int, metavar="N", help="worker processes that share the address; one uses one core")
+    add("--tls-cert", metavar="FILE", help="serve HTTPS: the certificate with its chain, PEM")
+    add("--tls-key", metavar="FILE", help="its private key, PEM (default: in the same file)")
+    add("--reload", action="store_true", help="start anew when a source file changes, for development; the address stays open")
+    add("--access-log", nargs="?", const="common", choices=("common", "json"), metavar="FORMAT",
+        help="a line per request on stderr, common (the default) or json: --access-log=json")
+    add("--drain-timeout", type=float, default=8.0, metavar="SECONDS",
+        help="what is under way has so long when the server ends (default: %(default)g)")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--wsgi", action="store_true", help="it is a WSGI application, whatever it looks like")
+    kinds.add_argument("--asgi", action="store_true", help="it is an ASGI application")
+    add("--threads", type=int, metavar="N", help="of a WSGI application, at most (default: 40)")
+    add("--listing", action="store_true", help="of a folder: show what is in folders without an index.html")
+    return parser
+
+
+def _serve_command(arguments):
+    """`serve TARGET …`: until SIGTERM or Ctrl-C."""
+    parser = _serve_parser()
+    options = parser.parse_args(arguments)
+    folder = pathlib.Path(options.target)
+    options.folder = folder if folder.is_dir() else None
+    _check_serve(options)
+    kept = _KeptSockets(os.environ.pop(KEPT, "")) if options.reload else None
+    again = False
+    try:
+        app = _served_app(options)
+        again = flowcoro.run(_serve(app, options, kept), grace=options.drain_timeout + 5)
+    except _NotLoaded as error:
+        if kept is None or not kept.numbers:        # in a reload a mistake in a source is waited for to be corrected
+            raise
+        print(f"flowcoro: {error}\nwaiting for a change", file=sys.stderr, flush=True)
+        again = flowcoro.run(_change_or_stop(error.files))
+    except KeyboardInterrupt:                       # the second Ctrl-C
+        return 130
+    if again:
+        kept.hand_over()
+    return 0
+
+
+def _check_serve(options):
+    """UsageError for options that do not go together."""
+    if options.tls_key and not options.tls_cert:
+        raise UsageError("--tls-key needs --tls-cert: a private key alone proves nothing")
+    if options.folder is None and options.listing:
+        raise UsageError(f"--listing is for a folder, and {options.target} is none")
+    if options.folder is not None and (options.wsgi or options.asgi or options.threads):
+        raise UsageError(f"{options.target} is a folder: --wsgi, --asgi and --threads are for applications")
+    if options.processes is not None and options.processes < 1:
+        raise UsageError(f"--processes {options.processes}: give 1 or more")
+    if not 0 <= options.port <= 65535:
+        raise UsageError(f"--port {options.port}: give a number from 0 to 65535")
+    if options.reload and options.processes is not None:
+        raise UsageError("--reload is for development, and serves in one process: leave out --processes")
+    if options.reload and (options.folder or not hasattr(os, "fork")):
+        raise UsageError("--reload watches the sources of an application" if options.folder else
+                         "--reload replaces the program, which this system cannot do while its sockets stay open")
+
+
+# -- what is served
+
+def _load_target(target):
+    """The object that "module:name" or "module:name()" means. _NotLoaded, which says what is missing."""
+    module, colon, name = target.partition(":")
+    made = name.endswith("()")
+    path = name.removesuffix("()").split(".")
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), *path]):
+        raise UsageError(f"{target!r} is neither a folder nor module:name, such as shop:app or shop:make_app()")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+        for at, part in enumerate(path):
+            try:
+                found = getattr(found, part)
+            except AttributeError:
+                known = [other for other in dir(found) if not other.startswith("_")]
+                near = difflib.get_close_matches(part, known)
+                where = ".".join([module, *path[:at]])
+                raise _NotLoaded(f"{where} has no {part!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
+                                 _source_files()) from None
+        return found() if made else found
+    except _NotLoaded:
+        raise
+    except Exception as error:
+        raise _not_loaded(module, error) from error
+
+
+def _not_loaded(module, error):
+    """What to say of an error in somebody's module, or of one that is not there."""
+    if isinstance(error, ModuleNotFoundError) and error.name and (module + ".").startswith(error.name + "."):
+        return _NotLoaded(f"there is no module {error.name!r} in {os.getcwd()}, nor elsewhere on Python's path", _source_files())
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    files = {frame.filename for frame in frames} | _source_files()
+    where = f"{frames[-1].filename}, line {frames[-1].lineno}"
+    if isinstance(error, SyntaxError) and error.filename:
+        files.add(error.filename)
+        where = f"{error.filename}, line {error.lineno}"
+    said = error.msg if isinstance(error, SyntaxError) else error
+    return _NotLoaded(f"{module} could not be loaded: {type(error).__name__}: {said} ({where})", files)
+
+
+def _served_app(options):
+    """The HttpServer to run."""
+    http = _load("flowcoro_http")
+    if options.folder is not None:
+        app = http.HttpServer()
+        app.mount("/", http.static_files(options.folder, listing=options.listing), encoded_slashes=True)
+    else:
+        found = _load_target(options.target)
+        if isinstance(found, http.HttpServer):
+            if options.wsgi or options.asgi or options.threads:
+                raise UsageError(f"{options.target} is an HttpServer: --wsgi, --asgi and --threads are for other applications")
+            app = found
+        elif isinstance(found, http.Router):
+            app = http.HttpServer()
+            app.include(found)
+        else:
+            app = http.HttpServer()
+            app.mount("/", _hosted(http, app, found, options), encoded_slashes=True)
+    if options.access_log:
+        app.middleware(http.access_log(format=options.access_log), outermost=True)
+    return app
+
+
+def _hosted(http, app, found, options):
+    """The handler of a WSGI or an ASGI application."""
+    kind = "wsgi" if options.wsgi else "asgi" if options.asgi else _kind_of(found, options.target)
+    if kind == "wsgi":
+        return http.wsgi_app(found, **({"threads": options.threads} if options.threads else {}))
+    if options.threads:
+        raise UsageError(f"{options.target} is an ASGI application: --threads is for WSGI")
+    host = http.asgi_app(found)
+
+    @contextlib.asynccontextmanager
+    async def lifespan():
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(host.lifespan())
+            except RuntimeError as error:
+                raise UsageError(str(error)) from error
+            yield
+    app.lifespan(lifespan)
+    return host
+
+
+def _kind_of(found, target):
+    """ "wsgi" or "asgi"; UsageError when it looks like neither."""
+    if not callable(found):
+        raise UsageError(f"{target} is {found!r:.80}, no application")
+    call = found if inspect.isroutine(found) or isinstance(found, type) else type(found).__call__
+    if inspect.iscoroutinefunction(inspect.unwrap(found)) or inspect.iscoroutinefunction(inspect.unwrap(call)):
+        return "asgi"
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):
+        raise UsageError(f"it cannot be seen what {target} is: say --wsgi or --asgi") from None
+    needed = [each for each in parameters if each.default is each.empty and each.kind in (
+        each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    if len(needed) in (2, 3):
+        return "wsgi" if len(needed) == 2 else "asgi"
+    if not needed and not isinstance(found, type) and not any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        raise UsageError(f"{target} takes no arguments: if it makes the application, write {target}()")
+    raise UsageError(f"{target} looks neither like WSGI (environ, start_response) nor like ASGI (scope, receive, send): say --wsgi "
+                     "or --asgi")
+
+
+# -- serving
+
+async def _serve(app, options, kept):
+    """Until it is to end; whether the program is to be replaced by a new one."""
+    tls = _serve_tls(options)
+    network = flowcoro.network.set(kept) if kept is not None and options.unix is None else None
+    try:
+        server = await app.listen(options.host, options.port, unix=options.unix, tls=tls,
+                                  reuse_port=options.processes is not None and sys.platform == "linux")
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error.strerror or error) if isinstance(error, OSError) else str(error)) from error
+    finally:
+        if network is not None:
+            flowcoro.network.reset(network)
+    ending = types.SimpleNamespace(asked=False, changed=None)
+    async with server:
+        if kept is not None:
+            kept.keep()
+            flowcoro.spawn(_close_on_change(server, ending), name="watch the sources")
+        _announce(server, options)
+        drain = options.drain_timeout if kept is None else min(options.drain_timeout, RELOAD_DRAIN)
+        more = {"reload": functools.partial(_reload_certificate, server, options)} if options.processes else {}
+        with _load("flowcoro_os").signals(*_serve_signals(options)) as received, flowcoro.CancelScope() as scope:
+            hearing = flowcoro.spawn(_obey(received, server, options, ending, scope), name="hear signals")
+            try:
+                await server.serve(processes=options.processes, drain_timeout=drain, **more)
+            finally:
+                hearing.cancel()
+    return ending.changed is not None and not ending.asked
+
+
+def _serve_tls(options):
+    """The ssl.SSLContext; UsageError when the files are none of certificates."""
+    if not options.tls_cert:
+        return None
+    try:
+        return _load("flowcoro_net").server_tls(options.tls_cert, options.tls_key, alpn=["http/1.1"])
+    except OSError as error:
+        raise UsageError(f"--tls-cert: {error.strerror or error}") from error
+
+
+def _announce(server, options):
+    """Say where it listens: a line for each address."""
+    what = options.target if options.processes is None else f"{options.target} in {options.processes} processes"
+    for address in server.addresses:
+        host, port = address[:2] if isinstance(address, tuple) else (None, None)
+        url = f"{server.url.partition(':')[0]}://{f'[{host}]' if ':' in host else host}:{port}" if host else str(address)
+        print(f"serving {what} on {url}", flush=True)
+    print("Ctrl-C ends it", flush=True)
+
+
+def _serve_signals(options):
+    """Those that we hear; with processes SIGHUP is the supervisor's."""
+    return [signal.SIGINT] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") and not options.processes else [])
+
+
+async def _obey(received, server, options, ending, scope):
+    """SIGINT ends the server, and at once when it comes again; SIGHUP reads the certificate anew."""
+    async for number in received:
+        if number != signal.SIGINT:
+            _reload_certificate(server, options)
+        elif ending.asked:
+            scope.cancel()
+        else:
+            ending.asked = True
+            print("ending; Ctrl-C once more ends it at once", flush=True)
+            flowcoro.request_stop()
+
+
+def _reload_certificate(server, options):
+    """Use the files as they are now; what cannot be used is told, and the old one stays."""
+    if options.tls_cert:
+        try:
+            server.reload_certificate(options.tls_cert, options.tls_key)
+            print("certificate reloaded", flush=True)
+        except OSError as error:
+            print(f"flowcoro: the certificate stays as it is: {error.strerror or error}", file=sys.stderr, flush=True)
+
+
+# -- reloading
+
+def _source_files():
+    """The files of modules that are loaded and belong neither to Python nor to an installed package."""
+    installed = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    return {file for file in files if file and file.endswith(".py") and not file.startswith(installed)}
+
+
+async def _change(files=()):
+    """Wait until one of these, or of the modules that are loaded by then, has another mtime; which one."""
+    seen = {}
+    while True:
+        for file in sorted({*files, *_source_files()}):
+            try:
+                changed = os.stat(file).st_mtime_ns
+            except OSError:                     # an editor is about to put another one there
+                changed = None
+            if seen.setdefault(file, changed) != changed:
+                return file
+        await flowcoro.sleep(LOOK_AT_FILES)
+
+
+async def _change_or_stop(files):
+    """Whether it was a change that came first."""
+    which, file = await flowcoro.when_any(_change(files), flowcoro.stop_requested())
+    if which == 0:
+        print(f"{file} has changed: starting anew", flush=True)
+    return which == 0
+
+
+async def _close_on_change(server, ending):
+    ending.changed = await _change()
+    print(f"{ending.changed} has changed: starting anew", flush=True)
+    server.close()
+
+
+class _Bound(socket.socket):
+    """A listening socket that another program has made and bound."""
+
+    def bind(self, address):
+        """It is."""
+
+
+class _KeptSockets:
+    """A network (see flowcoro.network) whose listening sockets stay open while the program is replaced by exec: who connects
+    meanwhile waits until the new one accepts. Only listen() is called with it.
+    """
+
+    def __init__(self, numbers):
+        """`numbers`: of the sockets that the program before has handed over, divided by commas; or ""."""
+        self.numbers = [int(number) for number in numbers.split(",") if number]
+        self.made = []
+
+    def socket(self, family, kind, proto=0):
+        for number in self.numbers:
+            raw = _Bound(fileno=number)
+            if raw.family == family:
+                self.numbers.remove(number)
+                os.set_inheritable(number, False)
+                break
+            raw.detach()
+        else:
+            raw = socket.socket(family, kind, proto)
+        raw.setblocking(False)
+        self.made.append(raw)
+        return raw
+
+    pollable = staticmethod(flowcoro.Pollable)
+
+    async def getaddrinfo(self, host, port, family=0, kind=0, flags=0):
+        return await flowcoro.to_thread(socket.getaddrinfo, host, port, family, kind, 0, flags)
+
+    def keep(self):
+        """From now on there is a second descriptor of each, so that closing the server leaves them open."""
+        self.numbers = [os.dup(raw.fileno()) for raw in self.made if raw.fileno() >= 0]
+        self.made.clear()
+
+    def hand_over(self):
+        """Replace the program by itself, as it was started. Does not return."""
+        for number in self.numbers:
+            os.set_inheritable(number, True)
+        os.environ[KEPT] = ",".join(map(str, self.numbers))
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 # ---- The command line --------------------------------------------------------------------------------------

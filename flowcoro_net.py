@@ -95,6 +95,7 @@ import itertools
 import math
 import mmap
 import os
+import select
 import signal
 import socket
 import ssl
@@ -1015,6 +1016,16 @@ class _Tls:
 _SOMEBODY, _CLOSER = "another task", "close()"
 
 
+# What poll() says of a peer that sends no more (Linux): where the kernel has no epoll that tells it by itself, it is asked.
+_HANGUP = getattr(select, "POLLRDHUP", 0)
+
+
+def _has_hung_up(raw):
+    poll = select.poll()
+    poll.register(raw, _HANGUP)
+    return bool(poll.poll(0))
+
+
 class _Stream(_Owner):
     """How a connection reads and writes; Socket is what users see of it."""
 
@@ -1189,7 +1200,8 @@ class _Stream(_Owner):
     @property
     def hung_up(self):
         """Whether the peer is known to send no more, or to be gone, even if there is something left to read. Never blocks."""
-        return self._ended or self._lost is not None or self._pollable.hangup
+        return self._ended or self._lost is not None or self._pollable.hangup or (
+            _HANGUP and not self._closed and isinstance(self._raw, socket.socket) and _has_hung_up(self._raw))
 
 
 def _in_records(views):
@@ -1645,6 +1657,10 @@ class Socket(_Secured):
             self._close()
 
     # -- about it
+
+    def caused(self, error):
+        """Whether an exception, or all of a group, says that the peer or the network has broken this connection. Never blocks."""
+        return _is_the_peers(error, self)
 
     @property
     def peer(self):
@@ -2579,7 +2595,8 @@ class _Acceptor:
             if now - self._reported >= REPORT_PAUSE:
                 self._reported = now
                 report_error(error, f"{self!r} cannot accept connections for the moment: {error.strerror} ({error.errno}). It "
-                             "tries again every few tenths of a second; close some, raise `ulimit -n`, or set max_connections= of serve()")
+                             "tries again every few tenths of a second; close some, raise `ulimit -n`, or set max_connections= "
+                             "of serve()")
         await flowcoro.sleep(PAUSE)
 
     def __aiter__(self):

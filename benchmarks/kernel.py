@@ -247,7 +247,12 @@ def contenders_of(case, contenders, asked):
 
 
 def versions_of(python, folder, contenders, left_out):
-    """{contender: its version}. Those that say none go to `left_out`, with the reason, and all there are told."""
+    """{contender: its version}. Those that say none go to `left_out`, with the reason, and all there are told.
+
+    Who is no contender is taken out of `left_out`: the environment has the peers of all benchmarks.
+    """
+    for name in left_out.keys() - set(contenders):
+        del left_out[name]
     versions = {}
     for name in contenders:
         if name not in left_out:

@@ -1,7 +1,8 @@
-/* The load generator of net.py: one thread, one epoll, as many connections as asked for.
+/* The load generator of net.py and http.py: one thread, one epoll, as many connections as asked for.
 
    load echo     port=N connections=N size=BYTES seconds=S     each connection sends a request, awaits the answer, sends the next
-   load paced    port=N connections=N size=BYTES seconds=S     each connection sends one request a second, whatever the answers do
+   load paced    port=N connections=N size=BYTES seconds=S     each connection sends one request a second, whatever the answers
+                                                               do; with rate=N, all of them together N a second
    load connect  port=N connections=N size=BYTES seconds=S     connect, one request, one answer, close, and again
    load push     port=N bytes=N repeat=N                       send so many bytes; the answer is how many have come
    load pull     port=N bytes=N repeat=N                       ask for so many bytes and receive them
@@ -9,6 +10,8 @@
    further: pattern=FILE     a MiB that what is sent is cut from, and what is pulled consists of
             pid=N            the server's process: its processor time and its memory are reported too
             tls=1            by TLS, without looking at the certificate; only when compiled with -DTLS -lssl -lcrypto
+            http=FILE        echo, paced: FILE is the request, of HTTP/1.1; each answer has to be a response with status 200 and
+                             `size` bytes of content, which are the pattern's first, again and again
             warm=S           seconds that are not counted, at the start
             think=US         echo: microseconds between an answer and the next request, for a single connection; else the next
                              one is there before a slow server has gone to sleep, and the fast one pays for waking up
@@ -43,7 +46,7 @@
 #include <openssl/ssl.h>
 #endif
 
-enum { PATTERN = 1 << 20, LARGEST = 1 << 20, AT_A_TIME = 64, EVENTS = 512, PIECE = 256 << 10 };
+enum { PATTERN = 1 << 20, LARGEST = 1 << 20, AT_A_TIME = 64, EVENTS = 512, PIECE = 256 << 10, HEAD = 2048 };
 
 /* Seconds: until all connections have to be set up, and until one answer has to be there. A bulk transfer gets PATIENCE
    after its last byte of progress. */
@@ -52,7 +55,10 @@ enum { SETTING_UP = 60, PATIENCE = 20 };
 typedef struct {
     int fd;                     /* -1: broken, or not yet there */
     uint32_t id, turn;          /* which connection, and its how many-th request: these choose the bytes */
-    uint32_t sent, received;    /* of the request, of the answer */
+    uint32_t sent, received;    /* of the request, of the answer; of HTTP's answers: of the content */
+    char *head;                 /* HTTP: what has come of an answer's head, and what came with it */
+    uint32_t head_size;
+    int in_content;             /* HTTP: the head is complete */
     int busy, watches_out;      /* a request is under way; epoll reports room to write */
     int64_t due;                /* when the request was due, or sent; nanoseconds */
 #ifdef TLS
@@ -61,9 +67,10 @@ typedef struct {
 } Connection;
 
 static int port, number = 1, repeat = 1, use_tls, spin, think;
-static uint32_t size = 1024;
+static uint32_t size = 1024, request_size, http_size;
+static char *http;              /* the request; NULL where the peer echoes */
 static int64_t bytes = 1 << 30;
-static double seconds = 1, warm = 0.2;
+static double seconds = 1, warm = 0.2, rate;
 static long pid;
 static unsigned char pattern[PATTERN + LARGEST], scratch[LARGEST > PIECE ? LARGEST : PIECE];
 static Connection *all;
@@ -166,6 +173,8 @@ static void disconnect(Connection *c) {
 #endif
     close(c->fd);
     c->fd = -1;
+    free(c->head);
+    c->head = NULL;
 }
 
 /* The peer has gone, or the network. */
@@ -222,12 +231,13 @@ static int wants_out(Connection *c) {
 /* The bytes of the request that is under way: others for each connection and each turn, so that an answer which belongs to
    another connection, or to an earlier request, is not taken for the right one. */
 static const unsigned char *request(Connection *c) {
+    if (http) return (const unsigned char *)http;
     return pattern + (c->id * 7919ULL + c->turn * 104729ULL) % PATTERN;
 }
 
 static void go_on_sending(Connection *c) {
-    while (c->sent < size) {
-        ssize_t count = give(c, request(c) + c->sent, size - c->sent);
+    while (c->sent < request_size) {
+        ssize_t count = give(c, request(c) + c->sent, request_size - c->sent);
         if (count < 0 && errno == EAGAIN) {
             if (c->watches_out != wants_out(c)) watch(c, !c->watches_out);
             return;
@@ -243,7 +253,8 @@ static void go_on_sending(Connection *c) {
 
 static void begin_request(Connection *c, int64_t due) {
     c->turn++;
-    c->sent = c->received = 0;
+    c->sent = c->received = c->head_size = 0;
+    c->in_content = 0;
     c->due = due;
     c->busy = 1;
     go_on_sending(c);
@@ -263,6 +274,7 @@ static void open_connection(Connection *c) {
         SSL_set_connect_state(c->ssl);
     }
 #endif
+    if (http && !(c->head = malloc(HEAD + 1))) fail("no memory for connection %u", c->id);
     c->turn = 0;
     c->busy = 1;
     c->sent = c->received = 0;
@@ -301,13 +313,46 @@ static void answered(Connection *c, int64_t at) {
     if (!is_paced && at < stop_at) begin_request(c, think ? after_thinking(at) : at);
 }
 
-static void receive_answer(Connection *c) {
-    ssize_t count = take(c, scratch, size - c->received + 1);       /* 1 more: nothing may come after it */
-    if (count < 0 && (errno == EAGAIN || errno == EINTR)) return;
-    if (count <= 0) {
+/* take(), or 0 when nothing has come or the connection is lost. */
+static size_t take_some(Connection *c, void *buffer, size_t room) {
+    ssize_t count = take(c, buffer, room);
+    if (count > 0) return count;
+    if (!count || (errno != EAGAIN && errno != EINTR))
         lost(c, "waiting for an answer", count ? strerror(errno) : "the server closed it");
-        return;
-    }
+    return 0;
+}
+
+/* Some content has come, of the answer of HTTP that is under way. */
+static void receive_content(Connection *c, const void *content, size_t count) {
+    if (c->received + count > size) fail("more came than the answer");
+    if (memcmp(content, pattern + c->received % PATTERN, count)) fail("wrong content after %u bytes", c->received);
+    c->received += count;
+    if (c->received == size) answered(c, now());
+}
+
+/* The head of an answer of HTTP, or a part of it, and what came with it. */
+static void receive_head(Connection *c) {
+    size_t count = take_some(c, c->head + c->head_size, HEAD - c->head_size);
+    if (!count) return;
+    c->head_size += count;
+    c->head[c->head_size] = 0;
+    char *end = memmem(c->head, c->head_size, "\r\n\r\n", 4);
+    if (!end && c->head_size == HEAD) fail("the head of an answer has more than %d bytes", HEAD);
+    if (!end) return;
+    *end = 0;
+    if (strncmp(c->head, "HTTP/1.1 200 ", 13)) fail("the answer was %.*s", (int)strcspn(c->head, "\r"), c->head);
+    char *length = strcasestr(c->head, "\r\nContent-Length:");
+    if (!length || strtoul(length + 17, NULL, 10) != size) fail("an answer has no `Content-Length: %u`", size);
+    c->in_content = 1;
+    receive_content(c, end + 4, c->head + c->head_size - end - 4);
+}
+
+static void receive_answer(Connection *c) {
+    if (http && !c->in_content) return receive_head(c);
+    uint32_t left = size - c->received, most = http ? PIECE : LARGEST - 1;
+    size_t count = take_some(c, scratch, (left < most ? left : most) + 1);      /* 1 more: nothing may come after it */
+    if (!count) return;
+    if (http) return receive_content(c, scratch, count);
     if (!c->busy || c->received + count > size) fail("more came than was sent");
     if (memcmp(scratch, request(c) + c->received, count)) fail("an answer differs from its request");
     c->received += count;
@@ -322,7 +367,7 @@ static void on_event(Connection *c, uint32_t events) {
         if (!c->turn && !getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &failed, &length) && failed)
             fail("cannot connect to 127.0.0.1:%d: %s", port, strerror(failed));
         go_on_sending(c);
-    } else if (c->sent < size && c->busy) {
+    } else if (c->sent < request_size && c->busy) {
         go_on_sending(c);       /* TLS: the handshake goes on when something has come */
     }
     if (c->fd >= 0 && events & (EPOLLIN | EPOLLHUP | EPOLLERR)) receive_answer(c);
@@ -396,7 +441,7 @@ static void echo(void) {
 }
 
 static void paced(void) {
-    int64_t before = set_up(), interval = 1000000000LL, began = now() + 10000000LL;
+    int64_t before = set_up(), interval = 1e9 * number / (rate ? rate : number), began = now() + 10000000LL;
     int64_t ends = began + (int64_t)((warm + seconds) * 1e9), counts_from = began + (int64_t)(warm * 1e9), due = began;
     Moment from = moment();
     for (int64_t step = 0; (due = began + step / number * interval + step % number * interval / number) < ends; step++) {
@@ -404,7 +449,7 @@ static void paced(void) {
         if (!counting && due >= counts_from) counting = 1, from = moment();
         Connection *c = all + step % number;
         if (c->fd < 0) continue;
-        if (c->busy) skipped++;             /* its last answer has not come within a second */
+        if (c->busy) skipped++;             /* its last answer has not come by its next turn */
         else begin_request(c, due);
     }
     while (now() < ends) turn(ends);
@@ -485,6 +530,12 @@ static void read_pattern(const char *name) {
     memcpy(pattern + PATTERN, pattern, LARGEST);
 }
 
+static void read_request(const char *name) {
+    FILE *file = fopen(name, "r");
+    if (!file || !(http = malloc(LARGEST)) || !(http_size = fread(http, 1, LARGEST, file))) fail("%s: a request is wanted", name);
+    fclose(file);
+}
+
 static void read_option(char *option) {
     char *value = strchr(option, '=');
     if (!value) fail("%s: options are name=value", option);
@@ -495,6 +546,8 @@ static void read_option(char *option) {
     else if (!strcmp(option, "bytes")) bytes = atoll(value);
     else if (!strcmp(option, "repeat")) repeat = atoi(value);
     else if (!strcmp(option, "seconds")) seconds = atof(value);
+    else if (!strcmp(option, "rate")) rate = atof(value);
+    else if (!strcmp(option, "http")) read_request(value);
     else if (!strcmp(option, "warm")) warm = atof(value);
     else if (!strcmp(option, "pid")) pid = atol(value);
     else if (!strcmp(option, "spin")) spin = atoi(value);
@@ -509,8 +562,11 @@ int main(int count, char **words) {
     for (int i = 2; i < count; i++) read_option(words[i]);
     const char *mode = words[1];
     if (port < 1 || port > 65535) fail("port=%d: a number from 1 to 65535 is wanted", port);
-    if (size < 1 || size > LARGEST - 1) fail("size=%u: bytes from 1 to %d are wanted", size, LARGEST - 1);
+    if (size < 1 || (size > LARGEST - 1 && !http)) fail("size=%u: bytes from 1 to %d are wanted", size, LARGEST - 1);
     if (number < 1) fail("connections=%d: at least 1 is wanted", number);
+    if (rate < 0) fail("rate=%g: requests a second are wanted", rate);
+    if (http && strcmp(mode, "echo") && strcmp(mode, "paced")) fail("http=FILE: only for echo and paced");
+    request_size = http ? http_size : size;
     if (use_tls) {
 #ifdef TLS
         if (!(tls = SSL_CTX_new(TLS_client_method()))) fail("OpenSSL has no context for us");

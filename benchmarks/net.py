@@ -38,7 +38,7 @@ import pathlib
 import platform
 import resource
 import select
-import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,7 +105,7 @@ FIGURES = {
     "cpu": rate_of_cpu, "rate": rate, "speed": lambda done: rate(done) / 1e6,
     "speed_of_cpu": lambda done: rate_of_cpu(done) / 1e6,
     "p50": lambda done: done["p50"] * 1e6, "p99": lambda done: done["p99"] * 1e6,
-    "p99_ms": lambda done: done["p99"] * 1e3, "max_ms": lambda done: done["max"] * 1e3,
+    "p50_ms": lambda done: done["p50"] * 1e3, "p99_ms": lambda done: done["p99"] * 1e3, "max_ms": lambda done: done["max"] * 1e3,
     "lost": lambda done: done["broken"] + done["unanswered"] + done["skipped"],
     "memory": lambda done: done["memory"] / 1024,
     "busy": lambda done: 100 * done["busy"],
@@ -171,7 +171,6 @@ CASES = [
          rows_of("file", "file of 1 GiB", *bulk_rows({"blocking": 0.9, "sendfile": 0.9, "shutil": 0.9}))),
 ]
 BY_NAME = {case.name: case for case in CASES}
-ROWS = {row.name: row for case in CASES for row in case.rows}
 BULK = ["receive", "send", "file"]
 
 
@@ -239,6 +238,48 @@ def raise_limit(wanted):
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def serving(command):
+    """The process of a server, and its port. However this is left, it is ended, and all that it has started."""
+    with tempfile.TemporaryFile("w+") as said, subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, text=True,
+            env=kernel.clean_environment(), start_new_session=True) as process:
+        try:
+            line = ""
+            if select.select([process.stdout], [], [], START_LIMIT)[0]:
+                line = process.stdout.readline()
+            if not line:
+                said.seek(0)
+                raise Failed(f"the server did not start: {kernel.last_line(said.read())}")
+            yield process, json.loads(line)["port"]
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)          # not waited for yet, so the number is still its own
+
+
+def run_load(program, cores, words):
+    """What load.c reports, run on the second of the two cores."""
+    command = [str(program), *words, f"spin={int(cores[0] != cores[1])}"]
+    return json.loads(run_generator(command, cores[1]))
+
+
+def run_generator(command, core):
+    """What a load generator prints, run on a processor of its own, or on all where `core` is None."""
+    pin = None if core is None else functools.partial(os.sched_setaffinity, 0, {core})
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_LIMIT, stdin=subprocess.DEVNULL,
+                              preexec_fn=pin)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"the load was not done within {LOAD_LIMIT} s") from None
+    if done.returncode:
+        raise Failed(kernel.last_line(done.stderr))
+    return done.stdout
+
+
+def figures_of(case, report):
+    """{name of a row: its figure}, out of what a generator reports."""
+    return {row.name: FIGURES[row.name.partition(":")[2]](report) for row in case.rows}
+
+
 class Lab:
     """All that a measurement needs besides the case and the contender."""
 
@@ -256,47 +297,24 @@ class Lab:
                 self.missing_tls = str(error)
         self.program = compile_load(folder, False)
 
-    @contextlib.contextmanager
-    def server(self, case, contender):
-        """The process of a server, and its port."""
-        command = kernel.command_of(self.python, "net_cases", contender, case.server, f"core={self.cores[0]}", *self.data,
-                                    *(self.certificate if case.tls else []))
-        with tempfile.TemporaryFile("w+") as said, subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, text=True,
-                env=kernel.clean_environment()) as process:
-            try:
-                line = ""
-                if select.select([process.stdout], [], [], START_LIMIT)[0]:
-                    line = process.stdout.readline()
-                if not line:
-                    said.seek(0)
-                    raise Failed(f"the server did not start: {kernel.last_line(said.read())}")
-                yield process, json.loads(line)["port"]
-            finally:
-                process.kill()
+    def missing(self, case):
+        """Why a case cannot be measured; None where it can."""
+        return self.missing_tls if case.tls else None
 
     def measure(self, case, contender):
-        """{key of a row: its figure} of one server under one load."""
-        with self.server(case, contender) as (process, port):
-            mode, *words = case.load(self.scale)
-            command = [str(self.program), mode, f"port={port}", f"pid={process.pid}", f"tls={int(case.tls)}", self.data[0],
-                       f"spin={int(self.cores[0] != self.cores[1])}",
-                       f"warm={min(0.3, self.scale.seconds / 2)}", *words]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_LIMIT, stdin=subprocess.DEVNULL,
-                                      preexec_fn=functools.partial(os.sched_setaffinity, 0, {self.cores[1]}))
-            except subprocess.TimeoutExpired:
-                raise Failed(f"the load was not done within {LOAD_LIMIT} s") from None
-            if done.returncode:
-                raise Failed(kernel.last_line(done.stderr))
-            report = json.loads(done.stdout)
-            return {row.name: FIGURES[row.name.partition(":")[2]](report) for row in case.rows}
+        """{name of a row: its figure} of one server under one load."""
+        command = kernel.command_of(self.python, "net_cases", contender, case.server, f"core={self.cores[0]}", *self.data,
+                                    *(self.certificate if case.tls else []))
+        with serving(command) as (process, port):
+            return figures_of(case, run_load(self.program, self.cores, [
+                *case.load(self.scale), f"port={port}", f"pid={process.pid}", f"tls={int(case.tls)}", self.data[0],
+                f"warm={min(0.3, self.scale.seconds / 2)}"]))
 
 
 def run_case(lab, case, contenders, rounds):
     """{row: what kernel.summarize() takes of it}."""
-    if case.tls and lab.missing_tls:
-        return {row.name: ({}, {"flowcoro": lab.missing_tls} if row is case.rows[0] else {}) for row in case.rows}
+    if reason := lab.missing(case):
+        return {row.name: ({}, {"flowcoro": reason} if row is case.rows[0] else {}) for row in case.rows}
     figures, failed = kernel.measure(case.name, contenders, rounds, functools.partial(lab.measure, case))
     return {row.name: ({name: [done[row.name] for done in rounds] for name, rounds in figures.items()},
                        failed if row is case.rows[0] else {}) for row in case.rows}
@@ -311,33 +329,63 @@ def busy_generators(report):
 
 # ---- the command line --------------------------------------------------------------------------------------------
 
-def print_list():
-    for case in CASES:
+def print_list(cases):
+    for case in cases:
         rows = (row.title.partition(": ")[2] + f" ({row.unit})" * bool(row.unit) for row in case.rows)
         print(f"{case.name:11} {', '.join(rows)}")
         print(textwrap.indent(textwrap.fill(" ".join(case.operation.split()), 100), " " * 12))
     print("\nrates (k/s, GB/s): more is better; costs (µs, ms, KiB): less is better")
 
 
-def main(argv=None):
-    """Run the benchmark and print its report. 0, or 1: FlowCoro failed, or missed a target under --check."""
-    parser = kernel.parser_of("network", "net.py", PEERS, [*BY_NAME, "bulk"])
+def add_quick(parser):
     parser.add_argument("--quick", action="store_true",
                         help="few connections, a moment each: to see that it works, not how fast")
-    options = kernel.parsed(parser, argv)
-    if options.list:
-        print_list()
-        return 0
+
+
+def needs_linux():
     if sys.platform != "linux":
         raise SystemExit(f"this benchmark needs Linux, for epoll and /proc; this is {sys.platform}")
 
-    asked = {name for word in options.case for name in (BULK if word == "bulk" else [word])}
-    cases = [case for case in CASES if not asked or case.name in asked]
-    scale = QUICK if options.quick else Scale()
+
+def with_room(scale, wants_crowd):
+    """The scale, with no more connections than the system allows; its limit is raised as far as it goes."""
     allowed = raise_limit(scale.crowd + SPARE)
-    if allowed < scale.crowd + SPARE and any(case.name == "crowd" for case in cases):
+    if allowed < scale.crowd + SPARE and wants_crowd:
         scale = dataclasses.replace(scale, crowd=allowed - SPARE)
         say(f"only {scale.crowd:,} connections at a time: `ulimit -Hn` is {allowed}")
+    return scale
+
+
+def deliver(what, cases, results, versions, left_out, python, options):
+    """Print the report on `what`; the exit status."""
+    rows = {row.name: row for case in cases for row in case.rows}
+    implementation = kernel.ask([python, "-c", NAME_OF_PYTHON])
+    report = {"heading": f"FlowCoro's {what}, {implementation}, {platform.system()} {platform.machine()}, "
+                         f"{len(os.sched_getaffinity(0))} cores, medians of {options.repeat} rounds"
+                         + ("; quick, the figures mean nothing" if options.quick else ""),
+              "rounds": options.repeat, "versions": versions, "left_out": left_out,
+              "groups": [[row.name for row in case.rows] for case in cases],
+              **kernel.summarize(rows, results, list(versions))}
+    report["busy"] = busy_generators(report)
+    status = kernel.deliver(report, results, options)
+    if report["busy"] and not options.json:
+        print("the generator was busy most of the time, and may be what was measured: " + "; ".join(report["busy"]))
+    return status
+
+
+def main(argv=None):
+    """Run the benchmark and print its report. 0, or 1: FlowCoro failed, or missed a target under --check."""
+    parser = kernel.parser_of("network", "net.py", PEERS, [*BY_NAME, "bulk"])
+    add_quick(parser)
+    options = kernel.parsed(parser, argv)
+    if options.list:
+        print_list(CASES)
+        return 0
+    needs_linux()
+
+    asked = {name for word in options.case for name in (BULK if word == "bulk" else [word])}
+    cases = [case for case in CASES if not asked or case.name in asked]
+    scale = with_room(QUICK if options.quick else Scale(), any(case.name == "crowd" for case in cases))
 
     with tempfile.TemporaryDirectory(prefix="flowcoro-bench-") as folder:
         python, left_out = sys.executable, {}
@@ -353,22 +401,11 @@ def main(argv=None):
         if "uvloop" in left_out:
             left_out["protocol"] = left_out["uvloop"]
         versions = kernel.versions_of(lab.python, "net_cases", known, left_out)
-        implementation = kernel.ask([lab.python, "-c", NAME_OF_PYTHON])
         results = {}
         for case in cases:
             results |= run_case(lab, case, [name for name in versions if name in case.contenders], options.repeat)
 
-    report = {"heading": f"FlowCoro's network, {implementation}, {platform.system()} {platform.machine()}, "
-                         f"{len(os.sched_getaffinity(0))} cores, medians of {options.repeat} rounds"
-                         + ("; quick, the figures mean nothing" if options.quick else ""),
-              "rounds": options.repeat, "versions": versions, "left_out": left_out,
-              "groups": [[row.name for row in case.rows] for case in CASES],
-              **kernel.summarize(ROWS, results, list(versions))}
-    report["busy"] = busy_generators(report)
-    status = kernel.deliver(report, results, options)
-    if report["busy"] and not options.json:
-        print("the generator was busy most of the time, and may be what was measured: " + "; ".join(report["busy"]))
-    return status
+    return deliver("network", CASES, results, versions, left_out, lab.python, options)
 
 
 if __name__ == "__main__":

@@ -469,8 +469,8 @@ def test_strict_transport_security_is_read_and_made():
 # ---- all of them -------------------------------------------------------------------------------------------
 
 READERS = [_parse_list, _parse_tokens, _unquote, parse_media_type, _parse_accept, _parse_weighted, _parse_entity_tags,
-           parse_links, _parse_content_disposition, _parse_challenges, _parse_credentials, _parse_basic, _parse_bearer, _parse_forwarded,
-           _parse_cache_control, _parse_strict_transport_security, lambda value: parse_http_date(value, NOW),
+           parse_links, _parse_content_disposition, _parse_challenges, _parse_credentials, _parse_basic, _parse_bearer,
+           _parse_forwarded, _parse_cache_control, _parse_strict_transport_security, lambda value: parse_http_date(value, NOW),
            lambda value: _parse_retry_after(value, NOW), lambda value: negotiate_type(value, ["a/b"]),
            lambda value: negotiate_encoding(value), lambda value: negotiate_language(value, ["en-GB"]),
            lambda value: TrustedProxies(["::1"]).client("::1", Unchecked({"x-forwarded-for": value})),

@@ -101,6 +101,48 @@ async def settled(group, coro):
 
 # ---- reading ---------------------------------------------------------------------------------------------------
 
+def test_what_was_unread_is_read_first(pair):
+    async def main():
+        near, far = pair()
+        async with near:
+            far.sendall(b"GET / 101 frames")
+            assert await near.read_until(b" 101 ") == b"GET / 101 "
+            assert await near.read(3) == b"fra"
+            near.unread(b"fra")
+            near.unread(memoryview(b">> "))
+            assert await near.read() == b">> frames"
+            far.sendall(b"more")
+            assert await near.read() == b"more"
+            with pytest.raises(TypeError, match="unread"):
+                near.unread("text")
+            async with flowcoro.TaskGroup() as group:
+                await settled(group, near.read())
+                with pytest.raises(flowcoro.BusyError):
+                    near.unread(b"x")
+                far.close()
+        with pytest.raises(flowcoro.ClosedError):
+            near.unread(b"x")
+
+    run(main)
+
+
+def test_who_has_hung_up_is_known_before_what_he_sent_is_read(pair):
+    async def main():
+        near, far = pair()
+        async with near:
+            await flowcoro.checkpoint()
+            assert not near.hung_up
+            far.sendall(b"the last words")
+            far.close()
+            with flowcoro.timeout(PATIENCE):
+                while not near.hung_up:
+                    await flowcoro.sleep(0.001)
+            assert await near.read() == b"the last words"
+            assert await near.read() == b"" and near.hung_up
+
+    run(main)
+
+
 def test_read_gives_what_is_there_and_nothing_at_the_end_again_and_again(pair):
     async def main():
         near, far = pair()

@@ -301,10 +301,78 @@ def test_the_generator_pulls_and_checks_each_byte(load):
         assert load("pull", port=port, bytes=100) == (1, "the server ended after 99 of 100 bytes\n")
 
 
+# ---- the load generator speaks HTTP ----------------------------------------------------------------------------
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+
+def web(answer, at_once=MIB):
+    """A handler that sends answer(how many-th request, from 0) to each REQUEST, `at_once` bytes at a time."""
+    def handle(sock, which):
+        for turn in itertools.count():
+            data = b""
+            while data != REQUEST:
+                assert REQUEST.startswith(data)
+                some = sock.recv(len(REQUEST))
+                if not some:
+                    return
+                data += some
+            data = answer(turn)
+            for at in range(0, len(data), at_once):
+                sock.sendall(data[at:at + at_once])
+    return handle
+
+
+@pytest.fixture
+def http(load, tmp_path):
+    """Run the generator with REQUEST against a handler: http(handler, size=…) -> as load()."""
+    (tmp_path / "request").write_bytes(REQUEST)
+
+    def run(handler, mode="echo", **options):
+        with server(handler) as port:
+            return load(mode, port=port, http=tmp_path / "request", **options)
+    run.content = load.pattern
+    return run
+
+
+def response(content, head="HTTP/1.1 200 OK"):
+    return f"{head}\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content
+
+
+@pytest.mark.parametrize("size, at_once", [(13, MIB), (13, 1), (3000, 700), (MIB + 5, MIB)])
+def test_the_generator_counts_responses_and_compares_their_content(http, size, at_once):
+    content = (2 * http.content)[:size]
+    status, report = http(web(lambda turn: response(content), at_once), size=size, connections=3)
+    assert status == 0, report
+    assert report["operations"] > 0 and 0 < report["p50"] <= report["p99"]
+    status, said = http(web(lambda turn: response(content[:-1] + bytes([content[-1] ^ 1]) if turn == 2 else content)), size=size)
+    assert status == 1 and said.startswith("wrong content after")
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (response(b"12345", "HTTP/1.1 503 Busy"), "the answer was HTTP/1.1 503 Busy"),
+    (response(b"1234"), "an answer has no `Content-Length: 5`"),
+    (b"HTTP/1.1 200 OK\r\n\r\n12345", "an answer has no `Content-Length: 5`"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n123456", "more came than the answer"),
+    (b"HTTP/1.1 200 OK\r\nX: " + 3000 * b"x", "the head of an answer has more than 2048 bytes")])
+def test_the_generator_sees_a_wrong_response(http, wrong, said):
+    status, complaint = http(web(lambda turn: response(http.content[:5]) if turn < 2 else wrong), size=5)
+    assert (status, complaint) == (1, said + "\n")
+
+
+def test_the_generator_paces_requests_at_a_rate_of_all_connections(http):
+    status, report = http(web(lambda turn: response(http.content[:5])), "paced", size=5, connections=4, rate=20, seconds=0.42)
+    assert status == 0 and report["operations"] == 9        # due after 0, 0.05, … 0.4 s: more than two for each connection
+    assert report["broken"] == report["unanswered"] == report["skipped"] == 0
+
+
+# ---- the load generator's options ------------------------------------------------------------------------------
+
 @pytest.mark.parametrize("options, said", [
     (["echo", "port=0"], "port=0"), (["echo", "port=1", "size=0"], "size=0"),
     (["echo", "port=1", "connections=0"], "connections=0"), (["nonsense", "port=1"], "no such mode"),
     (["echo", "port=1", "color=red"], "no such option"), (["echo", "port"], "name=value"), ([], "usage"),
+    (["echo", "port=1", "http=/nonexistent"], "a request is wanted"), (["paced", "port=1", "rate=-1"], "rate=-1"),
     (["echo", "port=1", "pattern=/nonexistent"], "MiB"), (["echo", "port=1", "tls=1"], "compiled without TLS")])
 def test_the_generator_refuses_what_it_cannot_do(load, options, said):
     done = subprocess.run([load.program, *options], capture_output=True, text=True, timeout=PATIENCE)

@@ -197,6 +197,25 @@ def test_several_processes_serve_one_port(program):
     assert not any(map(is_alive, found)) and server.errors.read_text() == ""
 
 
+def test_a_lifespan_is_of_each_process(program):
+    server = program("""
+import contextlib
+
+@contextlib.asynccontextmanager
+async def lifespan():
+    open(f"{os.environ['FOLDER']}/begun-{os.getpid()}", "x").close()
+    yield
+    open(f"{os.environ['FOLDER']}/ended-{os.getpid()}", "x").close()
+
+os.environ["FOLDER"] = os.path.dirname(os.path.abspath(__file__))
+OPTIONS = dict(processes=2, lifespan=lifespan)
+""")
+    pids = server.pids()
+    server.end()
+    folder = server.output.parent
+    assert {path.name for path in folder.glob("*-*")} == {f"{word}-{pid}" for pid in pids for word in ("begun", "ended")}
+
+
 def test_without_reuse_port_they_share_one_queue(program):
     server = program("LISTEN = {}")
     clients = [server.connect() for _ in range(50)]

@@ -1428,3 +1428,61 @@ def test_with_several_workers_a_close_never_hits_anothers_descriptor():
             server.close()
 
     run(main, workers=3)
+
+
+# ---- what goes round a server -----------------------------------------------------------------------------------
+
+def test_a_lifespan_is_entered_before_the_first_connection_and_left_after_the_last_handler():
+    async def main():
+        happened, begun = [], flowcoro.Event()
+
+        @contextlib.asynccontextmanager
+        async def lifespan():
+            happened.append("begins")
+            yield
+            happened.append("ends")
+
+        async def handler(sock):
+            begun.set()
+            await sock.read()
+            happened.append("handled")
+
+        async with await TcpServer.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
+            group.spawn(server.serve(handler, lifespan=lifespan))
+            async with await Socket.connect(*server.local) as sock:
+                await begun.wait()
+                assert happened == ["begins"]
+                server.close()
+                await wait_all_tasks_parked()
+                await sock.write(b"x")
+                await sock.read()
+        assert happened == ["begins", "handled", "ends"]
+
+    run(main)
+
+
+def test_an_error_of_a_lifespan_is_that_of_serve_and_nobody_is_accepted():
+    async def main():
+        @contextlib.asynccontextmanager
+        async def lifespan():
+            raise LookupError("no database")
+            yield
+
+        async with await TcpServer.listen("127.0.0.1", 0) as server:
+            with pytest.raises(LookupError, match="no database"):
+                await server.serve(echo, lifespan=lifespan)
+            assert server.statistics()["accepted"] == 0
+
+    run(main)
+
+
+def test_a_server_that_is_being_served_enters_no_second_lifespan():
+    async def main():
+        async with await TcpServer.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
+            group.spawn(server.serve(echo))
+            await wait_all_tasks_parked()
+            with pytest.raises(flowcoro.BusyError):
+                await server.serve(echo, lifespan=lambda: pytest.fail("entered"))
+            server.close()
+
+    run(main)
