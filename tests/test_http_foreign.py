@@ -292,7 +292,8 @@ def test_curl_keeps_what_has_not_changed_and_says_who_it_is(tmp_path):
         app.middleware(flowcoro_http.etag())
         async with served(app) as server:
             status = "-o", "/dev/null", "-w", "%{http_code} "
-            written, _ = await curl(*status, server.url + "/hello", "--next", "-sS", *status, "-u", "ada:tea", server.url + "/hello")
+            written, _ = await curl(*status, server.url + "/hello", "--next", "-sS", *status, "-u", "ada:tea",
+                                    server.url + "/hello")
             assert written == b"401 401 "
             tag = str(tmp_path / "tag")
             written, _ = await curl(*status, "-u", "ada:tea: hot", "--etag-save", tag, server.url + "/hello", "--next", "-sS",
