@@ -1755,6 +1755,7 @@ async def _serve(app, options, kept):
         drain = options.drain_timeout if kept is None else min(options.drain_timeout, RELOAD_DRAIN)
         more = {"reload": functools.partial(_reload_certificate, server, options)} if options.processes else {}
         with _load("flowcoro_os").signals(*_serve_signals(options)) as received, flowcoro.CancelScope() as scope:
+            _announce(server, options)
             hearing = flowcoro.spawn(_obey(received, server, options, ending, scope), name="hear signals")
             try:
                 await server.serve(processes=options.processes, drain_timeout=drain, **more)
