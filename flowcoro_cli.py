@@ -1,6 +1,7 @@
 """flowcoro_cli 0.1.0: the command line of FlowCoro, what `python -m flowcoro` runs.
 
     python -m flowcoro demo [NAME …] [--list]     what coroutines are good for, measured on this machine
+    python -m flowcoro demo http --keep           a web server to try; it runs until Ctrl-C
     python -m flowcoro vendor DEST [module …]     copy FlowCoro's files, and what they need, into a project
     python -m flowcoro vendor --check DEST        does the copy there differ from this version?
     python -m flowcoro get URL [-o FILE] …        fetch what is at a URL; a transfer that was interrupted goes on with -C
@@ -19,15 +20,15 @@ Example:
         assert (copies / "flowcoro.py").exists() and (copies / "__init__.py").exists()
         assert flowcoro_cli.main(["vendor", "--check", str(copies)]) == 0
 
-Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the seven scenes ·
+Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the eight scenes ·
 demo · vendor · bench · the command line.
 
 How it works:
     A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
     module is imported when its row is asked for, no earlier, so that a missing file costs its own rows only
-    (flowcoro_net.py: the scenes `echo` and `network`, which needs flowcoro_testing.py too); the message then says
-    which file to copy. No module of a lower layer imports this one: a command is handed its arguments (a list of
-    strings) and returns the exit status, a scene is handed a Screen and draws on it.
+    (flowcoro_net.py: the scenes `echo`, `http` and `network`; of these `http` needs flowcoro_http.py and `network`
+    flowcoro_testing.py too); the message then says which file to copy. No module of a lower layer imports this one: a
+    command is handed its arguments (a list of strings) and returns the exit status, a scene is handed a Screen and draws on it.
     Exit status: 0 done · 1 a scene failed, or a vendored copy differs · 2 the command line cannot be obeyed ·
     130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
     `vendor` decides everything before it writes anything, writes to a temporary folder in the destination and
@@ -51,6 +52,7 @@ import argparse
 import ast
 import collections
 import contextlib
+import dataclasses
 import difflib
 import errno
 import getpass
@@ -100,6 +102,7 @@ SCENES = {              # scene, in the order of the demo: (module, function(scr
     "pipeline": ("flowcoro_cli", "_scene_pipeline", "channels: counting the words of the standard library"),
     "echo": ("flowcoro_cli", "_scene_echo", "a TCP echo server with 1,000 live clients, in one thread"),
     "network": ("flowcoro_cli", "_scene_network", "a simulated network has a bad minute, and has it again"),
+    "http": ("flowcoro_cli", "_scene_http", "a live web server: routes, events, 10,000 requests, and rude clients"),
     "timeouts": ("flowcoro_cli", "_scene_timeouts", "who is cancelled when, drawn as a time-line"),
     "workers": ("flowcoro_cli", "_scene_workers", "three workers: who ran what, and what becomes of a blocked one"),
     "deadlock": ("flowcoro_cli", "_scene_deadlock", "two tasks lock each other out: caught, and explained"),
@@ -124,6 +127,7 @@ WORD = re.compile(rb"[a-z]+", re.IGNORECASE)
 READERS = 4             # files read at the same time; a disk seldom gains from more
 CLIENTS = 1_000
 MESSAGES = 10           # per client: 10,000 round trips, about a second
+REQUESTS = 10_000       # of the scene http: about a second, too
 SPARE_FILES = 64        # descriptors the process needs besides the sockets of the clients
 
 MODULE = r"flowcoro(?:_\w+)?"
@@ -168,6 +172,13 @@ def _look_up(kind, name, known):
     raise UsageError(f"there is no {kind} {name!r}; {hint}known: {', '.join(known)}")
 
 
+def _first_of(error):
+    """The first error in a group of errors, or of groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def _parser(command, description):
     """An argparse parser that calls itself `python -m flowcoro <command>`, whatever file was started."""
     return argparse.ArgumentParser(prog=f"python -m flowcoro {command}", description=description)
@@ -183,8 +194,9 @@ class Screen:
 
     BAR = 32            # characters: with its frame less than half of an 80-column line
 
-    def __init__(self, stream):
+    def __init__(self, stream, keep=False):
         self.stream = stream
+        self.keep = keep            # whether a scene leaves running what it shows, until Ctrl-C
         self.terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
         self.colour = self.terminal and not os.environ.get("NO_COLOR")
         self.filled = None          # how much of the bar is drawn; None: it is not on the screen
@@ -470,8 +482,7 @@ def _scene_echo(screen):
     except* OSError as errors:                  # the listener's own, or what has left the groups of tasks
         refused = errors
     if refused:                                 # not raised up there: that would make a group of it
-        while isinstance(error := refused.exceptions[0], BaseExceptionGroup):
-            refused = error
+        error = _first_of(refused)
         raise SceneFailed(f"no TCP on 127.0.0.1 here: {error}") from error
     right = sum(is_right for _, is_right in replies)
     screen.check(right == total, f"{right:,} of {total:,} messages came back as they were sent")
@@ -567,6 +578,184 @@ def _scene_network(screen):
     screen.check(again == trace and other != trace, "the same seed has not told the same story, or another one has")
     screen.say(f"Three such minutes have passed in {time.perf_counter() - start:.2f} s. Two had the same seed: all "
                f"{len(trace.splitlines()):,} events were the same, to the byte.", "green")
+
+
+# ---- Scene: http -------------------------------------------------------------------------------------------
+# A web application, its server and its clients, all in one thread, on flowcoro_http.
+
+TEAS = {1: "Assam", 2: "Darjeeling", 3: "Oolong"}
+
+TEA_PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><title>Teahouse</title><link rel="icon" href="data:,">
+<style>body { font: 1.1em sans-serif; max-width: 40em; margin: 3em auto } b { font-size: 2em }</style>
+<h1>Teahouse</h1>
+<p>Tea 3, by <a href="/teas/3">/teas/3</a>: <b id="tea">?</b></p>
+<p>Teas asked for, by <a href="/events">/events</a>: <b id="asked">?</b></p>
+<script>
+const show = (id, text) => document.getElementById(id).textContent = text;
+fetch("/teas/3").then(response => response.json()).then(data => show("tea", data.tea));
+new EventSource("/events").onmessage = event => show("asked", JSON.parse(event.data).asked);
+</script>
+"""
+
+
+@dataclasses.dataclass
+class _Order:
+    """What POST /orders takes; what does not fit is answered with 422."""
+
+    tea: int
+    cups: int = 1
+
+
+def _teahouse(http, head_timeout):
+    """The web application of the scene: a page, an API in JSON, and a stream of events."""
+    app = http.HttpServer(head_timeout=head_timeout)
+    app.state.asked = 0
+
+    @app.get("/")
+    async def page(request):
+        return http.Response(200, TEA_PAGE, media_type="text/html; charset=utf-8")
+
+    @app.get("/teas/{number:int}")
+    async def tea(request, number):
+        app.state.asked += 1
+        if number not in TEAS:
+            raise http.HttpError(404, f"no tea has the number {number}")
+        return {"number": number, "tea": TEAS[number]}
+
+    @app.post("/orders")
+    async def order(request, order: _Order):
+        return 201, {"tea": TEAS.get(order.tea), "cups": order.cups}
+
+    @app.get("/events")
+    async def events(request):
+        async def counts():
+            while True:
+                yield {"asked": app.state.asked}
+                await flowcoro.sleep(0.1)
+
+        return http.event_stream(request, counts())
+
+    return app
+
+
+class _Visit:
+    """What the clients of the teahouse see, good ones and bad ones."""
+
+    CONNECTIONS = 64
+    SLOW, HEAD_TIMEOUT = 50, 1.0        # connections that never finish a request's head, and the seconds that it may take
+
+    def __init__(self, http, net, screen):
+        self.http, self.net, self.screen = http, net, screen
+        self.over = False               # from now on Ctrl-C is the way to end
+
+    async def run(self):
+        app = _teahouse(self.http, self.HEAD_TIMEOUT)
+        try:
+            listener = await app.listen("127.0.0.1", 0)
+        except OSError as error:
+            raise SceneFailed(f"no TCP on 127.0.0.1 here: {error}") from error
+        async with listener as server, flowcoro.TaskGroup() as group:
+            group.spawn(server.serve(), name="server")
+            async with self.http.HttpClient(base_url=server.url) as client:
+                await self.ask(client)
+                await self.smuggle(server)
+                async with flowcoro.TaskGroup() as others:
+                    slow = [others.spawn(self.dawdle(server)) for _ in range(self.SLOW)]
+                    others.spawn(self.listen(client))
+                    await self.crowd(client)
+            seconds = max([await task for task in slow])
+            self.screen.say(f"{self.SLOW} that sent a line of a head each 0.1 s: cut off with 408 after {seconds:.1f} s "
+                            f"(head_timeout={self.HEAD_TIMEOUT:g})")
+            if self.screen.keep:
+                self.over = True
+                self.screen.say(f"It stays until Ctrl-C. Open {server.url}/ in a browser, or try:\n"
+                                f"    curl -i {server.url}/teas/3", "bold")
+                await flowcoro.stop_requested()
+            else:
+                self.screen.say("With --keep it goes on, for your browser, and for: curl -i http://127.0.0.1:PORT/teas/3")
+            server.close()
+
+    async def ask(self, client):
+        """The router and annotations at work."""
+        for method, path, order, wanted, about in (
+                ("GET", "/teas/3", None, 200, "a dict becomes JSON"),
+                ("GET", "/teas/three", None, 404, "the route is /teas/{number:int}"),
+                ("DELETE", "/teas/3", None, 405, "Allow: GET, HEAD, OPTIONS"),
+                ("POST", "/orders", {"tea": 3, "cups": 2}, 201, "its dataclass is checked"),
+                ("POST", "/orders", {"tea": 3, "cups": "two"}, 422, "/cups: expected an integer")):
+            response = await client.request(method, path, **({} if order is None else {"json": order}))
+            said = f"{method} {path} {'' if order is None else json.dumps(order)}"
+            self.screen.check(response.status == wanted, f"{said} was answered with {response.status}, not {wanted}")
+            self.screen.check(wanted != 422 or "/cups" in response.text, "the 422 does not name what is wrong")
+            self.screen.say(f"{said:40} {response.status}  {about}")
+
+    async def listen(self, client):
+        """Three events, as they come: meanwhile the crowd asks."""
+        counts = []
+        async with client.events("/events") as events:
+            async for event in events:
+                counts.append(json.loads(event.data)["asked"])
+                if len(counts) == 3:
+                    break
+        self.screen.check(counts == sorted(counts), f"the events came in the order {counts}")
+        self.screen.say(f"{'GET /events':40} 200  events while the others ask: {', '.join(f'{count:,}' for count in counts)}")
+
+    async def smuggle(self, server):
+        """A request that two servers in a row would see the end of in two places."""
+        async with await self.net.Socket.connect(*server.local) as sock:
+            await sock.write(b"POST /orders HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n")
+            status = (await sock.read_until(b"\r\n", limit=1000)).split()[1].decode()
+        self.screen.check(status == "400", f"two Content-Lengths were answered with {status}, not 400")
+        self.screen.say(f"{'Content-Length: 5 and Content-Length: 6':40} {status}  no request is smuggled in here")
+
+    async def crowd(self, client):
+        """REQUESTS over CONNECTIONS, kept alive."""
+        async def one(share):
+            for _ in range(share):
+                response = await client.get("/teas/3")
+                right.append(response.status == 200)
+                self.screen.progress(len(right), REQUESTS)
+
+        right, start = [], time.perf_counter()
+        async with flowcoro.TaskGroup() as group:
+            for number in range(self.CONNECTIONS):
+                group.spawn(one(REQUESTS // self.CONNECTIONS + (number < REQUESTS % self.CONNECTIONS)))
+        seconds = time.perf_counter() - start
+        self.screen.check(right == [True] * REQUESTS, f"{sum(right):,} of {REQUESTS:,} requests were answered with 200")
+        self.screen.say(f"{REQUESTS:,} requests over {self.CONNECTIONS} connections in {seconds:.2f} s: "
+                        f"{REQUESTS / seconds:,.0f} per second, their client in the same thread", "green")
+
+    async def dawdle(self, server):
+        """Send a head that never ends: the seconds until the server has had enough."""
+        start, answer = time.perf_counter(), None
+        with flowcoro.timeout(10 * self.HEAD_TIMEOUT):
+            async with await self.net.Socket.connect(*server.local) as sock:
+                await sock.write(b"GET / HTTP/1.1\r\n")
+                while answer is None:
+                    await sock.write(b"X-Slow: yes\r\n")
+                    with flowcoro.move_on_after(0.1):
+                        answer = await sock.read()
+        self.screen.check(answer.startswith(b"HTTP/1.1 408 "), f"a slow head was answered with {answer[:20]}, not 408")
+        return time.perf_counter() - start
+
+
+def _scene_http(screen):
+    """A teahouse on the web: what it answers, how many it serves, and whom it shows the door."""
+    http, net = _load("flowcoro_http"), _load("flowcoro_net")
+    screen.say("Look at the requests per second, and at what became of those who sent no proper request.")
+    visit = _Visit(http, net, screen)
+    try:
+        flowcoro.run(visit.run())
+    except KeyboardInterrupt:
+        if not visit.over:
+            raise
+        screen.say("Closed.")
+    except (ExceptionGroup, OSError, flowcoro.FlowCoroError) as error:
+        first = _first_of(error)
+        if not isinstance(first, (SceneFailed, OSError, flowcoro.FlowCoroError)):
+            raise
+        raise SceneFailed(str(first)) from error
 
 
 # ---- Scene: timeouts ---------------------------------------------------------------------------------------
@@ -837,10 +1026,11 @@ def _run_scene(screen, name, place):
 
 
 def _demo_command(arguments):
-    """`demo [NAME …] [--list]`: all scenes, or those named; one that fails does not keep the next from it."""
+    """`demo [NAME …] [--list] [--keep]`: all scenes, or those named; one that fails does not keep the next from it."""
     parser = _parser("demo", "Shows what coroutines are good for, with figures measured here and now.")
     parser.add_argument("scenes", nargs="*", metavar="NAME", help="scenes to run (default: all)")
     parser.add_argument("--list", action="store_true", help="list the scenes")
+    parser.add_argument("--keep", action="store_true", help="the server of the scene http stays until Ctrl-C")
     options = parser.parse_args(arguments)
     if options.list:
         for name, (_, _, line) in SCENES.items():
@@ -848,7 +1038,7 @@ def _demo_command(arguments):
         return 0
     for name in options.scenes:
         _load(SCENES[_look_up("scene", name, SCENES)][0])       # a wrong name is told before the first scene
-    names, screen, start = options.scenes or list(SCENES), Screen(sys.stdout), time.perf_counter()
+    names, screen, start = options.scenes or list(SCENES), Screen(sys.stdout, options.keep), time.perf_counter()
     screen.say(f"FlowCoro {flowcoro.__version__}, {platform.python_implementation()} "
                f"{platform.python_version()}, {platform.system()}, {os.cpu_count()} cores")
     failed = [name for number, name in enumerate(names, 1)

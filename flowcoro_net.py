@@ -1658,6 +1658,10 @@ class Socket(_Secured):
 
     # -- about it
 
+    def caused(self, error):
+        """Whether an exception, or all of a group, says that the peer or the network has broken this connection. Never blocks."""
+        return _is_the_peers(error, self)
+
     @property
     def peer(self):
         """The other end's address, as `local`. ClosedError or BrokenError, if it was not asked for before the end."""

@@ -1,6 +1,7 @@
 """`python -m flowcoro`: every command, every scene of the demo, every way to ask for the wrong thing."""
 
 import io
+import json
 import os
 import pathlib
 import pty
@@ -12,16 +13,18 @@ import sys
 import tempfile
 import time
 import types
+import urllib.request
 
 import pytest
 
 import flowcoro
 import flowcoro_cli
+import flowcoro_net
 
 ROOT = pathlib.Path(flowcoro_cli.__file__).resolve().parent
 PATIENCE = 120              # seconds until a program counts as hanging; the slowest needs about ten
 
-SMALL = {"COROUTINES": 2_000, "THREADS": 20, "ROUNDS": 1, "CLIENTS": 30, "MESSAGES": 3}
+SMALL = {"COROUTINES": 2_000, "THREADS": 20, "ROUNDS": 1, "CLIENTS": 30, "MESSAGES": 3, "REQUESTS": 200}
 
 
 def environment(**more):
@@ -289,7 +292,7 @@ def wait_for_child(process):
     time.sleep(0.05)            # from the child's exec to the end of Popen()
 
 
-@pytest.mark.parametrize("scene", ["threads", "echo", "timeouts"])
+@pytest.mark.parametrize("scene", ["threads", "echo", "http", "timeouts"])
 def test_ctrl_c_ends_the_demo_with_130_and_one_line(scene):
     with start("demo", scene, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while "Look at" not in process.stdout.readline():
@@ -402,6 +405,63 @@ def test_the_echo_scene_fails_in_one_line_if_its_clients_are_refused(cli, small,
         status, out, err = cli("demo", "echo")
     assert (status, err) == (1, "")
     assert re.search(r"FAILED: no TCP on 127.0.0.1 here: .*refused$", out, re.MULTILINE)
+
+
+def test_the_http_scene_shows_what_it_was_answered(cli, small):
+    status, out, _ = cli("demo", "http")
+    assert status == 0
+    rows = [r"GET /teas/3 +200", r"GET /teas/three +404", r"DELETE /teas/3 +405", r'POST /orders .*"two"} +422',
+            r"Content-Length.* 400 ", r"GET /events +200  events while the others ask: \d+, \d+, \d+", r"200 requests over 64 ",
+            r"50 that .* 408 after"]
+    assert [row for row in rows if not re.search(rf"^  {row}", out, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("answer", [(404, "no tea today"), (200, "coffee")])
+def test_the_http_scene_fails_if_an_answer_is_wrong(cli, small, monkeypatch, answer):
+    def teahouse(http, head_timeout):
+        app = honest(http, head_timeout)
+
+        @app.middleware
+        async def spoil(request, call_next):
+            return answer if request.path == "/orders" else await call_next(request)
+        return app
+
+    honest = flowcoro_cli._teahouse
+    monkeypatch.setattr(flowcoro_cli, "_teahouse", teahouse)
+    status, out, _ = cli("demo", "http")
+    assert status == 1 and f"was answered with {answer[0]}, not 201" in out and "FAILED" in out
+
+
+def test_the_http_scene_fails_in_one_line_if_its_connections_break(cli, small, monkeypatch):
+    async def refuse(*address, **options):
+        raise flowcoro_net.BrokenError("the peer has gone")
+
+    monkeypatch.setattr(flowcoro_net.Socket, "connect", refuse)
+    status, out, err = cli("demo", "http")
+    assert (status, err) == (1, "") and "the peer has gone" in re.search("FAILED: .*", out)[0]
+
+
+def test_the_http_scene_fails_if_slow_heads_are_not_cut_off(cli, small, monkeypatch):
+    patient = flowcoro_cli._teahouse
+    monkeypatch.setattr(flowcoro_cli, "_teahouse", lambda http, head_timeout: patient(http, 60.0))
+    monkeypatch.setattr(flowcoro_cli._Visit, "HEAD_TIMEOUT", 0.1)
+    status, out, _ = cli("demo", "http")
+    assert status == 1 and "FAILED: timeout(1)" in out
+
+
+def test_the_http_scene_is_kept_until_ctrl_c():
+    with start("demo", "http", "--keep", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for line in process.stdout:
+            if found := re.search(r"curl -i (http://127\.0\.0\.1:\d+)/teas/3", line):
+                break
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"{found[1]}/teas/2", timeout=PATIENCE) as response:
+            assert json.load(response) == {"number": 2, "tea": "Darjeeling"}
+        with opener.open(f"{found[1]}/", timeout=PATIENCE) as response:
+            assert b"<h1>Teahouse</h1>" in response.read()
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (0, "") and "Closed." in out
 
 
 def test_the_timeouts_scene_draws_a_row_per_task(cli):

@@ -796,7 +796,7 @@ def test_cancelled_anywhere_no_connection_stays_lent_and_none_is_used_half_way()
 
 EVENTS = (b"\xef\xbb\xbf: comment\r\ndata: one\rdata:two\n\nevent: x\nid: 7\ndata\n\nid: a\0b\nretry: 10\nretry: x\nunknown: y\n\n"
           b"data: \xc3\xbc\xff\n\ndata: unfinished")
-PARSED = [ServerSentEvent("one\ntwo"), ServerSentEvent("", "x", "7"), ServerSentEvent("ü\ufffd", "message", "7")]
+PARSED = [ServerSentEvent("one\ntwo", "message", ""), ServerSentEvent("", "x", "7"), ServerSentEvent("ü\ufffd", "message", "7")]
 
 
 def test_an_event_stream_is_parsed_the_same_however_it_is_split():

@@ -1369,3 +1369,121 @@ def test_http_client_reads_what_a_server_sends(seed):
         assert (witness.status, witness.reason, witness.getheaders()[:3]) == (201, "Created", fields)
         assert witness.read() == body
         witness.close()
+
+
+# ---- what is known from before ---------------------------------------------------------------------------------
+
+KNOWN = b"GET /known?q=%d HTTP/1.1\r\nHost: example\r\nX-Number: %d\r\n\r\n"
+
+
+def known_after(times, data, **limits):
+    """The last of so many connections that get the same request, and what receive_known() says to it."""
+    for _ in range(times):
+        server = HttpConnection("server", **limits)
+        server.receive_data(data)
+        head = server.next_event()
+    server = HttpConnection("server", **limits)
+    return server, server.receive_known(data), head
+
+
+def test_a_request_is_known_when_it_has_come_twice():
+    data = KNOWN % (1, 1)
+    assert known_after(1, data)[1] is None
+    server, known, head = known_after(2, data)
+    assert (known.method, known.target, known.raw_path, known.query_string) == ("GET", "/known?q=1", "/known", "q=1")
+    assert list(known.entries) == head.headers._entries
+    assert (server.our_state, server.their_state, server.method) == ("SEND_RESPONSE", "DONE", "GET")
+    answer = server.send_message(ResponseHead(200, [("Date", "today")]), b"x")
+    other = HttpConnection("server")
+    other.receive_data(data + data)
+    other.next_event(), other.next_event()
+    assert other.send_message(ResponseHead(200, [("Date", "today")]), b"x") == answer
+    server.start_next_cycle()
+    assert server.receive_known(data) is not None
+
+
+@pytest.mark.parametrize("data", [
+    b"GET /k HTTP/1.1\r\nHost: x\r\nCookie: a=b\r\n\r\n", b"GET /k HTTP/1.1\r\nHost: x\r\nAuthorization: Basic YTpi\r\n\r\n",
+    b"GET /k HTTP/1.0\r\nHost: x\r\n\r\n", b"GET /k HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    b"POST /k HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n", b"POST /k HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc",
+    b"POST /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"GET /k HTTP/1.1\r\nHost: x\r\n\r\nGET",
+    b"GET /k HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", b"GET http://x/ HTTP/1.1\r\nHost: y\r\n\r\n",
+    b"GET /k HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 1024 + b"\r\n\r\n"])
+def test_only_the_usual_kind_becomes_known(data):
+    assert known_after(5, data)[1] is None
+
+
+def test_what_is_known_under_one_set_of_limits_is_checked_under_another():
+    data = KNOWN % (2, 2)
+    assert known_after(2, data)[1] is not None
+    assert known_after(2, data, max_head=2000)[1] is not None
+    server = HttpConnection("server", max_fields=1)
+    assert server.receive_known(data) is None
+
+
+def test_a_known_request_is_none_where_something_else_is_under_way():
+    data = KNOWN % (3, 3)
+    known_after(2, data)
+    server = HttpConnection("server")
+    server.receive_data(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+    server.next_event()
+    assert server.receive_known(data) is None           # it is content
+    server = HttpConnection("server")
+    server.receive_data(b"GET /begun")
+    assert server.receive_known(data) is None and server.next_event() is NEED_DATA
+
+
+def test_whoever_changes_the_headers_of_a_known_request_changes_his_own():
+    data = KNOWN % (4, 4)
+    server, known, _ = known_after(2, data)
+    for change in (lambda headers: headers.add("X-New", "1"), lambda headers: headers.set("Host", "evil"),
+                   lambda headers: headers.remove("X-Number"), lambda headers: headers.copy().add("X-New", "1")):
+        headers = Headers._of(known.entries, known.index)
+        change(headers)
+        assert Headers._of(known.entries, known.index).items() == [("Host", "example"), ("X-Number", "4")]
+
+
+def test_what_is_known_is_bounded():
+    for number in range(2000):
+        known_after(2, KNOWN % (number, 7))
+    assert len(HttpConnection("server")._known) <= 256
+
+
+def test_heads_of_answers_are_the_same_from_memory():
+    for status, fields in ((200, (("X", "1"),)), (404, (("X", "1"), ("Y", "2"))), (200, ()), (299, ())):
+        for body in (b"", b"content"):
+            made = []
+            for _ in range(3):
+                server = HttpConnection("server")
+                server.receive_data(KNOWN % (5, 5))
+                server.next_event(), server.next_event()
+                made.append(server.send_message(ResponseHead(status, fields), body))
+            server = HttpConnection("server")
+            server.receive_data(KNOWN % (5, 5))
+            server.next_event(), server.next_event()
+            made.append(server.send_message(ResponseHead(status, list(fields)), body))
+            assert len(set(made)) == 1 and made[0].endswith(b"\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+
+@pytest.mark.parametrize("request_data, ends", [
+    (b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n", b"Content-Length: 2\r\n\r\n"),
+    (b"GET / HTTP/1.0\r\nHost: x\r\n\r\n", b"Content-Length: 2\r\nConnection: close\r\n\r\nab"),
+    (b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", b"Content-Length: 2\r\nConnection: close\r\n\r\nab")])
+def test_a_head_from_memory_is_only_for_those_it_fits(request_data, ends):
+    for data in (KNOWN % (6, 6), request_data):
+        server = HttpConnection("server")
+        server.receive_data(data)
+        server.next_event(), server.next_event()
+        made = server.send_message(ResponseHead(200, (("X-Shared", "1"),)), b"ab")
+    assert made.endswith(ends)
+
+
+def test_answers_with_cookies_and_of_their_own_framing_are_not_kept():
+    before = set(flowcoro_http._KNOWN_HEADS)
+    for fields in ((("Set-Cookie", "a=b"),), (("Content-Length", "2"),), (("Connection", "close"),), (("X", "y" * 1024),)):
+        server = HttpConnection("server")
+        server.receive_data(KNOWN % (7, 7))
+        server.next_event(), server.next_event()
+        server.send_message(ResponseHead(200, fields), b"ab")
+    assert set(flowcoro_http._KNOWN_HEADS) == before

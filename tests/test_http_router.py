@@ -709,3 +709,31 @@ def test_routes_are_listed_in_the_order_in_which_they_were_added():
         ("/b/{id:int}/{x}", ("PUT", "GET"), None, "b", takes_all, False), ("/i/c", ("GET",), "{t}.org", None, handler, False),
         ("/m", (), None, None, takes_rest, True)]
     assert [str(route) for route in router.routes()] == ["PUT, GET /b/{id:int}/{x}", "GET {t}.org/i/c", "mount /m"]
+
+
+def test_what_was_found_is_remembered_until_a_route_is_added():
+    router = Router()
+    router.add("/x/{name}", handler)
+    first = router.find("GET", "/x/a%20b")
+    assert router.find("GET", "/x/a%20b") is first and first.params == {"name": "a b"}
+    assert router.find("POST", "/x/a%20b").status == 405
+    router.add("/x/a b", handler, name="exact")
+    assert router.find("GET", "/x/a%20b").route.name == "exact"
+    for number in range(3000):
+        router.find("GET", f"/x/{number}")
+    assert len(router._found) <= 1024
+    router.find("GET", f"/x/{'y' * 1000}")
+    assert all(len(path) <= 128 for _, path in router._found)
+
+
+def test_a_converter_of_ones_own_is_asked_each_time():
+    users = {"ada": 1}
+    inner, outer = Router(), Router()
+    inner.add_converter("user", users.get)
+    inner.add("/u/{who:user}", handler)
+    outer.include(inner)
+    for router in inner, outer:
+        assert router.find("GET", "/u/ada").params == {"who": 1}
+    users["ada"] = 2
+    for router in inner, outer:
+        assert router.find("GET", "/u/ada").params == {"who": 2}

@@ -49,7 +49,7 @@ def processes(count=2):
 
 def wsgi():
     app = flowcoro_http.HttpServer()
-    app.wsgi("/", harness.hello_wsgi)
+    app.mount("/", flowcoro_http.wsgi_app(harness.hello_wsgi))
     serve(app)
 
 
