@@ -9393,7 +9393,7 @@ class HttpClient(_Sending):
             return await self._follow(request, options, False, known)
         # What _follow(), _attempts() and _once() come to when there is nothing for them to do: 2 µs less of 25.
         deadline = flowcoro.now() + options.timeouts.total
-        response = await _Exchange(request, known.origin, options, deadline, known.head).run(False)
+        response = await _ClientExchange(request, known.origin, options, deadline, known.head).run(False)
         if response.status < 300 and "set-cookie" not in response.headers._index and not self._response_hooks:
             return response
         return await self._follow(request, options, False, None, response)
