@@ -7881,8 +7881,8 @@ def sessions(keys, *, cookie="__Host-session", max_age=SESSION_AGE, domain=None,
 # ---- client ---------------------------------------------------------------------------------------------------
 #
 # A request goes through four loops, each in the other: redirects and authentication (_follow), retries (_attempts), a second
-# connection in place of a stale one (_ClientExchange.run), and the pieces of one exchange. A connection belongs to its exchange from
-# the pool's acquire() until it is given back or discarded; and with stream() to the response after that.
+# connection in place of a stale one (_ClientExchange.run), and the pieces of one exchange. A connection belongs to its exchange
+# from the pool's acquire() until it is given back or discarded; and with stream() to the response after that.
 #
 #     K1  a connection goes back to its pool only when both messages are complete, nothing more has come, and no error, timeout
 #         or cancellation has struck since it was taken; in all other cases it is closed
@@ -7910,7 +7910,7 @@ WHOLE_REQUEST, UPLOAD_PIECE, RECEIVED_PIECE = 64 * 2**10, 256 * 2**10, 64 * 2**1
 KNOWN_URLS, KEPT_ORIGINS = 1024, 256
 
 # Connections to one origin at most, and seconds that an idle one is kept. nginx closes after 75, Apache after 5, Node after 5.
-CONNECTIONS_PER_ORIGIN, KEEP_ALIVE = 100, 30.0
+CONNECTIONS_PER_ORIGIN, KEPT_IDLE = 100, 30.0
 
 # Cookies that a client keeps. Chrome keeps 3300 altogether.
 MAX_JAR = 3000
@@ -8169,8 +8169,8 @@ def _as_auth(auth):
         return auth or None
     if isinstance(auth, tuple) and len(auth) == 2:
         return BasicAuth(*auth)
-    raise TypeError(f"auth={type(auth).__name__}: give (user, password), BasicAuth, BearerAuth, DigestAuth or another Auth; False "
-                    "for none")
+    raise TypeError(f"auth={type(auth).__name__}: give (user, password), BasicAuth, BearerAuth, DigestAuth or another Auth; "
+                    "False for none")
 
 
 def _read_netrc(path):
@@ -8448,10 +8448,12 @@ class ClientRequest:
 
     @property
     def url(self):
+        """The URL, str."""
         return self.parsed.text
 
     @property
     def headers(self):
+        """Headers."""
         if type(self._headers) is not Headers:          # of a request whose head was made before
             self._headers = Headers(self._headers)
         return self._headers
@@ -8486,6 +8488,7 @@ class ClientResponse(Response):
 
     @property
     def url(self):
+        """The URL that it came from, str."""
         return self.request.parsed.text
 
     @property
@@ -8536,7 +8539,7 @@ class ClientResponse(Response):
     # -- the content in pieces
 
     def __aiter__(self):
-        """Decoded pieces as they come. Errors: TransferError, ResponseError, RequestTimeout; cancelled: the connection is closed."""
+        """Decoded pieces as they come. TransferError, ResponseError, RequestTimeout. Cancelled: the connection is closed."""
         if self.content is not None:
             self._pieces = iter([self.content] if self.content else [])
         return self
@@ -8810,7 +8813,8 @@ class _ClientExchange:
     async def send_pieces(self, connection, head, content):
         codec, sock, limits, progress = connection.codec, connection.sock, self.options.timeouts, self.options.upload_progress
         content = content if type(content) is _Streamed else _Streamed([content], len(content))
-        head.headers.append(("Transfer-Encoding", "chunked") if content.length is None else ("Content-Length", str(content.length)))
+        framing = ("Transfer-Encoding", "chunked") if content.length is None else ("Content-Length", str(content.length))
+        head.headers.append(framing)
         done = 0
         try:
             self.wait("read", limits.read)
@@ -8950,7 +8954,8 @@ class _ClientExchange:
         """The RequestTimeout for the phase in which the time was up."""
         limits, phase = self.options.timeouts, "total" if flowcoro.now() >= self.deadline else self.phase
         at = {"connect": "connecting", "head": "waiting for the head of the response", "read": "waiting for more of the content"}
-        error = RequestTimeout(f"{self.said}: timeout {phase}={getattr(limits, phase):g} s has passed while {at[self.phase]}{why}")
+        seconds = getattr(limits, phase)
+        error = RequestTimeout(f"{self.said}: timeout {phase}={seconds:g} s has passed while {at[self.phase]}{why}")
         error.phase = phase
         return _with(error, self.request)
 
@@ -9135,7 +9140,7 @@ class _Sending:
         """(ClientRequest, _Options) of where a response leads. RedirectError."""
         location = response.headers["location"]
         try:
-            location = location.encode("latin-1").decode()      # what is not ASCII should be encoded, and where it is not is UTF-8
+            location = location.encode("latin-1").decode()      # what is not ASCII should be encoded; if not, it is UTF-8
         except UnicodeDecodeError:
             pass
         try:
@@ -9238,26 +9243,28 @@ class HttpClient(_Sending):
     base_url: what comes before URLs that begin with no scheme. headers: of all requests, besides User-Agent, Accept and
     Accept-Encoding; the attribute `headers` may be changed. params: of all URLs. cookies: dict, of all requests; what servers set
     is kept in the attribute `cookies`, an http.cookiejar.CookieJar, which you may give instead.
-    auth: (user, password) or an Auth. timeout: Timeouts, or seconds for connect, head and each read. retries: a number, or Retries.
-    follow_redirects, max_redirects. max_bytes: of content, decoded, that is held in memory; None: no limit.
-    proxy: URL, or {"http": URL, "https": URL, "no": "host,.domain,10.0.0.0/8"}; None: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY
-    of the environment; {}: none. netrc: path of a file with users and passwords for hosts; None: $NETRC, or ~/.netrc; False: none.
-    trust_env=False: neither environment nor netrc, unless given here.
-    verify: whether servers must have a certificate for their name; a path of certificates to trust instead of the system's; or an
-    ssl.SSLContext. cert: one's own, a path or (certificate, key) or (certificate, key, password).
-    event_hooks: {"request": [function], "response": [function]}, plain or async; called with each ClientRequest before it is sent,
-    each ClientResponse after it has come, those of redirects too; what they raise ends the request.
-    max_connections: to one origin. keep_alive: seconds for which an idle connection is kept. max_head: bytes of a response's head.
-    connect: async function (host, port, tls) that returns a connected Socket; unix: path of a Unix socket, for all URLs.
+    auth: (user, password) or an Auth. timeout: Timeouts, or seconds for connect, head and each read. retries: a number, or
+    Retries. follow_redirects, max_redirects. max_bytes: of content, decoded, that is held in memory; None: no limit. proxy: URL,
+    or {"http": URL, "https": URL, "no": "host,.domain,10.0.0.0/8"}; None: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY of the
+    environment; {}: none. netrc: path of a file with users and passwords for hosts; None: $NETRC, or ~/.netrc; False: none.
+    trust_env=False: neither environment nor netrc, unless given here. verify: whether servers must have a certificate for their
+    name; a path of certificates to trust instead of the system's; or an ssl.SSLContext. cert: one's own, a path or (certificate,
+    key) or (certificate, key, password). event_hooks: {"request": [function], "response": [function]}, plain or async; called
+    with each ClientRequest before it is sent, each ClientResponse after it has come, those of redirects too; what they raise ends
+    the request. max_connections: to one origin. keep_alive: seconds for which an idle connection is kept. max_head: bytes of a
+    response's head. connect: async function (host, port, tls) that returns a connected Socket; unix: path of a Unix socket, for
+    all URLs.
 
-    All of it serves any number of tasks at once, in one run. Errors: RequestError and what is below it, TypeError and ValueError for
-    arguments that make no sense, LocalProtocolError for what cannot be sent, flowcoro.ClosedError after close(). Cancelled anywhere
-    the connection in use is closed, and an unknown part of the request was sent. Sources: RFC 9110, 9112, 6265, 7616, 7617.
+    All of it serves any number of tasks at once, in one run. Errors: RequestError and what is below it, TypeError and ValueError
+    for arguments that make no sense, LocalProtocolError for what cannot be sent, flowcoro.ClosedError after close(). Cancelled
+    anywhere the connection in use is closed, and an unknown part of the request was sent. Sources: RFC 9110, 9112, 6265, 7616,
+    7617.
     """
 
     def __init__(self, *, base_url="", headers=(), params=None, cookies=None, auth=None, timeout=Timeouts(), retries=0,
-                 follow_redirects=True, max_redirects=MAX_REDIRECTS, max_bytes=MAX_INFLATED, proxy=None, netrc=None, trust_env=True,
-                 verify=True, cert=None, event_hooks=None, max_connections=CONNECTIONS_PER_ORIGIN, keep_alive=KEEP_ALIVE,
+                 follow_redirects=True, max_redirects=MAX_REDIRECTS, max_bytes=MAX_INFLATED, proxy=None, netrc=None,
+                 trust_env=True,
+                 verify=True, cert=None, event_hooks=None, max_connections=CONNECTIONS_PER_ORIGIN, keep_alive=KEPT_IDLE,
                  max_head=MAX_HEAD, connect=None, unix=None):
         self._base = _Url(base_url) if base_url else None
         self._params = params
@@ -9323,11 +9330,11 @@ class HttpClient(_Sending):
         """A ClientResponse with all of its content, whatever its status.
 
         params: dict or pairs to add to the query; of a list each item; None is "". headers: instead of the client's of the same
-        names. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async iterable of
-        bytes. json: a value. data: fields of a form. files: {name: file, bytes, or (filename, file[, media type])}, sent with data
-        as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: instead of the client's.
-        progress, upload_progress: function (bytes so far, bytes in all or None), of the content as it travels.
-        Errors, and what cancellation leaves: see HttpClient.
+        names. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async iterable
+        of bytes. json: a value. data: fields of a form. files: {name: file, bytes, or (filename, file[, media type])}, sent with
+        data as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: instead of the client's.
+        progress, upload_progress: function (bytes so far, bytes in all or None), of the content as it travels. Errors, and what
+        cancellation leaves: see HttpClient.
         """
         request, options = self._build(method, url, params, headers, cookies, (content, data, files, json), _Given(
             auth, timeout, follow_redirects, retries, max_bytes, progress, upload_progress))
@@ -9528,9 +9535,9 @@ class EventStream:
     """The events of a server, across connections: see HttpClient.events(). Use it by `async with`, and in that by `async for`.
 
     When a connection ends or breaks it connects again, after `retry` seconds (3, or what the server names; more with each failure
-    in a row, a minute at most), with Last-Event-ID. A 204 ends the iteration. Raised are errors of the first connection, those that
-    connecting again does not mend (StatusError for 4xx but 408 and 429; ResponseError for what is no event stream), and the last
-    of ten failures in a row. `response`: the current one, or None; `last_event_id`: of the last event.
+    in a row, a minute at most), with Last-Event-ID. A 204 ends the iteration. Raised are errors of the first connection, those
+    that connecting again does not mend (StatusError for 4xx but 408 and 429; ResponseError for what is no event stream), and the
+    last of ten failures in a row. `response`: the current one, or None; `last_event_id`: of the last event.
     """
 
     def __init__(self, client, method, url, last_event_id, reconnect, max_event, options):
@@ -9575,8 +9582,8 @@ class EventStream:
             self._failures += 1
             if self._failures > MAX_EVENT_FAILURES:
                 self._over = True
-                raise error or _with(TransferError(f"{self._method} {self._url}: the event stream ended {self._failures} times in a "
-                                                   "row without an event"), None)
+                said = f"{self._method} {self._url}: the event stream ended {self._failures} times in a row without an event"
+                raise error or TransferError(said)
             await flowcoro.sleep(min(60.0, self.retry * 2**(self._failures - 1)))
         event = self._events.popleft()
         self.last_event_id, self._failures = event.id, 0
