@@ -7906,14 +7906,15 @@ MAX_DROPPED = 64 * 2**10
 # Bytes of a request that leave in one write, head and content; bytes of a file that are read at a time, and of a response.
 WHOLE_REQUEST, UPLOAD_PIECE, RECEIVED_PIECE = 64 * 2**10, 256 * 2**10, 64 * 2**10
 
-# URLs that a client remembers, and origins to which it keeps connections; beyond them those without connections are forgotten.
-KNOWN_URLS, KEPT_ORIGINS = 1024, 256
+# URLs that a client remembers, characters of each at most, and origins to which it keeps connections: beyond them the oldest
+# goes.
+KNOWN_URLS, KNOWN_URL, KEPT_ORIGINS = 1024, 512, 256
 
 # Connections to one origin at most, and seconds that an idle one is kept. nginx closes after 75, Apache after 5, Node after 5.
 CONNECTIONS_PER_ORIGIN, KEPT_IDLE = 100, 30.0
 
-# Cookies that a client keeps. Chrome keeps 3300 altogether.
-MAX_JAR = 3000
+# Cookies that a client keeps, of one domain and altogether. Chrome keeps 180 and 3300.
+MAX_OF_DOMAIN, MAX_JAR = 180, 3000
 
 # Bytes of one server-sent event, and failures in a row after which EventStream gives up.
 MAX_EVENT, MAX_EVENT_FAILURES = 2**20, 10
@@ -8261,16 +8262,22 @@ class _Jar(http.cookiejar.CookieJar):
         self.filled, self._added = False, 0
 
     def set_cookie(self, cookie):
-        """Of too many the domain with the most loses all of its cookies."""
+        """Of too many of a domain the oldest go; of too many in all those of the domain with the most."""
         self.filled = True
         self._added += 1
         super().set_cookie(cookie)
-        if self._added > MAX_JAR:
-            self.clear_expired_cookies()
-            domains = collections.Counter(cookie.domain for cookie in self)
-            if domains.total() > MAX_JAR:
-                self.clear(domains.most_common(1)[0][0])
-            self._added = len(self)
+        if self._added < MAX_OF_DOMAIN // 2:            # so that counting costs little for each
+            return
+        self._added = 0
+        self.clear_expired_cookies()
+        domains = {}
+        for cookie in self:
+            domains.setdefault(cookie.domain, []).append(cookie)
+        for domain, cookies in domains.items():
+            for cookie in cookies[:-MAX_OF_DOMAIN]:
+                self.clear(domain, cookie.path, cookie.name)
+        if sum(map(len, domains.values())) > MAX_JAR:
+            self.clear(max(domains, key=lambda domain: len(domains[domain])))
 
 
 class _CookieRequest:
@@ -8600,11 +8607,12 @@ class ClientResponse(Response):
             self._exchange.leave()
 
     async def _skip(self):
-        """Read what is left of a response that nobody is interested in, if that is little."""
+        """Read what is left of a response that nobody is interested in, if that is little, and comes soon."""
         exchange, left = self._exchange, MAX_DROPPED
-        while left > 0 and self.content is None and exchange.connection is not None:
-            data = await exchange.more(self)
-            left -= len(data) or left
+        with contextlib.suppress(RequestError), flowcoro.move_on_after(exchange.options.timeouts.read):
+            while left > 0 and self.content is None and exchange.connection is not None:
+                data = await exchange.more(self)
+                left -= len(data) or left
         self.content = self.content or b""
         await self.close()
 
@@ -9372,7 +9380,8 @@ class HttpClient(_Sending):
             parsed = _Url(url if self._base is None or _has_scheme(url) else self._below(url))
             if len(self._urls) >= KNOWN_URLS:
                 self._urls.clear()
-            self._urls[url] = parsed
+            if len(url) <= KNOWN_URL:
+                self._urls[url] = parsed
         return parsed
 
     def _below(self, url):
@@ -9406,7 +9415,9 @@ class HttpClient(_Sending):
         return await self._follow(request, options, False, None, response)
 
     def _remember(self, method, url, request):
-        origin, pairs = self._origin(request.parsed), request.headers.items()
+        origin, pairs = self._origins.get(request.parsed.origin), request.headers.items()
+        if origin is None or len(url) > KNOWN_URL:      # None: it was closed meanwhile
+            return
         codec = HttpConnection("client")
         head = codec.send_message(RequestHead(method, request.url if origin.absolute else request.parsed.target, pairs))
         if codec.keep_alive and not codec.upgrade:
@@ -9597,8 +9608,9 @@ class EventStream:
 
     async def _open(self):
         headers = dict(self._options.get("headers", {})) | {"Accept": "text/event-stream", "Cache-Control": "no-store"}
-        if self.last_event_id:
-            headers["Last-Event-ID"] = self.last_event_id.encode().decode("latin-1")
+        value = self.last_event_id.encode().decode("latin-1")
+        if value and _VALUE.fullmatch(value):           # a header cannot say all that an id can be
+            headers["Last-Event-ID"] = value
         context = self._client.stream(self._method, self._url, **{**self._options, "headers": headers})
         response = await context.__aenter__()
         self._context, self.response = context, response

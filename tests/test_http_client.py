@@ -623,3 +623,24 @@ def test_origins_beyond_the_limit_are_forgotten(monkeypatch):
                 await work(client, origin)
 
     flowcoro.run(main())
+
+
+def test_several_workers_share_a_client():
+    async def handler(request):
+        await flowcoro.checkpoint()
+        return answer(request.target)
+
+    async def main():
+        async with serving(handler) as origin, HttpClient(trust_env=False, max_connections=7) as client:
+            async def one(number):
+                for turn in range(5):
+                    assert (await client.get(f"{origin.url}/{number % 3}")).text == f"/{number % 3}"
+                    response = await client.post(f"{origin.url}/{number}x{turn}", content=[b"x"])
+                    assert response.text == f"/{number}x{turn}"
+
+            async with flowcoro.TaskGroup() as group:
+                for number in range(20):
+                    group.spawn(one(number))
+            assert given_back(client) and origin.connections <= 7
+
+    flowcoro.run(main(), workers=3)

@@ -31,6 +31,25 @@ def redirect(location, status="302 Found"):
     return answer("moved", status, f"Location: {location}")
 
 
+async def silence(request):
+    await flowcoro.sleep(FOREVER)
+
+
+async def drip(request):
+    for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b"x" * 1000:
+        await request.sock.write(bytes([byte]))
+        await flowcoro.sleep(0.02)
+
+
+async def stuck(request):
+    await request.sock.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nsome")
+    await flowcoro.sleep(FOREVER)
+
+
+async def cut(request):
+    await request.sock.write(b"cut")
+
+
 # ---- redirects -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("status, method, following, body", [
@@ -78,6 +97,23 @@ def test_a_redirect_to_what_is_no_http_is_an_error(location):
             await client.get(origin.url)
 
     talk(lambda request: redirect(location), work)
+
+
+@pytest.mark.parametrize("moved", [stuck, drip, cut])
+def test_the_content_of_a_redirect_in_a_stream_is_not_waited_for(moved):
+    async def handler(request):
+        if request.target != "/":
+            return answer("there")
+        await request.sock.write(b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Length: 2000\r\n\r\n")
+        await moved(request)
+
+    async def work(client, origin):
+        began = flowcoro.now()
+        async with client.stream("GET", origin.url, timeout=Timeouts(read=0.1)) as response:
+            assert await response.read() == b"there" and response.history[0].status == 302
+        assert flowcoro.now() - began < 10
+
+    talk(handler, work)
 
 
 def test_a_location_that_is_not_ascii_is_taken_as_utf_8():
@@ -283,18 +319,31 @@ def test_a_jar_of_ones_own_is_used():
 
 
 def test_a_flood_of_cookies_does_not_fill_the_jar_without_end(monkeypatch):
-    monkeypatch.setattr("flowcoro_http.MAX_JAR", 300)
+    monkeypatch.setattr("flowcoro_http.MAX_OF_DOMAIN", 20)
+    monkeypatch.setattr("flowcoro_http.MAX_JAR", 50)
 
     def handler(request):
         number = int(request.target[1:])
-        return answer("", "200 OK", *[f"Set-Cookie: n{number}x{one}=1; Path=/none" for one in range(90)])
+        return answer("", "200 OK", *[f"Set-Cookie: n{number}x{one}=1; Path=/{one % 3}" for one in range(90)])
 
     async def work(client, origin):
         for number in range(20):
             await client.get(f"{origin.url}/{number}")
-            assert len(client.cookies) <= 400
+            assert len(client.cookies) <= 30
+        assert "n19x89" in {cookie.name for cookie in client.cookies}, "the newest are kept"
+        for number in range(20):
+            await client.get(f"http://h{number}.test:{origin.port}/1")
+            assert len(client.cookies) <= 70
 
-    talk(handler, work)
+    async def main():
+        async with serving(handler) as origin:
+            async def connect(host, port, tls):
+                return await Socket.connect("127.0.0.1", origin.port)
+
+            async with HttpClient(connect=connect, trust_env=False) as client:
+                await work(client, origin)
+
+    flowcoro.run(main())
 
 
 # ---- proxies ---------------------------------------------------------------------------------------------------
@@ -481,21 +530,6 @@ def test_nothing_is_tried_beyond_the_total_time():
 
 # ---- time ------------------------------------------------------------------------------------------------------
 
-async def silence(request):
-    await flowcoro.sleep(FOREVER)
-
-
-async def drip(request):
-    for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b"x" * 1000:
-        await request.sock.write(bytes([byte]))
-        await flowcoro.sleep(0.02)
-
-
-async def stuck(request):
-    await request.sock.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nsome")
-    await flowcoro.sleep(FOREVER)
-
-
 @pytest.mark.parametrize("handler, timeout, phase", [
     (silence, Timeouts(head=0.1), "head"), (silence, 0.1, "head"), (drip, Timeouts(head=0.1), "head"),
     (stuck, Timeouts(read=0.1), "read"),
@@ -545,7 +579,12 @@ def test_a_server_that_does_not_read():
 
 
 def test_no_limit_and_wrong_limits():
-    talk(lambda request: answer(), lambda client, origin: client.get(origin.url, timeout=None))
+    async def work(client, origin):
+        assert (await client.get(origin.url, timeout=None)).text == "x"
+        async with client.stream("GET", origin.url, timeout=None) as response:
+            assert await response.read() == b"x"
+
+    talk(lambda request: answer("x"), work)
     for wrong in (0, -1, float("nan")):
         with pytest.raises(ValueError):
             HttpClient(timeout=wrong)
@@ -679,7 +718,7 @@ BOMB = gzip.compress(b"\0" * 200_000_000, 9)
                                                                             ResponseError, "max_bytes"),
     (OK + b"Content-Encoding: gzip\r\n\r\nnot gzip", ResponseError, "gzip"),
     (OK + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(b"abc")[:-4], ResponseError, "breaks off"),
-    (b"HTTP/1.1 302 Found\r\nContent-Length: 5\r\nLocation: /\r\n\r\nab", TransferError, "ended"),
+    (b"HTTP/1.1 302 Found\r\nContent-Length: 5\r\nLocation: /\r\n\r\nab", RequestError, "ended|max_redirects"),
 ])
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_is_no_response_is_an_error_and_leaves_nothing(reply, error, message, stream):
@@ -863,13 +902,15 @@ def test_events_go_on_over_connections_with_the_last_id():
         if reply is not None:
             await request.sock.write(reply)
 
-    replies = [stream_of(b"retry: 5\nid: a\ndata: 1\n\ndata: lost"), answer("", "503 x"), stream_of(b"data: 2\n\nid: c\ndata: 3\n\n"),
+    replies = [stream_of(b"retry: 5\nid: a\ndata: 1\n\ndata: lost"), answer("", "503 x"),
+               stream_of(b"data: 2\n\nid: c\ndata: 3\n\n"),
                b"HTTP/1.1 204 No Content\r\n\r\n"]
     talk(handler, work)
 
 
 @pytest.mark.parametrize("reply, error", [
-    (answer("", "404 x"), StatusError), (answer("x", "200 OK", "Content-Type: text/html"), ResponseError), (answer("x"), ResponseError),
+    (answer("", "404 x"), StatusError), (answer("x", "200 OK", "Content-Type: text/html"), ResponseError),
+    (answer("x"), ResponseError),
     (stream_of(b"data: " + b"x" * 2000), ResponseError)])
 def test_what_is_no_event_stream_is_an_error(reply, error):
     async def work(client, origin):
@@ -882,6 +923,19 @@ def test_what_is_no_event_stream_is_an_error(reply, error):
     async def handler(request):
         await request.sock.write(reply)
 
+    talk(handler, work)
+
+
+def test_an_id_that_no_header_can_say_is_left_out():
+    async def work(client, origin):
+        async with client.events(origin.url) as events:
+            assert [event.id async for event in events] == ["a\1", "ü"]
+        assert [request.headers.get("last-event-id") for request in origin.requests] == [None, None, "\xc3\xbc"]
+
+    async def handler(request):
+        await request.sock.write(replies.pop(0))
+
+    replies = [stream_of(b"retry: 1\nid: a\1\ndata: 1\n\n"), stream_of("id: ü\ndata: 2\n\n".encode()), b"HTTP/1.1 204 x\r\n\r\n"]
     talk(handler, work)
 
 
