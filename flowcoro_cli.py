@@ -6,6 +6,7 @@
     python -m flowcoro vendor --check DEST        does the copy there differ from this version?
     python -m flowcoro get URL [-o FILE] …        fetch what is at a URL; a transfer that was interrupted goes on with -C
     python -m flowcoro bench …                    the benchmarks that come with a clone of the repository
+    python -m flowcoro serve module:app …         an application (its own, WSGI, ASGI) or a folder, over HTTP
 
 To vendor, copy: flowcoro.py, flowcoro_cli.py
 
@@ -21,7 +22,7 @@ Example:
         assert flowcoro_cli.main(["vendor", "--check", str(copies)]) == 0
 
 Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the eight scenes ·
-demo · vendor · bench · the command line.
+demo · vendor · bench · serve · the command line.
 
 How it works:
     A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
@@ -55,8 +56,10 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import getpass
 import importlib
+import inspect
 import json
 import math
 import os
@@ -64,6 +67,8 @@ import pathlib
 import platform
 import re
 import runpy
+import signal
+import socket
 import ssl
 import statistics
 import subprocess
@@ -72,6 +77,8 @@ import sysconfig
 import tempfile
 import threading
 import time
+import traceback
+import types
 import urllib.parse
 
 try:
@@ -95,6 +102,7 @@ COMMANDS = {            # subcommand: (module, function(arguments) -> exit statu
     "vendor": ("flowcoro_cli", "_vendor_command", "copy FlowCoro's files, and what they need, to a project"),
     "bench": ("flowcoro_cli", "_bench_command", "the benchmarks that come with a clone of the repository"),
     "get": ("flowcoro_cli", "_get_command", "fetch what is at a URL, as a person expects of curl"),
+    "serve": ("flowcoro_cli", "_serve_command", "an application (module:app) or a folder, over HTTP"),
 }
 
 SCENES = {              # scene, in the order of the demo: (module, function(screen), one line of help)
@@ -1530,6 +1538,363 @@ def _get_command(arguments):
         status, said = 23, str(error)
     print(f"flowcoro: {said}{download.left() if download and status in (18, 28, 56) else ''}", file=sys.stderr)
     return status
+# ---- serve -------------------------------------------------------------------------------------------------
+
+KEPT = "FLOWCORO_KEPT_SOCKETS"          # environment: numbers of listening sockets that --reload hands to the next program
+LOOK_AT_FILES = 0.5                     # seconds between two looks at the sources; an editor has saved by then
+RELOAD_DRAIN = 2.0                      # seconds that requests have to end before the program is replaced: somebody is waiting
+
+
+class _NotLoaded(UsageError):
+    """The application could not be loaded; `files` are those whose change may help."""
+
+    def __init__(self, message, files=()):
+        super().__init__(message)
+        self.files = set(files)
+
+
+def _serve_parser():
+    parser = _parser("serve", "Serves an application, or the files of a folder, over HTTP.")
+    parser.epilog = ("examples:  serve shop:app  ·  serve 'shop:make_app()' --processes 4  ·  serve . --listing.  SIGTERM and "
+                     "Ctrl-C end it once requests under way are answered; a second Ctrl-C at once. SIGHUP reads the certificate "
+                     "anew, and with --processes replaces the processes one by one.")
+    add = parser.add_argument
+    add("target", metavar="TARGET", help="module:name of an HttpServer, a WSGI or an ASGI application, or module:name() for a "
+        "function that makes one; or a folder. The current directory is searched first")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 or ::, to be reached from other machines "
+        "(default: %(default)s)")
+    add("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
+    add("--unix", metavar="PATH", help="listen on a Unix socket instead")
+    add("--processes", type=int, metavar="N", help="worker processes that share the address; one uses one core")
+    add("--tls-cert", metavar="FILE", help="serve HTTPS: the certificate with its chain, PEM")
+    add("--tls-key", metavar="FILE", help="its private key, PEM (default: in the same file)")
+    add("--reload", action="store_true", help="start anew when a source file changes, for development; the address stays open")
+    add("--access-log", nargs="?", const="common", choices=("common", "json"), metavar="FORMAT",
+        help="a line per request on stderr, common (the default) or json: --access-log=json")
+    add("--drain-timeout", type=float, default=8.0, metavar="SECONDS",
+        help="what is under way has so long when the server ends (default: %(default)g)")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--wsgi", action="store_true", help="it is a WSGI application, whatever it looks like")
+    kinds.add_argument("--asgi", action="store_true", help="it is an ASGI application")
+    add("--threads", type=int, metavar="N", help="of a WSGI application, at most (default: 40)")
+    add("--listing", action="store_true", help="of a folder: show what is in folders without an index.html")
+    return parser
+
+
+def _serve_command(arguments):
+    """`serve TARGET …`: until SIGTERM or Ctrl-C."""
+    parser = _serve_parser()
+    options = parser.parse_args(arguments)
+    folder = pathlib.Path(options.target)
+    options.folder = folder if folder.is_dir() else None
+    _check_serve(options)
+    kept = _KeptSockets(os.environ.pop(KEPT, "")) if options.reload else None
+    again = False
+    try:
+        app = _served_app(options)
+        again = flowcoro.run(_serve(app, options, kept), grace=options.drain_timeout + 5)
+    except _NotLoaded as error:
+        if kept is None or not kept.numbers:        # in a reload a mistake in a source is waited for to be corrected
+            raise
+        print(f"flowcoro: {error}\nwaiting for a change", file=sys.stderr, flush=True)
+        again = flowcoro.run(_change_or_stop(error.files))
+    except KeyboardInterrupt:                       # the second Ctrl-C
+        return 130
+    if again:
+        kept.hand_over()
+    return 0
+
+
+def _check_serve(options):
+    """UsageError for options that do not go together."""
+    if options.tls_key and not options.tls_cert:
+        raise UsageError("--tls-key needs --tls-cert: a private key alone proves nothing")
+    if options.folder is None and options.listing:
+        raise UsageError(f"--listing is for a folder, and {options.target} is none")
+    if options.folder is not None and (options.wsgi or options.asgi or options.threads):
+        raise UsageError(f"{options.target} is a folder: --wsgi, --asgi and --threads are for applications")
+    if options.processes is not None and options.processes < 1:
+        raise UsageError(f"--processes {options.processes}: give 1 or more")
+    if not 0 <= options.port <= 65535:
+        raise UsageError(f"--port {options.port}: give a number from 0 to 65535")
+    if options.reload and options.processes is not None:
+        raise UsageError("--reload is for development, and serves in one process: leave out --processes")
+    if options.reload and (options.folder or not hasattr(os, "fork")):
+        raise UsageError("--reload watches the sources of an application" if options.folder else
+                         "--reload replaces the program, which this system cannot do while its sockets stay open")
+
+
+# -- what is served
+
+def _load_target(target):
+    """The object that "module:name" or "module:name()" means. _NotLoaded, which says what is missing."""
+    module, colon, name = target.partition(":")
+    made = name.endswith("()")
+    path = name.removesuffix("()").split(".")
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), *path]):
+        raise UsageError(f"{target!r} is neither a folder nor module:name, such as shop:app or shop:make_app()")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+        for at, part in enumerate(path):
+            try:
+                found = getattr(found, part)
+            except AttributeError:
+                known = [other for other in dir(found) if not other.startswith("_")]
+                near = difflib.get_close_matches(part, known)
+                where = ".".join([module, *path[:at]])
+                raise _NotLoaded(f"{where} has no {part!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""),
+                                 _source_files()) from None
+        return found() if made else found
+    except _NotLoaded:
+        raise
+    except Exception as error:
+        raise _not_loaded(module, error) from error
+
+
+def _not_loaded(module, error):
+    """What to say of an error in somebody's module, or of one that is not there."""
+    if isinstance(error, ModuleNotFoundError) and error.name and (module + ".").startswith(error.name + "."):
+        return _NotLoaded(f"there is no module {error.name!r} in {os.getcwd()}, nor elsewhere on Python's path", _source_files())
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    files = {frame.filename for frame in frames} | _source_files()
+    where = f"{frames[-1].filename}, line {frames[-1].lineno}"
+    if isinstance(error, SyntaxError) and error.filename:
+        files.add(error.filename)
+        where = f"{error.filename}, line {error.lineno}"
+    said = error.msg if isinstance(error, SyntaxError) else error
+    return _NotLoaded(f"{module} could not be loaded: {type(error).__name__}: {said} ({where})", files)
+
+
+def _served_app(options):
+    """The HttpServer to run."""
+    http = _load("flowcoro_http")
+    if options.folder is not None:
+        app = http.HttpServer()
+        app.mount("/", http.static_files(options.folder, listing=options.listing), encoded_slashes=True)
+    else:
+        found = _load_target(options.target)
+        if isinstance(found, http.HttpServer):
+            if options.wsgi or options.asgi or options.threads:
+                raise UsageError(f"{options.target} is an HttpServer: --wsgi, --asgi and --threads are for other applications")
+            app = found
+        elif isinstance(found, http.Router):
+            app = http.HttpServer()
+            app.include(found)
+        else:
+            app = http.HttpServer()
+            app.mount("/", _hosted(http, app, found, options), encoded_slashes=True)
+    if options.access_log:
+        app.middleware(http.access_log(format=options.access_log), outermost=True)
+    return app
+
+
+def _hosted(http, app, found, options):
+    """The handler of a WSGI or an ASGI application."""
+    kind = "wsgi" if options.wsgi else "asgi" if options.asgi else _kind_of(found, options.target)
+    if kind == "wsgi":
+        return http.wsgi_app(found, **({"threads": options.threads} if options.threads else {}))
+    if options.threads:
+        raise UsageError(f"{options.target} is an ASGI application: --threads is for WSGI")
+    host = http.asgi_app(found)
+
+    @contextlib.asynccontextmanager
+    async def lifespan():
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(host.lifespan())
+            except RuntimeError as error:
+                raise UsageError(str(error)) from error
+            yield
+    app.lifespan(lifespan)
+    return host
+
+
+def _kind_of(found, target):
+    """ "wsgi" or "asgi"; UsageError when it looks like neither."""
+    if not callable(found):
+        raise UsageError(f"{target} is {found!r:.80}, no application")
+    call = found if inspect.isroutine(found) or isinstance(found, type) else type(found).__call__
+    if inspect.iscoroutinefunction(inspect.unwrap(found)) or inspect.iscoroutinefunction(inspect.unwrap(call)):
+        return "asgi"
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):
+        raise UsageError(f"it cannot be seen what {target} is: say --wsgi or --asgi") from None
+    needed = [each for each in parameters if each.default is each.empty and each.kind in (
+        each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    if len(needed) in (2, 3):
+        return "wsgi" if len(needed) == 2 else "asgi"
+    if not needed and not isinstance(found, type) and not any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        raise UsageError(f"{target} takes no arguments: if it makes the application, write {target}()")
+    raise UsageError(f"{target} looks neither like WSGI (environ, start_response) nor like ASGI (scope, receive, send): say --wsgi "
+                     "or --asgi")
+
+
+# -- serving
+
+async def _serve(app, options, kept):
+    """Until it is to end; whether the program is to be replaced by a new one."""
+    tls = _serve_tls(options)
+    network = flowcoro.network.set(kept) if kept is not None and options.unix is None else None
+    try:
+        server = await app.listen(options.host, options.port, unix=options.unix, tls=tls,
+                                  reuse_port=options.processes is not None and sys.platform == "linux")
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error.strerror or error) if isinstance(error, OSError) else str(error)) from error
+    finally:
+        if network is not None:
+            flowcoro.network.reset(network)
+    ending = types.SimpleNamespace(asked=False, changed=None)
+    async with server:
+        if kept is not None:
+            kept.keep()
+            flowcoro.spawn(_close_on_change(server, ending), name="watch the sources")
+        _announce(server, options)
+        drain = options.drain_timeout if kept is None else min(options.drain_timeout, RELOAD_DRAIN)
+        more = {"reload": functools.partial(_reload_certificate, server, options)} if options.processes else {}
+        with _load("flowcoro_os").signals(*_serve_signals(options)) as received, flowcoro.CancelScope() as scope:
+            hearing = flowcoro.spawn(_obey(received, server, options, ending, scope), name="hear signals")
+            try:
+                await server.serve(processes=options.processes, drain_timeout=drain, **more)
+            finally:
+                hearing.cancel()
+    return ending.changed is not None and not ending.asked
+
+
+def _serve_tls(options):
+    """The ssl.SSLContext; UsageError when the files are none of certificates."""
+    if not options.tls_cert:
+        return None
+    try:
+        return _load("flowcoro_net").server_tls(options.tls_cert, options.tls_key, alpn=["http/1.1"])
+    except OSError as error:
+        raise UsageError(f"--tls-cert: {error.strerror or error}") from error
+
+
+def _announce(server, options):
+    """Say where it listens: a line for each address."""
+    what = options.target if options.processes is None else f"{options.target} in {options.processes} processes"
+    for address in server.addresses:
+        host, port = address[:2] if isinstance(address, tuple) else (None, None)
+        url = f"{server.url.partition(':')[0]}://{f'[{host}]' if ':' in host else host}:{port}" if host else str(address)
+        print(f"serving {what} on {url}", flush=True)
+    print("Ctrl-C ends it", flush=True)
+
+
+def _serve_signals(options):
+    """Those that we hear; with processes SIGHUP is the supervisor's."""
+    return [signal.SIGINT] + ([signal.SIGHUP] if hasattr(signal, "SIGHUP") and not options.processes else [])
+
+
+async def _obey(received, server, options, ending, scope):
+    """SIGINT ends the server, and at once when it comes again; SIGHUP reads the certificate anew."""
+    async for number in received:
+        if number != signal.SIGINT:
+            _reload_certificate(server, options)
+        elif ending.asked:
+            scope.cancel()
+        else:
+            ending.asked = True
+            print("ending; Ctrl-C once more ends it at once", flush=True)
+            flowcoro.request_stop()
+
+
+def _reload_certificate(server, options):
+    """Use the files as they are now; what cannot be used is told, and the old one stays."""
+    if options.tls_cert:
+        try:
+            server.reload_certificate(options.tls_cert, options.tls_key)
+            print("certificate reloaded", flush=True)
+        except OSError as error:
+            print(f"flowcoro: the certificate stays as it is: {error.strerror or error}", file=sys.stderr, flush=True)
+
+
+# -- reloading
+
+def _source_files():
+    """The files of modules that are loaded and belong neither to Python nor to an installed package."""
+    installed = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    return {file for file in files if file and file.endswith(".py") and not file.startswith(installed)}
+
+
+async def _change(files=()):
+    """Wait until one of these, or of the modules that are loaded by then, has another mtime; which one."""
+    seen = {}
+    while True:
+        for file in sorted({*files, *_source_files()}):
+            try:
+                changed = os.stat(file).st_mtime_ns
+            except OSError:                     # an editor is about to put another one there
+                changed = None
+            if seen.setdefault(file, changed) != changed:
+                return file
+        await flowcoro.sleep(LOOK_AT_FILES)
+
+
+async def _change_or_stop(files):
+    """Whether it was a change that came first."""
+    which, file = await flowcoro.when_any(_change(files), flowcoro.stop_requested())
+    if which == 0:
+        print(f"{file} has changed: starting anew", flush=True)
+    return which == 0
+
+
+async def _close_on_change(server, ending):
+    ending.changed = await _change()
+    print(f"{ending.changed} has changed: starting anew", flush=True)
+    server.close()
+
+
+class _Bound(socket.socket):
+    """A listening socket that another program has made and bound."""
+
+    def bind(self, address):
+        """It is."""
+
+
+class _KeptSockets:
+    """A network (see flowcoro.network) whose listening sockets stay open while the program is replaced by exec: who connects
+    meanwhile waits until the new one accepts. Only listen() is called with it.
+    """
+
+    def __init__(self, numbers):
+        """`numbers`: of the sockets that the program before has handed over, divided by commas; or ""."""
+        self.numbers = [int(number) for number in numbers.split(",") if number]
+        self.made = []
+
+    def socket(self, family, kind, proto=0):
+        for number in self.numbers:
+            raw = _Bound(fileno=number)
+            if raw.family == family:
+                self.numbers.remove(number)
+                os.set_inheritable(number, False)
+                break
+            raw.detach()
+        else:
+            raw = socket.socket(family, kind, proto)
+        raw.setblocking(False)
+        self.made.append(raw)
+        return raw
+
+    pollable = staticmethod(flowcoro.Pollable)
+
+    async def getaddrinfo(self, host, port, family=0, kind=0, flags=0):
+        return await flowcoro.to_thread(socket.getaddrinfo, host, port, family, kind, 0, flags)
+
+    def keep(self):
+        """From now on there is a second descriptor of each, so that closing the server leaves them open."""
+        self.numbers = [os.dup(raw.fileno()) for raw in self.made if raw.fileno() >= 0]
+        self.made.clear()
+
+    def hand_over(self):
+        """Replace the program by itself, as it was started. Does not return."""
+        for number in self.numbers:
+            os.set_inheritable(number, True)
+        os.environ[KEPT] = ",".join(map(str, self.numbers))
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 # ---- The command line --------------------------------------------------------------------------------------

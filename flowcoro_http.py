@@ -60,6 +60,7 @@ SPDX-License-Identifier: MIT
 import base64
 import collections
 import contextlib
+import contextvars
 import dataclasses
 import datetime
 import decimal
@@ -81,6 +82,7 @@ import math
 import mimetypes
 import netrc
 import os
+import queue
 import random
 import re
 import secrets
@@ -98,6 +100,7 @@ import types
 import typing
 import urllib.parse
 import uuid
+import weakref
 import zlib
 
 import flowcoro
@@ -113,7 +116,7 @@ __all__ = ["HttpServer", "HttpListener", "Request", "Response", "Fields", "FormF
            "parse_links", "cache_control", "TrustedProxies", "Forwarding", "Signer", "SignatureError", "FormPart", "send_file",
            "static_files", "ServerSentEvent", "event_stream", "last_event_id", "access_log", "cors", "compress", "etag",
            "security_headers", "body_limit", "timeout", "trusted_proxies", "request_id", "basic_auth", "bearer_auth", "sessions",
-           "HttpClient", "ClientRequest", "ClientResponse", "Timeouts", "Retries", "Auth", "BasicAuth", "BearerAuth",
+           "wsgi_app", "asgi_app", "HttpClient", "ClientRequest", "ClientResponse", "Timeouts", "Retries", "Auth", "BasicAuth", "BearerAuth",
            "DigestAuth", "EventStream", "RequestError", "ConnectError", "ProxyError", "TransferError", "RequestTimeout",
            "ResponseError", "RedirectError", "StatusError"]
 
@@ -6264,15 +6267,15 @@ class HttpServer(Router):
 
     # -- what goes around the handlers
 
-    def middleware(self, function):
+    def middleware(self, function, *, outermost=False):
         """Have `async def function(request, call_next)` stand between the server and the handlers; may be used as a decorator.
 
         It returns what `await call_next(request)` gives, a Response, or another one, or what handlers may return. The first that
-        is added is the outermost. Errors of handlers are answers already when they come to it; what it raises itself becomes one.
+        is added is the outermost, unless a later one says outermost=True. Errors of handlers are answers already when they come to it; what it raises itself becomes one.
         """
         if not callable(function):
             raise TypeError(f"middleware({function!r}): give an async function of request and call_next")
-        self._middleware.append(function)
+        self._middleware.insert(0 if outermost else len(self._middleware), function)
         self._chain = None
         return function
 
@@ -9679,3 +9682,959 @@ def _test_client(app, **options):
     client = HttpClient(**{"base_url": "http://testserver", "trust_env": False, "connect": inside.connect, **options})
     client._around = inside
     return client
+
+
+# ---- hosting: WSGI --------------------------------------------------------------------------------------------
+#
+# A WSGI application blocks, so it runs in a thread, and nothing else does: all that has to do with the connection happens in the
+# task of the request. The two meet in a _WsgiCall. What the thread has to say it leaves there, and rings; when it needs something
+# (the next piece of the request's content, room for more of the answer), it asks, and waits for the answer.
+#
+#     W1  a field of a _WsgiCall is written by one side only; what both change are a deque and a SimpleQueue, whose operations
+#         are atomic. The thread changes the fields first and rings then; the task looks at them and parks then, in one atomic step
+#     W2  each question of the thread gets one answer; when the task is gone (the client is, or the server stops) the answer is an
+#         error, and so is that to each later one: a thread never waits for somebody who is not there
+#     W3  while calls are waiting, either a thread looks for one (it has the token), or all threads are at work
+#
+# A change of threads costs as much as the rest of a request. So a call makes one round where it can: what is small of the request's
+# content is read before, and an answer that is complete at once goes back whole. And rounds are shared: a call does not wake a
+# thread itself, but has a task do it that comes after all others that are ready now; the thread works through all that are
+# waiting, and rings once; it is heard when it has finished, or lets go of the GIL. A thread that takes a call while more are
+# waiting wakes one other, which comes to run as soon as this one blocks. Measured, hello of 64 connections, us of processor time
+# per request, the server's own part included: one to_thread() for each request TO_THREAD, this THIS.
+#
+# Rejected: one to_thread() for a batch, which comes back when all of it is done: a slow call would hold back the quick ones that
+# came before it.
+
+# Threads of an application at most: as many as to_thread() has. They mostly wait for a database.
+WSGI_THREADS = 40
+
+# Bytes of a request's content that are read before the application is called, which so needs no second round; and bytes of an
+# answer that may wait for the client, before the application has to. One read of a socket.
+WSGI_READ_BEFORE = WSGI_AHEAD = 64 * 2**10
+
+# Seconds after which a thread ends that has had nothing to do: as those of to_thread().
+WSGI_IDLE = 10.0
+
+# What a thread asks for.
+_INPUT, _ROOM = "the next piece of the content", "room for more of the answer"
+
+# Fields that speak of the connection (PEP 3333, "Other HTTP Features"; RFC 9110 7.6.1): not for an application to set.
+_HOP_BY_HOP = frozenset(["connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
+                         "transfer-encoding", "upgrade"])
+_WSGI_STATUS = re.compile(rf"([2-9][0-9][0-9]) ([{_VALUE_CHARS}]*)")
+
+
+@functools.lru_cache(1024)
+def _environ_key(name):
+    """What a field is called in an environ. "" for those that are left out: X_Y would pass for X-Y, which a proxy may have set; and
+    HTTP_PROXY is taken for a setting (CVE-2016-5385)."""
+    key = name.upper().replace("-", "_")
+    if "_" in name or key == "PROXY":
+        return ""
+    return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key
+
+
+@functools.lru_cache(256)
+def _wsgi_status(text):
+    """(status, reason or None for the usual one) of what an application calls its status."""
+    if not isinstance(text, str):
+        raise TypeError(f"start_response() takes the status as a str such as \"200 OK\", got {text!r:.80}")
+    found = _WSGI_STATUS.fullmatch(text)
+    if found is None:
+        raise ValueError(f"start_response() takes three digits, a space and a reason, such as \"200 OK\", got {text!r:.80}")
+    status = int(found[1])
+    usual = http.HTTPStatus(status).phrase if status in http.HTTPStatus._value2member_map_ else ""
+    return status, None if found[2] == usual else found[2]
+
+
+def _wsgi_environ(request, rest, content):
+    """The environ of PEP 3333. `rest`: the decoded path below the mount, or None: all of it."""
+    path = request.path
+    script, rest = ("", path) if rest is None else (path[:len(path) - len(rest)], rest)
+    if "%" in request.raw_path:             # bytes as latin-1, as PEP 3333 has it for all texts
+        script, rest = script.encode().decode("latin-1"), rest.encode().decode("latin-1")
+    name, port = request.server if type(request.server) is tuple else ("localhost", "")         # else a Unix socket
+    address, client_port = request.client if type(request.client) is tuple else ("", "")
+    environ = {
+        "REQUEST_METHOD": request.method, "SCRIPT_NAME": "" if script == "/" else script, "PATH_INFO": rest,
+        "QUERY_STRING": request.query_string, "REQUEST_URI": request.target, "SERVER_NAME": name, "SERVER_PORT": str(port or 80),
+        "SERVER_PROTOCOL": "HTTP/" + request.version, "SERVER_SOFTWARE": _SOFTWARE, "REMOTE_ADDR": address,
+        "REMOTE_PORT": str(client_port), "wsgi.version": (1, 0), "wsgi.url_scheme": request.scheme, "wsgi.input": content,
+        "wsgi.input_terminated": True, "wsgi.errors": sys.stderr, "wsgi.multithread": True, "wsgi.multiprocess": True,
+        "wsgi.run_once": False, "wsgi.file_wrapper": _WsgiFile,
+    }
+    for field, value in request.headers.items():
+        key = _environ_key(field)
+        if key in environ:
+            environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + value
+        elif key:
+            environ[key] = value
+    return environ
+
+
+_SOFTWARE = f"FlowCoro/{__version__}"
+
+
+class _WsgiFile:
+    """wsgi.file_wrapper: a file in blocks; not of 8 KiB, which most ask for, since each is a step of a thread."""
+
+    def __init__(self, file, block_size=WSGI_AHEAD):
+        self.file, self.block_size = file, max(block_size, WSGI_AHEAD)
+        self.close = getattr(file, "close", None) or (lambda: None)
+
+    def __iter__(self):
+        return iter(functools.partial(self.file.read, self.block_size), b"")
+
+    def for_sendfile(self):
+        """(file, offset, bytes) if it is one that the system can send, else None."""
+        try:
+            found = os.fstat(self.file.fileno())
+            offset = self.file.tell()
+        except (AttributeError, OSError, ValueError):
+            return None
+        return (self.file, offset, max(0, found.st_size - offset)) if stat.S_ISREG(found.st_mode) else None
+
+
+class _WsgiInput(io.RawIOBase):
+    """A request's content, as a thread reads it from the connection; what is buffered stands in a BufferedReader before it."""
+
+    def __init__(self, call):
+        self.call, self.piece = call, b""
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        if not self.piece:
+            self.piece = memoryview(self.call.ask(_INPUT))
+        count = min(len(buffer), len(self.piece))
+        buffer[:count], self.piece = self.piece[:count], self.piece[count:]
+        return count
+
+
+class _WsgiCall:
+    """A request at an application: what its thread and its task have to tell each other."""
+
+    __slots__ = ("threads", "application", "environ", "context", "is_head", "head", "file", "blocks", "pushed", "asked", "error", "ended",
+                 "request", "chunks", "task", "taken", "gone", "answers")
+
+    def __init__(self, threads, application, request):
+        self.threads, self.application, self.request = threads, application, request
+        self.context, self.is_head = contextvars.copy_context(), request.method == "HEAD"
+        # the thread's:
+        self.head = None            # (status, reason or None, Headers) that start_response() was given
+        self.file = None            # that is the whole answer: (file, offset, bytes)
+        self.blocks = collections.deque()       # of the answer; the task takes them out
+        self.pushed = 0             # bytes that were ever put there; not 0: the head may be on its way
+        self.asked = None           # _INPUT or _ROOM, and it waits for the answer; the task resets it
+        self.error, self.ended = None, False
+        # the task's:
+        self.chunks = None          # the request's content, once it is asked for
+        self.task = None            # that is parked here
+        self.taken = 0              # bytes of the blocks
+        self.gone = False           # nobody wants the answer any more
+        self.answers = queue.SimpleQueue()
+
+    # -- in the thread
+
+    def run(self):
+        try:
+            self.context.run(self._run)
+        except BaseException as error:
+            self.error = error
+            if self.gone and not isinstance(error, ConnectionAbortedError):
+                flowcoro_net.report_error(error, f"{self!r}: it failed after its client was gone", "flowcoro_http")
+        self.ended = True
+        self.threads.ring(self)
+
+    def _run(self):
+        result = self.application(self.environ, self.start_response)
+        try:
+            if type(result) in (list, tuple):
+                self._push(result[0] if len(result) == 1 else b"".join(result))
+            elif type(result) is _WsgiFile and not self.pushed and not self.is_head and (found := result.for_sendfile()):
+                self.file, result = found, None         # which the task closes
+            else:
+                for block in result:
+                    self.write(block)
+                    if self.gone or self.is_head and self.pushed:
+                        break
+                if self.is_head:
+                    self.blocks.clear()         # how long all of it would be is not known
+        finally:
+            if hasattr(result, "close"):
+                result.close()
+        if self.head is None:
+            raise RuntimeError(f"{self!r}: it returned without a call of start_response()")
+
+    def start_response(self, status, headers, exc_info=None):
+        """PEP 3333. Returns write()."""
+        if exc_info:
+            try:
+                if self.pushed:
+                    raise exc_info[1].with_traceback(exc_info[2])
+            finally:
+                exc_info = None     # no circle through the traceback
+        elif self.head is not None:
+            raise RuntimeError("start_response() was called already; to replace the head by one of an error, give exc_info")
+        status, reason = _wsgi_status(status)
+        headers = Headers(headers)
+        for name, _ in headers:
+            if name.lower() in _HOP_BY_HOP:
+                raise ValueError(f"start_response(): {name} is for the server to set, which knows the connection")
+        self.head = status, reason, headers
+        return self.write
+
+    def _push(self, block):
+        if not isinstance(block, bytes):
+            raise TypeError(f"an answer consists of bytes, got {block!r:.80}")
+        if self.head is None:
+            raise RuntimeError("there is content before start_response() was called")
+        if block:
+            self.blocks.append(block)
+            self.pushed += len(block)
+
+    def write(self, block):
+        """Have a block of the answer sent, and wait while too much is on its way. ConnectionAbortedError: the client is gone."""
+        self._push(block)
+        if not block or self.is_head:
+            return
+        if self.pushed - self.taken > WSGI_AHEAD:
+            self.ask(_ROOM)
+        else:
+            self.threads.ring(self)
+
+    def ask(self, what):
+        """Wait for what only the task can do; its result or its error. ConnectionAbortedError: it is gone."""
+        self.asked = what
+        self.threads.ring(self)
+        answer = self.answers.get()
+        if not isinstance(answer, BaseException):
+            return answer
+        if self.gone:
+            self.answers.put(answer)        # for the next question
+        raise answer
+
+    # -- in the task
+
+    async def answer(self):
+        """The Response. Errors of the application leave as they are."""
+        self.threads.submit(self)
+        await self._news()
+        if self.is_head:
+            while not self.ended:
+                await flowcoro.park(self._park)
+        if self.error is not None:
+            raise self._failure()
+        status, reason, headers = self.head
+        response = Response(status, None, headers, reason=reason)
+        if self.file is not None:
+            file, offset, count = self.file
+            count = min(count, int(headers.get("content-length", count)))
+            response.content, response.stream = None, _FileStream(file, offset, count)
+        elif self.ended and (self.blocks or not self.is_head):
+            response.content = b"".join(self.blocks)
+        else:
+            response.content, response.stream = None, _WsgiStream(self)
+        return response
+
+    def _failure(self):
+        if isinstance(self.error, Exception):
+            return self.error
+        failure = RuntimeError(f"{self!r}: it raised {type(self.error).__name__}")      # which would end the run
+        failure.__cause__ = self.error
+        return failure
+
+    async def _news(self):
+        """Wait for a block, or the end; what the thread needs of the request meanwhile is brought."""
+        while not (self.ended or self.blocks):
+            if self.asked is _INPUT:
+                self.asked = None
+                self.answers.put(await self._next_chunk())
+            elif self.asked is _ROOM:
+                self.asked = None
+                self.answers.put(None)
+            else:
+                await flowcoro.park(self._park)
+
+    async def _next_chunk(self):
+        if self.chunks is None:
+            self.chunks = self.request.stream()
+        try:
+            return await anext(self.chunks, b"")
+        except Exception as error:          # 413, what is no HTTP, a connection that broke: the application's read() raises it
+            return error
+
+    def _park(self, task):
+        if self.ended or self.blocks and not self.is_head or self.asked:
+            flowcoro.reschedule(task)
+            return
+        task.park_reason = "wait for a WSGI application"
+        task.abort_function = self._abort
+        self.task = task
+
+    def _abort(self, task):
+        self.task = None
+        return True
+
+    @flowcoro.atomic
+    def wake(self):
+        task, self.task = self.task, None
+        if task is not None:
+            flowcoro.reschedule(task)
+
+    def leave(self):
+        """Nobody wants the rest: the thread ends when it next looks, or asks."""
+        if not self.gone:
+            self.gone = True
+            self.answers.put(ConnectionAbortedError(errno.ECONNABORTED, "the client is gone, or the server stops"))
+
+    def __repr__(self):
+        return f"<{self.request.method} {_shown(self.request.target)} at {_shown_handler(self.application)}>"
+
+
+class _WsgiStream:
+    """The answer of an application that has not ended yet: an async iterator of bytes."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        call = self.call
+        await call._news()
+        data = b"".join(call.blocks.popleft() for _ in range(len(call.blocks)))
+        if data:
+            call.taken += len(data)
+            return data
+        if call.error is not None:
+            raise call._failure()
+        raise StopAsyncIteration
+
+    async def aclose(self):
+        self.call.leave()
+
+    def __del__(self):
+        self.call.leave()
+
+
+class _WsgiThreads:
+    """The threads of one hosted application in one kernel."""
+
+    def __init__(self, most):
+        self.most, self.count = most, 0             # threads; the count changes in the kernel only
+        self.limiter = flowcoro.Semaphore(most)
+        self.waiting = collections.deque()          # calls that no thread has taken yet
+        self.idle = []                              # locks of threads that wait for one
+        self.token = [None]                         # of the thread that is about to look for one
+        self.rung, self.bells = collections.deque(), []         # calls with news, and the Promise that somebody waits for
+        self.starting = False
+        flowcoro.spawn(self._listen(), name="hear WSGI threads")
+
+    # -- in the kernel
+
+    def submit(self, call):
+        self.waiting.append(call)
+        if not self.starting:
+            self.starting = True
+            flowcoro.spawn(self._start(), name="wake a WSGI thread")
+
+    async def _start(self):
+        self.starting = False
+        self.wake_one()
+
+    async def _listen(self):
+        rung = self.rung
+        while True:
+            for _ in range(len(rung)):
+                call = rung.popleft()
+                if call is not None:
+                    call.wake()
+                elif self.waiting and self.count < self.most:
+                    self.count += 1
+                    flowcoro.spawn(self._thread(), name="a WSGI thread")
+                else:
+                    self._give_back()
+            bell = flowcoro.Promise()
+            self.bells.append(bell)
+            if rung:                                # since before the bell was there
+                self._ring()
+            await bell
+
+    async def _thread(self):
+        try:
+            await flowcoro.to_thread(self._work, abandon_on_cancel=True, limiter=self.limiter)
+        finally:
+            self.count -= 1
+
+    # -- in any thread
+
+    def ring(self, call):
+        """Have the call's task look at it; None: a thread is wanted."""
+        self.rung.append(call)
+        self._ring()
+
+    def _ring(self):
+        try:
+            self.bells.pop().set_result(None)
+        except IndexError:                          # it has been rung already
+            pass
+
+    def wake_one(self):
+        """See that somebody looks for waiting calls (W3)."""
+        try:
+            self.token.pop()
+        except IndexError:                          # somebody is about to
+            return
+        try:
+            self.idle.pop().release()
+        except IndexError:
+            if self.count < self.most:
+                self.ring(None)
+            else:
+                self._give_back()
+
+    def _give_back(self):
+        """The token; and look again, for a thread may have looked while it was away, and be idle now."""
+        self.token.append(None)
+        if self.waiting and self.idle:
+            self.wake_one()
+
+    # -- in a thread
+
+    def _work(self):
+        lock, has_token = threading.Lock(), True
+        lock.acquire()
+        while True:
+            try:
+                call = self.waiting.popleft()
+            except IndexError:
+                call = None
+            if has_token:
+                has_token = False
+                self.token.append(None)
+            if call is not None:
+                if self.waiting:
+                    self.wake_one()
+                if not call.gone:
+                    call.run()
+                call = None
+                continue
+            self.idle.append(lock)
+            if self.waiting:                        # since before it was idle
+                self.wake_one()
+            if lock.acquire(timeout=WSGI_IDLE):
+                has_token = True
+                continue
+            try:
+                self.idle.remove(lock)
+            except ValueError:                      # taken this very moment
+                lock.acquire()
+                has_token = True
+            else:
+                if not self.waiting:
+                    return
+
+
+def wsgi_app(application, *, threads=WSGI_THREADS):
+    """A handler that answers with a WSGI application (PEP 3333)."""
+    if not callable(application):
+        raise TypeError(f"wsgi_app({application!r}): give the application, a callable that takes environ and start_response")
+    if type(threads) is not int or threads < 1:
+        raise ValueError(f"wsgi_app(threads={threads!r}): give a number of threads, 1 or more")
+    pools = weakref.WeakKeyDictionary()             # kernel -> _WsgiThreads
+
+    async def handler(request, rest=None):
+        kernel = flowcoro.current_kernel()
+        pool = pools.get(kernel)
+        if pool is None:
+            pool = pools[kernel] = _WsgiThreads(threads)
+        call = _WsgiCall(pool, application, request)
+        call.environ = _wsgi_environ(request, rest, await _wsgi_content(request, call))
+        try:
+            return await call.answer()
+        except BaseException:
+            call.leave()
+            raise
+    return handler
+
+
+async def _wsgi_content(request, call):
+    """wsgi.input: what is small in memory, the rest from the connection as it is read."""
+    headers = request.headers
+    if request.content is None and ("content-length" in headers or "transfer-encoding" in headers):
+        length = headers.get("content-length")
+        if length is None or int(length) > WSGI_READ_BEFORE or "expect" in headers:
+            return io.BufferedReader(_WsgiInput(call), WSGI_READ_BEFORE)
+        await request.body()
+    return io.BytesIO(request.content or b"")
+
+
+# ---- hosting: ASGI --------------------------------------------------------------------------------------------
+#
+# An ASGI application is a coroutine function that waits only on what it is given, receive() and send(); so it runs on any kernel,
+# and as a task of its own: it may go on when its answer is complete. What belongs to asyncio it cannot use, and is told so.
+#
+#     A1  what may be sent when is one table; a missing key is the error
+#     A2  its task has ended, or been cancelled, disconnect_timeout after its client has gone or its answer has been dropped; after
+#         a complete answer it may go on until the server ends
+#     A3  send() returns when the server has taken what it was given, so the application is as fast as its client
+
+# Seconds that an application has to end by itself: once its client is gone, and when the server ends.
+ASGI_DISCONNECT = ASGI_SHUTDOWN = 5.0
+
+_ASGI = {"version": "3.0", "spec_version": "2.5"}
+_A_START, _A_BODY, _A_TRAILERS, _A_DONE = "nothing sent", "the answer begun", "the content complete", "the answer complete"
+_ASGI_MOVES = {                 # what send() takes when
+    (_A_START, "http.response.start"): "_send_start", (_A_START, "http.response.early_hint"): "_send_hint",
+    (_A_BODY, "http.response.body"): "_send_body", (_A_TRAILERS, "http.response.trailers"): "_send_trailers",
+}
+_REACHES = ("no running event loop", "there is no current event loop", "no current event loop")
+_REACHES_BY = frozenset(["AsyncLibraryNotFoundError", "NoEventLoopError"])      # sniffio's and anyio's, which are not imported here
+
+
+@functools.lru_cache(1024)
+def _asgi_name(name):
+    return name.lower().encode("latin-1")
+
+
+def _asgi_scope(kind, request, rest, state):
+    """What http and websocket have in common."""
+    path = request.path
+    client, server = request.client, request.server
+    scope = {
+        "type": kind, "asgi": _ASGI.copy(), "http_version": request.version, "scheme": request.scheme, "path": path,
+        "raw_path": request.raw_path.encode("latin-1"), "query_string": request.query_string.encode("latin-1"),
+        "root_path": "" if rest is None else path[:len(path) - len(rest)].removesuffix("/"),
+        "headers": [(_asgi_name(name), value.encode("latin-1")) for name, value in request.headers.items()],
+        "client": client if type(client) is tuple else None,
+        "server": server if type(server) is tuple else (server, None) if server else None,
+    }
+    if state is not None:
+        scope["state"] = state.copy()
+    return scope
+
+
+def _asgi_headers(message):
+    """The Headers of a message; Transfer-Encoding is the server's (ASGI: "Response Start")."""
+    pairs = []
+    for name, value in message.get("headers", ()):
+        if not isinstance(name, bytes) or not isinstance(value, bytes):
+            raise TypeError(f"{message['type']}: headers are pairs of bytes, got ({name!r:.40}, {value!r:.80})")
+        if name.lower() != b"transfer-encoding":
+            pairs.append((name.decode("latin-1"), value.decode("latin-1")))
+    return Headers(pairs)
+
+
+def _asgi_type(message):
+    """The type of what an application sends; TypeError if it is no message."""
+    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+        raise TypeError(f"send() takes a dict with a \"type\", such as \"http.response.start\", got {message!r:.80}")
+    return message["type"]
+
+
+def _asgi_field(message, name, kind, default=None):
+    value = message.get(name, default)
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        raise TypeError(f"{message['type']}: {name!r} is {value!r:.80}; give {' or '.join(each.__name__ for each in kinds)}")
+    return value
+
+
+def _asgi_failure(application, error):
+    """The error of an application, or what is to be said instead of it."""
+    text, kind = str(error), type(error).__name__
+    if (isinstance(error, RuntimeError) and text.lower().startswith(_REACHES) or kind in _REACHES_BY
+            or isinstance(error, TypeError) and text.startswith("a task yielded ")):
+        failure = RuntimeError(
+            f"the ASGI application {_shown_handler(application)} reaches for another event loop, most likely asyncio's: \"{text}\". "
+            "FlowCoro runs it without one: it may wait for receive() and send(), and for what is FlowCoro's (flowcoro.sleep, "
+            "flowcoro_net, flowcoro_http.HttpClient). For the rest use await flowcoro.to_thread(asyncio.run, coroutine), or an "
+            "asyncio server")
+    elif isinstance(error, Exception):
+        return error
+    else:
+        failure = RuntimeError(f"the ASGI application {_shown_handler(application)} raised {kind}")     # it would end the run
+    failure.__cause__ = error
+    return failure
+
+
+def _listed(request, name):
+    """The elements of all fields of that name."""
+    return [element for element in _split_list(",".join(request.headers.get_all(name))) if element]
+
+
+def _is_gone():
+    return flowcoro_net.BrokenError(errno.ECONNABORTED, "send(): the client is gone; receive() gives http.disconnect")
+
+
+class _AsgiCall:
+    """A request at an application: its receive(), its send(), and what becomes of the answer."""
+
+    def __init__(self, host, request, scope):
+        self.host, self.request, self.scope = host, request, scope
+        self.state = _A_START
+        self.response = None            # as soon as it begins
+        self.channel = None             # of the pieces of a streamed answer
+        self.has_trailers = False
+        self.ready = flowcoro.Event()   # the response is there, or will never be
+        self.over = flowcoro.Event()    # the answer is complete, or its client gone: nothing more can be received
+        self.gone = False
+        self.error = self.task = self.chunks = None
+        self.left = None                # bytes of the content that are still to come; None: not known
+
+    async def run(self):
+        host, error = self.host, None
+        try:
+            await host.application(self.scope, self.receive, self.send)
+            if self.state is not _A_DONE and not self.gone:
+                raise RuntimeError(f"{self!r}: it returned with {self.state}")
+        except flowcoro.Cancelled:
+            error = RuntimeError(f"{self!r}: it was cancelled with {self.state}")
+            raise
+        except BaseException as raised:
+            error = _asgi_failure(host.application, raised)
+            late = self.state is _A_DONE or self.gone
+            if late and not (self.gone and isinstance(error, (flowcoro_net.BrokenError, flowcoro.ClosedError))):
+                flowcoro_net.report_error(error, f"{self!r}: it failed after the answer", "flowcoro_http")
+        finally:
+            self.error = error
+            self.ready.set()
+            if self.channel is not None:
+                self.channel.close()
+            host.running.discard(self)
+
+    # -- what the application is given
+
+    async def receive(self):
+        if not self.over.is_set() and self.left != 0:
+            try:
+                return await self._receive_content()
+            except OSError:             # the connection is broken
+                self.disconnect()
+        await self.over.wait()
+        return {"type": "http.disconnect"}
+
+    async def _receive_content(self):
+        request = self.request
+        if self.chunks is None:
+            length = request.headers.get("content-length")
+            self.left = None if length is None else int(length)
+            if length is None and "transfer-encoding" not in request.headers or request.content is not None:
+                content, self.left = request.content or b"", 0
+                return {"type": "http.request", "body": content, "more_body": False}
+            self.chunks = request.stream()
+        data = await anext(self.chunks, b"")
+        if self.left is not None:
+            self.left -= len(data)
+        if not data:
+            self.left = 0
+        return {"type": "http.request", "body": data, "more_body": self.left != 0}
+
+    async def send(self, message):
+        kind = _asgi_type(message)
+        if self.gone:
+            raise _is_gone()
+        move = _ASGI_MOVES.get((self.state, kind))
+        if move is None:
+            raise RuntimeError(f"{self!r}: {kind} cannot be sent with {self.state}; now "
+                               + (" or ".join(key[1] for key in _ASGI_MOVES if key[0] is self.state) or "nothing") + " can")
+        await getattr(self, move)(message)
+
+    async def _send_hint(self, message):
+        links = [("Link", link.decode("latin-1")) for link in message["links"]]
+        await self.request.inform(103, links)
+
+    async def _send_start(self, message):
+        status = _asgi_field(message, "status", int)
+        if not 200 <= status <= 599:
+            raise ValueError(f"http.response.start: the status {status} is none from 200 to 599")
+        self.has_trailers = bool(message.get("trailers"))
+        self.response = Response(status, None, _asgi_headers(message))
+        self.state = _A_BODY
+
+    async def _send_body(self, message):
+        body, more = _asgi_field(message, "body", (bytes, bytearray, memoryview), b""), bool(message.get("more_body"))
+        response, streamed = self.response, self.channel is not None
+        if not streamed and not more and not self.has_trailers:
+            response.content = bytes(body)
+        else:
+            if not streamed:
+                self.channel = flowcoro.Channel()
+                response.content, response.stream = None, _AsgiStream(self)
+            if self.request.method != "HEAD":           # to that all of it is nothing, and waits for nobody
+                self.ready.set()
+                if body:
+                    await self._give(bytes(body))
+        if not more and self.has_trailers:
+            self.state = _A_TRAILERS
+        elif not more:
+            self._complete()
+
+    async def _give(self, piece):
+        try:
+            await self.channel.send(piece)
+        except flowcoro.ClosedError:
+            raise _is_gone() from None
+
+    async def _send_trailers(self, message):
+        trailers = Headers([*(getattr(self.response, "trailers", None) or ()), *_asgi_headers(message)])
+        self.response.trailers = trailers
+        if not message.get("more_trailers"):
+            self._complete()
+
+    def _complete(self):
+        self.state = _A_DONE
+        self.ready.set()
+        if self.channel is not None:
+            self.channel.close()
+        else:
+            self.over.set()
+
+    # -- what the task of the request does
+
+    async def answer(self):
+        """The Response."""
+        self.host.running.add(self)
+        self.task = flowcoro.spawn(self.run(), name=f"ASGI {self.request.method} {self.request.raw_path:.40}")
+        try:
+            await self.ready.wait()
+        except BaseException:
+            await self.leave()
+            raise
+        if self.error is not None and self.channel is None and self.state is not _A_DONE:
+            raise self.error
+        return self.response
+
+    def disconnect(self):
+        """The client is gone."""
+        if not self.over.is_set():
+            self.gone = self.state is not _A_DONE or self.channel is not None
+            self.over.set()
+            if self.channel is not None:
+                self.channel.close()
+
+    async def leave(self):
+        """Nobody wants the rest: it is told so, and cancelled if it does not end by itself."""
+        self.disconnect()
+        if self.gone:
+            with flowcoro.CancelScope(shield=True):
+                await _end_soon(self.task, self.host.disconnect_timeout)
+
+    def __repr__(self):
+        return f"<{self.request.method} {_shown(self.request.target)} at {_shown_handler(self.host.application)}>"
+
+
+async def _end_soon(task, seconds):
+    """Wait for a task's end, and cancel it after so many seconds; its result is nobody's."""
+    with contextlib.suppress(Exception), flowcoro.move_on_after(seconds):
+        await task
+    if not task.done():
+        task.cancel()
+        with contextlib.suppress(Exception):
+            await task
+
+
+class _AsgiStream:
+    """A streamed answer: an async iterator of bytes."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        call = self.call
+        try:
+            return await call.channel.receive()
+        except flowcoro.EndOfChannel:
+            if call.state is not _A_DONE:
+                raise call.error or _is_gone() from None
+            raise StopAsyncIteration from None
+
+    async def aclose(self):
+        call = self.call
+        if call.state is _A_DONE and not len(call.channel):
+            call.over.set()
+        else:
+            await call.leave()
+
+
+class _AsgiHost:
+    """What asgi_app() returns: a handler, and `lifespan` for HttpServer.lifespan()."""
+
+    def __init__(self, application, websocket, disconnect_timeout):
+        self.application, self.websocket, self.disconnect_timeout = application, websocket, disconnect_timeout
+        self.__qualname__ = f"asgi_app({_shown_handler(application)})"
+        self.state = None               # what the application has kept in its lifespan, if it has one
+        self.running = set()            # calls that have not ended
+
+    async def __call__(self, request, rest=None):
+        if "upgrade" in request.headers and "websocket" in map(str.lower, _listed(request, "upgrade")) and request.method == "GET":
+            return await self._answer_websocket(request, rest)
+        scope = _asgi_scope("http", request, rest, self.state)
+        scope["method"] = request.method
+        scope["extensions"] = {"http.response.trailers": {}, "http.response.early_hint": {}}
+        return await _AsgiCall(self, request, scope).answer()
+
+    async def _answer_websocket(self, request, rest):
+        if self.websocket is None:
+            raise HttpError(501, "no WebSocket is spoken here: this application was hosted without one (asgi_app(websocket=))")
+        scope = _asgi_scope("websocket", request, rest, self.state)
+        scope["scheme"] = "wss" if request.scheme == "https" else "ws"
+        scope["subprotocols"] = _listed(request, "sec-websocket-protocol")
+        scope["extensions"] = {"websocket.http.response": {}}
+        return await _AsgiWebSocket(self, request, scope).answer()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self):
+        """The lifespan of the application: an async context manager. RuntimeError: it says that it cannot start."""
+        life = _AsgiLife(self.application)
+        task = flowcoro.spawn(life.run(), name="ASGI lifespan")
+        try:
+            await life.started.wait()
+            if life.failed is not None:
+                raise RuntimeError(f"the ASGI application {_shown_handler(self.application)} cannot start: {life.failed}")
+            self.state = life.state if life.supported else None
+            yield
+            for call in list(self.running):
+                await _end_soon(call.task, ASGI_SHUTDOWN)
+            life.stopping.set()
+            with flowcoro.move_on_after(ASGI_SHUTDOWN):
+                await life.stopped.wait()
+        finally:
+            with flowcoro.CancelScope(shield=True):
+                await _end_soon(task, 0)
+
+
+class _AsgiLife:
+    """The lifespan of an application: ASGI, "Lifespan Protocol"."""
+
+    def __init__(self, application):
+        self.application, self.state = application, {}
+        self.supported, self.failed = True, None
+        self.asked = 0                  # how often it has called receive()
+        self.started, self.stopping, self.stopped = flowcoro.Event(), flowcoro.Event(), flowcoro.Event()
+
+    async def run(self):
+        try:
+            await self.application({"type": "lifespan", "asgi": _ASGI.copy(), "state": self.state}, self.receive, self.send)
+        except flowcoro.Cancelled:
+            raise
+        except BaseException as error:
+            if self.started.is_set() and self.failed is None:
+                flowcoro_net.report_error(_asgi_failure(self.application, error), "an ASGI lifespan failed", "flowcoro_http")
+            elif not self.started.is_set() and (failure := _asgi_failure(self.application, error)) is not error:
+                self.failed = str(failure)              # asyncio's loop: it would fail with each request
+            self.supported = self.started.is_set()      # else it raised because it has none: ASGI takes that for an answer
+        finally:
+            self.supported = self.supported and self.started.is_set()
+            self.started.set()
+            self.stopped.set()
+
+    async def receive(self):
+        self.asked += 1
+        if self.asked == 1:
+            return {"type": "lifespan.startup"}
+        await self.stopping.wait()
+        return {"type": "lifespan.shutdown"}
+
+    async def send(self, message):
+        kind = _asgi_type(message)
+        if kind in ("lifespan.startup.complete", "lifespan.startup.failed") and not self.started.is_set():
+            if kind == "lifespan.startup.failed":
+                self.failed = message.get("message") or "it does not say why"
+            self.started.set()
+        elif kind in ("lifespan.shutdown.complete", "lifespan.shutdown.failed") and self.stopping.is_set():
+            if kind == "lifespan.shutdown.failed":
+                flowcoro_net.report_error(RuntimeError(message.get("message") or "it does not say why"),
+                                          "an ASGI application could not shut down", "flowcoro_http")
+            self.stopped.set()
+        else:
+            raise RuntimeError(f"{kind} cannot be sent in a lifespan {'after' if self.started.is_set() else 'before'} its start")
+
+
+class _AsgiWebSocket:
+    """A WebSocket at an application. What speaks WebSocket is what websocket= of asgi_app() makes of the request."""
+
+    def __init__(self, host, request, scope):
+        self.host, self.request, self.scope = host, request, scope
+        self.connection = host.websocket(request)
+        self.state = "connecting"       # then "open", then "closed"; or "denied"
+        self.asked = False
+        self.response = Response(403, "the application has refused the WebSocket")
+
+    async def answer(self):
+        try:
+            await self.host.application(self.scope, self.receive, self.send)
+        except Exception as error:
+            if self.state == "open":
+                await self.connection.close(1011, "")
+                self.state = "closed"
+            raise _asgi_failure(self.host.application, error) from error.__cause__
+        if self.state == "open":
+            await self.connection.close(1000, "")
+        return self.response
+
+    async def receive(self):
+        if not self.asked:
+            self.asked = True
+            return {"type": "websocket.connect"}
+        if self.state != "open":
+            return {"type": "websocket.disconnect", "code": 1006, "reason": ""}
+        message = await self.connection.receive()
+        if isinstance(message, str):
+            return {"type": "websocket.receive", "text": message}
+        if isinstance(message, bytes):
+            return {"type": "websocket.receive", "bytes": message}
+        self.state, (code, reason) = "closed", message
+        return {"type": "websocket.disconnect", "code": code, "reason": reason}
+
+    async def send(self, message):
+        kind = _asgi_type(message)
+        move = {
+            ("connecting", "websocket.accept"): self._accept, ("connecting", "websocket.close"): self._deny,
+            ("connecting", "websocket.http.response.start"): self._deny_by, ("denied", "websocket.http.response.body"): self._deny_with,
+            ("open", "websocket.send"): self._send, ("open", "websocket.close"): self._close,
+        }.get((self.state, kind))
+        if move is None and self.state == "closed" and kind in ("websocket.send", "websocket.close"):
+            raise _is_gone()
+        if move is None:
+            raise RuntimeError(f"{self.request!r}: {kind} cannot be sent to a WebSocket that is {self.state}")
+        await move(message)
+
+    async def _accept(self, message):
+        headers = _asgi_headers(message).items()
+        await self.connection.accept(message.get("subprotocol"), headers)
+        self.state = "open"
+
+    async def _deny(self, message):
+        self.state = "closed"
+
+    async def _deny_by(self, message):
+        self.response = Response(_asgi_field(message, "status", int), b"", _asgi_headers(message))
+        self.state = "denied"
+
+    async def _deny_with(self, message):
+        self.response.content += _asgi_field(message, "body", bytes, b"")
+        if not message.get("more_body"):
+            self.state = "closed"
+
+    async def _send(self, message):
+        text = message.get("text")
+        await self.connection.send(_asgi_field(message, "bytes", bytes) if text is None else _asgi_field(message, "text", str))
+
+    async def _close(self, message):
+        self.state = "closed"
+        await self.connection.close(message.get("code", 1000), message.get("reason") or "")
+
+
+def asgi_app(application, *, websocket=None, disconnect_timeout=ASGI_DISCONNECT):
+    """A handler that answers with an ASGI application."""
+    if not callable(application):
+        raise TypeError(f"asgi_app({application!r}): give the application, an async callable that takes scope, receive and send")
+    return _AsgiHost(application, websocket, disconnect_timeout)
