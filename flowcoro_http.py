@@ -4,6 +4,7 @@ To vendor, copy: flowcoro.py, flowcoro_net.py, flowcoro_http.py
 
 Example:
 
+    import flowcoro
     from flowcoro_http import HttpServer
 
     app = HttpServer()
@@ -12,8 +13,11 @@ Example:
     async def user(request, id):
         return {"id": id, "greeting": f"Hello, {request.query.get('name', 'stranger')}"}
 
-    if __name__ == "__main__":
-        app.run("127.0.0.1", 8000)
+    async def main():
+        async with app.test_client() as client:
+            print((await client.get("/users/7?name=Ada")).json())
+
+    flowcoro.run(main())        # app.run("127.0.0.1", 8000) instead serves it
 
 Contents: constants · errors · headers · field values · cookies · forms · conditional requests and ranges · compression ·
 codec · typed handlers · router · OpenAPI · messages · server · files · server-sent events · middleware ·
@@ -41,6 +45,11 @@ The *server* is one task for each connection: it reads a head, asks the router, 
 system call, and goes on. Deadlines are kept by one sweep for all. What a handler does not ask for is not done: a body that
 nobody reads is not received. What H1 to H4 say, in the section "server", holds whatever handlers and clients do.
 
+The *client* keeps connections for each origin; one exchange has one, from the pool to the end of the response. Every wait has a
+limit. K1 to K4, in the section "client", say when a connection is used again and what never leaves its origin.
+
+Sections build on those before them. Whoever wants to read: codec, router, messages, server, in this order.
+
 Errors:
 
     FlowCoroError
@@ -49,6 +58,8 @@ Errors:
         UnprocessableContent    422, with all that is wrong
       LocalProtocolError        our own fault: what is to be sent is no HTTP
       SignatureError            a signed value that is none
+      RequestError              a client's: ConnectError (ProxyError), TransferError, RequestTimeout, ResponseError, RedirectError,
+                                StatusError
 
 Sources: RFC 9110 (semantics), RFC 9112 (HTTP/1.1), RFC 3986 (authorities), and those that the sections name; PEP 3333 (WSGI),
 ASGI 3.0; h11 (the idea of two states and one table); CWE-444 and the papers of J. Kettle (HTTP desync attacks) for what servers
@@ -4121,8 +4132,8 @@ def _json_of(request, data, max_depth):
 # The rank of converters of one's own: after uuid (0), int (1) and float (2), before str (4) and path (5).
 OWN_RANK = 3
 
-# Paths with parameters that are remembered with what was found, and characters of one: 0.4 µs instead of 2.5 for what is asked for
-# often; what is asked for once costs 0.2 more.
+# Paths with parameters that are remembered with what was found, and characters of one: 0.4 µs instead of 2.5 for what is asked
+# for often; what is asked for once costs 0.2 more.
 FOUND_PATHS, FOUND_PATH = 1024, 128
 
 # Characters that a segment of a path may have as they are (RFC 3986 section 3.3, pchar), besides those _quote() never encodes.
