@@ -6201,7 +6201,10 @@ class _Run:
             await flowcoro.sleep(SWEEP)
             now = flowcoro.now()
             for count, connection in enumerate(list(self.connections.values()), 1):
-                connection.look(now - last)
+                try:
+                    connection.look(now - last)
+                except Exception as error:          # of one connection, and the sweep is for all
+                    flowcoro_net.report_error(error, f"{connection.sock!r} could not be looked after", "flowcoro_http")
                 if not count % 1000:
                     await flowcoro.checkpoint()
             last = now

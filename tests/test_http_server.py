@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -74,8 +75,8 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def serving(app, **options):
-    network = SimulatedNetwork()
+async def serving(app, *, network=types.MappingProxyType({}), **options):
+    network = SimulatedNetwork(**network)
     async with flowcoro.TaskGroup() as group:
         with network.host("server"):
             listener = await app.listen("0.0.0.0", 80)
@@ -1924,6 +1925,103 @@ async def test_a_write_that_was_cancelled_is_never_gone_on_with():
             while True:
                 data += await sock.read()
         assert b"the answer" not in data
+
+
+# ---- any conversation ------------------------------------------------------------------------------------------
+
+def talkative_app():
+    app = plain_app()
+
+    @app.get("/nap")
+    async def nap(request):
+        await flowcoro.sleep(0.2)
+        return "rested"
+
+    @app.get("/stream")
+    async def stream(request):
+        for number in range(int(request.query["n"])):
+            yield str(number)
+
+    @app.post("/first")
+    async def first(request):
+        async for data in request.stream():
+            return data[:1]
+        return "none"
+
+    @app.post("/back")
+    async def back(request):
+        async def stream():
+            async for data in request.stream():
+                yield data
+        return stream()
+
+    return app
+
+
+def any_request(chance):
+    """(bytes, method, content of the answer): of any kind."""
+    content = chance.randbytes(chance.choice([0, 1, 10, 3000]))
+    if chance.random() < 0.5:
+        framed = b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
+    else:
+        framed, rest = b"Transfer-Encoding: chunked\r\n\r\n", content
+        while rest:
+            size = chance.randint(1, len(rest))
+            framed += b"%x\r\n%s\r\n" % (size, rest[:size])
+            rest = rest[size:]
+        framed += b"0\r\n" + b"Sum: 1\r\n" * chance.randint(0, 1) + b"\r\n"
+    count = chance.randint(0, 5)
+    return chance.choice([
+        (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "GET", b"hello"), (b"HEAD / HTTP/1.1\r\nHost: a\r\n\r\n", "HEAD", b""),
+        (b"GET /nap HTTP/1.1\r\nHost: a\r\n\r\n", "GET", b"rested"),
+        (b"GET /nowhere HTTP/1.1\r\nHost: a\r\n\r\n", "GET", b"there is no /nowhere"),
+        (b"GET /stream?n=%d HTTP/1.1\r\nHost: a\r\n\r\n" % count, "GET", "".join(map(str, range(count))).encode()),
+        (b"HEAD /stream?n=5 HTTP/1.1\r\nHost: a\r\n\r\n", "HEAD", b""),
+        (b"POST /echo HTTP/1.1\r\nHost: a\r\n" + framed, "POST", content),
+        (b"POST /back HTTP/1.1\r\nHost: a\r\n" + framed, "POST", content),
+        (b"POST /first HTTP/1.1\r\nHost: a\r\n" + framed, "POST", content[:1] or b"none"),
+        (b"POST /ignore HTTP/1.1\r\nHost: a\r\n" + framed, "POST", b"ignored"),
+        (b"POST / HTTP/1.1\r\nHost: a\r\n" + framed, "POST", b"/ takes GET, HEAD, OPTIONS, and not POST"),
+    ])
+
+
+ENDS = [(b"", None, None), (b"NO HTTP\r\n", "GET", 400), (b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", "GET", 200),
+        (b"GET / HTTP/1.0\r\n\r\n", "GET", 200), (b"GET / HTTP/1.1\r\nHost: a", "GET", 400),
+        (b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nabc", "POST", 400)]
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FLOWCORO_SEEDS", 30))))
+def test_any_conversation_is_answered_as_it_has_to_be(seed, reports):
+    chance = random.Random(seed)
+
+    @run_in_kernel(seed=seed, timeout=10_000)
+    async def test():
+        async with serving(talkative_app(), network={"split": 0.3, "jitter": 0.05, "loss": 0.02}) as world:
+            async def client():
+                asked = [any_request(chance) for _ in range(chance.randint(1, 30))]
+                end, method, status = chance.choice(ENDS)
+                data = b"".join(request for request, *_ in asked) + end
+
+                async def write():
+                    at = 0
+                    while at < len(data):
+                        size = chance.choice([1, 10, 500, 10_000])
+                        await sock.write(data[at:at + size])
+                        at += size
+                        if chance.random() < 0.2:
+                            await flowcoro.sleep(chance.random() / 2)
+                    await sock.shutdown_write()
+
+                async with await world.connect() as sock, flowcoro.TaskGroup() as group:
+                    group.spawn(write())
+                    found = answers(await everything(sock), *[method for _, method, _ in asked], *[method] * (method is not None))
+                assert [answer.content for answer in found[:len(asked)]] == [content for *_, content in asked]
+                assert status is None or found[-1].status == status and not found[-1].keep_alive
+
+            await flowcoro.when_all(*[client() for _ in range(3)])
+
+    test()
+    assert reports == []
 
 
 # ---- on the system's network -----------------------------------------------------------------------------------
