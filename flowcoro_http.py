@@ -5910,8 +5910,6 @@ class _Answering(_Exchange):
                             piece = await anext(pieces, None)
                 finally:
                     self.events = None
-            if self.run.closing.is_set():
-                http.keep_alive = False
             await self._end(response)
         finally:
             await _close_stream(pieces)

@@ -2699,7 +2699,8 @@ class _Server(_Acceptor):
             raise ValueError("reload= needs processes=: it is called before worker processes are replaced")
         self._refuse_serving()
         async with lifespan() if lifespan is not None else contextlib.nullcontext():
-            await self._serve(handler, slots, *limits)
+            if not self.closed:             # by now
+                await self._serve(handler, slots, *limits)
 
     async def _serve(self, handler, slots, drain_timeout, handshake_timeout):
         self._begin_serving()

@@ -1055,6 +1055,24 @@ async def test_an_error_of_a_start_ends_the_serving_and_what_was_begun():
 
 
 @simulated
+async def test_a_close_while_the_application_starts_is_no_error():
+    app, order = plain_app(), []
+
+    @app.lifespan
+    async def around():
+        await flowcoro.sleep(5)
+        order.append("started")
+        yield
+        order.append("ended")
+
+    async with serving(app) as world:
+        await flowcoro.sleep(1)
+        world.listener.close()
+        await world.task
+    assert order == ["started", "ended"]
+
+
+@simulated
 async def test_an_error_of_a_shutdown_leaves_serve_after_all_others_have_ended():
     app, order = plain_app(), []
 
@@ -1428,13 +1446,15 @@ async def test_a_client_that_has_ended_its_half_still_gets_an_answer_that_comes_
 async def test_a_client_that_ends_its_half_late_has_time_too():
     app, ended = waiting_app(10.4)
     async with serving(app) as world:
-        for delay in 10.05, 10.1, 10.2, 10.3:
+        for number in range(10):                            # wherever the sweep is
+            await flowcoro.sleep(0.05 * number)
             async with await world.connect() as sock:
                 await sock.write(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n")
-                await flowcoro.sleep(delay)
+                await flowcoro.sleep(10.05)
                 await sock.shutdown_write()
                 [answer] = answers(await everything(sock))
                 assert answer.content == b"waited"
+        assert ended == []
 
 
 def test_a_client_that_goes_while_its_body_is_awaited_is_nobodys_error(reports):
@@ -1977,6 +1997,8 @@ def any_request(chance):
         (b"GET /nowhere HTTP/1.1\r\nHost: a\r\n\r\n", "GET", b"there is no /nowhere"),
         (b"GET /stream?n=%d HTTP/1.1\r\nHost: a\r\n\r\n" % count, "GET", "".join(map(str, range(count))).encode()),
         (b"HEAD /stream?n=5 HTTP/1.1\r\nHost: a\r\n\r\n", "HEAD", b""),
+        (b"POST /ignore HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: x\r\n" + framed, "POST", b"ignored"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n", "GET", b"hello"),
         (b"POST /echo HTTP/1.1\r\nHost: a\r\n" + framed, "POST", content),
         (b"POST /back HTTP/1.1\r\nHost: a\r\n" + framed, "POST", content),
         (b"POST /first HTTP/1.1\r\nHost: a\r\n" + framed, "POST", content[:1] or b"none"),
@@ -2230,6 +2252,37 @@ def test_several_workers(workers):
             assert listener.statistics()["failed"] == 0
 
     run(main, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_server_that_closes_while_it_is_busy(workers, reports):
+    """Wherever the requests are: each client has its answers, or an end between two of them, or none at all."""
+    async def main():
+        for number in range(30):
+            app = plain_app(idle_timeout=None)
+            async with await app.listen("127.0.0.1", 0) as listener, flowcoro.TaskGroup() as group:
+                async def client():
+                    with contextlib.suppress(BrokenError):
+                        async with await Socket.connect(*listener.local) as sock:
+                            while True:
+                                await sock.write(b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx")
+                                if not (data := await sock.read()):
+                                    return
+                                assert data.endswith(b"\r\n\r\nx"), data
+
+                serving_ = group.spawn(listener.serve())
+                while not app.statistics()["running"]:
+                    await flowcoro.checkpoint()
+                clients = [group.spawn(client()) for _ in range(5)]
+                for _ in range(number * 5):
+                    await flowcoro.checkpoint()
+                listener.close()
+                await serving_
+                for each in clients:
+                    await each
+
+    run(main, workers=workers)
+    assert reports == []
 
 
 PROCESSES = """
