@@ -6094,7 +6094,6 @@ class _Connection(_Answering):
         """Answer what is no request, and close."""
         http = self.http
         self.app._refused += 1
-        http.keep_alive = False
         head = ResponseHead(error.status, (_PLAIN_TYPE, _CLOCK.now()))
         await self._write(http.send_message(head, f"{error.message}\n".encode()))
         await self._linger()
