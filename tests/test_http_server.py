@@ -1743,8 +1743,10 @@ async def test_an_answer_that_was_being_sent_is_completed_and_then_the_connectio
                 await sock.write(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % path)
                 await flowcoro.sleep(1)
                 if path == b"/stream":
+                    before = flowcoro.now()
                     world.listener.close()
                     [answer] = answers(await everything(sock))
+                    assert flowcoro.now() - before < 0.3
                 else:
                     answer = await one_answer(sock)
                 assert len(answer.content) == 1_000_000
