@@ -58,8 +58,8 @@ Errors:
         UnprocessableContent    422, with all that is wrong
       LocalProtocolError        our own fault: what is to be sent is no HTTP
       SignatureError            a signed value that is none
-      RequestError              a client's: ConnectError (ProxyError), TransferError, RequestTimeout, ResponseError, RedirectError,
-                                StatusError
+      RequestError              a client's: ConnectError (ProxyError), TransferError, RequestTimeout, ResponseError,
+                                RedirectError, StatusError
 
 Sources: RFC 9110 (semantics), RFC 9112 (HTTP/1.1), RFC 3986 (authorities), and those that the sections name; PEP 3333 (WSGI),
 ASGI 3.0; h11 (the idea of two states and one table); CWE-444 and the papers of J. Kettle (HTTP desync attacks) for what servers
