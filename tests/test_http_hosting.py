@@ -474,6 +474,11 @@ def too_long(environ, start_response):
     return [b"abc"]
 
 
+def too_short(environ, start_response):
+    start_response("200 OK", [("Content-Length", "4")])
+    return [b"abc"]
+
+
 def returning_nothing(environ, start_response):
     start_response("200 OK", [])
 
@@ -482,6 +487,7 @@ def returning_nothing(environ, start_response):
     (failing, "of the application"), (never_started, "start_response"), (content_before_start, "before start_response"),
     (of_text, "bytes"), (of_text_in_a_generator, "bytes"), (without_a_reason, "200 OK"), (with_a_connection_field, "Connection"),
     (splitting, "X"), (started_twice, "exc_info"), (exiting, "SystemExit"), (too_long, "Content-Length"),
+    (too_short, "Content-Length"),
     (returning_nothing, "NoneType")])
 def test_what_an_application_does_wrong_is_answered_with_500_and_reported_with_its_stack(application, said, reports):
     answer = ask(wsgi_app(application))
@@ -494,7 +500,7 @@ def test_what_an_application_does_wrong_is_answered_with_500_and_reported_with_i
     while trace is not None:
         names.add(trace.tb_frame.f_code.co_name)
         trace = trace.tb_next
-    assert application.__name__ in names or application in (never_started, content_before_start, of_text, too_long,
+    assert application.__name__ in names or application in (never_started, content_before_start, of_text, too_long, too_short,
                                                              returning_nothing, of_text_in_a_generator)
 
 
@@ -693,6 +699,18 @@ def test_reading_ends_with_an_error_when_the_client_goes_in_the_middle_of_its_co
     assert isinstance(raised[0], (OSError, flowcoro_http.ProtocolError))
 
 
+def test_content_that_is_read_after_the_call_is_an_error_and_no_wait():
+    sources = []
+
+    def application(environ, start_response):
+        sources.append(environ["wsgi.input"])
+        return answering()(environ, start_response)
+
+    assert ask(wsgi_app(application), "/", "POST", [("Transfer-Encoding", "chunked")], chunked(b"x")).status == 200
+    with pytest.raises(ConnectionAbortedError, match="over"):
+        sources[0].read()
+
+
 # ---- WSGI: threads --------------------------------------------------------------------------------------------
 
 def test_as_many_calls_run_at_once_as_there_are_threads_and_the_others_wait():
@@ -789,6 +807,27 @@ def test_an_application_serves_one_kernel_after_another_and_several_at_once():
         for thread in threads:
             thread.join()
         assert contents == ([b"hello"] * 2, [b"hello"] * 2)
+
+
+def test_without_a_thread_a_request_is_answered_with_500_and_the_next_one_gets_one(monkeypatch, reports):
+    start, refused = threading.Thread.start, [None]
+
+    def start_later(thread):
+        if refused:
+            refused.pop()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def main():
+        monkeypatch.setattr(flowcoro._ThreadPool, "idle", [])
+        monkeypatch.setattr(threading.Thread, "start", start_later)
+        handler = wsgi_app(answering(), threads=1)
+        with flowcoro.timeout(PATIENCE):
+            with pytest.raises(RuntimeError, match="new thread"):
+                await handler(Request("GET", "/"))
+            return (await handler(Request("GET", "/"))).content
+
+    assert flowcoro.run(main()) == b"hello" and "new thread" in str(reports[0][1])
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -1028,6 +1067,58 @@ def test_an_application_that_takes_no_notice_is_cancelled_after_a_while():
 
     leaving(application, disconnect_timeout=0.01)
     assert seen == ["cancelled"]
+
+
+def test_a_client_that_goes_within_its_content_is_told_by_receive_at_once():
+    seen = []
+
+    async def application(scope, receive, send):
+        if scope["type"] == "http":
+            await receive()
+            begun.set()
+            seen.append(await receive())
+            ended.set()
+
+    async def client(server):
+        sock = await flowcoro_net.Socket.connect(*server.local)
+        await sock.write(request("/", "POST", [("Content-Length", "100")]) + b"x")
+        await begun.wait()
+        sock.close_nowait()
+        await ended.wait()
+
+    begun, ended = flowcoro.Event(), flowcoro.Event()
+    hosting(asgi_app(application), client)
+    assert seen == [{"type": "http.disconnect"}]
+
+
+def test_a_server_that_ends_does_not_wait_for_content_that_does_not_come():
+    seen = []
+
+    async def main():
+        async def application(scope, receive, send):
+            begun.set()
+            seen.append((await receive())["type"])
+
+        begun = flowcoro.Event()
+        app = HttpServer()
+        app.mount("/", asgi_app(application, disconnect_timeout=PATIENCE))
+        async with await app.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
+            group.spawn(server.serve(drain_timeout=0.01))
+            async with await flowcoro_net.Socket.connect(*server.local) as sock:
+                await sock.write(request("/", "POST", [("Content-Length", "100")]))
+                await begun.wait()
+                server.close()
+                assert await read_all(sock) in (b"", b"<cut>")
+
+    began = time.monotonic()
+    flowcoro.run(main())
+    assert seen == ["http.disconnect"] and time.monotonic() - began < PATIENCE
+
+
+def test_trailers_to_a_client_of_http_1_0_are_left_out():
+    steps = {**START, "trailers": True}, body(b"a"), {"type": "http.response.trailers", "headers": [(b"x-sum", b"1")]}
+    raw = hosting(asgi_app(asgi(*steps)), lambda server: exchange(server, b"GET / HTTP/1.0\r\n\r\n"))
+    assert raw.endswith(b"\r\n\r\na")
 
 
 def test_a_client_that_goes_before_the_answer_is_told_too():
