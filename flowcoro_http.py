@@ -10308,7 +10308,7 @@ class _AsgiCall:
     # -- what the application is given
 
     async def receive(self):
-        if not self.over.is_set() and self.left != 0:
+        if not self.over.is_set() and self.left != 0 and self.state is not _A_DONE:
             try:
                 with flowcoro.CancelScope() as self.reading:
                     return await self._receive_content()
