@@ -967,12 +967,12 @@ def test_a_call_that_comes_while_the_only_thread_goes_to_rest_is_made(when, monk
         nonlocal pool
         pool = flowcoro_http._WsgiThreads(1)
         pool.waiting, pool.idle, pool.token = Waiting(), Idle(), []
-        await flowcoro.to_thread(pool._work, [None])
+        flowcoro.spawn(flowcoro.to_thread(pool._work, [None], abandon_on_cancel=True))
+        assert await flowcoro.to_thread(call.ran.wait, PATIENCE / 2)
 
-    monkeypatch.setattr(flowcoro_http, "WSGI_IDLE", 0.01)
+    monkeypatch.setattr(flowcoro_http, "WSGI_IDLE", 0.01 if when == "before it ends" else PATIENCE)
     pool, call, came = None, Call(), []
     flowcoro.run(main())
-    assert call.ran.is_set()
 
 
 def test_a_task_does_not_park_when_its_thread_has_just_ended():
