@@ -1315,8 +1315,8 @@ class _Download:
         if proceed and self.part.is_file():
             self._look()
         elif self.part.exists() and not force:
-            raise UsageError(f"{self.part} is there, the beginning of a transfer that was interrupted; -C goes on with it, --force "
-                             "begins anew")
+            raise UsageError(f"{self.part} is there, the beginning of a transfer that was interrupted; -C goes on with it, "
+                             "--force begins anew")
 
     def _look(self):
         """What is there, if it is known of what."""
@@ -1386,7 +1386,7 @@ def _get_parser():
     parser.add_argument("-i", "--include", action="store_true", help="print the headers, too")
     parser.add_argument("-L", "--location", action="store_true", help="follow redirects: it does so anyway")
     parser.add_argument("--no-location", action="store_true", help="do not")
-    parser.add_argument("-u", "--user", metavar="USER[:PASSWORD]", help="basic authentication; asks for a password that is left out")
+    parser.add_argument("-u", "--user", metavar="USER[:PASSWORD]", help="basic authentication; it asks for a password left out")
     parser.add_argument("--digest", action="store_true", help="digest authentication instead")
     parser.add_argument("-x", "--proxy", metavar="URL", help="instead of http_proxy, https_proxy … of the environment")
     parser.add_argument("--cacert", metavar="FILE", help="certificates to trust instead of the system's")
@@ -1447,7 +1447,8 @@ async def _get(http, options, url, download, settings):
             async with client.stream(method, url, headers=download.headers() if download else {}, **request) as response:
                 if options.include or options.head:
                     for one in (*response.history, response):
-                        lines = [f"HTTP/{one.version} {one.status} {one.reason}".rstrip(), *[f"{name}: {value}" for name, value in one.headers]]
+                        lines = [f"HTTP/{one.version} {one.status} {one.reason}".rstrip()]
+                        lines += [f"{name}: {value}" for name, value in one.headers]
                         out.write(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
                     out.flush()
                 if download is not None and response.status < 400:
@@ -1755,6 +1756,7 @@ async def _serve(app, options, kept):
         drain = options.drain_timeout if kept is None else min(options.drain_timeout, RELOAD_DRAIN)
         more = {"reload": functools.partial(_reload_certificate, server, options)} if options.processes else {}
         with _load("flowcoro_os").signals(*_serve_signals(options)) as received, flowcoro.CancelScope() as scope:
+            _announce(server, options)
             hearing = flowcoro.spawn(_obey(received, server, options, ending, scope), name="hear signals")
             try:
                 await server.serve(processes=options.processes, drain_timeout=drain, **more)

@@ -9,6 +9,7 @@ import os
 import pty
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import types
 import pytest
 
 import flowcoro_cli
-from test_cli import ROOT, cli, environment  # noqa: F401  (a fixture)
+from test_cli import ROOT, environment
 from test_net_tls import certificates  # noqa: F401  (a fixture)
 
 CONTENT = bytes(range(256)) * 2000
@@ -91,6 +92,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def origin():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *args: None            # who cuts a connection is no surprise here
     server.seen, server.etag, server.said, server.whole = [], ETAG, None, False
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -131,7 +133,8 @@ def test_it_prints_what_is_there(get, origin):
 
 def test_headers_are_printed_too(get, origin):
     status, out, _ = get(origin.url + "/away", "-i")
-    assert status == 0 and out.startswith(b"HTTP/1.1 302 Found\r\n") and out.endswith(b"\r\n\r\nhello\n") and b"HTTP/1.1 200 OK\r\n" in out
+    assert status == 0 and b"HTTP/1.1 200 OK\r\n" in out
+    assert out.startswith(b"HTTP/1.1 302 Found\r\n") and out.endswith(b"\r\n\r\nhello\n")
     status, out, _ = get(origin.url + "/away", "-i", "--no-location")
     assert status == 0 and b"200 OK" not in out and b"Location: /hello.txt\r\n" in out
     status, out, _ = get(origin.url + "/hello.txt", "-I")
@@ -140,11 +143,13 @@ def test_headers_are_printed_too(get, origin):
 
 def test_data_headers_method_and_user(get, origin, tmp_path):
     (tmp_path / "data").write_bytes(b"c=3\r\n\n")
-    said = json.loads(get(origin.url + "/echo", "-d", "a=1", "-d", "b=ü", "-d", f"@{tmp_path / 'data'}", "-H", "X-Y: z", "-u", "me:pass")[1])
+    said = json.loads(get(origin.url + "/echo", "-d", "a=1", "-d", "b=ü", "-d", f"@{tmp_path / 'data'}", "-H", "X-Y: z", "-u",
+                          "me:pass")[1])
     assert (said["method"], said["body"]) == ("POST", "a=1&b=ü&c=3")
     assert said["headers"]["X-Y"] == "z" and said["headers"]["Authorization"] == "Basic bWU6cGFzcw=="
     assert said["headers"]["Content-Type"] == "application/x-www-form-urlencoded"
-    said = json.loads(get(origin.url + "/echo", "-X", "PUT", "-d", "{}", "-H", "content-type: application/json", "-H", "User-Agent: me")[1])
+    said = json.loads(get(origin.url + "/echo", "-X", "PUT", "-d", "{}", "-H", "content-type: application/json", "-H",
+                          "User-Agent: me")[1])
     assert (said["method"], said["headers"]["content-type"], said["headers"]["User-Agent"]) == ("PUT", "application/json", "me")
 
 
@@ -160,7 +165,8 @@ def test_a_file_has_its_name_when_all_has_come(get, origin):
 
 @pytest.mark.parametrize("arguments, message", [
     (["-O"], "does not end with a name"), (["-C"], "-o FILE or -O"), (["-H", "x"], "Name: value"), (["-d", "@none"], "-d @none"),
-    (["-m", "0"], "more than 0"), (["-o", "folder"], "is a folder"), (["--no-such"], "usage"), (["-o", "taken"], "--force overwrites it")])
+    (["-m", "0"], "more than 0"), (["-o", "folder"], "is a folder"), (["--no-such"], "usage"),
+    (["-o", "taken"], "--force overwrites it")])
 def test_a_command_line_that_cannot_be_obeyed(get, origin, arguments, message):
     os.mkdir("folder")
     with open("taken", "w") as file:
@@ -293,7 +299,6 @@ def test_exit_statuses(get, origin):
 
 
 def test_tls(get, certificates):  # noqa: F811
-    import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificates.good)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -318,7 +323,8 @@ def in_terminal(*arguments, cwd):
     """Run it with stdout and stderr on a terminal: (exit status, what is shown)."""
     leader, follower = pty.openpty()
     with subprocess.Popen([sys.executable, "-W", "error", "-m", "flowcoro", "get", *arguments], cwd=cwd, stdin=subprocess.DEVNULL,
-                          stdout=follower, stderr=follower, env=environment(PYTHONPATH=str(ROOT), TERM="xterm", NETRC="/none")) as program:
+                          stdout=follower, stderr=follower, env=environment(PYTHONPATH=str(ROOT), TERM="xterm",
+                                                                            NETRC="/none")) as program:
         os.close(follower)
         shown = b""
         with contextlib.suppress(OSError):
@@ -363,11 +369,10 @@ def test_the_meter_tells_how_far_it_is(monkeypatch):
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl, whose exit statuses these are, is not installed")
 def test_exit_statuses_are_those_of_curl(get, origin):
-    for arguments in ([origin.url + "/round"], [origin.url + "/hello.txt"], ["ftp_x://a/"]):
-        theirs = subprocess.run(["curl", "-sLf", "--max-redirs", "20", *arguments], capture_output=True, timeout=60, env=environment())
-        if arguments != ["ftp_x://a/"]:
-            assert get(*arguments)[0] == theirs.returncode
-    for reply, in ((b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort",),):
-        with raw_server(reply) as url:
-            theirs = subprocess.run(["curl", "-s", url], capture_output=True, timeout=60, env=environment())
-            assert get(url)[:2] == (theirs.returncode, theirs.stdout)
+    for path in "/round", "/hello.txt", "/none":
+        theirs = subprocess.run(["curl", "-sLf", "--max-redirs", "20", origin.url + path], capture_output=True, timeout=60,
+                                env=environment())
+        assert get(origin.url + path)[0] == theirs.returncode
+    with raw_server(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort") as url:
+        theirs = subprocess.run(["curl", "-s", url], capture_output=True, timeout=60, env=environment())
+        assert get(url)[:2] == (theirs.returncode, theirs.stdout)

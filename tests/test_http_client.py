@@ -2,15 +2,10 @@
 
 import contextlib
 import gzip
-import http.cookiejar
 import io
-import json
 import os
 import random
-import re
 import socket
-import ssl
-import subprocess
 import types
 import zlib
 
@@ -18,10 +13,10 @@ import pytest
 
 import flowcoro
 from flowcoro_http import (
-    Auth, BasicAuth, BearerAuth, ClientResponse, ConnectError, Data, DigestAuth, EndOfMessage, Headers, HttpClient, HttpConnection,
-    LocalProtocolError, NEED_DATA, PAUSED, ProtocolError, RedirectError, RequestError, RequestTimeout, ResponseError, Retries,
-    ServerSentEvent, StatusError, Timeouts, TransferError, _environment_proxies, _EventParser, _goes_without, _test_client, _Url)
-from flowcoro_net import Socket, TcpServer, UnixServer, server_tls
+    ConnectError, Data, EndOfMessage, HttpClient, HttpConnection, LocalProtocolError, NEED_DATA, PAUSED, ProtocolError,
+    RequestTimeout,
+    ResponseError, StatusError, Timeouts, TransferError, _Url)
+from flowcoro_net import Socket, TcpServer, UnixServer
 
 SEED = int(os.environ.get("FLOWCORO_FIRST_SEED", 0))
 
@@ -233,10 +228,12 @@ def test_multipart_has_fields_and_files(tmp_path):
 
 
 @pytest.mark.parametrize("options, error", [
-    ({"content": b"", "json": 1}, TypeError), ({"data": "a=b"}, TypeError), ({"content": 5}, TypeError), ({"auth": "x"}, TypeError),
+    ({"content": b"", "json": 1}, TypeError), ({"data": "a=b"}, TypeError), ({"content": 5}, TypeError),
+    ({"auth": "x"}, TypeError),
     ({"timeout": -1}, ValueError), ({"timeout": "1"}, TypeError), ({"headers": {"Content-Length": "5"}}, ValueError),
     ({"headers": {"X": "a\r\nB: c"}}, LocalProtocolError), ({"headers": {"X y": "a"}}, LocalProtocolError),
-    ({"retries": -1}, ValueError), ({"max_bytes": -1}, ValueError), ({"files": {"a": 5}}, TypeError), ({"nonsense": 1}, TypeError),
+    ({"retries": -1}, ValueError), ({"max_bytes": -1}, ValueError), ({"files": {"a": 5}}, TypeError),
+    ({"nonsense": 1}, TypeError),
     ({"cookies": {"a": "b;c"}}, ValueError),
 ])
 def test_arguments_that_make_no_sense(options, error):
@@ -273,8 +270,10 @@ def test_the_caller_headers_replace_those_of_the_client():
 @pytest.mark.parametrize("url, text, host, port", [
     ("http://Example.COM", "http://example.com/", "example.com", 80), ("HTTPS://a:443/b", "https://a/b", "a", 443),
     ("http://a:8080?x", "http://a:8080/?x", "a", 8080), ("http://[::1]:81/", "http://[::1]:81/", "::1", 81),
-    ("http://a/ü b?q=ä#f", "http://a/%C3%BC%20b?q=%C3%A4", "a", 80), ("http://bücher.de/", "http://xn--bcher-kva.de/", "xn--bcher-kva.de", 80),
-    ("http://u:p@a/", "http://a/", "a", 80), ("http://a/%zz<>\"", "http://a/%zz%3C%3E%22", "a", 80), ("http://a:/", "http://a/", "a", 80),
+    ("http://a/ü b?q=ä#f", "http://a/%C3%BC%20b?q=%C3%A4", "a", 80), ("http://bücher.de/", "http://xn--bcher-kva.de/",
+                                                                      "xn--bcher-kva.de", 80),
+    ("http://u:p@a/", "http://a/", "a", 80), ("http://a/%zz<>\"", "http://a/%zz%3C%3E%22", "a", 80),
+    ("http://a:/", "http://a/", "a", 80),
 ])
 def test_urls(url, text, host, port):
     parsed = _Url(url)
@@ -282,8 +281,10 @@ def test_urls(url, text, host, port):
 
 
 @pytest.mark.parametrize("url", [
-    "", "a", "/x", "ftp://a/", "http://", "http:///x", "http://a b/", "http://a:99999/", "http://a:0/", "http://a:x/", "http://[::1/",
-    "http://a\r\nX: y/", "http://a/\x00", "http://a/\t", "http://a\\@b/", "http://a@b@c/", "http://[zz]/", "http://a:1:2/", " http://a/",
+    "", "a", "/x", "ftp://a/", "http://", "http:///x", "http://a b/", "http://a:99999/", "http://a:0/", "http://a:x/",
+    "http://[::1/",
+    "http://a\r\nX: y/", "http://a/\x00", "http://a/\t", "http://a\\@b/", "http://a@b@c/", "http://[zz]/", "http://a:1:2/",
+    " http://a/",
     "http://%61/", "http://" + "a" * 70 + ".ü/", "http://a\u2100b/"])
 def test_what_is_no_url(url):
     with pytest.raises(ValueError):
@@ -297,7 +298,8 @@ def test_a_url_that_is_refused_does_not_show_its_password():
 
 
 @pytest.mark.parametrize("base, url, target", [
-    ("", "/a", "/a"), ("/", "a", "/a"), ("/api", "/users", "/api/users"), ("/api/", "users?x=1", "/api/users?x=1"), ("/api", "", "/api"),
+    ("", "/a", "/a"), ("/", "a", "/a"), ("/api", "/users", "/api/users"), ("/api/", "users?x=1", "/api/users?x=1"),
+    ("/api", "", "/api"),
     ("/api", "?q=1", "/api?q=1"), ("/api", "//evil/x", "/api//evil/x"), ("/api", "x?u=http://y/", "/api/x?u=http://y/")])
 def test_base_url(base, url, target):
     async def work(client, origin):
@@ -355,7 +357,8 @@ def test_framings(reply, content):
 
 def test_text_json_links_and_cookies():
     response = respond(answer("ü".encode("latin-1"), "200 OK", "Content-Type: text/plain; charset=iso-8859-1",
-                              "Link: </next?p=2>; rel=\"next last\"; title=\"n\", <http://b/>", "Link: ,;,", "Set-Cookie: a=b; Path=/",
+                              "Link: </next?p=2>; rel=\"next last\"; title=\"n\", <http://b/>", "Link: ,;,",
+                              "Set-Cookie: a=b; Path=/",
                               "Set-Cookie: c=d=e"))
     assert response.text == "ü" and response.cookies == {"a": "b", "c": "d=e"}
     url = response.url.rstrip("/") + "/next?p=2"
@@ -458,7 +461,8 @@ def test_reading_a_stream_holds_no_more_than_max_bytes():
             with pytest.raises(ResponseError, match="1000"):
                 await response.read()
 
-    talk(lambda request: b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nConnection: close\r\n\r\n" + gzip.compress(b"x" * 2000), work)
+    talk(lambda request: b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nConnection: close\r\n\r\n" + gzip.compress(b"x" * 2000),
+         work)
 
 
 # ---- connections -----------------------------------------------------------------------------------------------
@@ -553,7 +557,8 @@ def test_no_more_connections_than_allowed_and_all_are_served():
 def test_who_waits_for_a_connection_is_told_so():
     async def work(client, origin):
         async with client.stream("GET", origin.url):
-            with pytest.raises(RequestTimeout, match="max_connections=1 to 127.0.0.1:[0-9]+ are in use") as caught:
+            with pytest.raises(RequestTimeout,
+                               match="it waited for one to be returned; of max_connections=1 there were 1 in use") as caught:
                 await client.get(origin.url, timeout=Timeouts(connect=0.05))
             assert caught.value.phase == "connect"
 
@@ -618,3 +623,24 @@ def test_origins_beyond_the_limit_are_forgotten(monkeypatch):
                 await work(client, origin)
 
     flowcoro.run(main())
+
+
+def test_several_workers_share_a_client():
+    async def handler(request):
+        await flowcoro.checkpoint()
+        return answer(request.target)
+
+    async def main():
+        async with serving(handler) as origin, HttpClient(trust_env=False, max_connections=7) as client:
+            async def one(number):
+                for turn in range(5):
+                    assert (await client.get(f"{origin.url}/{number % 3}")).text == f"/{number % 3}"
+                    response = await client.post(f"{origin.url}/{number}x{turn}", content=[b"x"])
+                    assert response.text == f"/{number}x{turn}"
+
+            async with flowcoro.TaskGroup() as group:
+                for number in range(20):
+                    group.spawn(one(number))
+            assert given_back(client) and origin.connections <= 7
+
+    flowcoro.run(main(), workers=3)
