@@ -661,7 +661,7 @@ def test_a_slow_generator_whose_client_has_gone_is_not_asked_for_more_than_the_b
         assert await flowcoro.to_thread(closed.wait, PATIENCE)
 
     flowcoro.run(main())
-    assert made == [0]
+    assert made in ([], [0])
 
 
 def test_the_answer_of_a_cancelled_request_is_dropped_when_the_thread_has_made_it(reports):
@@ -1601,7 +1601,8 @@ def test_without_websocket_the_application_is_not_asked_and_the_client_told_so()
 
 
 @pytest.mark.parametrize("lines, heard", [
-    (b"one\ntw\xc3\xb6\nbye\n", b"one\ntw\xc3\xb6\nclosed 4000 you said so\n"), (b"one\n", b"one\n"), (b"quit\n", b"closed 1000 \n")])
+    (b"one\ntw\xc3\xb6\nbye\n", b"one\ntw\xc3\xb6\nclosed 4000 you said so\n"), (b"one\n", b"one\n"),
+    (b"quit\n", b"closed 1000 \n")])
 def test_an_application_speaks_websocket_by_what_is_plugged_in(lines, heard):
     async def client(server):
         async with await flowcoro_net.Socket.connect(*server.local) as sock:
