@@ -1599,9 +1599,7 @@ def _serve_command(arguments):
     except _NotLoaded as error:
         if kept is None or not kept.numbers:        # in a reload a mistake in a source is waited for to be corrected
             raise
-        sources = _Sources(error.files)
-        print(f"flowcoro: {error}\nwaiting for a change", file=sys.stderr, flush=True)
-        again = flowcoro.run(_change_or_stop(sources))
+        again = flowcoro.run(_change_or_stop(error))
     except KeyboardInterrupt:                       # the second Ctrl-C
         return 130
     if again:
@@ -1742,9 +1740,11 @@ async def _serve(app, options, kept):
     """Until it is to end; whether the program is to be replaced by a new one."""
     tls = _serve_tls(options)
     network = flowcoro.network.set(kept) if kept is not None and options.unix is None else None
+    shared = options.processes is not None and options.unix is None and sys.platform == "linux"
     try:
-        server = await app.listen(options.host, options.port, unix=options.unix, tls=tls,
-                                  reuse_port=options.processes is not None and sys.platform == "linux")
+        if shared and options.port:             # who may share a port is not told that another program has it
+            (await app.listen(options.host, options.port)).close()
+        server = await app.listen(options.host, options.port, unix=options.unix, tls=tls, reuse_port=shared)
     except (OSError, ValueError) as error:
         raise UsageError(str(error.strerror or error) if isinstance(error, OSError) else str(error)) from error
     finally:
@@ -1851,8 +1851,10 @@ class _Sources:
         return file
 
 
-async def _change_or_stop(sources):
-    """Whether it was a change that came first."""
+async def _change_or_stop(error):
+    """Say what is wrong, and wait for a change, or for a signal to end: whether it was a change."""
+    sources = _Sources(error.files)
+    print(f"flowcoro: {error}\nwaiting for a change", file=sys.stderr, flush=True)
     which, _ = await flowcoro.when_any(sources.wait(), flowcoro.stop_requested())
     return which == 0
 
