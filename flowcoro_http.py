@@ -16,7 +16,7 @@ Example:
         app.run("127.0.0.1", 8000)
 
 Contents: constants · errors · headers · field values · cookies · forms · conditional requests and ranges · compression ·
-codec · typed handlers · router · OpenAPI · messages · server
+codec · typed handlers · router · OpenAPI · messages · server · client
 
 How it works:
 
@@ -40,6 +40,9 @@ The *server* is one task for each connection: it reads a head, asks the router, 
 system call, and goes on. Deadlines are kept by one sweep for all. What a handler does not ask for is not done: a body that
 nobody reads is not received. What H1 to H4 say, in the section "server", holds whatever handlers and clients do.
 
+The *client* borrows a connection from its origin's pool for each request and gives it back when both messages are complete and
+nothing more has come; in all other cases it is closed (K1 to K4 in the section "client").
+
 Errors:
 
     FlowCoroError
@@ -48,6 +51,8 @@ Errors:
         UnprocessableContent    422, with all that is wrong
       LocalProtocolError        our own fault: what is to be sent is no HTTP
       SignatureError            a signed value that is none
+      RequestError              a request of HttpClient has not got its response: ConnectError (and ProxyError), TransferError,
+                                RequestTimeout, ResponseError, RedirectError, StatusError
 
 Sources: RFC 9110 (semantics), RFC 9112 (HTTP/1.1), RFC 3986 (authorities), and those that the sections name; h11 (the idea of two
 states and one table); CWE-444 and the papers of J. Kettle (HTTP desync attacks) for what servers take that they should not.
