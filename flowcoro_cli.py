@@ -1596,8 +1596,9 @@ def _serve_command(arguments):
     except _NotLoaded as error:
         if kept is None or not kept.numbers:        # in a reload a mistake in a source is waited for to be corrected
             raise
+        sources = _Sources(error.files)
         print(f"flowcoro: {error}\nwaiting for a change", file=sys.stderr, flush=True)
-        again = flowcoro.run(_change_or_stop(error.files))
+        again = flowcoro.run(_change_or_stop(sources))
     except KeyboardInterrupt:                       # the second Ctrl-C
         return 130
     if again:
@@ -1613,8 +1614,9 @@ def _check_serve(options):
         raise UsageError(f"--listing is for a folder, and {options.target} is none")
     if options.folder is not None and (options.wsgi or options.asgi or options.threads):
         raise UsageError(f"{options.target} is a folder: --wsgi, --asgi and --threads are for applications")
-    if options.processes is not None and options.processes < 1:
-        raise UsageError(f"--processes {options.processes}: give 1 or more")
+    for name in "processes", "threads":
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise UsageError(f"--{name} {number}: give 1 or more")
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port {options.port}: give a number from 0 to 65535")
     if options.reload and options.processes is not None:
@@ -1727,8 +1729,8 @@ def _kind_of(found, target):
         return "wsgi" if len(needed) == 2 else "asgi"
     if not needed and not isinstance(found, type) and not any(each.kind is each.VAR_POSITIONAL for each in parameters):
         raise UsageError(f"{target} takes no arguments: if it makes the application, write {target}()")
-    raise UsageError(f"{target} looks neither like WSGI (environ, start_response) nor like ASGI (scope, receive, send): say --wsgi "
-                     "or --asgi")
+    raise UsageError(f"{target} looks neither like WSGI (environ, start_response) nor like ASGI (scope, receive, send): say "
+                     "--wsgi or --asgi")
 
 
 # -- serving
@@ -1749,11 +1751,12 @@ async def _serve(app, options, kept):
     async with server:
         if kept is not None:
             kept.keep()
-            flowcoro.spawn(_close_on_change(server, ending), name="watch the sources")
+            flowcoro.spawn(_close_on_change(server, _Sources(), ending), name="watch the sources")
         _announce(server, options)
         drain = options.drain_timeout if kept is None else min(options.drain_timeout, RELOAD_DRAIN)
         more = {"reload": functools.partial(_reload_certificate, server, options)} if options.processes else {}
         with _load("flowcoro_os").signals(*_serve_signals(options)) as received, flowcoro.CancelScope() as scope:
+            _announce(server, options)
             hearing = flowcoro.spawn(_obey(received, server, options, ending, scope), name="hear signals")
             try:
                 await server.serve(processes=options.processes, drain_timeout=drain, **more)
@@ -1819,31 +1822,40 @@ def _source_files():
     return {file for file in files if file and file.endswith(".py") and not file.startswith(installed)}
 
 
-async def _change(files=()):
-    """Wait until one of these, or of the modules that are loaded by then, has another mtime; which one."""
-    seen = {}
-    while True:
-        for file in sorted({*files, *_source_files()}):
+class _Sources:
+    """The files that --reload watches: those given, and those of all modules that are loaded by then."""
+
+    def __init__(self, files=()):
+        self.files, self.seen = set(files), {}
+        self.changed()
+
+    def changed(self):
+        """One that has another mtime than when it was first looked at, or None."""
+        for file in sorted(self.files | _source_files()):
             try:
                 changed = os.stat(file).st_mtime_ns
             except OSError:                     # an editor is about to put another one there
                 changed = None
-            if seen.setdefault(file, changed) != changed:
+            if self.seen.setdefault(file, changed) != changed:
                 return file
-        await flowcoro.sleep(LOOK_AT_FILES)
+        return None
 
-
-async def _change_or_stop(files):
-    """Whether it was a change that came first."""
-    which, file = await flowcoro.when_any(_change(files), flowcoro.stop_requested())
-    if which == 0:
+    async def wait(self):
+        """Until one has changed: which."""
+        while (file := self.changed()) is None:
+            await flowcoro.sleep(LOOK_AT_FILES)
         print(f"{file} has changed: starting anew", flush=True)
+        return file
+
+
+async def _change_or_stop(sources):
+    """Whether it was a change that came first."""
+    which, _ = await flowcoro.when_any(sources.wait(), flowcoro.stop_requested())
     return which == 0
 
 
-async def _close_on_change(server, ending):
-    ending.changed = await _change()
-    print(f"{ending.changed} has changed: starting anew", flush=True)
+async def _close_on_change(server, sources, ending):
+    ending.changed = await sources.wait()
     server.close()
 
 

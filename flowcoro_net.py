@@ -1190,6 +1190,10 @@ class _Stream(_Owner):
         return self._own(BrokenError(None, f"{self!r}: the peer ended after {len(self._buffer)} bytes, where {wanted} was "
                                      "expected; read() still gives them"))
 
+    def caused(self, error):
+        """Whether an exception, or all of a group, says that the peer or the network has broken this connection. Never blocks."""
+        return _is_the_peers(error, self)
+
     def unread(self, data):
         """Give back what was read and not used: it is read again first. BusyError while a task reads; ClosedError; TypeError."""
         view = _as_bytes(data, "unread()")
@@ -1657,10 +1661,6 @@ class Socket(_Secured):
             self._close()
 
     # -- about it
-
-    def caused(self, error):
-        """Whether an exception, or all of a group, says that the peer or the network has broken this connection. Never blocks."""
-        return _is_the_peers(error, self)
 
     @property
     def peer(self):

@@ -137,6 +137,8 @@ def test_a_file_with_a_name_for_saving_comes_as_an_attachment(site):
         with pytest.raises(HttpError) as caught:
             await send_file(Request("GET", "/"), site / "missing")
         assert caught.value.status == 404
+        posted = Request("POST", "/", [("If-None-Match", "*"), ("Range", "bytes=0-1")])         # which say nothing of this file
+        assert (await send_file(posted, os.fsencode(site / "a.txt"))).content == b"0123456789"
         with pytest.raises(HttpError) as caught:
             await send_file(Request("GET", "/"), site)
         assert caught.value.status == 404
@@ -337,19 +339,39 @@ def test_pipes_sockets_and_devices_are_not_found_and_nobody_waits_for_them(site)
         flowcoro.run(send_file(Request("GET", "/"), site / "pipe"))
 
 
-def test_a_pipe_that_is_put_there_between_look_and_open_is_not_waited_for(site, monkeypatch):
-    real = os.stat
+@pytest.mark.parametrize("put", [
+    lambda place, target: os.mkfifo(place), lambda place, target: place.symlink_to(target)], ids=["a pipe", "a link"])
+def test_what_is_put_there_between_look_and_open_is_neither_waited_for_nor_followed(site, tmp_path, monkeypatch, put):
+    real = os.open
 
-    def late(path, **options):
-        state = real(path, **options)
+    def late(path, *flags, **options):
         if path == "a.txt" and "dir_fd" in options:
             os.unlink(site / "a.txt")
-            os.mkfifo(site / "a.txt")
-            monkeypatch.setattr(os, "stat", real)
-        return state
-    monkeypatch.setattr(os, "stat", late)
-    with pytest.raises(FileNotFoundError):
+            put(site / "a.txt", tmp_path / "secret.txt")
+        return real(path, *flags, **options)
+    monkeypatch.setattr(os, "open", late)
+    with pytest.raises(OSError) as caught:
         flowcoro_http._Folder(site, False, None, False, None, False, False, 0)._open(["a.txt"])
+    assert caught.value.errno in flowcoro_http._NOT_THERE
+
+
+def test_no_descriptor_is_left_open_and_no_pipe_is_ever_opened(site, monkeypatch):
+    os.mkfifo(site / "pipe")
+    opened, real = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *flags, **options: (opened.append(path), real(path, *flags, **options))[1])
+
+    async def main():
+        handler, strict = static_files(site, listing=True, cache_bytes=0), static_files(site, follow_symlinks=True)
+        await get(handler, "/a.txt")
+        before = sorted(os.listdir("/proc/self/fd"))
+        for path in ("/a.txt", "/large.bin", "/sub/deep/x.css", "/sub/", "/sub/deep/", "/", "/pipe", "/a.txt/", "/missing/x",
+                     "/sub"):
+            for method in ("GET", "HEAD"):
+                await get(handler, path, [("Range", "bytes=0-1,200-300")], method)
+                await get(strict, path, [("If-None-Match", "*")], method)
+        assert sorted(os.listdir("/proc/self/fd")) == before
+    flowcoro.run(main())
+    assert opened and not [path for path in opened if os.fspath(path).endswith("pipe")]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -428,6 +450,12 @@ def test_what_is_kept_is_bounded(site, monkeypatch):
         (site / "big.txt").write_bytes(b"x" * 2000)
         assert len((await get(handler, "/big.txt"))[1]) == 2000
         assert list(cache._found) == ["/17.txt", "/18.txt", "/19.txt"]
+        for _ in range(3):                                      # replaced: counted once
+            (site / "19.txt").write_bytes(b"x" * 200)
+            (site / "18.txt").write_bytes(b"x" * 300)
+            await get(handler, "/19.txt")
+            await get(handler, "/18.txt")
+        assert len(cache._found) == 3 and cache._bytes == 800
         monkeypatch.setattr(flowcoro_http, "CACHED_FILES", 5)
         for number in range(20):
             (site / f"{number}.txt").write_bytes(b"")

@@ -255,6 +255,54 @@ def test_curl_speaks_tls_with_a_server_it_trusts(certificates):  # noqa: F811
     run(main)
 
 
+@needs("curl")
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+def test_curl_undoes_the_compression_of_answers_and_of_streams(coding):
+    async def main():
+        app = application()
+        app.middleware(flowcoro_http.compress())
+
+        @app.get("/large")
+        async def large(request):
+            return "the same words again " * 10_000
+
+        @app.get("/lines")
+        async def lines(request):
+            async def pieces():
+                for line in STREAMED.splitlines(keepends=True):
+                    yield line
+            return Response(200, pieces(), media_type="text/plain")
+
+        async with served(app) as server:
+            written, said = await curl("-v", "--compressed", "-H", f"Accept-Encoding: {coding}", "-w", "\\n%{size_download}\\n",
+                                       server.url + "/large", server.url + "/lines")
+        large, size, *lines, end, _ = written.decode().split("\n")
+        assert large == "the same words again " * 10_000 and int(size) < 2_000
+        assert lines == STREAMED.decode().split("\n") and end.isdigit()
+        assert re.findall("(?im)^< content-encoding: (\\w+)", said) == [coding, coding]
+
+    run(main)
+
+
+@needs("curl")
+def test_curl_keeps_what_has_not_changed_and_says_who_it_is(tmp_path):
+    async def main():
+        app = application()
+        app.middleware(flowcoro_http.basic_auth(lambda user, password: (user, password) == ("ada", "tea: hot")))
+        app.middleware(flowcoro_http.etag())
+        async with served(app) as server:
+            status = "-o", "/dev/null", "-w", "%{http_code} "
+            written, _ = await curl(*status, server.url + "/hello", "--next", "-sS", *status, "-u", "ada:tea",
+                                    server.url + "/hello")
+            assert written == b"401 401 "
+            tag = str(tmp_path / "tag")
+            written, _ = await curl(*status, "-u", "ada:tea: hot", "--etag-save", tag, server.url + "/hello", "--next", "-sS",
+                                    *status, "-u", "ada:tea: hot", "--etag-compare", tag, server.url + "/hello")
+            assert written == b"200 304 "
+
+    run(main)
+
+
 # ---- Python's own ----------------------------------------------------------------------------------------------
 
 def test_http_client_sends_many_requests_over_one_connection():

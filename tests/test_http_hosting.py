@@ -176,7 +176,8 @@ def test_an_application_may_start_its_answer_when_the_first_block_is_asked_for()
 # ---- WSGI: the environ ----------------------------------------------------------------------------------------
 
 def test_the_environ_has_the_parts_of_the_request():
-    environ = environ_of(ask(wsgi_app(describing), "/a%20b/%C3%A9?q=%20&r", "POST", [("Content-Type", "x/y"), ("X-One", "1")], b"abc"))
+    headers = [("Content-Type", "x/y"), ("X-One", "1")]
+    environ = environ_of(ask(wsgi_app(describing), "/a%20b/%C3%A9?q=%20&r", "POST", headers, b"abc"))
     assert environ["REQUEST_METHOD"] == "POST" and environ["QUERY_STRING"] == "q=%20&r"
     assert environ["SCRIPT_NAME"] == "" and environ["PATH_INFO"].encode("latin-1").decode() == "/a b/é"
     assert environ["CONTENT_TYPE"] == "x/y" and environ["CONTENT_LENGTH"] == "3" and environ["HTTP_X_ONE"] == "1"
@@ -874,8 +875,8 @@ def test_the_scope_has_all_that_the_specification_asks_for():
 
 
 @pytest.mark.parametrize("headers, content, length", [
-    ((), b"", 0), ((), b"abc", 3), ((), b"x" * 300_000, 300_000), ([("Transfer-Encoding", "chunked")], chunked(b"ab", b"c" * 99_999),
-                                                                   100_001)])
+    ((), b"", 0), ((), b"abc", 3), ((), b"x" * 300_000, 300_000),
+    ([("Transfer-Encoding", "chunked")], chunked(b"ab", b"c" * 99_999), 100_001)])
 def test_an_application_receives_the_content_of_a_request(headers, content, length):
     async def application(scope, receive, send):
         got, count = await received(receive)
@@ -1054,10 +1055,12 @@ def test_a_client_that_goes_before_the_answer_is_told_too():
 # ---- ASGI: errors ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("steps, said", [
-    ([body()], "now http.response.start or http.response.early_hint can"), ([START, START], "http.response.body can"), ([], "nothing sent"), ([START], "begun"),
+    ([body()], "now http.response.start or http.response.early_hint can"), ([START, START], "http.response.body can"),
+    ([], "nothing sent"), ([START], "begun"),
     ([{"type": "http.response.start", "status": "200"}], "status"), ([{"type": "http.response.start", "status": 99}], "99"),
-    ([{"type": "http.response.start"}], "status"), ([{**START, "headers": [("a", "b")]}], "bytes"), ([START, body("text")], "body"),
-    ([{"type": "websocket.accept"}], "websocket.accept"), (["text"], "dict"), ([{"no": "type"}], "dict"),
+    ([{"type": "http.response.start"}], "status"), ([{**START, "headers": [("a", "b")]}], "bytes"),
+    ([START, body("text")], "body"), ([{"type": "websocket.accept"}], "websocket.accept"), (["text"], "dict"),
+    ([{"no": "type"}], "dict"),
     ([{**START, "headers": [(b"a", b"b\r\nc: d")]}], "a")])
 def test_a_message_that_cannot_be_sent_is_an_error_that_says_why(steps, said, reports):
     assert ask(asgi_app(asgi(*steps))).status == 500
@@ -1305,7 +1308,8 @@ def test_without_websocket_the_application_is_not_asked_and_the_client_told_so()
     assert answer.status == 501 and b"websocket=" in answer.body
 
 
-@pytest.mark.parametrize("lines, heard", [(b"one\ntw\xc3\xb6\nbye\n", b"one\ntw\xc3\xb6\nclosed 4000 you said so\n"), (b"one\n", b"one\n")])
+@pytest.mark.parametrize("lines, heard", [
+    (b"one\ntw\xc3\xb6\nbye\n", b"one\ntw\xc3\xb6\nclosed 4000 you said so\n"), (b"one\n", b"one\n")])
 def test_an_application_speaks_websocket_by_what_is_plugged_in(lines, heard):
     async def client(server):
         async with await flowcoro_net.Socket.connect(*server.local) as sock:
@@ -1331,7 +1335,8 @@ def test_an_application_may_refuse_a_websocket(steps, status, content):
             for step in steps:
                 await send(step)
 
-    answer = Answer(hosting(asgi_app(application, websocket=Lines), lambda server: exchange(server, websocket_request("Upgrade, close"))))
+    asked = websocket_request("Upgrade, close")
+    answer = Answer(hosting(asgi_app(application, websocket=Lines), lambda server: exchange(server, asked)))
     assert (answer.status, answer.body) == (status, content)
 
 

@@ -90,7 +90,8 @@ def test_the_common_format_is_apaches(monkeypatch):
     lines, _ = logged(request, Response(200, b"12345"))
     assert lines == ['192.0.2.1 - ann [09/Sep/2001:01:46:40 +0000] "GET /a?b=c HTTP/1.1" 200 5']
     assert logged(get(method="HEAD"), Response(204, None))[0][0].endswith('"HEAD / HTTP/1.1" 204 -')
-    assert logged(get())[0][0].startswith("unix - - [")
+    request.user = ("no", "str")
+    assert logged(get())[0][0].startswith("unix - - [") and "('no',\\x20'str')" in logged(request)[0][0]
 
 
 def test_json_has_what_is_known_and_the_time_it_took():
@@ -113,6 +114,7 @@ def test_nothing_that_a_client_sends_leaves_its_place_in_the_line(evil):
     for format in ("common", "json"):
         [line], _ = logged(request, format=format)
         assert line.isascii() and line.isprintable()
+        assert "\\" not in re.sub(r"\\x[0-9a-f]{2}", "", line) or format == "json"
         if format == "json":
             assert json.loads(line)["target"] == "/" + evil
         else:
@@ -134,6 +136,7 @@ def test_a_stream_is_logged_at_its_end_with_what_was_sent_and_how_long_it_took()
         assert await content_of(response) == "ü".encode()
         again = await through(access_log(lines.append, format="json"), get(), Response(200, pieces()))
         await again.stream.aclose()                             # as for HEAD, or a client that has gone
+        await again.stream.aclose()
         file = Response(200, None)
         file.stream, file.content = flowcoro_http._FileStream(io.BytesIO(b"x" * 100), 10, 50), None
         assert type((await through(access_log(lines.append, format="json"), get(), file)).stream) is flowcoro_http._FileStream
@@ -195,6 +198,8 @@ def test_answers_may_be_read_by_origins_that_are_listed_and_caches_are_told():
                     get("/", ("Origin", "https://a.example"), ("Origin", "https://a.example"))):
         headers = ask(middleware, request, Response(200, "x", [("Vary", "Accept")])).headers
         assert headers["vary"] == "Accept, Origin" and "access-control-allow-origin" not in headers
+    for vary in ("*", "origin, accept", "Accept, Origin"):
+        assert ask(middleware, get("/"), Response(200, "x", [("Vary", vary)])).headers.get_all("vary") == [vary]
     public = ask(cors("*"), get("/", ("Origin", "https://b.example"))).headers
     assert public["access-control-allow-origin"] == "*" and "vary" not in public
 
@@ -480,8 +485,9 @@ async def checks_async(name, password):
 def test_basic_auth_lets_through_who_knows_the_password(users, user):
     middleware = basic_auth(users, realm="a \"shop\"")
     assert status_of(middleware, get("/", basic("ann:s:e"))) == (200, user)
-    for headers in ([], [basic("ann:x")], [basic("eve:s:e")], [basic("ann:")], [basic("noColon")],
-                    [("Authorization", "Basic !!")], [("Authorization", "Bearer x")], [basic("ann:s:e"), basic("ann:s:e")], [("Authorization", "")]):
+    for headers in ([], [basic("ann:x")], [basic("eve:s:e")], [basic("eve:")], [basic("ann:")], [basic("noColon")],
+                    [("Authorization", "Basic !!")], [("Authorization", "Bearer x")],
+                    [basic("ann:s:e"), basic("ann:s:e")], [("Authorization", "")]):
         assert status_of(middleware, get("/", *headers)) == (401, 'Basic realm="a \\"shop\\"", charset="UTF-8"')
 
 

@@ -598,7 +598,7 @@ SHELL_FENCES = [block for block in FENCES if block.language in ("console", "sh",
 
 # What documents may call besides Python; whether it is installed is the reader's affair.
 SHELL_WORDS = {
-    "bash", "cat", "cd", "cp", "curl", "git", "grep", "head", "kill", "ls", "mkdir", "pip", "sed", "strace",
+    "bash", "cat", "cd", "cp", "curl", "git", "grep", "head", "kill", "ls", "mkdir", "pip", "printf", "sed", "strace",
     "tail", "taskset", "time", "timeout",
 }
 
