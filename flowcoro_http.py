@@ -58,8 +58,8 @@ Errors:
         UnprocessableContent    422, with all that is wrong
       LocalProtocolError        our own fault: what is to be sent is no HTTP
       SignatureError            a signed value that is none
-      RequestError              a client's: ConnectError (ProxyError), TransferError, RequestTimeout, ResponseError, RedirectError,
-                                StatusError
+      RequestError              a client's: ConnectError (ProxyError), TransferError, RequestTimeout, ResponseError,
+                                RedirectError, StatusError
 
 Sources: RFC 9110 (semantics), RFC 9112 (HTTP/1.1), RFC 3986 (authorities), and those that the sections name; PEP 3333 (WSGI),
 ASGI 3.0; h11 (the idea of two states and one table); CWE-444 and the papers of J. Kettle (HTTP desync attacks) for what servers
@@ -9867,6 +9867,7 @@ class _WsgiCall:
             self.error = error
             if self.gone and not isinstance(error, ConnectionAbortedError):
                 flowcoro_net.report_error(error, f"{self!r}: it failed after its client was gone", "flowcoro_http")
+        self.environ = self.context = None      # which may lead back here
         self.ended = True
         self.threads.ring(self)
 
@@ -9882,8 +9883,6 @@ class _WsgiCall:
                     self.write(block)
                     if self.gone or self.is_head and self.pushed:
                         break
-                if self.is_head:
-                    self.blocks.clear()         # how long all of it would be is not known
         finally:
             if hasattr(result, "close"):
                 result.close()
@@ -9920,15 +9919,19 @@ class _WsgiCall:
     def write(self, block):
         """Have a block of the answer sent, and wait while too much is on its way. ConnectionAbortedError: the client is gone."""
         self._push(block)
-        if not block or self.is_head:
+        if self.is_head:
+            self.blocks.clear()         # and how long all of it would be is not known
+        elif not block:
             return
-        if self.pushed - self.taken > WSGI_AHEAD:
+        elif self.pushed - self.taken > WSGI_AHEAD:
             self.ask(_ROOM)
         else:
             self.threads.ring(self)
 
     def ask(self, what):
         """Wait for what only the task can do; its result or its error. ConnectionAbortedError: it is gone."""
+        if self.ended:
+            raise ConnectionAbortedError(errno.ECONNABORTED, f"{self!r}: the call of the application is over")
         self.asked = what
         self.threads.ring(self)
         answer = self.answers.get()
@@ -10005,6 +10008,11 @@ class _WsgiCall:
         task, self.task = self.task, None
         if task is not None:
             flowcoro.reschedule(task)
+
+    def fail(self, error):
+        """There is no thread for it."""
+        self.error, self.ended = error, True
+        self.wake()
 
     def leave(self):
         """Nobody wants the rest: the thread ends when it next looks, or asks."""
@@ -10087,10 +10095,17 @@ class _WsgiThreads:
             await bell
 
     async def _thread(self):
+        token = [None]
         try:
-            await flowcoro.to_thread(self._work, abandon_on_cancel=True, limiter=self.limiter)
+            await flowcoro.to_thread(self._work, token, abandon_on_cancel=True, limiter=self.limiter)
+        except RuntimeError as error:               # the system has no more of them
+            flowcoro_net.report_error(error, "a thread for WSGI applications", "flowcoro_http")
+            while self.waiting and self.count == 1:
+                self.waiting.popleft().fail(error)
         finally:
             self.count -= 1
+            if token:
+                self._give_back()
 
     # -- in any thread
 
@@ -10127,9 +10142,10 @@ class _WsgiThreads:
 
     # -- in a thread
 
-    def _work(self):
+    def _work(self, token):
         lock, has_token = threading.Lock(), True
         lock.acquire()
+        token.clear()
         while True:
             try:
                 call = self.waiting.popleft()
@@ -10320,7 +10336,7 @@ class _AsgiCall:
         self.ready = flowcoro.Event()   # the response is there, or will never be
         self.over = flowcoro.Event()    # the answer is complete, or its client gone: nothing more can be received
         self.gone = False
-        self.error = self.task = self.chunks = None
+        self.error = self.lost = self.task = self.chunks = self.reading = None
         self.left = None                # bytes of the content that are still to come; None: not known
 
     async def run(self):
@@ -10347,11 +10363,18 @@ class _AsgiCall:
     # -- what the application is given
 
     async def receive(self):
-        if not self.over.is_set() and self.left != 0:
+        if not self.over.is_set() and self.left != 0 and self.state is not _A_DONE:
             try:
-                return await self._receive_content()
-            except OSError:             # the connection is broken
+                with flowcoro.CancelScope() as self.reading:
+                    return await self._receive_content()
+            except (OSError, ProtocolError) as error:
+                source = self.request._source
+                if source is None or not source.sock.hung_up:
+                    raise               # what it has sent is no HTTP, or too much
+                self.lost = error
                 self.disconnect()
+            finally:
+                self.reading = None
         await self.over.wait()
         return {"type": "http.disconnect"}
 
@@ -10442,8 +10465,8 @@ class _AsgiCall:
         except BaseException:
             await self.leave()
             raise
-        if self.error is not None and self.channel is None and self.state is not _A_DONE:
-            raise self.error
+        if self.channel is None and self.state is not _A_DONE:
+            raise self.lost or self.error or _is_gone()
         return self.response
 
     def disconnect(self):
@@ -10453,6 +10476,8 @@ class _AsgiCall:
             self.over.set()
             if self.channel is not None:
                 self.channel.close()
+            if self.reading is not None:
+                self.reading.cancel()
 
     async def leave(self):
         """Nobody wants the rest: it is told so, and cancelled if it does not end by itself."""
