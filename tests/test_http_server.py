@@ -40,6 +40,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 simulated = functools.partial(run_in_kernel, timeout=100_000)       # seconds of the virtual clock: a test that hangs fails
 
 HOST = b"Host: server\r\n"
+SEEDS = range(int(os.environ.get("FLOWCORO_SEEDS", 30)))
 
 
 # ---- a server in a world of its own, and strict clients --------------------------------------------------------
@@ -2024,7 +2025,7 @@ ENDS = [(b"", None, None), (b"NO HTTP\r\n", "GET", 400), (b"GET / HTTP/1.1\r\nHo
         (b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nabc", "POST", 400)]
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("FLOWCORO_SEEDS", 30))))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_any_conversation_is_answered_as_it_has_to_be(seed, reports):
     chance = random.Random(seed)
 
@@ -2053,6 +2054,91 @@ def test_any_conversation_is_answered_as_it_has_to_be(seed, reports):
                 assert status is None or found[-1].status == status and not found[-1].keep_alive
 
             await flowcoro.when_all(*[client() for _ in range(3)])
+
+    test()
+    assert reports == []
+
+
+def damaged(data, chance):
+    """With some bytes changed, doubled, or left out."""
+    data = bytearray(data)
+    for _ in range(chance.choice([1, 1, 2, 10])):
+        at = chance.randrange(len(data))
+        match chance.randrange(4):
+            case 0:
+                data[at] = chance.randrange(256)
+            case 1:
+                del data[at:at + chance.choice([1, 2, 50])]
+            case 2:
+                data[at:at] = data[at:at + chance.choice([1, 2, 50])]
+            case 3:
+                data[at:at] = chance.choice([b"\r\n", b"\n", b"\r", b" ", b":", b"\0", b"0", b"\r\n\r\n", b"\xff",
+                                             b"Content-Length: 5\r\n"])
+        if not data:
+            return b"x"
+    return bytes(data)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_whatever_bytes_come_is_answered_by_whole_messages_or_not_at_all(seed, reports):
+    chance = random.Random(seed)
+
+    @run_in_kernel(seed=seed, timeout=100_000)
+    async def test():
+        async with serving(talkative_app(), network={"split": 0.3}) as world:
+            for _ in range(10):
+                requests = [any_request(chance)[0] for _ in range(chance.randint(1, 4))]
+                data = damaged(b"".join(request for request in requests if b"HEAD" not in request and b"/back" not in request)
+                               or b"x", chance)                 # (an answer that is made of the request breaks off with it)
+                async with await world.connect() as sock:
+                    with contextlib.suppress(BrokenError):
+                        await sock.write(data)
+                        await sock.shutdown_write()
+                    rest = await everything(sock)
+                while rest:                             # each is whole, and no other method than GET and POST has been made
+                    codec = HttpConnection("client")
+                    codec.send_message(RequestHead("GET", "/", [("Host", "server")]))
+                    codec.receive_data(rest)
+                    codec.receive_end()
+                    while type(event := codec.next_event()) is not EndOfMessage:
+                        if type(event) is ResponseHead:
+                            assert event.status in (200, 204, 400, 404, 405, 408, 413, 414, 431, 500, 501, 505), data
+                    assert codec.keep_alive or not codec.trailing_data
+                    rest = codec.trailing_data
+            statistics = world.listener.statistics()
+            assert statistics["failed"] == 0
+
+    test()
+    assert [error for _, error in reports if not isinstance(error, (ValueError, KeyError))] == []      # of ?n=, damaged
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_clients_that_go_anywhere_leave_nothing(seed, reports):
+    chance = random.Random(seed)
+
+    @run_in_kernel(seed=seed, timeout=100_000)
+    async def test():
+        stream = Stream(delay=0.1)
+        app = stream.app()
+        app.include(talkative_app(), prefix="/talk")
+        async with serving(app, network={"split": 0.3, "jitter": 0.05}) as world:
+            async def client():
+                data = b"".join(any_request(chance)[0].replace(b" /", b" /talk/") for _ in range(5))
+                data += b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n" * chance.randint(0, 1)
+                sock = await world.connect()
+                with flowcoro.move_on_after(chance.random() * 2), contextlib.suppress(BrokenError):
+                    await sock.write(data[:chance.randint(1, len(data))])
+                    for _ in range(chance.randint(0, 10)):
+                        await sock.read(chance.choice([1, 100, 10_000]))
+                if chance.random() < 0.5:
+                    sock.raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                sock.close_nowait()
+
+            await flowcoro.when_all(*[client() for _ in range(10)])
+            await flowcoro.sleep(5)
+            statistics = world.listener.statistics()
+            assert statistics["connections"] == 0 and statistics["failed"] == 0
+            assert (stream.count == 0) == (stream.closed is None)
 
     test()
     assert reports == []
