@@ -6128,8 +6128,8 @@ class _Connection(_Answering):
             return
         waited = self.since = self.since + passed
         if phase is _HANDLING:
-            if sock.hung_up:                    # nobody will read the answer, or its client has gone on to nothing else:
-                if self.progress:               # for that it is to come before the next look
+            if self._has_ended():               # nobody will read the answer; or it waits for that, and ends its half:
+                if self.progress:               # then it is to come before the next look
                     self.scope.cancel()
                 self.progress = 1
         elif phase is _IDLE:
@@ -6145,6 +6145,17 @@ class _Connection(_Answering):
                 self.progress, self.since = sent, 0.0
             elif waited >= app.send_timeout:
                 self.scope.cancel()
+
+    def _has_ended(self):
+        """Whether the client will send no more, or is gone."""
+        if self.sock.hung_up or self.run.hears_ends:
+            return self.sock.hung_up
+        try:
+            return not self.sock.raw.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _look_at_body(self, passed):
         app, part = self.app, self.part
@@ -6174,6 +6185,7 @@ class _Run:
 
     def __init__(self, app):
         self.app, self.connections, self.closing = app, {}, flowcoro.Event()
+        self.hears_ends = flowcoro.runtime_info()["selector"] == "EdgePoller"       # without a task that reads
 
     @contextlib.asynccontextmanager
     async def running(self):

@@ -10,6 +10,7 @@ import os
 import pathlib
 import random
 import re
+import selectors
 import shutil
 import signal
 import socket
@@ -2277,13 +2278,22 @@ def test_tls_and_reload_of_its_certificate(certificates, tmp_path):  # noqa: F81
         run(main)
 
 
-def test_a_handler_is_cancelled_when_a_client_with_tls_is_gone(certificates):  # noqa: F811
+@pytest.mark.parametrize("how", ["tls", "without epoll"])
+def test_a_handler_is_cancelled_when_such_a_client_is_gone(how, certificates, monkeypatch):  # noqa: F811
+    if how != "tls":
+        monkeypatch.setattr(flowcoro, "_new_poller", lambda: flowcoro._LevelPoller(selectors.PollSelector()))
+
     async def main():
         app, ended = waiting_app()
-        async with listening(app, tls=certificates.good) as listener:
-            sock = await Socket.connect(*listener.local, tls=client_tls(ca=certificates.ca), server_name="localhost")
+        async with listening(app, tls=certificates.good if how == "tls" else None) as listener:
+            context = client_tls(ca=certificates.ca) if how == "tls" else None
+            sock = await Socket.connect(*listener.local, tls=context, server_name="localhost" if context else None)
             await sock.write(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n")
-            await flowcoro.sleep(0.01)
+            connection = None
+            while connection is None or connection.since < 1:       # it is looked after, and not taken for one that is gone
+                connection = next(iter(listener._run.connections.values()), None)
+                await flowcoro.sleep(0.01)
+            assert ended == []
             sock.close_nowait()
             while not ended:
                 await flowcoro.sleep(0.01)
