@@ -7367,7 +7367,7 @@ def _event_bytes(event):
 #
 # What needs to know a stream to its end stands around it (_Through); a file stays one that the system sends (_FileStream.done).
 
-# Bytes of content beyond which it is compressed in a thread: 128 KiB of text take 2 to 3 ms, in which nobody else would be served.
+# Bytes of content beyond which it is compressed in a thread: 128 KiB of text take 2 to 3 ms, in which nobody else is served.
 COMPRESSED_HERE = 128 * 2**10
 
 # Seconds that a session is valid after it was changed: two weeks, as Django's.
