@@ -5605,6 +5605,11 @@ class _Asynchronous:
             self.iterator.close()
 
 
+# Fields that are about one connection, and not about what it carries (RFC 9110 7.6.1).
+_HOP_BY_HOP = frozenset(["connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
+                         "transfer-encoding", "upgrade"])
+
+
 def _as_response(result):
     """What a handler has returned, as a Response. TypeError for what is none."""
     kind = type(result)
@@ -5617,8 +5622,35 @@ def _as_response(result):
     if result is None:
         return Response(204)
     if isinstance(result, Response):
-        return result
+        return result if result.request is None else _relayed(result)
     return Response(200, result)
+
+
+class _Relay:
+    """The content of an answer that has come from elsewhere, as a stream."""
+
+    __slots__ = ("response",)
+
+    def __init__(self, response):
+        self.response = response
+
+    def __aiter__(self):
+        return aiter(self.response)
+
+    async def aclose(self):
+        await self.response.close()
+
+
+def _relayed(response):
+    """A ClientResponse as an answer of ours: without what is said there about its connection, and with its content as decoded."""
+    named = [option.lower() for value in response.headers.get_all("connection") for option in _split_list(value)]
+    decoded = _ClientExchange.decoder(response.headers, math.inf) is not None
+    dropped = _HOP_BY_HOP.union(named, ("content-encoding", "content-length") if decoded else ())
+    content = _Relay(response) if response.content is None else response.content
+    relayed = Response(response.status, content, [pair for pair in response.headers if pair[0].lower() not in dropped])
+    if "content-type" not in response.headers:
+        relayed.headers.remove("content-type")
+    return relayed
 
 
 class _FileStream:
@@ -9752,10 +9784,6 @@ WSGI_IDLE = 10.0
 
 # What a thread asks for.
 _INPUT, _ROOM = "the next piece of the content", "room for more of the answer"
-
-# Fields that speak of the connection (PEP 3333, "Other HTTP Features"; RFC 9110 7.6.1): not for an application to set.
-_HOP_BY_HOP = frozenset(["connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
-                         "transfer-encoding", "upgrade"])
 _WSGI_STATUS = re.compile(rf"([2-9][0-9][0-9]) ([{_VALUE_CHARS}]*)")
 
 

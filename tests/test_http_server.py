@@ -2313,6 +2313,39 @@ def test_what_a_client_has_sent_before_its_end_is_dropped_too_so_that_the_answer
     run(main)
 
 
+@pytest.mark.parametrize("read", [True, False])
+def test_a_handler_may_return_what_a_client_has_got(read):
+    """Its fields about that connection, and about a coding that has been undone, are not those of this one."""
+    async def main():
+        origin, proxy = HttpServer(), HttpServer()
+        origin.middleware(flowcoro_http.compress())
+
+        @origin.get("/{kind}")
+        async def answer(request, kind):
+            if kind == "stream":
+                return pieces(b"a" * 5000, b"b" * 5000)
+            return 203, "x" * 10_000, [("Connection", "X-Hop"), ("X-Hop", "1"), ("X-End", "2"), ("ETag", '"x"')]
+
+        @proxy.get("/{kind}")
+        async def relay(request, kind):
+            if read:
+                return await client.get(f"{listener.url}/{kind}")
+            return await client.stream("GET", f"{listener.url}/{kind}").__aenter__()
+
+        async with listening(origin) as listener, listening(proxy) as near, flowcoro_http.HttpClient() as client:
+            async with await Socket.connect(*near.local) as sock:
+                for _ in range(3):
+                    found = await fetch(sock, b"/whole")
+                    assert (found.status, found.content) == (203, b"x" * 10_000)
+                    assert found.headers["x-end"] == "2" and not {"x-hop", "content-encoding"} & {
+                        name.lower() for name, _ in found.headers}
+                    found = await fetch(sock, b"/whole", b"HEAD")
+                    assert (found.status, found.content) == (203, b"")
+                    assert (await fetch(sock, b"/stream")).content == b"a" * 5000 + b"b" * 5000
+
+    run(main)
+
+
 def test_a_unix_socket(tmp_path):
     async def main():
         path = tmp_path / "http"
