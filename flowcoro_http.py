@@ -6568,7 +6568,8 @@ class HttpListener:
         processes: worker processes that share the address, and have the application's lifespans each; reload and all else as
         TcpServer.serve(), but what `reload` returns, if not None, is the HttpServer of the new processes. SIGHUP, or reload(),
         has the files of tls= read anew, before that; SIGHUP without processes, too, in the main thread and if nobody else handles
-        it. Errors of lifespans are serve()'s: those of a start at once, in a process that process's. Cancelled: all ends at once.
+        it. Errors of lifespans are serve()'s, those of a start at once; in a worker process they end that process, which is
+        replaced after a while, longer each time. Cancelled: all ends at once.
         """
         options = {"lifespan": self._running, "drain_timeout": drain_timeout, "max_connections": max_connections}
         if processes is not None:

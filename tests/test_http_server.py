@@ -1182,6 +1182,42 @@ async def test_a_client_that_does_not_read_stops_the_stream_and_is_cut_in_the_en
 
 
 @simulated
+async def test_whoever_asks_and_does_not_read_is_cut_too_and_was_not_read_from():
+    async with serving(plain_app(send_timeout=30.0)) as world, await world.connect() as sock:
+        sent = 0
+
+        async def ask():
+            nonlocal sent
+            while True:
+                await sock.write(b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n" + b"x" * 1000)
+                sent += 1000
+
+        before = flowcoro.now()
+        with pytest.raises(BrokenError):
+            await ask()
+        assert sent < 1_000_000 and 30 <= flowcoro.now() - before < 33
+
+
+@simulated
+async def test_a_body_that_the_handler_has_not_asked_for_is_not_received():
+    app, read = HttpServer(), flowcoro.Event()
+
+    @app.post("/")
+    async def later(request):
+        await read.wait()
+        return str(len(await request.body()))
+
+    async with serving(app) as world, await world.connect() as sock, flowcoro.TaskGroup() as group:
+        await sock.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n")
+        upload = group.spawn(sock.write(b"x" * 1_000_000))
+        await flowcoro.sleep(100)
+        [connection] = world.listener._run.connections.values()
+        assert connection.sock.statistics()["bytes_received"] <= flowcoro_http.CHUNK and not upload.done()
+        read.set()
+        assert (await one_answer(sock, "POST")).content == b"1000000"
+
+
+@simulated
 async def test_a_generator_is_closed_when_its_client_goes():
     for endless in False, True:
         for quick in False, True:
