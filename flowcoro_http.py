@@ -3549,7 +3549,7 @@ def _load_json(data, *, max_depth=JSON_DEPTH):
         value = _decode_json(text)
         if text.count("[") + text.count("{") > max_depth:           # else it cannot be that deep
             _check_depth(value, max_depth)
-        if _SURROGATE(text):
+        if "\\u" in text and _SURROGATE(text):
             json.dumps(value, ensure_ascii=False).encode()          # half of a pair cannot be encoded, here or by the handler
     except UnicodeEncodeError:
         raise HttpError(400, "the body is no JSON: a string has half of a surrogate pair") from None
@@ -4104,11 +4104,16 @@ def _read_query(field, kind, many, texts, errors):
     return values if many else values[0] if values else None
 
 
+@functools.lru_cache(64)
+def _is_json(media_type):
+    """Whether a Content-Type value says JSON in UTF-8."""
+    charset = _CHARSET(media_type)
+    return bool(_IS_JSON(media_type)) and (charset is None or charset[1].lower() in ("utf-8", "utf8"))
+
+
 def _json_of(request, data, max_depth):
     """The body as JSON. HttpError(415) unless it says that it is: a form of a foreign page, which may say text/plain, is none."""
-    media_type = request.headers.get("content-type", "")
-    charset = _CHARSET(media_type)
-    if not _IS_JSON(media_type) or charset and charset[1].lower() not in ("utf-8", "utf8"):
+    if not _is_json(request.headers.get("content-type", "")):
         raise HttpError(415, "the body has to be JSON in UTF-8: Content-Type: application/json", [("Accept", "application/json")])
     return _load_json(data, max_depth=max_depth)
 
