@@ -1395,6 +1395,9 @@ def _parse_cookies(value, *, max_cookies=MAX_COOKIES):
     pairs = _cookie_pairs(value)
     if len(pairs) > max_cookies:
         raise ProtocolError(431, f"{len(pairs)} cookies, {max_cookies} are allowed (max_cookies)")
+    cookies = dict(pairs)
+    if len(cookies) == len(pairs) and '"' not in value and " ;" not in value and "\t" not in value and value[-1:] != " ":
+        return cookies                          # nothing to take off: 0.5 µs less
     cookies = {}
     for name, text in pairs:
         if name not in cookies:
@@ -5106,38 +5109,36 @@ class Fields:
     Made from (name, value) pairs. Iterating gives the names, each once; len() counts them; `in` asks for one.
     """
 
-    __slots__ = ("_pairs", "_values")
+    __slots__ = ("_pairs", "_first")
 
     def __init__(self, pairs=()):
-        self._pairs, self._values = list(pairs), {}
-        for name, value in self._pairs:
-            self._values.setdefault(name, []).append(value)
+        self._pairs = pairs = list(pairs)
+        self._first = dict(reversed(pairs))
 
     def __getitem__(self, name):
         """The first value of that name; KeyError if there is none."""
-        return self._values[name][0]
+        return self._first[name]
 
     def get(self, name, default=None):
         """The first value of that name, or `default`."""
-        found = self._values.get(name)
-        return default if found is None else found[0]
+        return self._first.get(name, default)
 
     def get_all(self, name):
         """All values of that name, in order: a list, perhaps an empty one."""
-        return list(self._values.get(name, ()))
+        return [value for other, value in self._pairs if other == name] if name in self._first else []
 
     def items(self):
         """All (name, value) in order, a new list."""
         return list(self._pairs)
 
     def __iter__(self):
-        return iter(self._values)
+        return iter(dict(self._pairs))
 
     def __contains__(self, name):
-        return name in self._values
+        return name in self._first
 
     def __len__(self):
-        return len(self._values)
+        return len(self._first)
 
     def __eq__(self, other):
         return self._pairs == other._pairs if isinstance(other, Fields) else NotImplemented
