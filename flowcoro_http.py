@@ -1395,6 +1395,9 @@ def _parse_cookies(value, *, max_cookies=MAX_COOKIES):
     pairs = _cookie_pairs(value)
     if len(pairs) > max_cookies:
         raise ProtocolError(431, f"{len(pairs)} cookies, {max_cookies} are allowed (max_cookies)")
+    cookies = dict(pairs)
+    if len(cookies) == len(pairs) and '"' not in value and " ;" not in value and "\t" not in value and value[-1:] != " ":
+        return cookies                          # nothing to take off: 0.5 µs less
     cookies = {}
     for name, text in pairs:
         if name not in cookies:
@@ -3549,7 +3552,7 @@ def _load_json(data, *, max_depth=JSON_DEPTH):
         value = _decode_json(text)
         if text.count("[") + text.count("{") > max_depth:           # else it cannot be that deep
             _check_depth(value, max_depth)
-        if _SURROGATE(text):
+        if "\\u" in text and _SURROGATE(text):
             json.dumps(value, ensure_ascii=False).encode()          # half of a pair cannot be encoded, here or by the handler
     except UnicodeEncodeError:
         raise HttpError(400, "the body is no JSON: a string has half of a surrogate pair") from None
@@ -4104,11 +4107,16 @@ def _read_query(field, kind, many, texts, errors):
     return values if many else values[0] if values else None
 
 
+@functools.lru_cache(64)
+def _is_json(media_type):
+    """Whether a Content-Type value says JSON in UTF-8."""
+    charset = _CHARSET(media_type)
+    return bool(_IS_JSON(media_type)) and (charset is None or charset[1].lower() in ("utf-8", "utf8"))
+
+
 def _json_of(request, data, max_depth):
     """The body as JSON. HttpError(415) unless it says that it is: a form of a foreign page, which may say text/plain, is none."""
-    media_type = request.headers.get("content-type", "")
-    charset = _CHARSET(media_type)
-    if not _IS_JSON(media_type) or charset and charset[1].lower() not in ("utf-8", "utf8"):
+    if not _is_json(request.headers.get("content-type", "")):
         raise HttpError(415, "the body has to be JSON in UTF-8: Content-Type: application/json", [("Accept", "application/json")])
     return _load_json(data, max_depth=max_depth)
 
@@ -5101,38 +5109,36 @@ class Fields:
     Made from (name, value) pairs. Iterating gives the names, each once; len() counts them; `in` asks for one.
     """
 
-    __slots__ = ("_pairs", "_values")
+    __slots__ = ("_pairs", "_first")
 
     def __init__(self, pairs=()):
-        self._pairs, self._values = list(pairs), {}
-        for name, value in self._pairs:
-            self._values.setdefault(name, []).append(value)
+        self._pairs = pairs = list(pairs)
+        self._first = dict(reversed(pairs))
 
     def __getitem__(self, name):
         """The first value of that name; KeyError if there is none."""
-        return self._values[name][0]
+        return self._first[name]
 
     def get(self, name, default=None):
         """The first value of that name, or `default`."""
-        found = self._values.get(name)
-        return default if found is None else found[0]
+        return self._first.get(name, default)
 
     def get_all(self, name):
         """All values of that name, in order: a list, perhaps an empty one."""
-        return list(self._values.get(name, ()))
+        return [value for other, value in self._pairs if other == name] if name in self._first else []
 
     def items(self):
         """All (name, value) in order, a new list."""
         return list(self._pairs)
 
     def __iter__(self):
-        return iter(self._values)
+        return iter(dict(self._pairs))
 
     def __contains__(self, name):
-        return name in self._values
+        return name in self._first
 
     def __len__(self):
-        return len(self._values)
+        return len(self._first)
 
     def __eq__(self, other):
         return self._pairs == other._pairs if isinstance(other, Fields) else NotImplemented
