@@ -655,6 +655,9 @@ class _Visit:
 
     def __init__(self, http, net, screen):
         self.http, self.net, self.screen = http, net, screen
+        affordable = _affordable_clients(self.CONNECTIONS + self.SLOW)
+        self.connections = max(1, affordable * self.CONNECTIONS // (self.CONNECTIONS + self.SLOW))
+        self.slow = max(1, affordable - self.connections)
         self.over = False               # from now on Ctrl-C is the way to end
 
     async def run(self):
@@ -669,11 +672,11 @@ class _Visit:
                 await self.ask(client)
                 await self.smuggle(server)
                 async with flowcoro.TaskGroup() as others:
-                    slow = [others.spawn(self.dawdle(server)) for _ in range(self.SLOW)]
+                    slow = [others.spawn(self.dawdle(server)) for _ in range(self.slow)]
                     others.spawn(self.listen(client))
                     await self.crowd(client)
             seconds = max([await task for task in slow])
-            self.screen.say(f"{self.SLOW} that sent a line of a head each 0.1 s: cut off with 408 after {seconds:.1f} s "
+            self.screen.say(f"{self.slow} that sent a line of a head each 0.1 s: cut off with 408 after {seconds:.1f} s "
                             f"(head_timeout={self.HEAD_TIMEOUT:g})")
             if self.screen.keep:
                 self.over = True
@@ -727,11 +730,11 @@ class _Visit:
 
         right, start = [], time.perf_counter()
         async with flowcoro.TaskGroup() as group:
-            for number in range(self.CONNECTIONS):
-                group.spawn(one(REQUESTS // self.CONNECTIONS + (number < REQUESTS % self.CONNECTIONS)))
+            for number in range(self.connections):
+                group.spawn(one(REQUESTS // self.connections + (number < REQUESTS % self.connections)))
         seconds = time.perf_counter() - start
         self.screen.check(right == [True] * REQUESTS, f"{sum(right):,} of {REQUESTS:,} requests were answered with 200")
-        self.screen.say(f"{REQUESTS:,} requests over {self.CONNECTIONS} connections in {seconds:.2f} s: "
+        self.screen.say(f"{REQUESTS:,} requests over {self.connections} connections in {seconds:.2f} s: "
                         f"{REQUESTS / seconds:,.0f} per second, their client in the same thread", "green")
 
     async def dawdle(self, server):

@@ -5910,8 +5910,6 @@ class _Answering(_Exchange):
                             piece = await anext(pieces, None)
                 finally:
                     self.events = None
-            if self.run.closing.is_set():
-                http.keep_alive = False
             await self._end(response)
         finally:
             await _close_stream(pieces)
@@ -6096,7 +6094,6 @@ class _Connection(_Answering):
         """Answer what is no request, and close."""
         http = self.http
         self.app._refused += 1
-        http.keep_alive = False
         head = ResponseHead(error.status, (_PLAIN_TYPE, _CLOCK.now()))
         await self._write(http.send_message(head, f"{error.message}\n".encode()))
         await self._linger()
@@ -6201,7 +6198,10 @@ class _Run:
             await flowcoro.sleep(SWEEP)
             now = flowcoro.now()
             for count, connection in enumerate(list(self.connections.values()), 1):
-                connection.look(now - last)
+                try:
+                    connection.look(now - last)
+                except Exception as error:          # of one connection, and the sweep is for all
+                    flowcoro_net.report_error(error, f"{connection.sock!r} could not be looked after", "flowcoro_http")
                 if not count % 1000:
                     await flowcoro.checkpoint()
             last = now

@@ -513,6 +513,46 @@ def test_it_is_tried_only_once_more():
     talk(lambda request: answer() if request.target == "/good" else None, work)
 
 
+def test_and_on_a_new_connection_not_on_another_kept_one():
+    async def handler(request):
+        if "x" in request.headers:
+            return answer("new") if request.connection == 3 else None
+        await flowcoro.sleep(0.02)              # so that there are two at once
+        return answer()
+
+    async def work(client, origin):
+        async with flowcoro.TaskGroup() as group:
+            for _ in range(2):
+                group.spawn(client.get(origin.url))
+        assert (await client.get(origin.url, headers={"X": "y"})).text == "new"
+        assert [request.connection for request in origin.requests[2:]][1:] == [3]
+
+    talk(handler, work)
+
+
+def test_what_has_begun_to_be_answered_is_not_asked_again():
+    async def handler(request):
+        if request.target == "/":
+            return answer()
+        await request.sock.write(b"HTTP/1.1 2")
+
+    async def work(client, origin):
+        await client.get(origin.url)
+        with pytest.raises(TransferError, match="middle of a head"):
+            await client.get(origin.url + "/x")
+        assert len(origin.requests) == 2
+
+    talk(handler, work)
+
+
+def test_another_protocol_is_not_spoken():
+    async def work(client, origin):
+        with pytest.raises(ResponseError, match="where a response has to be"):
+            await client.get(origin.url, headers={"Connection": "upgrade", "Upgrade": "x"})
+
+    talk(lambda request: b"HTTP/1.1 101 x\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n", work)
+
+
 def test_a_first_connection_that_ends_without_an_answer_is_not_tried_again():
     async def work(client, origin):
         with pytest.raises(TransferError):
