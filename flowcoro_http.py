@@ -10321,7 +10321,7 @@ def _asgi_headers(message):
     """The Headers of a message; Transfer-Encoding is the server's (ASGI: "Response Start")."""
     pairs = []
     for name, value in message.get("headers", ()):
-        if not isinstance(name, bytes) or not isinstance(value, bytes):
+        if name.__class__ is not bytes or value.__class__ is not bytes:
             raise TypeError(f"{message['type']}: headers are pairs of bytes, got ({name!r:.40}, {value!r:.80})")
         if name.lower() != b"transfer-encoding":
             pairs.append((name.decode("latin-1"), value.decode("latin-1")))
@@ -10460,7 +10460,7 @@ class _AsgiCall:
         if not 200 <= status <= 599:
             raise ValueError(f"http.response.start: the status {status} is none from 200 to 599")
         self.has_trailers = bool(message.get("trailers"))
-        self.response = Response(status, None, _asgi_headers(message))
+        self.response = _response_of(status, _asgi_headers(message), None)
         self.state = _A_BODY
 
     async def _send_body(self, message):
@@ -10506,7 +10506,7 @@ class _AsgiCall:
     async def answer(self):
         """The Response."""
         self.host.running.add(self)
-        self.task = flowcoro.spawn(self.run(), name=f"ASGI {self.request.method} {self.request.raw_path:.40}")
+        self.task = flowcoro.spawn(self.run(), name=self.host.__qualname__)
         try:
             await self.ready.wait()
         except BaseException:
