@@ -732,6 +732,30 @@ def test_hooks_see_each_request_and_response():
         HttpClient(event_hooks={"respond": []})
 
 
+@pytest.mark.parametrize("hooks", [False, True])
+def test_what_comes_for_a_request_that_is_remembered_counts_all_the_same(hooks):
+    seen = []
+
+    def handler(request):
+        number = len(origin_requests)
+        origin_requests.append(request)
+        return {3: answer("", "200 OK", "Set-Cookie: a=1"), 5: redirect("/b"), 8: answer("", "503 x")}.get(number, answer("fine"))
+
+    async def work(client, origin):
+        for number in range(5):
+            assert (await client.get(origin.url)).status == 200
+        assert [request.headers.get("cookie") for request in origin_requests] == [None] * 4 + ["a=1"]
+        client.cookies.clear()
+        client.cookies.filled = False
+        assert (await client.get(origin.url)).history[0].status == 302
+        assert (await client.get(origin.url)).text == "fine"
+        assert (await client.get(origin.url)).status == 503 and len(origin_requests) == 9
+        assert len(seen) == (18 if hooks else 0)
+
+    origin_requests = []
+    talk(handler, work, event_hooks={"request": [seen.append], "response": [seen.append]} if hooks else None)
+
+
 @pytest.mark.parametrize("which", ["request", "response"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_error_of_a_hook_leaves_nothing_behind(which, stream):
