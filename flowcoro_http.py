@@ -8707,7 +8707,7 @@ class _ClientConnection:
                     codec.receive_end()
             elif type(event) is ResponseHead:
                 return event
-            elif type(event) is not InformationalResponse or event.status == 101:
+            elif type(event) is not InformationalResponse:          # PAUSED: after a 101
                 raise ProtocolError(502, f"{event!r:.60} where a response has to be")
             else:
                 informed += 1
