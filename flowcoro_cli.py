@@ -655,6 +655,9 @@ class _Visit:
 
     def __init__(self, http, net, screen):
         self.http, self.net, self.screen = http, net, screen
+        affordable = _affordable_clients(self.CONNECTIONS + self.SLOW)
+        self.connections = max(1, affordable * self.CONNECTIONS // (self.CONNECTIONS + self.SLOW))
+        self.slow = max(1, affordable - self.connections)
         self.over = False               # from now on Ctrl-C is the way to end
 
     async def run(self):
@@ -669,11 +672,11 @@ class _Visit:
                 await self.ask(client)
                 await self.smuggle(server)
                 async with flowcoro.TaskGroup() as others:
-                    slow = [others.spawn(self.dawdle(server)) for _ in range(self.SLOW)]
+                    slow = [others.spawn(self.dawdle(server)) for _ in range(self.slow)]
                     others.spawn(self.listen(client))
                     await self.crowd(client)
             seconds = max([await task for task in slow])
-            self.screen.say(f"{self.SLOW} that sent a line of a head each 0.1 s: cut off with 408 after {seconds:.1f} s "
+            self.screen.say(f"{self.slow} that sent a line of a head each 0.1 s: cut off with 408 after {seconds:.1f} s "
                             f"(head_timeout={self.HEAD_TIMEOUT:g})")
             if self.screen.keep:
                 self.over = True
@@ -727,11 +730,11 @@ class _Visit:
 
         right, start = [], time.perf_counter()
         async with flowcoro.TaskGroup() as group:
-            for number in range(self.CONNECTIONS):
-                group.spawn(one(REQUESTS // self.CONNECTIONS + (number < REQUESTS % self.CONNECTIONS)))
+            for number in range(self.connections):
+                group.spawn(one(REQUESTS // self.connections + (number < REQUESTS % self.connections)))
         seconds = time.perf_counter() - start
         self.screen.check(right == [True] * REQUESTS, f"{sum(right):,} of {REQUESTS:,} requests were answered with 200")
-        self.screen.say(f"{REQUESTS:,} requests over {self.CONNECTIONS} connections in {seconds:.2f} s: "
+        self.screen.say(f"{REQUESTS:,} requests over {self.connections} connections in {seconds:.2f} s: "
                         f"{REQUESTS / seconds:,.0f} per second, their client in the same thread", "green")
 
     async def dawdle(self, server):
@@ -1596,9 +1599,7 @@ def _serve_command(arguments):
     except _NotLoaded as error:
         if kept is None or not kept.numbers:        # in a reload a mistake in a source is waited for to be corrected
             raise
-        sources = _Sources(error.files)
-        print(f"flowcoro: {error}\nwaiting for a change", file=sys.stderr, flush=True)
-        again = flowcoro.run(_change_or_stop(sources))
+        again = flowcoro.run(_change_or_stop(error))
     except KeyboardInterrupt:                       # the second Ctrl-C
         return 130
     if again:
@@ -1739,9 +1740,11 @@ async def _serve(app, options, kept):
     """Until it is to end; whether the program is to be replaced by a new one."""
     tls = _serve_tls(options)
     network = flowcoro.network.set(kept) if kept is not None and options.unix is None else None
+    shared = options.processes is not None and options.unix is None and sys.platform == "linux"
     try:
-        server = await app.listen(options.host, options.port, unix=options.unix, tls=tls,
-                                  reuse_port=options.processes is not None and sys.platform == "linux")
+        if shared and options.port:             # who may share a port is not told that another program has it
+            (await app.listen(options.host, options.port)).close()
+        server = await app.listen(options.host, options.port, unix=options.unix, tls=tls, reuse_port=shared)
     except (OSError, ValueError) as error:
         raise UsageError(str(error.strerror or error) if isinstance(error, OSError) else str(error)) from error
     finally:
@@ -1848,8 +1851,10 @@ class _Sources:
         return file
 
 
-async def _change_or_stop(sources):
-    """Whether it was a change that came first."""
+async def _change_or_stop(error):
+    """Say what is wrong, and wait for a change, or for a signal to end: whether it was a change."""
+    sources = _Sources(error.files)
+    print(f"flowcoro: {error}\nwaiting for a change", file=sys.stderr, flush=True)
     which, _ = await flowcoro.when_any(sources.wait(), flowcoro.stop_requested())
     return which == 0
 

@@ -1395,6 +1395,9 @@ def _parse_cookies(value, *, max_cookies=MAX_COOKIES):
     pairs = _cookie_pairs(value)
     if len(pairs) > max_cookies:
         raise ProtocolError(431, f"{len(pairs)} cookies, {max_cookies} are allowed (max_cookies)")
+    cookies = dict(pairs)
+    if len(cookies) == len(pairs) and '"' not in value and " ;" not in value and "\t" not in value and value[-1:] != " ":
+        return cookies                          # nothing to take off: 0.5 µs less
     cookies = {}
     for name, text in pairs:
         if name not in cookies:
@@ -3549,7 +3552,7 @@ def _load_json(data, *, max_depth=JSON_DEPTH):
         value = _decode_json(text)
         if text.count("[") + text.count("{") > max_depth:           # else it cannot be that deep
             _check_depth(value, max_depth)
-        if _SURROGATE(text):
+        if "\\u" in text and _SURROGATE(text):
             json.dumps(value, ensure_ascii=False).encode()          # half of a pair cannot be encoded, here or by the handler
     except UnicodeEncodeError:
         raise HttpError(400, "the body is no JSON: a string has half of a surrogate pair") from None
@@ -4104,11 +4107,16 @@ def _read_query(field, kind, many, texts, errors):
     return values if many else values[0] if values else None
 
 
+@functools.lru_cache(64)
+def _is_json(media_type):
+    """Whether a Content-Type value says JSON in UTF-8."""
+    charset = _CHARSET(media_type)
+    return bool(_IS_JSON(media_type)) and (charset is None or charset[1].lower() in ("utf-8", "utf8"))
+
+
 def _json_of(request, data, max_depth):
     """The body as JSON. HttpError(415) unless it says that it is: a form of a foreign page, which may say text/plain, is none."""
-    media_type = request.headers.get("content-type", "")
-    charset = _CHARSET(media_type)
-    if not _IS_JSON(media_type) or charset and charset[1].lower() not in ("utf-8", "utf8"):
+    if not _is_json(request.headers.get("content-type", "")):
         raise HttpError(415, "the body has to be JSON in UTF-8: Content-Type: application/json", [("Accept", "application/json")])
     return _load_json(data, max_depth=max_depth)
 
@@ -5101,38 +5109,36 @@ class Fields:
     Made from (name, value) pairs. Iterating gives the names, each once; len() counts them; `in` asks for one.
     """
 
-    __slots__ = ("_pairs", "_values")
+    __slots__ = ("_pairs", "_first")
 
     def __init__(self, pairs=()):
-        self._pairs, self._values = list(pairs), {}
-        for name, value in self._pairs:
-            self._values.setdefault(name, []).append(value)
+        self._pairs = pairs = list(pairs)
+        self._first = dict(reversed(pairs))
 
     def __getitem__(self, name):
         """The first value of that name; KeyError if there is none."""
-        return self._values[name][0]
+        return self._first[name]
 
     def get(self, name, default=None):
         """The first value of that name, or `default`."""
-        found = self._values.get(name)
-        return default if found is None else found[0]
+        return self._first.get(name, default)
 
     def get_all(self, name):
         """All values of that name, in order: a list, perhaps an empty one."""
-        return list(self._values.get(name, ()))
+        return [value for other, value in self._pairs if other == name] if name in self._first else []
 
     def items(self):
         """All (name, value) in order, a new list."""
         return list(self._pairs)
 
     def __iter__(self):
-        return iter(self._values)
+        return iter(dict(self._pairs))
 
     def __contains__(self, name):
-        return name in self._values
+        return name in self._first
 
     def __len__(self):
-        return len(self._values)
+        return len(self._first)
 
     def __eq__(self, other):
         return self._pairs == other._pairs if isinstance(other, Fields) else NotImplemented
@@ -5910,8 +5916,6 @@ class _Answering(_Exchange):
                             piece = await anext(pieces, None)
                 finally:
                     self.events = None
-            if self.run.closing.is_set():
-                http.keep_alive = False
             await self._end(response)
         finally:
             await _close_stream(pieces)
@@ -6096,7 +6100,6 @@ class _Connection(_Answering):
         """Answer what is no request, and close."""
         http = self.http
         self.app._refused += 1
-        http.keep_alive = False
         head = ResponseHead(error.status, (_PLAIN_TYPE, _CLOCK.now()))
         await self._write(http.send_message(head, f"{error.message}\n".encode()))
         await self._linger()
@@ -6201,7 +6204,10 @@ class _Run:
             await flowcoro.sleep(SWEEP)
             now = flowcoro.now()
             for count, connection in enumerate(list(self.connections.values()), 1):
-                connection.look(now - last)
+                try:
+                    connection.look(now - last)
+                except Exception as error:          # of one connection, and the sweep is for all
+                    flowcoro_net.report_error(error, f"{connection.sock!r} could not be looked after", "flowcoro_http")
                 if not count % 1000:
                     await flowcoro.checkpoint()
             last = now
@@ -7355,7 +7361,7 @@ def _event_bytes(event):
 #
 # What needs to know a stream to its end stands around it (_Through); a file stays one that the system sends (_FileStream.done).
 
-# Bytes of content beyond which it is compressed in a thread: 128 KiB of text take 2 to 3 ms, in which nobody else would be served.
+# Bytes of content beyond which it is compressed in a thread: 128 KiB of text take 2 to 3 ms, in which nobody else is served.
 COMPRESSED_HERE = 128 * 2**10
 
 # Seconds that a session is valid after it was changed: two weeks, as Django's.
@@ -9879,6 +9885,7 @@ class _WsgiCall:
             self.error = error
             if self.gone and not isinstance(error, ConnectionAbortedError):
                 flowcoro_net.report_error(error, f"{self!r}: it failed after its client was gone", "flowcoro_http")
+        self.environ = self.context = None      # which may lead back here
         self.ended = True
         self.threads.ring(self)
 
@@ -9894,8 +9901,6 @@ class _WsgiCall:
                     self.write(block)
                     if self.gone or self.is_head and self.pushed:
                         break
-                if self.is_head:
-                    self.blocks.clear()         # how long all of it would be is not known
         finally:
             if hasattr(result, "close"):
                 result.close()
@@ -9932,15 +9937,19 @@ class _WsgiCall:
     def write(self, block):
         """Have a block of the answer sent, and wait while too much is on its way. ConnectionAbortedError: the client is gone."""
         self._push(block)
-        if not block or self.is_head:
+        if self.is_head:
+            self.blocks.clear()         # and how long all of it would be is not known
+        elif not block:
             return
-        if self.pushed - self.taken > WSGI_AHEAD:
+        elif self.pushed - self.taken > WSGI_AHEAD:
             self.ask(_ROOM)
         else:
             self.threads.ring(self)
 
     def ask(self, what):
         """Wait for what only the task can do; its result or its error. ConnectionAbortedError: it is gone."""
+        if self.ended:
+            raise ConnectionAbortedError(errno.ECONNABORTED, f"{self!r}: the call of the application is over")
         self.asked = what
         self.threads.ring(self)
         answer = self.answers.get()
@@ -10017,6 +10026,11 @@ class _WsgiCall:
         task, self.task = self.task, None
         if task is not None:
             flowcoro.reschedule(task)
+
+    def fail(self, error):
+        """There is no thread for it."""
+        self.error, self.ended = error, True
+        self.wake()
 
     def leave(self):
         """Nobody wants the rest: the thread ends when it next looks, or asks."""
@@ -10099,10 +10113,17 @@ class _WsgiThreads:
             await bell
 
     async def _thread(self):
+        token = [None]
         try:
-            await flowcoro.to_thread(self._work, abandon_on_cancel=True, limiter=self.limiter)
+            await flowcoro.to_thread(self._work, token, abandon_on_cancel=True, limiter=self.limiter)
+        except RuntimeError as error:               # the system has no more of them
+            flowcoro_net.report_error(error, "a thread for WSGI applications", "flowcoro_http")
+            while self.waiting and self.count == 1:
+                self.waiting.popleft().fail(error)
         finally:
             self.count -= 1
+            if token:
+                self._give_back()
 
     # -- in any thread
 
@@ -10139,9 +10160,10 @@ class _WsgiThreads:
 
     # -- in a thread
 
-    def _work(self):
+    def _work(self, token):
         lock, has_token = threading.Lock(), True
         lock.acquire()
+        token.clear()
         while True:
             try:
                 call = self.waiting.popleft()
@@ -10332,7 +10354,7 @@ class _AsgiCall:
         self.ready = flowcoro.Event()   # the response is there, or will never be
         self.over = flowcoro.Event()    # the answer is complete, or its client gone: nothing more can be received
         self.gone = False
-        self.error = self.task = self.chunks = None
+        self.error = self.lost = self.task = self.chunks = self.reading = None
         self.left = None                # bytes of the content that are still to come; None: not known
 
     async def run(self):
@@ -10359,11 +10381,18 @@ class _AsgiCall:
     # -- what the application is given
 
     async def receive(self):
-        if not self.over.is_set() and self.left != 0:
+        if not self.over.is_set() and self.left != 0 and self.state is not _A_DONE:
             try:
-                return await self._receive_content()
-            except OSError:             # the connection is broken
+                with flowcoro.CancelScope() as self.reading:
+                    return await self._receive_content()
+            except (OSError, ProtocolError) as error:
+                source = self.request._source
+                if source is None or not source.sock.hung_up:
+                    raise               # what it has sent is no HTTP, or too much
+                self.lost = error
                 self.disconnect()
+            finally:
+                self.reading = None
         await self.over.wait()
         return {"type": "http.disconnect"}
 
@@ -10454,8 +10483,8 @@ class _AsgiCall:
         except BaseException:
             await self.leave()
             raise
-        if self.error is not None and self.channel is None and self.state is not _A_DONE:
-            raise self.error
+        if self.channel is None and self.state is not _A_DONE:
+            raise self.lost or self.error or _is_gone()
         return self.response
 
     def disconnect(self):
@@ -10465,6 +10494,8 @@ class _AsgiCall:
             self.over.set()
             if self.channel is not None:
                 self.channel.close()
+            if self.reading is not None:
+                self.reading.cancel()
 
     async def leave(self):
         """Nobody wants the rest: it is told so, and cancelled if it does not end by itself."""

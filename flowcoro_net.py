@@ -1444,6 +1444,10 @@ class _Secured(_Bulk):
         finally:
             self._end_read()
 
+    def caused(self, error):
+        """Whether an exception, or all of a group, says that the peer or the network has broken this connection. Never blocks."""
+        return _is_the_peers(error, self)
+
     @property
     def tls(self):
         """The ssl.SSLObject: version(), cipher(), getpeercert(), server_hostname …; None without TLS."""
@@ -2695,7 +2699,8 @@ class _Server(_Acceptor):
             raise ValueError("reload= needs processes=: it is called before worker processes are replaced")
         self._refuse_serving()
         async with lifespan() if lifespan is not None else contextlib.nullcontext():
-            await self._serve(handler, slots, *limits)
+            if not self.closed:             # by now
+                await self._serve(handler, slots, *limits)
 
     async def _serve(self, handler, slots, drain_timeout, handshake_timeout):
         self._begin_serving()

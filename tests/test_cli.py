@@ -449,6 +449,12 @@ def test_the_http_scene_fails_if_slow_heads_are_not_cut_off(cli, small, monkeypa
     assert status == 1 and "FAILED: timeout(1)" in out
 
 
+def test_the_http_scene_makes_do_with_the_open_files_it_may_have(cli, small, monkeypatch):
+    limit_of_open_files(monkeypatch, 64, 100)
+    status, out, _ = cli("demo", "http")
+    assert status == 0 and "200 requests over 10 connections" in out and "  8 that sent" in out
+
+
 def test_the_http_scene_is_kept_until_ctrl_c():
     with start("demo", "http", "--keep", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         for line in process.stdout:

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextvars
+import collections
 import errno
+import gc
 import http.client
 import io
 import os
@@ -10,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 import wsgiref.validate
 
 import pytest
@@ -188,11 +191,13 @@ def test_the_environ_has_the_parts_of_the_request():
     assert environ["wsgi.multithread"] == "True" and environ["wsgi.run_once"] == "False"
 
 
-@pytest.mark.parametrize("target, script, path", [("/app/x%2Fy/", "/app", "/x/y/"), ("/app", "/app", ""), ("/app/", "/app", "/")])
+@pytest.mark.parametrize("target, script, path", [("/app/x%2Fy/", "/app", "/x/y/"), ("/app", "/app", ""), ("/app/", "/app", "/"),
+                                                  ("/caf%C3%A9/%C3%A9", "/caf\u00c3\u00a9", "/\u00c3\u00a9")])
 def test_a_mounted_application_finds_its_prefix_in_script_name(target, script, path):
     async def main():
         app = HttpServer()
         app.mount("/app", wsgi_app(describing), encoded_slashes=True)
+        app.mount("/caf\u00e9", wsgi_app(describing))
         async with await app.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
             group.spawn(server.serve())
             raw = await exchange(server, request(target))
@@ -230,6 +235,35 @@ def test_an_application_can_ask_its_kernel_to_run_a_coroutine():
         return answering(str(flowcoro.run_from_thread(double(21))).encode())(environ, start_response)
 
     assert ask(wsgi_app(application)).body == b"42"
+
+
+def test_a_request_leaves_no_garbage():
+    class Thing:
+        pass
+
+    things = []
+
+    def application(environ, start_response):
+        environ["x.thing"] = thing = Thing()
+        things.append(weakref.ref(thing))
+        environ["wsgi.input"].read(1)
+        return answering()(environ, start_response)
+
+    async def client(server):
+        data = request("/", "POST", [("Transfer-Encoding", "chunked")], chunked(b"abc"), close=False)
+        async with await flowcoro_net.Socket.connect(*server.local) as sock:
+            await sock.write(data)
+            await sock.read_until(b"hello")
+        with flowcoro.timeout(PATIENCE):
+            while things[0]() is not None:              # the thread may need a moment to let go
+                await flowcoro.sleep(0.001)
+
+    gc.collect()
+    gc.disable()
+    try:
+        hosting(wsgi_app(application), client)
+    finally:
+        gc.enable()
 
 
 # ---- WSGI: answers --------------------------------------------------------------------------------------------
@@ -474,6 +508,11 @@ def too_long(environ, start_response):
     return [b"abc"]
 
 
+def too_short(environ, start_response):
+    start_response("200 OK", [("Content-Length", "4")])
+    return [b"abc"]
+
+
 def returning_nothing(environ, start_response):
     start_response("200 OK", [])
 
@@ -482,6 +521,7 @@ def returning_nothing(environ, start_response):
     (failing, "of the application"), (never_started, "start_response"), (content_before_start, "before start_response"),
     (of_text, "bytes"), (of_text_in_a_generator, "bytes"), (without_a_reason, "200 OK"), (with_a_connection_field, "Connection"),
     (splitting, "X"), (started_twice, "exc_info"), (exiting, "SystemExit"), (too_long, "Content-Length"),
+    (too_short, "Content-Length"),
     (returning_nothing, "NoneType")])
 def test_what_an_application_does_wrong_is_answered_with_500_and_reported_with_its_stack(application, said, reports):
     answer = ask(wsgi_app(application))
@@ -494,7 +534,7 @@ def test_what_an_application_does_wrong_is_answered_with_500_and_reported_with_i
     while trace is not None:
         names.add(trace.tb_frame.f_code.co_name)
         trace = trace.tb_next
-    assert application.__name__ in names or application in (never_started, content_before_start, of_text, too_long,
+    assert application.__name__ in names or application in (never_started, content_before_start, of_text, too_long, too_short,
                                                              returning_nothing, of_text_in_a_generator)
 
 
@@ -560,6 +600,9 @@ def test_an_application_whose_client_has_gone_is_told_so_by_write_and_its_iterab
                 write(b"x" * 100_000)
         except Exception as error:
             raised.append(error)
+            with pytest.raises(ConnectionAbortedError):         # and so is each that comes after it
+                for _ in range(10):
+                    write(b"x" * 100_000)
             raise
         finally:
             closed.set()
@@ -594,6 +637,31 @@ def test_a_generator_whose_client_has_gone_is_closed_where_it_yields():
         assert await flowcoro.to_thread(closed.wait, PATIENCE)
 
     hosting(wsgi_app(application), client)
+
+
+def test_a_slow_generator_whose_client_has_gone_is_not_asked_for_more_than_the_block_it_is_at():
+    go, closed, made = threading.Event(), threading.Event(), []
+
+    def application(environ, start_response):
+        start_response("200 OK", [])
+        try:
+            yield b"first"
+            go.wait(PATIENCE)
+            for number in range(100):
+                made.append(number)
+                yield b"later"
+        finally:
+            closed.set()
+
+    async def main():
+        response = await wsgi_app(application)(Request("GET", "/"))
+        assert await anext(response.stream) == b"first"
+        await response.stream.aclose()
+        go.set()
+        assert await flowcoro.to_thread(closed.wait, PATIENCE)
+
+    flowcoro.run(main())
+    assert made in ([], [0])
 
 
 def test_the_answer_of_a_cancelled_request_is_dropped_when_the_thread_has_made_it(reports):
@@ -691,6 +759,18 @@ def test_reading_ends_with_an_error_when_the_client_goes_in_the_middle_of_its_co
     finally:
         sys.unraisablehook = hook
     assert isinstance(raised[0], (OSError, flowcoro_http.ProtocolError))
+
+
+def test_content_that_is_read_after_the_call_is_an_error_and_no_wait():
+    sources = []
+
+    def application(environ, start_response):
+        sources.append(environ["wsgi.input"])
+        return answering()(environ, start_response)
+
+    assert ask(wsgi_app(application), "/", "POST", [("Transfer-Encoding", "chunked")], chunked(b"x")).status == 200
+    with pytest.raises(ConnectionAbortedError, match="over"):
+        sources[0].read()
 
 
 # ---- WSGI: threads --------------------------------------------------------------------------------------------
@@ -791,6 +871,120 @@ def test_an_application_serves_one_kernel_after_another_and_several_at_once():
         assert contents == ([b"hello"] * 2, [b"hello"] * 2)
 
 
+def test_without_a_thread_a_request_is_answered_with_500_and_the_next_one_gets_one(monkeypatch, reports):
+    start, refused = threading.Thread.start, [None]
+
+    def start_later(thread):
+        if refused:
+            refused.pop()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def main():
+        monkeypatch.setattr(flowcoro._ThreadPool, "idle", [])
+        monkeypatch.setattr(threading.Thread, "start", start_later)
+        handler = wsgi_app(answering(), threads=1)
+        with flowcoro.timeout(PATIENCE):
+            with pytest.raises(RuntimeError, match="new thread"):
+                await handler(Request("GET", "/"))
+            return (await handler(Request("GET", "/"))).content
+
+    assert flowcoro.run(main()) == b"hello" and "new thread" in str(reports[0][1])
+
+
+class Call:
+    """Stands for a _WsgiCall: counts what is done to it."""
+
+    gone = False
+
+    def __init__(self):
+        self.woken, self.ran = 0, threading.Event()
+
+    def wake(self):
+        self.woken += 1
+
+    def run(self):
+        self.ran.set()
+
+
+def test_what_is_rung_while_no_bell_hangs_is_heard():
+    class Bells(list):
+        def append(self, bell):
+            if not call.woken and not pool.rung:
+                pool.ring(call)                         # a thread, the moment before
+            super().append(bell)
+
+    async def main():
+        nonlocal pool
+        pool = flowcoro_http._WsgiThreads(1)
+        pool.bells = Bells()
+        with flowcoro.timeout(PATIENCE):
+            while not call.woken:
+                await flowcoro.sleep(0.001)
+
+    pool, call = None, Call()
+    flowcoro.run(main())
+
+
+def test_a_thread_that_becomes_idle_while_another_looks_for_one_is_found():
+    class Idle(list):
+        def pop(self):
+            if not self:
+                self.append(lock)                       # it comes the moment after
+                raise IndexError
+            return super().pop()
+
+    async def main():
+        pool = flowcoro_http._WsgiThreads(0)
+        pool.idle = Idle()
+        pool.waiting.append(Call())
+        pool.wake_one()
+        assert lock.acquire(timeout=0) and pool.token == []
+
+    lock = threading.Lock()
+    lock.acquire()
+    flowcoro.run(main())
+
+
+@pytest.mark.parametrize("when", ["before it is idle", "before it ends"])
+def test_a_call_that_comes_while_the_only_thread_goes_to_rest_is_made(when, monkeypatch):
+    class Waiting(collections.deque):
+        def popleft(self):
+            if when == "before it is idle" and not came:
+                came.append(True)
+                self.append(call)                       # whose task saw no idle thread
+                raise IndexError
+            return super().popleft()
+
+    class Idle(list):
+        def remove(self, lock):
+            super().remove(lock)
+            if when == "before it ends" and not came:
+                came.append(True)
+                pool.waiting.append(call)
+
+    async def main():
+        nonlocal pool
+        pool = flowcoro_http._WsgiThreads(1)
+        pool.waiting, pool.idle, pool.token = Waiting(), Idle(), []
+        flowcoro.spawn(flowcoro.to_thread(pool._work, [None], abandon_on_cancel=True))
+        assert await flowcoro.to_thread(call.ran.wait, PATIENCE / 2)
+
+    monkeypatch.setattr(flowcoro_http, "WSGI_IDLE", 0.01 if when == "before it ends" else PATIENCE)
+    pool, call, came = None, Call(), []
+    flowcoro.run(main())
+
+
+def test_a_task_does_not_park_when_its_thread_has_just_ended():
+    async def main():
+        call = flowcoro_http._WsgiCall(flowcoro_http._WsgiThreads(1), answering(), Request("GET", "/"))
+        call.ended = True
+        with flowcoro.timeout(PATIENCE):
+            await flowcoro.park(call._park)
+
+    flowcoro.run(main())
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_flood_is_answered_whole_and_in_order_on_each_connection(workers):
     def application(environ, start_response):
@@ -880,9 +1074,9 @@ def test_the_scope_has_all_that_the_specification_asks_for():
 def test_an_application_receives_the_content_of_a_request(headers, content, length):
     async def application(scope, receive, send):
         got, count = await received(receive)
-        await asgi(START, body(b"%d" % len(got)))(scope, receive, send)
+        await asgi(START, body(b"%d %d" % (len(got), length >= 100 or count)))(scope, receive, send)
 
-    assert ask(asgi_app(application), "/", "POST", headers, content).body == b"%d" % length
+    assert ask(asgi_app(application), "/", "POST", headers, content).body == b"%d 1" % length
 
 
 def test_an_answer_in_one_piece_has_a_content_length_and_one_in_several_is_chunked():
@@ -897,8 +1091,15 @@ def test_an_answer_in_one_piece_has_a_content_length_and_one_in_several_is_chunk
 
 def test_the_answer_to_head_has_the_length_if_it_is_known_and_no_content():
     assert ask(asgi_app(asgi(START, body(b"12345"))), method="HEAD").headers["Content-Length"] == "5"
-    answer = ask(asgi_app(asgi(START, body(b"12345", True), body(b"6"))), method="HEAD")
-    assert answer.status == 200 and "Content-Length" not in answer.headers
+    ended = []
+
+    async def streaming(scope, receive, send):
+        if scope["type"] == "http":
+            await asgi(START, body(b"12345", True), body(b"6"))(scope, receive, send)
+            ended.append("by itself")
+
+    answer = ask(asgi_app(streaming), method="HEAD")
+    assert answer.status == 200 and "Content-Length" not in answer.headers and ended == ["by itself"]
 
 
 def test_trailers_and_early_hints_are_sent():
@@ -960,6 +1161,37 @@ def test_an_application_may_go_on_when_its_answer_is_complete():
 
     flowcoro.run(main())
     assert done == ["http.disconnect", "later"]
+
+
+def test_after_a_streamed_answer_the_connection_goes_on_at_once_and_the_application_too():
+    seen = []
+
+    async def application(scope, receive, send):
+        if scope["path"] == "/first":
+            await asgi(START, body(b"1", True), body(b"2"))(scope, receive, send)
+            seen.append((await receive())["type"])
+            await later.wait()
+            seen.append("later")
+        else:
+            later.set()
+            await asgi(START, body(b"second"))(scope, receive, send)
+
+    async def main():
+        nonlocal later
+        later = flowcoro.Event()
+        app = HttpServer()
+        app.mount("/", asgi_app(application, disconnect_timeout=PATIENCE))
+        async with await app.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
+            group.spawn(server.serve())
+            with flowcoro.timeout(PATIENCE / 2):
+                raw = await exchange(server, request("/first", close=False) + request("/second"))
+                while len(seen) < 2:
+                    await flowcoro.checkpoint()
+            server.close()
+        return raw
+
+    later = None
+    assert flowcoro.run(main()).endswith(b"second") and seen == ["http.disconnect", "later"]
 
 
 # ---- ASGI: clients that go ------------------------------------------------------------------------------------
@@ -1028,6 +1260,58 @@ def test_an_application_that_takes_no_notice_is_cancelled_after_a_while():
 
     leaving(application, disconnect_timeout=0.01)
     assert seen == ["cancelled"]
+
+
+def test_a_client_that_goes_within_its_content_is_told_by_receive_at_once():
+    seen = []
+
+    async def application(scope, receive, send):
+        if scope["type"] == "http":
+            await receive()
+            begun.set()
+            seen.append(await receive())
+            ended.set()
+
+    async def client(server):
+        sock = await flowcoro_net.Socket.connect(*server.local)
+        await sock.write(request("/", "POST", [("Content-Length", "100")]) + b"x")
+        await begun.wait()
+        sock.close_nowait()
+        await ended.wait()
+
+    begun, ended = flowcoro.Event(), flowcoro.Event()
+    hosting(asgi_app(application), client)
+    assert seen == [{"type": "http.disconnect"}]
+
+
+def test_a_server_that_ends_does_not_wait_for_content_that_does_not_come():
+    seen = []
+
+    async def main():
+        async def application(scope, receive, send):
+            begun.set()
+            seen.append((await receive())["type"])
+
+        begun = flowcoro.Event()
+        app = HttpServer()
+        app.mount("/", asgi_app(application, disconnect_timeout=PATIENCE))
+        async with await app.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
+            group.spawn(server.serve(drain_timeout=0.01))
+            async with await flowcoro_net.Socket.connect(*server.local) as sock:
+                await sock.write(request("/", "POST", [("Content-Length", "100")]))
+                await begun.wait()
+                server.close()
+                assert await read_all(sock) in (b"", b"<cut>")
+
+    began = time.monotonic()
+    flowcoro.run(main())
+    assert seen == ["http.disconnect"] and time.monotonic() - began < PATIENCE
+
+
+def test_trailers_to_a_client_of_http_1_0_are_left_out():
+    steps = {**START, "trailers": True}, body(b"a"), {"type": "http.response.trailers", "headers": [(b"x-sum", b"1")]}
+    raw = hosting(asgi_app(asgi(*steps)), lambda server: exchange(server, b"GET / HTTP/1.0\r\n\r\n"))
+    assert raw.endswith(b"\r\n\r\na")
 
 
 def test_a_client_that_goes_before_the_answer_is_told_too():
@@ -1165,7 +1449,7 @@ def test_the_lifespan_begins_before_and_ends_after_all_requests_and_its_state_is
             await send({"type": "lifespan.shutdown.complete"})
             return
         assert scope["state"]["pool"] is events
-        scope["state"]["mine"] = True                           # of this request alone
+        scope["state"][len(events)] = True                      # of this request alone
         events.append(len(scope["state"]))
         await asgi(START, body())(scope, receive, send)
 
@@ -1232,14 +1516,20 @@ def test_a_lifespan_that_ends_badly_is_reported_and_the_server_ends(reports):
 
 
 def test_what_goes_on_after_its_answer_has_some_seconds_when_the_server_ends(monkeypatch):
-    monkeypatch.setattr(flowcoro_http, "ASGI_SHUTDOWN", 0.02)
+    monkeypatch.setattr(flowcoro_http, "ASGI_SHUTDOWN", 0.3)
     ended = []
 
     async def application(scope, receive, send):
-        if scope["type"] == "http":
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            ended.append("lifespan")
+            await send({"type": "lifespan.shutdown.complete"})
+        else:
             await asgi(START, body())(scope, receive, send)
             try:
-                await flowcoro.sleep(0 if scope["path"] == "/short" else 1000)
+                await flowcoro.sleep(0.05 if scope["path"] == "/short" else 1000)
                 ended.append("by itself")
             except flowcoro.Cancelled:
                 ended.append("cancelled")
@@ -1250,7 +1540,7 @@ def test_what_goes_on_after_its_answer_has_some_seconds_when_the_server_ends(mon
         await exchange(server, request("/long"))
 
     hosting(asgi_app(application), client)
-    assert ended == ["by itself", "cancelled"]
+    assert ended == ["by itself", "cancelled", "lifespan"]
 
 
 # ---- ASGI: WebSocket ------------------------------------------------------------------------------------------
@@ -1290,6 +1580,8 @@ async def websocket_echo(scope, receive, send):
     assert (await receive())["type"] == "websocket.connect"
     await send({"type": "websocket.accept", "subprotocol": scope["subprotocols"][1], "headers": [(b"x-a", b"b")]})
     while (message := await receive())["type"] == "websocket.receive":
+        if message.get("text") == "quit":
+            return
         if message.get("text") == "bye":
             await send({"type": "websocket.close", "code": 4000, "reason": "you said so"})
             assert (await receive())["type"] == "websocket.disconnect"
@@ -1309,7 +1601,8 @@ def test_without_websocket_the_application_is_not_asked_and_the_client_told_so()
 
 
 @pytest.mark.parametrize("lines, heard", [
-    (b"one\ntw\xc3\xb6\nbye\n", b"one\ntw\xc3\xb6\nclosed 4000 you said so\n"), (b"one\n", b"one\n")])
+    (b"one\ntw\xc3\xb6\nbye\n", b"one\ntw\xc3\xb6\nclosed 4000 you said so\n"), (b"one\n", b"one\n"),
+    (b"quit\n", b"closed 1000 \n")])
 def test_an_application_speaks_websocket_by_what_is_plugged_in(lines, heard):
     async def client(server):
         async with await flowcoro_net.Socket.connect(*server.local) as sock:

@@ -214,6 +214,27 @@ def test_files_of_a_form_are_closed_whatever_becomes_of_the_request(monkeypatch,
     assert [type(error) for _, error in reports] == [KeyError]
 
 
+def test_files_of_a_form_are_closed_before_the_next_request_of_the_connection():
+    @simulated
+    async def test():
+        app, files = HttpServer(), []
+
+        @app.post("/")
+        async def form(request):
+            assert all(file.closed for file in files)
+            files.append((await request.form())["f"].file)
+            return "taken"
+
+        body = file_form(10)
+        request = (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: %d\r\n\r\n%s"
+                   % (len(body), body))
+        async with serving(app) as world:
+            found = await world.talk(request * 3, *["POST"] * 3)
+            assert [answer.content for answer in found] == [b"taken"] * 3 and len(files) == 3
+
+    test()
+
+
 @run_in_kernel
 async def test_multipart_gives_parts_while_they_come():
     body = multipart((b'name="a"', b"one"), (b'name="f"; filename="x"\r\nContent-Type: a/b', b"2" * 1000),

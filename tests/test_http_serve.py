@@ -395,6 +395,11 @@ def test_a_port_that_is_taken_is_said_in_one_line(refused, more):
     assert "in use" in errors and errors.count("\n") == 1
 
 
+def test_a_port_that_worker_processes_of_another_program_share_is_taken_too(folder, refused):
+    with Serving(folder, "apps:wsgi", "--processes", "1") as server:
+        assert "in use" in refused("apps:wsgi", "--processes", "1", "--port", server.port)
+
+
 def test_the_help_explains_every_option(folder):
     line, environment = command("--help")
     text = subprocess.run(line, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=PATIENCE).stdout

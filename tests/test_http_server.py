@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -30,7 +31,7 @@ from flowcoro_http import (Data, EndOfMessage, HttpConnection, HttpError, HttpSe
                            RequestHead, Response, ResponseHead)
 from flowcoro_net import BrokenError, Socket, client_tls, server_tls
 from flowcoro_testing import SimulatedNetwork, run_in_kernel
-from test_net import PATIENCE, nothing_is_left_behind, run  # noqa: F401  (a fixture)
+from test_net import PATIENCE, drain, nothing_is_left_behind, run  # noqa: F401  (a fixture)
 from test_net_cancel import at_each_point, cancelled_at
 from test_net_tls import certificates  # noqa: F401  (a fixture)
 
@@ -74,8 +75,8 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def serving(app, **options):
-    network = SimulatedNetwork()
+async def serving(app, *, network=types.MappingProxyType({}), **options):
+    network = SimulatedNetwork(**network)
     async with flowcoro.TaskGroup() as group:
         with network.host("server"):
             listener = await app.listen("0.0.0.0", 80)
@@ -225,6 +226,18 @@ async def test_what_has_come_again_and_again_is_answered_as_at_first():
             for name in "a", "b":
                 await sock.write(b"GET /%s?q HTTP/1.1\r\nHost: h%s\r\n\r\n" % (name.encode(), name.encode()))
                 assert (await one_answer(sock, "GET", codec)).content.decode() == f"{name} q 1 h{name} None"
+
+
+def test_what_follows_the_first_lines_of_a_head_is_no_known_request():
+    codec, request = HttpConnection("server"), b"GET /known HTTP/1.1\r\nHost: a\r\n\r\n"
+    for _ in range(3):
+        codec.receive_data(request)
+        codec.next_event(), codec.next_event()
+        codec.send_message(ResponseHead(200))
+        codec.start_next_cycle()
+    assert codec._known[request]
+    codec.receive_data(b"POST / HTTP/1.1\r\nHost: b\r\n")
+    assert codec.next_event() is NEED_DATA and codec.receive_known(request) is None
 
 
 @simulated
@@ -1054,6 +1067,24 @@ async def test_an_error_of_a_start_ends_the_serving_and_what_was_begun():
 
 
 @simulated
+async def test_a_close_while_the_application_starts_is_no_error():
+    app, order = plain_app(), []
+
+    @app.lifespan
+    async def around():
+        await flowcoro.sleep(5)
+        order.append("started")
+        yield
+        order.append("ended")
+
+    async with serving(app) as world:
+        await flowcoro.sleep(1)
+        world.listener.close()
+        await world.task
+    assert order == ["started", "ended"]
+
+
+@simulated
 async def test_an_error_of_a_shutdown_leaves_serve_after_all_others_have_ended():
     app, order = plain_app(), []
 
@@ -1427,13 +1458,15 @@ async def test_a_client_that_has_ended_its_half_still_gets_an_answer_that_comes_
 async def test_a_client_that_ends_its_half_late_has_time_too():
     app, ended = waiting_app(10.4)
     async with serving(app) as world:
-        for delay in 10.05, 10.1, 10.2, 10.3:
+        for number in range(10):                            # wherever the sweep is
+            await flowcoro.sleep(0.05 * number)
             async with await world.connect() as sock:
                 await sock.write(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n")
-                await flowcoro.sleep(delay)
+                await flowcoro.sleep(10.05)
                 await sock.shutdown_write()
                 [answer] = answers(await everything(sock))
                 assert answer.content == b"waited"
+        assert ended == []
 
 
 def test_a_client_that_goes_while_its_body_is_awaited_is_nobodys_error(reports):
@@ -1578,22 +1611,20 @@ async def test_none_is_no_deadline():
 
 
 @simulated
-async def test_a_408_of_a_body_is_not_remembered():
-    """The deadline strikes just as the last bytes come: then there is nothing to say, and the connection goes on."""
+async def test_a_deadline_that_strikes_as_the_last_bytes_come_has_no_consequences():
     app = plain_app(idle_timeout=20.0)
 
-    @app.middleware
-    async def late(request, call_next):
-        response = await call_next(request)
-        return response
+    @app.post("/late")
+    async def late(request):
+        request._source.fault = HttpError(408, "too late")
+        return await request.body()
 
     async with serving(app) as world, await world.connect() as sock:
-        codec = HttpConnection("client")
-        await sock.write(b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n")
+        await sock.write(b"POST /late HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n")
         await flowcoro.sleep(1)
         await sock.write(b"x")
-        assert (await one_answer(sock, "POST", codec)).content == b"x"
-        assert await everything(sock) == b""
+        assert (await one_answer(sock, "POST")).content == b"x"
+        assert await everything(sock) == b""            # idle, and no 408
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------
@@ -1712,14 +1743,16 @@ async def test_an_answer_that_was_being_sent_is_completed_and_then_the_connectio
                 await sock.write(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % path)
                 await flowcoro.sleep(1)
                 if path == b"/stream":
+                    before = flowcoro.now()
                     world.listener.close()
                     [answer] = answers(await everything(sock))
+                    assert flowcoro.now() - before < 0.3
                 else:
                     answer = await one_answer(sock)
                 assert len(answer.content) == 1_000_000
         before = flowcoro.now()
         await world.task
-        assert flowcoro.now() - before < 2
+        assert flowcoro.now() - before < 0.1
 
 
 @simulated
@@ -1926,6 +1959,105 @@ async def test_a_write_that_was_cancelled_is_never_gone_on_with():
         assert b"the answer" not in data
 
 
+# ---- any conversation ------------------------------------------------------------------------------------------
+
+def talkative_app():
+    app = plain_app()
+
+    @app.get("/nap")
+    async def nap(request):
+        await flowcoro.sleep(0.2)
+        return "rested"
+
+    @app.get("/stream")
+    async def stream(request):
+        for number in range(int(request.query["n"])):
+            yield str(number)
+
+    @app.post("/first")
+    async def first(request):
+        async for data in request.stream():
+            return data[:1]
+        return "none"
+
+    @app.post("/back")
+    async def back(request):
+        async def stream():
+            async for data in request.stream():
+                yield data
+        return stream()
+
+    return app
+
+
+def any_request(chance):
+    """(bytes, method, content of the answer): of any kind."""
+    content = chance.randbytes(chance.choice([0, 1, 10, 3000]))
+    if chance.random() < 0.5:
+        framed = b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
+    else:
+        framed, rest = b"Transfer-Encoding: chunked\r\n\r\n", content
+        while rest:
+            size = chance.randint(1, len(rest))
+            framed += b"%x\r\n%s\r\n" % (size, rest[:size])
+            rest = rest[size:]
+        framed += b"0\r\n" + b"Sum: 1\r\n" * chance.randint(0, 1) + b"\r\n"
+    count = chance.randint(0, 5)
+    return chance.choice([
+        (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "GET", b"hello"), (b"HEAD / HTTP/1.1\r\nHost: a\r\n\r\n", "HEAD", b""),
+        (b"GET /nap HTTP/1.1\r\nHost: a\r\n\r\n", "GET", b"rested"),
+        (b"GET /nowhere HTTP/1.1\r\nHost: a\r\n\r\n", "GET", b"there is no /nowhere"),
+        (b"GET /stream?n=%d HTTP/1.1\r\nHost: a\r\n\r\n" % count, "GET", "".join(map(str, range(count))).encode()),
+        (b"HEAD /stream?n=5 HTTP/1.1\r\nHost: a\r\n\r\n", "HEAD", b""),
+        (b"POST /ignore HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: x\r\n" + framed, "POST", b"ignored"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n", "GET", b"hello"),
+        (b"POST /echo HTTP/1.1\r\nHost: a\r\n" + framed, "POST", content),
+        (b"POST /back HTTP/1.1\r\nHost: a\r\n" + framed, "POST", content),
+        (b"POST /first HTTP/1.1\r\nHost: a\r\n" + framed, "POST", content[:1] or b"none"),
+        (b"POST /ignore HTTP/1.1\r\nHost: a\r\n" + framed, "POST", b"ignored"),
+        (b"POST / HTTP/1.1\r\nHost: a\r\n" + framed, "POST", b"/ takes GET, HEAD, OPTIONS, and not POST"),
+    ])
+
+
+ENDS = [(b"", None, None), (b"NO HTTP\r\n", "GET", 400), (b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", "GET", 200),
+        (b"GET / HTTP/1.0\r\n\r\n", "GET", 200), (b"GET / HTTP/1.1\r\nHost: a", "GET", 400),
+        (b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nabc", "POST", 400)]
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FLOWCORO_SEEDS", 30))))
+def test_any_conversation_is_answered_as_it_has_to_be(seed, reports):
+    chance = random.Random(seed)
+
+    @run_in_kernel(seed=seed, timeout=10_000)
+    async def test():
+        async with serving(talkative_app(), network={"split": 0.3, "jitter": 0.05, "loss": 0.02}) as world:
+            async def client():
+                asked = [any_request(chance) for _ in range(chance.randint(1, 30))]
+                end, method, status = chance.choice(ENDS)
+                data = b"".join(request for request, *_ in asked) + end
+
+                async def write():
+                    at = 0
+                    while at < len(data):
+                        size = chance.choice([1, 10, 500, 10_000])
+                        await sock.write(data[at:at + size])
+                        at += size
+                        if chance.random() < 0.2:
+                            await flowcoro.sleep(chance.random() / 2)
+                    await sock.shutdown_write()
+
+                async with await world.connect() as sock, flowcoro.TaskGroup() as group:
+                    group.spawn(write())
+                    found = answers(await everything(sock), *[method for _, method, _ in asked], *[method] * (method is not None))
+                assert [answer.content for answer in found[:len(asked)]] == [content for *_, content in asked]
+                assert status is None or found[-1].status == status and not found[-1].keep_alive
+
+            await flowcoro.when_all(*[client() for _ in range(3)])
+
+    test()
+    assert reports == []
+
+
 # ---- on the system's network -----------------------------------------------------------------------------------
 
 @contextlib.asynccontextmanager
@@ -2073,6 +2205,18 @@ def test_a_handler_is_cancelled_when_a_client_with_tls_is_gone(certificates):  #
     run(main)
 
 
+def test_what_a_client_has_sent_before_its_end_is_dropped_too_so_that_the_answer_arrives():
+    async def main():
+        async with listening(plain_app()) as listener:
+            with socket.create_connection(listener.local, timeout=PATIENCE) as plain:
+                plain.sendall(b"BAD\r\n" + b"x" * 2 * flowcoro_http.CHUNK)          # before the server has a turn
+                plain.shutdown(socket.SHUT_WR)
+                data = await flowcoro.to_thread(drain, plain)
+                assert answers(data)[0].status == 400
+
+    run(main)
+
+
 def test_a_unix_socket(tmp_path):
     async def main():
         path = tmp_path / "http"
@@ -2120,6 +2264,37 @@ def test_several_workers(workers):
             assert listener.statistics()["failed"] == 0
 
     run(main, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_server_that_closes_while_it_is_busy(workers, reports):
+    """Wherever the requests are: each client has its answers, or an end between two of them, or none at all."""
+    async def main():
+        for number in range(30):
+            app = plain_app(idle_timeout=None)
+            async with await app.listen("127.0.0.1", 0) as listener, flowcoro.TaskGroup() as group:
+                async def client():
+                    with contextlib.suppress(BrokenError):
+                        async with await Socket.connect(*listener.local) as sock:
+                            while True:
+                                await sock.write(b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx")
+                                if not (data := await sock.read()):
+                                    return
+                                assert data.endswith(b"\r\n\r\nx"), data
+
+                serving_ = group.spawn(listener.serve())
+                while not app.statistics()["running"]:
+                    await flowcoro.checkpoint()
+                clients = [group.spawn(client()) for _ in range(5)]
+                for _ in range(number * 5):
+                    await flowcoro.checkpoint()
+                listener.close()
+                await serving_
+                for each in clients:
+                    await each
+
+    run(main, workers=workers)
+    assert reports == []
 
 
 PROCESSES = """
