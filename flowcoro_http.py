@@ -8422,7 +8422,7 @@ class _Streamed:
             if isinstance(source, bytes):
                 for at in range(0, len(source), UPLOAD_PIECE):
                     yield source[at:at + UPLOAD_PIECE]
-            elif hasattr(source, "read"):
+            elif _is_file(source):
                 while piece := await _read_piece(source):
                     yield piece
             elif hasattr(source, "__aiter__"):
@@ -8446,10 +8446,15 @@ async def _read_piece(file):
     return piece
 
 
+def _is_file(source):
+    """A response can be read too, but is iterated, as what comes in pieces."""
+    return hasattr(source, "read") and not isinstance(source, Response)
+
+
 def _place(source):
     """Where a file is, if it can go back there, else None."""
     try:
-        return source.tell() if hasattr(source, "read") and source.seekable() else None
+        return source.tell() if _is_file(source) and source.seekable() else None
     except (AttributeError, OSError, TypeError):
         return None
 
@@ -8484,7 +8489,7 @@ def _file_part(name, file):
         return FormPart(name, file, filename, media_type)
     if not any(hasattr(file, verb) for verb in ("read", "__aiter__", "__iter__")):
         raise TypeError(f"files: {name!r}: {type(file).__name__} is no file and no bytes")
-    return FormPart(name, file, filename, media_type, _size_left(file) if hasattr(file, "read") else None)
+    return FormPart(name, file, filename, media_type, _size_left(file) if _is_file(file) else None)
 
 
 def _content_of(content, data, files, value):
@@ -8511,7 +8516,7 @@ def _content_of(content, data, files, value):
         return content.encode(), "text/plain; charset=utf-8"
     if isinstance(content, (bytearray, memoryview)):
         return bytes(content), None
-    if hasattr(content, "read"):
+    if _is_file(content):
         return _Streamed([content], _size_left(content)), None
     if hasattr(content, "__aiter__") or hasattr(content, "__iter__"):
         return _Streamed([content]), None
@@ -8753,7 +8758,7 @@ class _ClientConnection:
                     codec.receive_end()
             elif type(event) is ResponseHead:
                 return event
-            elif type(event) is not InformationalResponse or event.status == 101:
+            elif type(event) is not InformationalResponse:          # PAUSED: after a 101
                 raise ProtocolError(502, f"{event!r:.60} where a response has to be")
             else:
                 informed += 1
@@ -8894,26 +8899,33 @@ class _ClientExchange:
             await connection.sock.write(codec.send_message(head, content or b""))
 
     async def send_pieces(self, connection, head, content):
-        codec, sock, limits, progress = connection.codec, connection.sock, self.options.timeouts, self.options.upload_progress
+        codec, limits, progress = connection.codec, self.options.timeouts, self.options.upload_progress
         content = content if type(content) is _Streamed else _Streamed([content], len(content))
         framing = ("Transfer-Encoding", "chunked") if content.length is None else ("Content-Length", str(content.length))
         head.headers.append(framing)
-        done = 0
-        try:
-            self.wait("read", limits.read)
-            await sock.write(codec.send(head))
-            async with contextlib.aclosing(content.pieces()) as pieces:
-                async for piece in pieces:
-                    self.wait("read", limits.read)
-                    await sock.write(codec.send(Data(piece)))
-                    done += len(piece)
-                    if progress is not None:
-                        progress(done, content.length)
-            if end := codec.send(EndOfMessage()):
-                await sock.write(end)
-        except flowcoro_net.BrokenError:
-            pass        # Who refuses a content before all of it has come may close the connection, and have answered before.
+        self.wait("read", limits.read)
+        done, goes_on = 0, await self.write(connection, codec.send(head))
+        async with contextlib.aclosing(content.pieces()) as pieces:
+            async for piece in pieces:
+                self.wait("read", limits.read)
+                goes_on = goes_on and await self.write(connection, codec.send(Data(piece)))
+                if not goes_on:
+                    break
+                done += len(piece)
+                if progress is not None:
+                    progress(done, content.length)
+        if goes_on and (end := codec.send(EndOfMessage())):
+            await self.write(connection, end)
         self.wait("head", limits.head)
+
+    @staticmethod
+    async def write(connection, data):
+        """False if the connection is broken: who refuses a content before all of it has come may have answered before that."""
+        try:
+            await connection.sock.write(data)
+        except flowcoro_net.BrokenError:
+            return False
+        return True
 
     async def receive_content(self, connection, response):
         """All of it, within the scope of the exchange."""

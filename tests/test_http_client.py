@@ -16,7 +16,7 @@ from flowcoro_http import (
     ConnectError, Data, EndOfMessage, HttpClient, HttpConnection, LocalProtocolError, NEED_DATA, PAUSED, ProtocolError,
     RequestTimeout,
     ResponseError, StatusError, Timeouts, TransferError, _Url)
-from flowcoro_net import Socket, TcpServer, UnixServer
+from flowcoro_net import BrokenError, Socket, TcpServer, UnixServer
 
 SEED = int(os.environ.get("FLOWCORO_FIRST_SEED", 0))
 
@@ -194,6 +194,28 @@ def test_an_async_iterator_is_sent_in_chunks_and_progress_is_told():
     talk(lambda request: answer(), work)
 
 
+def test_a_response_can_be_passed_on_as_it_comes_and_its_error_is_not_ours():
+    async def handler(request):
+        if request.target != "/cut":
+            return answer(b"z" * 200_000 if request.method == "GET" else request.body)
+        await request.sock.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc")
+
+    async def broken():
+        yield b"a"
+        raise BrokenError(None, "another connection")
+
+    async def work(client, origin):
+        async with client.stream("GET", origin.url) as response:
+            assert len((await client.post(origin.url + "/on", content=response)).content) == 200_000
+        with pytest.raises(TransferError, match="GET .*/cut: "):
+            async with client.stream("GET", origin.url + "/cut") as response:
+                await client.post(origin.url + "/on", content=response)
+        with pytest.raises(TransferError, match="another connection"):
+            await client.post(origin.url + "/on", content=broken())
+
+    talk(handler, work, timeout=60)
+
+
 def test_a_file_is_sent_from_where_it_is(tmp_path):
     (tmp_path / "f.txt").write_bytes(b"0123456789" * 60_000)
 
@@ -292,9 +314,10 @@ def test_what_is_no_url(url):
 
 
 def test_a_url_that_is_refused_does_not_show_its_password():
-    with pytest.raises(ValueError) as caught:
-        _Url("ftp://user:secret@host/")
-    assert "secret" not in str(caught.value)
+    for url in "ftp://user:secret@host/", "http://user:secret@host/\x00", "http://user:secret@host:0/":
+        with pytest.raises(ValueError) as caught:
+            _Url(url)
+        assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("base, url, target", [

@@ -605,6 +605,34 @@ def on_a_virtual_clock(handler, work, **options):
     flowcoro.run(main(), clock=VirtualClock())
 
 
+def test_an_answer_that_came_before_the_connection_broke_is_taken():
+    async def handler(sock):
+        await sock.read_until(b"\r\n\r\n")
+        await sock.write(answer("too large", "413 Content Too Large", "Connection: close"))
+
+    async def main():
+        async def connect(host, port, tls):
+            here, there = memory_socket_pair(Socket)
+
+            async def serve():
+                async with there:
+                    await handler(there)
+
+            group.spawn(serve())
+            return here
+
+        async with flowcoro.TaskGroup() as group, HttpClient(connect=connect, trust_env=False) as client:
+            try:
+                response = await client.post("http://a/", content=b"x" * 5_000_000)
+                said.append((response.status, response.text))
+            except TransferError as error:
+                said.append(error)
+
+    said = []
+    flowcoro.run(main(), clock=VirtualClock())
+    assert said == [(413, "too large")]
+
+
 def test_the_limit_is_for_each_wait_not_for_all_of_a_content():
     async def slowly(count):
         for _ in range(count):
@@ -730,6 +758,30 @@ def test_hooks_see_each_request_and_response():
     talk(scripted(redirect("/b"), answer()), work, event_hooks=hooks)
     with pytest.raises(ValueError):
         HttpClient(event_hooks={"respond": []})
+
+
+@pytest.mark.parametrize("hooks", [[], ["response"], ["request", "response"]])
+def test_what_comes_for_a_request_that_is_remembered_counts_all_the_same(hooks):
+    seen = []
+
+    def handler(request):
+        number = len(origin_requests)
+        origin_requests.append(request)
+        return {3: answer("", "200 OK", "Set-Cookie: a=1"), 5: redirect("/b"), 8: answer("", "503 x")}.get(number, answer("fine"))
+
+    async def work(client, origin):
+        for number in range(5):
+            assert (await client.get(origin.url)).status == 200
+        assert [request.headers.get("cookie") for request in origin_requests] == [None] * 4 + ["a=1"]
+        client.cookies.clear()
+        client.cookies.filled = False
+        assert (await client.get(origin.url)).history[0].status == 302
+        assert (await client.get(origin.url)).text == "fine"
+        assert (await client.get(origin.url)).status == 503 and len(origin_requests) == 9
+        assert len(seen) == 9 * len(hooks)
+
+    origin_requests = []
+    talk(handler, work, event_hooks={which: [seen.append] for which in hooks})
 
 
 @pytest.mark.parametrize("which", ["request", "response"])
@@ -910,7 +962,7 @@ def test_cancelled_anywhere_no_connection_stays_lent_and_none_is_used_half_way()
 
 # ---- event streams ---------------------------------------------------------------------------------------------
 
-EVENTS = (b"\xef\xbb\xbf: comment\r\ndata: one\rdata:two\n\nevent: x\nid: 7\ndata\n\n"
+EVENTS = (b"\xef\xbb\xbf: comment\r\ndata: one\r\ndata:two\r\revent: x\nid: 7\ndata\n\n"
           b"id: a\0b\nretry: 10\nretry: x\nunknown: y\n\n"
           b"data: \xc3\xbc\xff\n\ndata: unfinished")
 PARSED = [ServerSentEvent("one\ntwo", "message", ""), ServerSentEvent("", "x", "7"), ServerSentEvent("ü\ufffd", "message", "7")]
