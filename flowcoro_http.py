@@ -10658,6 +10658,7 @@ class _AsgiLife:
         self.application, self.state = application, {}
         self.supported, self.failed = True, None
         self.asked = 0                  # how often it has called receive()
+        self.told = False               # that it is to shut down
         self.started, self.stopping, self.stopped = flowcoro.Event(), flowcoro.Event(), flowcoro.Event()
 
     async def run(self):
@@ -10670,6 +10671,9 @@ class _AsgiLife:
                 flowcoro_net.report_error(_asgi_failure(self.application, error), "an ASGI lifespan failed", "flowcoro_http")
             elif not self.started.is_set() and (failure := _asgi_failure(self.application, error)) is not error:
                 self.failed = str(failure)              # asyncio's loop: it would fail with each request
+            elif not self.started.is_set() and self.asked and self.supported:
+                flowcoro_net.report_error(error, f"the lifespan of {_shown_handler(self.application)} failed before it had "
+                                          "started; as ASGI has it, it is served without one", "flowcoro_http")
             self.supported = self.started.is_set()      # else it raised because it has none: ASGI takes that for an answer
         finally:
             self.supported = self.supported and self.started.is_set()
@@ -10681,6 +10685,9 @@ class _AsgiLife:
         if self.asked == 1:
             return {"type": "lifespan.startup"}
         await self.stopping.wait()
+        if self.told:                   # an application that receives for ever waits here to be cancelled
+            await flowcoro.Event().wait()
+        self.told = True
         return {"type": "lifespan.shutdown"}
 
     async def send(self, message):
@@ -10695,6 +10702,8 @@ class _AsgiLife:
                                           "an ASGI application could not shut down", "flowcoro_http")
             self.stopped.set()
         else:
+            if not kind.startswith("lifespan."):        # it does not look at what it is called for
+                self.supported = False
             raise RuntimeError(f"{kind} cannot be sent in a lifespan {'after' if self.started.is_set() else 'before'} its start")
 
 

@@ -1501,6 +1501,34 @@ def test_an_application_without_a_lifespan_is_served_all_the_same(raises, report
     assert ask(asgi_app(application)).body == b"served" and reports == []
 
 
+def test_a_lifespan_that_raises_instead_of_starting_is_reported_and_the_application_served(reports):
+    async def application(scope, receive, send):
+        if scope["type"] == "lifespan":
+            await receive()
+            raise ValueError("no database")
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    assert ask(asgi_app(application)).body == b"ok"
+    assert [str(report.exc_value) for report in reports] == ["no database"]
+
+
+def test_a_lifespan_that_receives_for_ever_is_told_once_that_it_ends():
+    kinds = []
+
+    async def application(scope, receive, send):
+        while scope["type"] == "lifespan":
+            kinds.append((await receive())["type"])
+            await send({"type": kinds[-1] + ".complete"})
+
+    async def main():
+        async with asgi_app(application).lifespan():
+            pass
+
+    flowcoro.run(main())
+    assert kinds == ["lifespan.startup", "lifespan.shutdown"]
+
+
 def test_a_lifespan_that_ends_badly_is_reported_and_the_server_ends(reports):
     async def application(scope, receive, send):
         if scope["type"] == "lifespan":
