@@ -6889,7 +6889,7 @@ def _file_response(request, found, open_file, extra=()):
             again = found.again(number)
             if again is not found:                          # it has been changed since it was looked at
                 found, decision = again, _decide(request, again)
-            file = open(number, "rb", buffering=0)
+            file = open(found.path, "rb", buffering=0, opener=lambda path, flags, number=number: number)     # the path: for errors
             number = None
         finally:
             if number is not None:
@@ -7285,6 +7285,7 @@ KEEP_ALIVE = 15.0
 
 _LINE_END = re.compile("\r\n|\r|\n").split
 _NOT_IN_A_FIELD = re.compile("[\r\n\0]").search
+_NO_CHARACTER = re.compile("[\0\ud800-\udfff]").sub
 
 
 class ServerSentEvent:
@@ -7310,14 +7311,14 @@ class ServerSentEvent:
         self.data, self.event, self.id, self.retry = data, event, id, retry
 
     def encode(self):
-        """The bytes that are sent. Each line of `data` is one of its own; NUL becomes U+FFFD, as does what is no character."""
+        """The bytes that are sent. Each line of `data` is one of its own; NUL becomes U+FFFD, as does half of a surrogate pair."""
         lines = [f"event: {self.event}"] * (self.event is not None) + [f"id: {self.id}"] * (self.id is not None)
         if self.retry is not None:
             lines.append(f"retry: {round(self.retry * 1000)}")
         if self.data is not None:
             text = self.data if isinstance(self.data, str) else _encode_json(self.data)
-            lines += [f"data: {line}" for line in _LINE_END(text.replace("\0", "\ufffd"))]
-        return ("\n".join(lines) + "\n\n").encode("utf-8", "replace")
+            lines += [f"data: {line}" for line in _LINE_END(text)]
+        return (_NO_CHARACTER("\ufffd", "\n".join(lines)) + "\n\n").encode()
 
     def __eq__(self, other):
         return (isinstance(other, ServerSentEvent) and (self.data, self.event, self.id, self.retry)
@@ -7965,7 +7966,9 @@ def sessions(keys, *, cookie="__Host-session", max_age=SESSION_AGE, domain=None,
         request.session = load(request)
         before = _encode_json(request.session)
         response = await call_next(request)
-        after = _encode_json(request.session)
+        if not isinstance(request.session, dict | None):
+            raise TypeError(f"request.session is {request.session!r:.80}: it has to be a dict, or None for an empty one")
+        after = _encode_json(request.session or {})
         if before == "{}" == after:
             return response
         _add_vary(response.headers, "Cookie")
