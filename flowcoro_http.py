@@ -520,15 +520,6 @@ def _quote(text):
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _unquote(text):
-    """The text of a token or of a quoted string. ProtocolError if it is neither."""
-    if _is_token(text):
-        return text
-    if not re.fullmatch(_QUOTED, text):
-        raise _refused("value", text, "neither a token nor a quoted string")
-    return _unquoted(text)
-
-
 def _unquoted(text):
     """The text of a quoted string that has been checked."""
     text = text[1:-1]
@@ -550,13 +541,12 @@ def _extended(text):
         return None
 
 
-def _parameters(value, at, what, *, extended=False, repeated=False):
+def _parameters(value, at, what):
     """{name in lower case: text} of the `; name=value` from `at` to the end of `value`.
 
-    `extended`: a `name*` that can be read stands in for `name` (RFC 8187). `repeated`: the first of several counts; otherwise
-    they are refused, as whoever reads the other one may be deceived.
+    ProtocolError if one is malformed, or comes twice: whoever reads the other one may be deceived.
     """
-    parameters, better = {}, {}
+    parameters = {}
     while at < len(value):
         found = _parameter_at(value, at)
         if not found:
@@ -567,15 +557,8 @@ def _parameters(value, at, what, *, extended=False, repeated=False):
             continue
         name = name.lower()
         if name in parameters:
-            if not repeated:
-                raise _refused(what, value, f"parameter {name} comes twice")
-            continue
+            raise _refused(what, value, f"parameter {name} comes twice")
         parameters[name] = token if token is not None else _unquoted(quoted)
-        if extended and name.endswith("*"):
-            text = _extended(parameters.pop(name))
-            if text is not None:
-                better.setdefault(name[:-1], text)
-    parameters.update(better)
     return parameters
 
 
@@ -683,8 +666,7 @@ def _remembered(choose):
 
 
 # A preference is a hint, and a server may pass over it (RFC 9110 section 12.1): who sends one that is malformed, as Java's
-# clients do with `*; q=.2`, is answered as if without. _parse_accept() and _parse_weighted() are for those who want to refuse it.
-
+# clients do with `*; q=.2`, is answered as if without.
 
 @_remembered
 def _choose_type(value, offers):
@@ -966,18 +948,6 @@ def content_disposition(filename=None, disposition="attachment"):
     if plain != filename:
         value += f"; filename*=UTF-8''{urllib.parse.quote(filename, safe='!#$&+-.^_`|~')}"
     return value
-
-
-def _parse_content_disposition(value):
-    """A Content-Disposition value. -> (disposition in lower case, {name: text}); `filename*` stands in for `filename`.
-
-    The file name is what the peer says: safe_filename() makes it one to use. ProtocolError if the value is malformed.
-    """
-    value = value.strip(" \t")
-    found = _value_at(value)
-    if not found:
-        raise _refused("Content-Disposition", value, "expected a token")
-    return found[0].lower(), _parameters(value, found.end(), "Content-Disposition", extended=True)
 
 
 def parse_links(value):
@@ -1326,39 +1296,6 @@ def _strict_transport_security(max_age, *, include_subdomains=False, preload=Fal
     if preload and not (include_subdomains and max_age >= 31_536_000):
         raise ValueError("preload=True needs include_subdomains=True and max_age of 31536000 (a year) or more")
     return f"max-age={max_age}" + "; includeSubDomains" * include_subdomains + "; preload" * preload
-
-
-def _parse_strict_transport_security(value):
-    """A Strict-Transport-Security value. -> (max_age in seconds, include_subdomains).
-
-    ProtocolError if it is malformed, a directive comes twice or max-age is missing: it is to be ignored. RFC 6797 section 6.1.
-    """
-    directives = {}
-    for part in _semicolons(value):
-        found = _directive(part)
-        if not found or found[1].lower() in directives:
-            raise _refused("Strict-Transport-Security", value, f"{part!r:.40} is no directive, or comes twice")
-        directives[found[1].lower()] = found[2] if found[3] is None else _unquoted(found[3])
-    max_age = directives.get("max-age") or ""
-    if not re.fullmatch("[0-9]{1,1000}", max_age):
-        raise _refused("Strict-Transport-Security", value, "max-age takes a number of seconds")
-    return min(int(max_age), MAX_DELTA), "includesubdomains" in directives
-
-
-_semicolon_part_at = re.compile(rf'[^";]*+(?:{_QUOTED}[^";]*+)*+').match
-
-
-def _semicolons(value):
-    """The parts between semicolons outside quoted strings, without the whitespace around them; empty ones are left out."""
-    at = 0
-    while at <= len(value):
-        found = _semicolon_part_at(value, at)
-        at = found.end()
-        if at < len(value) and value[at] != ";":
-            raise _refused("value", value, f"the quoted string at character {at + 1} has no end")
-        at += 1
-        if part := found[0].strip(" \t"):
-            yield part
 
 
 # ---- cookies --------------------------------------------------------------------------------------------------
@@ -1959,7 +1896,6 @@ RANGE_GAP = 80
 
 _range_set = re.compile(r"[bB][yY][tT][eE][sS]=(.*)").fullmatch
 _byte_range = re.compile(r"([0-9]{1,19})-([0-9]{0,19})|-([0-9]{1,19})").fullmatch
-_is_content_range = re.compile(r"(?i:bytes) (?:([0-9]{1,19})-([0-9]{1,19})/(?:([0-9]{1,19})|\*)|\*/([0-9]{1,19}))").fullmatch
 
 
 class _ByteRange(typing.NamedTuple):
@@ -2104,19 +2040,6 @@ def _frame_byteranges(ranges, size, content_type, boundary):
     tail = f"\r\n--{boundary}--\r\n".encode()
     length = sum(len(head) + one.length for head, one in parts) + len(tail)
     return _ByteRangesFrame(str(MediaType("multipart", "byteranges", {"boundary": boundary})), length, parts, tail)
-
-
-def _parse_content_range(value):
-    """A Content-Range value. -> (_ByteRange or None for 416, the whole size or None if unknown). ProtocolError if malformed."""
-    found = _is_content_range(value)
-    if not found:
-        raise _refused("Content-Range", value, "expected `bytes first-last/size`")
-    if found[4] is not None:
-        return None, int(found[4])
-    one, size = _ByteRange(int(found[1]), int(found[2])), None if found[3] is None else int(found[3])
-    if one.last < one.first or (size is not None and one.last >= size):
-        raise _refused("Content-Range", value, "it ends before it begins, or beyond the size")
-    return one, size
 
 
 # ---- compression ----------------------------------------------------------------------------------------------
