@@ -190,13 +190,13 @@ class LocalProtocolError(flowcoro.FlowCoroError):
 
 _TOKEN_CHARS = r"!#$%&'*+\-.^_`|~0-9A-Za-z"
 _VALUE_CHARS = r"\t\x20-\x7e\x80-\xff"
-_TOKEN = re.compile(rf"[{_TOKEN_CHARS}]+")
-_VALUE = re.compile(rf"[{_VALUE_CHARS}]*")
+_is_token = re.compile(rf"[{_TOKEN_CHARS}]+").fullmatch
+_is_text = re.compile(rf"[{_VALUE_CHARS}]*").fullmatch
 
 # What follows the colon is stripped afterwards: two runs of whitespace in the pattern, with nothing between, would take the
 # square of their length to fail.
 _FIELD_LINE = re.compile(rf"([{_TOKEN_CHARS}]+):([{_VALUE_CHARS}]*)")
-_DIGITS = re.compile(r"[0-9]{1,18}")
+_is_digits = re.compile(r"[0-9]{1,18}").fullmatch
 
 # RFC 9110 allows sub-delims and percent-encoding in a reg-name too. No host has them, and what reads a Host further on (a
 # cache's key, a log, a template, a shell) is better off without.
@@ -227,7 +227,7 @@ def _authority_problem(text):
 
 
 def _length_problem(text):
-    return None if _DIGITS.fullmatch(text) else "is not 1 to 18 digits"
+    return None if _is_digits(text) else "is not 1 to 18 digits"
 
 
 def _coding_problem(text):
@@ -236,11 +236,12 @@ def _coding_problem(text):
 
 def _options_problem(text):
     """RFC 9110 5.6.1: a list of tokens; empty elements are allowed to those who read it."""
-    return None if all(_TOKEN.fullmatch(option) or not option for option in _split_list(text)) else "is no list of tokens"
+    return None if all(map(_is_token, _split_list(text))) else "is no list of tokens"
 
 
 def _split_list(text):
-    return [element.strip(" \t") for element in text.split(",")]
+    """The elements of a comma-separated list in which nothing is quoted; empty ones are left out. -> [str]"""
+    return [element for element in [element.strip(" \t") for element in text.split(",")] if element]
 
 
 # What the value of these has to be. They say where a message begins and ends, so they are never merely passed on.
@@ -298,9 +299,9 @@ def _line_problem(line):
         return f"{_shown(line)}: a field line begins with whitespace (obsolete folding is not HTTP any more)"
     if not colon:
         return f"{_shown(line)}: a field line has no colon"
-    if _TOKEN.fullmatch(name):
+    if _is_token(name):
         return f"the value of {_shown(name)} has a control character"
-    if _TOKEN.fullmatch(name.rstrip(" \t")):
+    if _is_token(name.rstrip(" \t")):
         return f"{_shown(line)}: there is whitespace before the colon"
     return f"{_shown(name)} is no name of a field"
 
@@ -310,9 +311,9 @@ def _write_line(pair):
     name, value = pair
     if not isinstance(name, str) or not isinstance(value, str):
         raise TypeError(f"{pair!r}: name and value of a field are str")
-    if not _TOKEN.fullmatch(name):
+    if not _is_token(name):
         raise LocalProtocolError(f"{_shown(name)} is no name of a field: letters, digits and !#$%&'*+-.^_`|~ are allowed")
-    if not _VALUE.fullmatch(value):
+    if not _is_text(value):
         raise LocalProtocolError(f"{name}: {_shown(value)} has a control character or one beyond U+00FF; encode it")
     lower, value = name.lower(), value.strip(" \t")
     problem = _PROBLEMS.get(lower)
@@ -458,14 +459,11 @@ MAX_LANGUAGE = 64
 # Characters of a file name in a Content-Disposition, so that one value cannot fill a head: file systems allow 255 bytes.
 MAX_FILENAME = 255
 
-_TCHAR = r"!#$%&'*+\-.^_`|~0-9A-Za-z"
-_TOKEN_PATTERN = rf"[{_TCHAR}]++"
+_TOKEN_PATTERN = rf"[{_TOKEN_CHARS}]++"
 _QDTEXT = r"\t \x21\x23-\x5b\x5d-\x7e\x80-\xff"
 _QUOTED = rf'"[{_QDTEXT}]*+(?:\\[\t\x20-\x7e\x80-\xff][{_QDTEXT}]*+)*+"'
 _OWS = r"[ \t]*+"
 
-_is_token = re.compile(_TOKEN_PATTERN).fullmatch
-_is_text = re.compile(r"[\t\x20-\x7e\x80-\xff]*+").fullmatch
 _element_at = re.compile(rf'[^",]*+(?:{_QUOTED}[^",]*+)*+').match
 _quoted_pair = re.compile(r"\\(.)", re.DOTALL)
 _parameter_at = re.compile(rf"{_OWS};{_OWS}(?:({_TOKEN_PATTERN})=(?:({_TOKEN_PATTERN})|({_QUOTED})))?").match
@@ -473,7 +471,6 @@ _ATTR_CHARS = r"[!#$&+\-.^_`|~0-9A-Za-z]*+"
 _is_extended = re.compile(
     rf"(?i:(utf-8)|(iso-8859-1))'[0-9A-Za-z-]*+'({_ATTR_CHARS}(?:%[0-9A-Fa-f]{{2}}{_ATTR_CHARS})*+)").fullmatch
 _is_weight = re.compile(r"(?:0(?:\.([0-9]{0,3}))?|(1)(?:\.0{0,3})?)").fullmatch
-_is_digits = re.compile(r"[0-9]{1,19}").fullmatch
 
 
 def _refused(what, value, why, status=400):
@@ -487,18 +484,16 @@ def _parse_list(value):
     A comma inside a quoted string separates nothing. ProtocolError if a quoted string has no end. RFC 9110 section 5.6.1.
     """
     if '"' not in value:
-        elements = value.split(",")
-    else:
-        elements, at = [], 0
-        while True:
-            found = _element_at(value, at)
-            elements.append(found[0])
-            at = found.end() + 1
-            if at > len(value):
-                break
-            if value[at - 1] != ",":
-                raise _refused("list", value, f"the quoted string at character {at} has no end, or holds a control character")
-    return [element for element in [element.strip(" \t") for element in elements] if element]
+        return _split_list(value)
+    elements, at = [], 0
+    while at <= len(value):
+        found = _element_at(value, at)
+        if element := found[0].strip(" \t"):
+            elements.append(element)
+        at = found.end() + 1
+        if at <= len(value) and value[at - 1] != ",":
+            raise _refused("list", value, f"the quoted string at character {at} has no end, or holds a control character")
+    return elements
 
 
 def _parse_tokens(value):
@@ -1987,7 +1982,7 @@ def _ranges_asked(values, size, max_ranges):
     found = _range_set(values[0]) if len(values) == 1 else None
     if not found or not size or found[1].count(",") > 4 * max_ranges:
         return _Decision(200)
-    wanted = [element for element in [element.strip(" \t") for element in found[1].split(",")] if element]
+    wanted = _split_list(found[1])
     if not 0 < len(wanted) <= max_ranges:
         return _Decision(200)
     ranges = []
@@ -2403,7 +2398,7 @@ _CHUNK_LINE = re.compile(
     rf"([0-9A-Fa-f]{{1,16}})(?:;[{_TOKEN_CHARS}]++(?:=(?:[{_TOKEN_CHARS}]++"
     r'|"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]++|\\[\t\x20-\x7e\x80-\xff])*+"))?)*+')
 
-_TOKEN_BYTES = frozenset(byte for byte in range(128) if _TOKEN.fullmatch(chr(byte)))
+_TOKEN_BYTES = frozenset(byte for byte in range(128) if _is_token(chr(byte)))
 
 # How the end of a content is known; and where in a chunked one we are.
 _BY_LENGTH, _BY_CLOSE, _BY_CHUNKS, _DROPPED = "length", "close", "chunks", "dropped"
@@ -2442,7 +2437,7 @@ def _target_problem(method, target):
 @functools.lru_cache(256)
 def _option_set(value):
     """The lower-case tokens of a list. (They are few, and repeat: 0.04 µs instead of 0.5.)"""
-    return frozenset(option.lower() for option in _split_list(value) if option)
+    return frozenset(option.lower() for option in _split_list(value))
 
 
 def _repeated(entries):
@@ -2705,7 +2700,7 @@ class _Heads(_Received):
                                   ", ".join(headers.get_all("connection")))
             keep_alive = "close" not in options and (minor > 0 or "keep-alive" in options)
             if "upgrade" in options and minor and "upgrade" in index:
-                self.upgrade = tuple(filter(None, _split_list(", ".join(headers.get_all("upgrade")))))
+                self.upgrade = tuple(_split_list(", ".join(headers.get_all("upgrade"))))
         if self.upgrade or method == "CONNECT":
             if content and method == "CONNECT":
                 raise ProtocolError(400, "a CONNECT has no content, so neither Content-Length nor Transfer-Encoding")
@@ -2990,7 +2985,7 @@ _WITH_CONTENT = frozenset(["POST", "PUT", "PATCH"])
 def _status_line(head):
     """Of a response to be sent: b"HTTP/1.1 200 OK CRLF"."""
     reason = REASONS.get(head.status, "") if head.reason is None else head.reason
-    if not _VALUE.fullmatch(reason):
+    if not _is_text(reason):
         raise LocalProtocolError(f"the reason {_shown(reason)} has a control character or one beyond U+00FF")
     return f"HTTP/1.1 {head.status} {reason}\r\n".encode("latin-1")
 
@@ -3087,7 +3082,7 @@ class _Outgoing(_Incoming):
         method, target = head.method, head.target
         line = f"{method} {target} HTTP/1.1"
         if not _USUAL_LINE.fullmatch(line):
-            if not _TOKEN.fullmatch(method):
+            if not _is_token(method):
                 raise LocalProtocolError(f"{_shown(method)} is no method, because it is no token")
             if problem := _target_problem(method, target):
                 raise LocalProtocolError(f"{_shown(target)} {problem}")
@@ -3105,7 +3100,7 @@ class _Outgoing(_Incoming):
             options = _option_set(_sent_values(entries, "connection"))
             self.keep_alive = "close" not in options
             if "upgrade" in options:
-                self.upgrade = tuple(filter(None, _split_list(_sent_values(entries, "upgrade"))))
+                self.upgrade = tuple(_split_list(_sent_values(entries, "upgrade")))
         if self.upgrade or method == "CONNECT":
             self._our_end = _ASK
         self.method, self._out_mode, self._out_left = method, mode, left or 0
@@ -4071,7 +4066,6 @@ FOUND_PATHS, FOUND_PATH = 1024, 128
 _PCHAR = "!$&'()*+,;=:@"
 
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})").search
-_IS_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 _PARAMETER = re.compile(r"\{([^{}:]*)(?::([^{}:]*))?\}").fullmatch
 _IS_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?").fullmatch
 _HOST_OF = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::[0-9]{0,5})?").fullmatch
@@ -4487,7 +4481,7 @@ class Router:
         if not methods:
             raise ValueError(f"{said}: methods= is empty")
         for method in methods:
-            if not isinstance(method, str) or not _IS_METHOD(method) or method != method.upper() or method == "CONNECT":
+            if not isinstance(method, str) or not _is_token(method) or method != method.upper() or method == "CONNECT":
                 raise ValueError(f"{said}: {method!r} is no method; they are case-sensitive (GET), and CONNECT has no path")
         parts = [*self._parts, *_parse_pattern(path, self._converters, said)]
         if not parts:
@@ -8216,7 +8210,7 @@ def _goes_without(url, no_proxy):
             except ValueError:
                 pass
         host, colon, port = entry.rpartition(":")
-        if colon and _DIGITS.fullmatch(port) and (":" not in host or host.endswith("]")):
+        if colon and _is_digits(port) and (":" not in host or host.endswith("]")):
             if int(port) != url.port:
                 continue
             entry = host
@@ -9437,7 +9431,7 @@ class HttpClient(_Sending):
 
     def _build(self, method, url, params, headers, cookies, contents, given):
         """(ClientRequest, _Options) of what request() was given."""
-        if not isinstance(method, str) or method == "CONNECT" or not _TOKEN.fullmatch(method):
+        if not isinstance(method, str) or method == "CONNECT" or not _is_token(method):
             raise ValueError(f"method={method!r}: give a token as GET; CONNECT is for proxies, see proxy=")
         options = self._options if given is _ALL_CLIENTS else given.options(self._options)
         if cookies:
@@ -9619,7 +9613,7 @@ class EventStream:
     async def _open(self):
         headers = dict(self._options.get("headers", {})) | {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         value = self.last_event_id.encode().decode("latin-1")
-        if value and _VALUE.fullmatch(value):           # a header cannot say all that an id can be
+        if value and _is_text(value):           # a header cannot say all that an id can be
             headers["Last-Event-ID"] = value
         context = self._client.stream(self._method, self._url, **{**self._options, "headers": headers})
         response = await context.__aenter__()
@@ -10299,7 +10293,7 @@ def _asgi_failure(application, error):
 
 def _listed(request, name):
     """The elements of all fields of that name."""
-    return [element for element in _split_list(",".join(request.headers.get_all(name))) if element]
+    return _split_list(",".join(request.headers.get_all(name)))
 
 
 def _is_gone():

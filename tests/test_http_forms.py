@@ -152,7 +152,8 @@ def test_where_parts_begin_and_end(body, parts):
     (b"name=a; filename=x; filename*=UTF-8''%e2%82%ac", "a", "x"),
     (b'name=""', "", None), (b"name=a; filename*=UTF-8''%ff", "a", None),
     (b"name=a; filename*=utf-8'en'%41", "a", "A"), (b"name=a; filename*=iso-8859-1'en'%A3", "a", "\xa3"),
-    (b"name=a; filename*=utf-7''a", "a", None), (b"name=a; filename*=utf-8'a", "a", None), (b"name=a; filename*=utf-8''%4", "a", None)])
+    (b"name=a; filename*=utf-7''a", "a", None), (b"name=a; filename*=utf-8'a", "a", None),
+    (b"name=a; filename*=utf-8''%4", "a", None)])
 def test_names_are_read_as_browsers_and_other_clients_write_them(parameters, name, filename):
     assert parse(body_of((b"Content-Disposition: form-data; " + parameters, b""))) == [(name, filename, b"")]
 
