@@ -202,8 +202,8 @@ _is_digits = re.compile(r"[0-9]{1,18}").fullmatch
 # cache's key, a log, a template, a shell) is better off without.
 _AUTHORITY = re.compile(r"([0-9A-Za-z._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
 
-# Field lines with these names are checked each time and not remembered.
-_SECRET = frozenset(["authorization", "cookie", "proxy-authorization", "set-cookie", "www-authenticate", "authentication-info"])
+# Field lines with such names (in lower case) are checked each time, not remembered, and not shown.
+_is_secret = re.compile("auth|cookie|credential|key|passw|secret|session|signature|token").search
 
 
 def _shown(text, most=60):
@@ -273,7 +273,7 @@ class _KnownLines(dict):
 
     def __missing__(self, line):
         entry = self.check(line)
-        if (len(line) if isinstance(line, str) else len(line[0]) + len(line[1])) <= KNOWN_LINE and entry[0] not in _SECRET:
+        if (len(line) if isinstance(line, str) else len(line[0]) + len(line[1])) <= KNOWN_LINE and not _is_secret(entry[0]):
             if len(self) >= KNOWN_LINES:
                 self.clear()
             self[line] = entry
@@ -314,7 +314,8 @@ def _write_line(pair):
     if not _is_token(name):
         raise LocalProtocolError(f"{_shown(name)} is no name of a field: letters, digits and !#$%&'*+-.^_`|~ are allowed")
     if not _is_text(value):
-        raise LocalProtocolError(f"{name}: {_shown(value)} has a control character or one beyond U+00FF; encode it")
+        shown = "its value" if _is_secret(name.lower()) else _shown(value)
+        raise LocalProtocolError(f"{name}: {shown} has a control character or one beyond U+00FF; encode it")
     lower, value = name.lower(), value.strip(" \t")
     problem = _PROBLEMS.get(lower)
     if problem is not None and (said := problem(value)):
@@ -423,7 +424,7 @@ class Headers:
         return Headers._of(list(self._entries))
 
     def __repr__(self):
-        shown = [(name, "…" if lower in _SECRET else value) for lower, (name, value) in self._entries]
+        shown = [(name, "…" if _is_secret(lower) else value) for lower, (name, value) in self._entries]
         return f"Headers({shown!r})"
 
 
@@ -867,6 +868,11 @@ def entity_tag(opaque, *, weak=False):
     if not _is_entity_tag(tag):
         raise ValueError(f"{opaque!r:.80} cannot be an entity tag: no spaces, quotes, controls, characters beyond U+00FF")
     return tag
+
+
+def _content_tag(content, *, weak=False):
+    """The entity tag of this content (bytes): a hash of 96 bits, so that two contents have one tag by chance in 2**48 of them."""
+    return entity_tag(hashlib.blake2b(content, digest_size=12).hexdigest(), weak=weak)
 
 
 def _parse_entity_tags(value):
@@ -1484,6 +1490,7 @@ MAX_PREAMBLE, MAX_PADDING = 8 * 2**10, 256
 SMALL_PIECE = 64 * 2**10
 
 _bad_escape = re.compile(rb"%(?![0-9A-Fa-f]{2})").search
+_BOUNDARY = "1 to 70 letters, digits or '()+_,-./:=? and no blank at the end"
 _is_boundary = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]").fullmatch
 _padding_at = re.compile(rb"[ \t]*+").match
 _part_line = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)").fullmatch
@@ -1557,7 +1564,7 @@ def _multipart_boundary(value):
         raise _refused("media type", value, "expected multipart/form-data", 415)
     boundary = media.parameters.get("boundary", "")
     if not _is_boundary(boundary):
-        raise _refused("boundary", boundary, "1 to 70 letters, digits or '()+_,-./:=? and no blank at the end")
+        raise _refused("boundary", boundary, _BOUNDARY)
     return boundary.encode()
 
 
@@ -1824,7 +1831,7 @@ class _MultipartBody:
         if boundary is None:
             boundary = secrets.token_hex(16)
         elif not _is_boundary(boundary):
-            raise ValueError(f"boundary={boundary!r:.80}: 1 to 70 letters, digits or '()+_,-./:=? and no blank at the end")
+            raise ValueError(f"boundary={boundary!r:.80}: {_BOUNDARY}")
         self.content_type = str(MediaType("multipart", "form-data", {"boundary": boundary}))
         self._pieces, self.length, unknown = [], 0, False
         for part in parts:
@@ -2028,7 +2035,7 @@ class _ByteRangesFrame(typing.NamedTuple):
 def _frame_byteranges(ranges, size, content_type, boundary):
     """The _ByteRangesFrame of a multipart/byteranges answer. RFC 9110 section 14.6. ValueError for what cannot be a boundary."""
     if not _is_boundary(boundary):
-        raise ValueError(f"boundary={boundary!r:.80}: 1 to 70 letters, digits or '()+_,-./:=? and no blank at the end")
+        raise ValueError(f"boundary={boundary!r:.80}: {_BOUNDARY}")
     kind = f"Content-Type: {content_type}\r\n" if content_type else ""
     parts = tuple((f"\r\n--{boundary}\r\n{kind}Content-Range: {one.content_range(size)}\r\n\r\n".encode("latin-1"), one)
                   for one in ranges)
@@ -2195,6 +2202,15 @@ def _choose_compression(accept_encoding, status, headers, length=None, *, min_by
     return (None if coding == "identity" else coding), True
 
 
+def _add_vary(headers, *names):
+    """Have Vary name these, if it does not."""
+    lines = headers.get_all("vary")
+    named = {name.lower() for name in _parse_list(",".join(lines))}
+    missing = [name for name in names if name.lower() not in named]
+    if missing and "*" not in named:
+        headers.set("Vary", ", ".join([*lines, *missing]))
+
+
 def _compressed_headers(headers, coding, depends=True):
     """Change a response's headers for what _choose_compression() has decided.
 
@@ -2202,16 +2218,12 @@ def _compressed_headers(headers, coding, depends=True):
     and the entity tag becomes weak, as it is no longer of the same bytes.
     """
     if depends:
-        vary = headers.get_all("vary")
-        named = ",".join(vary)
-        if "*" not in named and "accept-encoding" not in [name.lower() for name in _parse_list(named)]:
-            headers.set("vary", ", ".join([*vary, "Accept-Encoding"]))
+        _add_vary(headers, "Accept-Encoding")
     if coding is None:
         return
     headers.set("content-encoding", coding)
     for name in ("content-length", "accept-ranges"):
-        if name in headers:
-            headers.remove(name)
+        headers.remove(name)
     etag = headers.get("etag")
     if etag is not None and not etag.startswith("W/"):
         headers.set("etag", f"W/{etag}")
@@ -2564,7 +2576,7 @@ class _Heads(_Received):
                 event = self._short_way(text)
                 if event is not None:
                     self._start = self._scan = end + 4
-                    if not start and end + 4 == len(buffer) <= KNOWN_HEAD and self._known is not None:
+                    if not start and end + 4 == len(buffer) <= KNOWN_HEAD and type(buffer) is bytes and self._known is not None:
                         self._remember(buffer, event)
                     return event
             elif start == len(buffer):
@@ -2601,8 +2613,8 @@ class _Heads(_Received):
         place = hash(data) % len(_SEEN)
         if _SEEN[place] != hash(data):
             _SEEN[place] = hash(data)
-        elif (type(data) is bytes and self._mode is _BY_LENGTH and not self._left and self.keep_alive and self._minor
-                and self._their_end is _END and _SECRET.isdisjoint(head.headers._index)):
+        elif (self._mode is _BY_LENGTH and not self._left and self.keep_alive and self._minor and self._their_end is _END
+                and not _is_secret(head.target.lower()) and not any(map(_is_secret, head.headers._index))):
             if len(self._known) >= KNOWN_HEADS:
                 self._known.clear()
             self._known[data] = _Known(head)
@@ -3003,7 +3015,7 @@ _known_head = _KNOWN_HEADS.get
 
 def _remember_head(head, index, lines):
     """Keep the head of an answer, unless its fields say more about the connection than its content, are long, or secret."""
-    if "connection" in index or not _SECRET.isdisjoint(index) or sum(map(len, lines)) > KNOWN_HEAD:
+    if "connection" in index or any(map(_is_secret, index)) or sum(map(len, lines)) > KNOWN_HEAD:
         return
     if len(_KNOWN_HEADS) >= KNOWN_HEADS:
         _KNOWN_HEADS.clear()
@@ -4062,7 +4074,7 @@ OWN_RANK = 3
 # for often; what is asked for once costs 0.2 more.
 FOUND_PATHS, FOUND_PATH = 1024, 128
 
-# Characters that a segment of a path may have as they are (RFC 3986 section 3.3, pchar), besides those _quote() never encodes.
+# Characters that a segment of a path may have as they are (RFC 3986 section 3.3, pchar), besides those urllib.parse.quote() never encodes.
 _PCHAR = "!$&'()*+,;=:@"
 
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})").search
@@ -5003,8 +5015,8 @@ def _type_html(schema):
 
 # ---- messages -------------------------------------------------------------------------------------------------
 #
-# One Request and one Response for server and client. Neither knows how it travels: what has not been read yet is asked of a
-# source, an object with `async receive_body()` that gives the next piece of the content, b"" at its end.
+# What a handler gets and gives; a client's response is a Response, too. Neither knows how it travels: what has not been read yet
+# is asked of a source, an object with `async receive_body()` that gives the next piece of the content, b"" at its end.
 #
 # What nearly no handler looks at is made when it is asked for: class attributes stand for what has not been. (Eleven attributes
 # fewer to set are 0.3 of the 0.8 µs that a Request takes.)
@@ -5014,7 +5026,8 @@ def _type_html(schema):
 MAX_BODY = 16 * 2**20
 
 # Bytes of a file in a form up to which it stays in memory; beyond, it lies in a temporary file. Django 2.5 MB, starlette 1 MiB.
-SPOOLED = 2**20
+# And bytes of all files of a form that stay there, and files in one form at most (Django 100): each may be an open file.
+SPOOLED, SPOOLED_IN_ALL, MAX_FILES = 2**20, 4 * 2**20, 100
 
 _TEXT, _BINARY, _JSON = "text/plain; charset=utf-8", "application/octet-stream", "application/json"
 _STATELESS = frozenset([204, 304])
@@ -5072,17 +5085,22 @@ class FormFile:
     SPOOLED bytes and a temporary file beyond. It is closed when the request has been answered.
     """
 
-    def __init__(self, part):
+    def __init__(self, part, room=SPOOLED):
         self.name, self.filename, self.media_type, self.headers = part.name, part.filename, part.media_type, part.headers
-        self.size, self.file = 0, tempfile.SpooledTemporaryFile(SPOOLED)
+        self._room = max(1, min(room, SPOOLED))         # (0 would be no limit)
+        self.size, self.file = 0, tempfile.SpooledTemporaryFile(self._room)
+
+    @property
+    def _in_memory(self):
+        return self.size <= self._room
 
     async def _write(self, data):
         self.size += len(data)
-        await (flowcoro.to_thread(self.file.write, data) if self.size > SPOOLED else _done(self.file.write(data)))
+        await (_done(self.file.write(data)) if self._in_memory else flowcoro.to_thread(self.file.write, data))
 
     async def read(self, max_bytes=-1):
         """The next bytes, all by default; b"" at the end."""
-        return await flowcoro.to_thread(self.file.read, max_bytes) if self.size > SPOOLED else self.file.read(max_bytes)
+        return self.file.read(max_bytes) if self._in_memory else await flowcoro.to_thread(self.file.read, max_bytes)
 
     async def save(self, path):
         """Write all of it to a file of that path, in a thread; one that is there is overwritten. OSError."""
@@ -5145,7 +5163,7 @@ class Request:
 
     params, route, app, content, trailers, max_body = _NOTHING, None, None, None, None, None
     _source = _query = _cookies = _state = _client = _server = _scheme = _host = _form = _files = None
-    _begun = False
+    _begun, _deadlines = False, ()      # (scopes of timeout(): upgrade() lifts them)
 
     def __init__(self, method, target, headers=(), content=b"", *, version="1.1", client=None, server=None, scheme="http"):
         self.method, self.target, self.version = method, target, version
@@ -5246,8 +5264,8 @@ class Request:
     # -- the content
 
     async def body(self, max_bytes=None):
-        """The whole content, bytes, kept for the next call. HttpError (413) for more than `max_bytes` (None: max_body, or
-        16 MiB)."""
+        """The whole content, bytes, kept for the next call. HttpError (413) for more than `max_bytes`, or the server's max_body,
+        whichever is less. None: 16 MiB, as it is all in memory; give more if you expect more, or take stream()."""
         if self.content is None:
             limit = self._limit(max_bytes)
             announced = self.headers.get("content-length")
@@ -5276,7 +5294,7 @@ class Request:
 
     @staticmethod
     def _too_large(limit):
-        return HttpError(413, f"the content has more than {limit} bytes, which is what is taken here")
+        return HttpError(413, f"the content has more than {limit} bytes, which is what is taken here (max_bytes, max_body)")
 
     def _begin(self):
         if self._begun or self._source is None:
@@ -5306,35 +5324,42 @@ class Request:
         """The content as JSON (RFC 8259: no NaN, no name twice). HttpError: 415 if its Content-Type is another, 400, 413."""
         return _json_of(self, await self.body(max_bytes), JSON_DEPTH)
 
-    async def form(self, *, max_bytes=None, max_file_bytes=MAX_FILE_BYTES, max_parts=MAX_PARTS):
+    async def form(self, *, max_bytes=MAX_FORM_BYTES, max_file_bytes=MAX_FILE_BYTES, max_parts=MAX_PARTS, max_files=MAX_FILES):
         """The fields of a form: Fields, whose values are str, or FormFile for files. It may be called again.
 
-        max_bytes: of a form without files, or of one of its texts (None: 2 MiB, and 1 MiB). HttpError: 415 for another
-        Content-Type, 413 beyond a limit, 400 for what is malformed or no UTF-8.
+        max_bytes: of all that is no file, together; max_file_bytes: of each file; of all files 4 MiB are kept in memory, the others
+        lie on disk. max_parts, max_files: how many there may be. HttpError: 415 for another Content-Type, 413 beyond a limit, 400
+        for what is malformed or no UTF-8.
         """
         if self._form is None:
             media = self.media_type
             if media is not None and media.essence == "application/x-www-form-urlencoded":
-                limit = MAX_FORM_BYTES if max_bytes is None else max_bytes
-                self._form = Fields(_parse_urlencoded(await self.body(limit), max_bytes=limit))
+                self._form = Fields(_parse_urlencoded(await self.body(max_bytes), max_bytes=max_bytes))
             else:
-                limit = MAX_FIELD_BYTES if max_bytes is None else max_bytes
-                self._form = Fields([pair async for pair in self._parts_kept(limit, max_file_bytes, max_parts)])
+                pairs = self._parts_kept(max_bytes, max_file_bytes, max_parts, max_files)
+                self._form = Fields([pair async for pair in pairs])
         return self._form
 
-    async def _parts_kept(self, max_field_bytes, max_file_bytes, max_parts):
-        limits = {"max_field_bytes": max_field_bytes, "max_file_bytes": max_file_bytes, "max_parts": max_parts}
-        async for part in self.multipart(**limits):
+    async def _parts_kept(self, max_bytes, max_file_bytes, max_parts, max_files):
+        left, files, room = max_bytes, 0, SPOOLED_IN_ALL
+        async for part in self.multipart(max_field_bytes=max_bytes, max_file_bytes=max_file_bytes, max_parts=max_parts):
             if part.filename is None:
                 try:
-                    yield part.name, (await part.read(max_field_bytes)).decode()
+                    content = await part.read(left)
+                    left -= len(content)
+                    yield part.name, content.decode()
                 except UnicodeDecodeError:
                     raise ProtocolError(400, f"the field {part.name!r:.80} is no UTF-8") from None
+            elif files == max_files:
+                raise HttpError(413, f"a form of more than {max_files} files (max_files)")
             else:
-                file = self._keep(FormFile(part))
+                file = self._keep(FormFile(part, room))
                 async for data in part:
                     await file._write(data)
                 file.file.seek(0)
+                files += 1
+                if file._in_memory:
+                    room -= file.size
                 yield part.name, file
 
     def _keep(self, file):
@@ -5396,7 +5421,10 @@ class Request:
         """
         if self._source is None:
             raise RuntimeError("this request came by no connection")
-        return await self._source.upgrade(self, protocol, headers)
+        sock = await self._source.upgrade(self, protocol, headers)
+        for scope in self._deadlines:
+            scope.deadline = math.inf
+        return sock
 
     def _close(self):
         """After the answer: temporary files go."""
@@ -5578,11 +5606,11 @@ def _relayed(response):
 
 class _FileStream:
     """A part of an open binary file as the stream of a Response: `count` bytes from `offset`. The server sends it by the system,
-    others iterate it. aclose() closes the file, which is its own, and calls done(bytes sent) if somebody has set that.
+    others iterate it. aclose() closes the file, which is its own, and calls with the bytes sent what is in `done`.
     """
 
     def __init__(self, file, offset, count):
-        self.file, self.offset, self.count, self.sent, self.done = file, offset, count, 0, None
+        self.file, self.offset, self.count, self.sent, self.done = file, offset, count, 0, []
 
     async def __aiter__(self):
         file, offset, left = self.file, self.offset, self.count
@@ -5596,9 +5624,8 @@ class _FileStream:
 
     async def aclose(self):
         self.file.close()
-        done, self.done = self.done, None
-        if done is not None:
-            done(self.sent)
+        while self.done:
+            self.done.pop(0)(self.sent)
 
     def __del__(self):                  # of an answer that was not sent, because a middleware put another in its place
         self.file.close()
@@ -6697,7 +6724,7 @@ class _Found:
         if self.size <= CACHED_FILE:
             self.content = _read_descriptor(number, 0, self.size)
             self.size = len(self.content)                   # it may have been cut just now
-            self.etag = entity_tag(hashlib.blake2b(self.content, digest_size=12).hexdigest())
+            self.etag = _content_tag(self.content)
         else:
             self.etag = entity_tag(f"{state.st_mtime_ns:x}-{self.size:x}", weak=not self.settled)
         fields = [("Content-Type", media_type), ("ETag", self.etag), ("Last-Modified", http_date(self.modified)),
@@ -7295,18 +7322,12 @@ class _EventStream:
             self._error = error
         finally:
             self._channel.close()
-            await self._close_events()          # here, so that what it has opened is closed by the task that has opened it
-
-    async def _close_events(self):
-        try:
-            await _close_stream(self._events)
-        except Exception as error:
-            flowcoro_net.report_error(error, "the source of an event stream failed while it was closed", "flowcoro_http")
+            await _close_stream(self._events)   # here, so that what it has opened is closed by the task that has opened it
 
     async def aclose(self):
         """End it: its task is gone when this returns. What `events` cleans up runs cancelled, as after any cancel."""
         if self._task is None:
-            return await self._close_events()
+            return await _close_stream(self._events)
         self._task.cancel()
         with flowcoro.CancelScope(shield=True), contextlib.suppress(flowcoro.TaskCancelled):
             await self._task
@@ -7371,15 +7392,6 @@ async def _drop_content(response):
     await _close_stream(stream)
     for name in ("content-type", "content-length", "content-encoding", "content-language", "content-range", "accept-ranges"):
         response.headers.remove(name)
-
-
-def _add_vary(headers, *names):
-    """Have Vary name these, if it does not."""
-    lines = headers.get_all("vary")
-    named = {name.lower() for name in _parse_list(",".join(lines))}
-    missing = [name for name in names if name.lower() not in named]
-    if missing and "*" not in named:
-        headers.set("Vary", ", ".join([*lines, *missing]))
 
 
 # -- the log
@@ -7473,7 +7485,7 @@ def access_log(to=None, *, format="common"):
         if stream is None:
             write(request, status, 0 if request.method == "HEAD" else len(response.content), began)
         elif type(stream) is _FileStream:
-            stream.done = lambda sent: write(request, status, sent, began)
+            stream.done.append(lambda sent: write(request, status, sent, began))
         else:
             response.stream = _Through(stream, count, done=lambda: write(request, status, counted, began))
         return response
@@ -7619,7 +7631,7 @@ def etag(*, weak=False):
             return response
         tag = headers.get("etag")
         if tag is None:
-            tag = entity_tag(hashlib.blake2b(response.content, digest_size=12).hexdigest(), weak=weak)
+            tag = _content_tag(response.content, weak=weak)
             headers.set("ETag", tag)
         now = time.time()
         status = _evaluate(request.method, request.headers, now=now, etag=tag,
@@ -7693,7 +7705,8 @@ def body_limit(max_bytes):
 def timeout(seconds, *, status=503):
     """Cancel a handler that has not answered after so many seconds, and answer for it: 503, or 504 for a gateway.
 
-    It counts until there is a Response; what a stream sends later it does not limit. What never awaits cannot be cancelled.
+    It counts until there is a Response, or upgrade() has made another protocol of it; what a stream sends later it does not
+    limit. What never awaits cannot be cancelled.
     """
     if not (isinstance(seconds, (int, float)) and seconds > 0):
         raise ValueError(f"timeout({seconds!r}): give seconds, more than 0")
@@ -7701,7 +7714,8 @@ def timeout(seconds, *, status=503):
         raise ValueError(f"timeout(status={status!r}): 503 or 504")
 
     async def middleware(request, call_next):
-        with flowcoro.move_on_after(seconds):
+        with flowcoro.move_on_after(seconds) as scope:
+            request._deadlines = (*request._deadlines, scope)
             return await call_next(request)
         raise HttpError(status, f"there was no answer within {seconds:g} s")
     return middleware
@@ -7870,6 +7884,8 @@ def sessions(keys, *, cookie="__Host-session", max_age=SESSION_AGE, domain=None,
             response.headers.set("Cache-Control", "no-store")
         return response
     return middleware
+
+
 # ---- client ---------------------------------------------------------------------------------------------------
 #
 # A request goes through four loops, each in the other: redirects and authentication (_follow), retries (_attempts), a second
@@ -8069,10 +8085,15 @@ class _Url:
         return urllib.parse.unquote(user), urllib.parse.unquote(password)
 
 
+def _pairs(given):
+    """(name, value) of a mapping, or of what consists of them."""
+    return given.items() if hasattr(given, "items") else given
+
+
 def _with_params(url, params):
     """`url` with more of a query."""
     pairs = [(name, "" if value is None else str(value).lower() if isinstance(value, bool) else value)
-             for name, values in (params.items() if hasattr(params, "items") else params)
+             for name, values in _pairs(params)
              for value in (values if isinstance(values, (list, tuple)) else [values])]
     query = _encode_urlencoded(pairs).decode()
     url, mark, fragment = url.partition("#")
@@ -8414,13 +8435,11 @@ def _content_of(content, data, files, value):
     if (content is not None) + (data is not None or files is not None) + (value is not None) > 1:
         raise TypeError("a request has one content: content=, json=, or data= and files=")
     if value is not None:
-        text = json.dumps(value, default=json_default, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        return text.encode(), "application/json"
+        return _encode_json(value).encode(), _JSON
     if files is not None:
-        fields = list(data.items() if hasattr(data, "items") else data or ())
-        parts = [FormPart(name, one if isinstance(one, (str, bytes)) else str(one)) for name, several in fields
+        parts = [FormPart(name, one if isinstance(one, (str, bytes)) else str(one)) for name, several in _pairs(data or ())
                  for one in (several if isinstance(several, (list, tuple)) else [several])]
-        parts += [_file_part(name, file) for name, file in (files.items() if hasattr(files, "items") else files)]
+        parts += [_file_part(name, file) for name, file in _pairs(files)]
         body = _MultipartBody(parts)
         return _Streamed(body, body.length), body.content_type
     if data is not None:
@@ -8430,7 +8449,7 @@ def _content_of(content, data, files, value):
     if content is None or isinstance(content, bytes):
         return content, None
     if isinstance(content, str):
-        return content.encode(), "text/plain; charset=utf-8"
+        return content.encode(), _TEXT
     if isinstance(content, (bytearray, memoryview)):
         return bytes(content), None
     if _is_file(content):
@@ -9281,7 +9300,7 @@ class HttpClient(_Sending):
         self._base = _Url(base_url) if base_url else None
         self._params = params
         self.headers = Headers(_DEFAULT_HEADERS)
-        for name, value in headers.items() if hasattr(headers, "items") else headers:
+        for name, value in _pairs(headers):
             self.headers.set(name, value)
         own = {} if cookies is None or isinstance(cookies, http.cookiejar.CookieJar) else dict(cookies)
         self.cookies = cookies if isinstance(cookies, http.cookiejar.CookieJar) else _Jar()
@@ -9444,9 +9463,9 @@ class HttpClient(_Sending):
         if options.auth is None and given.auth is not False and (auth := self._credentials(parsed)):
             options = options._replace(auth=auth)
         all_headers = self.headers.copy()
-        for name in {name.lower() for name, _ in (headers.items() if hasattr(headers, "items") else headers)}:
+        for name in {name.lower() for name, _ in _pairs(headers)}:
             all_headers.remove(name)
-        for name, value in headers.items() if hasattr(headers, "items") else headers:
+        for name, value in _pairs(headers):
             all_headers.add(name, value)
         if media_type is not None and "content-type" not in all_headers:
             all_headers.set("Content-Type", media_type)
@@ -9720,6 +9739,7 @@ WSGI_IDLE = 10.0
 
 # What a thread asks for.
 _INPUT, _ROOM = "the next piece of the content", "room for more of the answer"
+_SOFTWARE = f"FlowCoro/{__version__}"
 _WSGI_STATUS = re.compile(rf"([2-9][0-9][0-9]) ([{_VALUE_CHARS}]*)")
 
 
@@ -9769,9 +9789,6 @@ def _wsgi_environ(request, rest, content):
         elif key:
             environ[key] = value
     return environ
-
-
-_SOFTWARE = f"FlowCoro/{__version__}"
 
 
 class _WsgiFile:
