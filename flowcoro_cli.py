@@ -1755,7 +1755,6 @@ async def _serve(app, options, kept):
         if kept is not None:
             kept.keep()
             flowcoro.spawn(_close_on_change(server, _Sources(), ending), name="watch the sources")
-        _announce(server, options)
         drain = options.drain_timeout if kept is None else min(options.drain_timeout, RELOAD_DRAIN)
         more = {"reload": functools.partial(_reload_certificate, server, options)} if options.processes else {}
         with _load("flowcoro_os").signals(*_serve_signals(options)) as received, flowcoro.CancelScope() as scope:

@@ -232,6 +232,7 @@ def test_a_folder_is_served_and_listed_only_when_asked(folder, listing):
         status, content = server.get("/")
         assert (status == 200 and "apps.py" in content) if listing else status == 404
         assert server.end() == 0
+        assert server.lines == [f"serving . on {server.where}", "Ctrl-C ends it"]      # once
 
 
 @pytest.mark.parametrize("option, pattern", [("--access-log", r'"GET /guarded HTTP/1.1" 403 '),
