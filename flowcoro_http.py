@@ -2656,7 +2656,7 @@ class _Heads(_Received):
                 continue
             self._head_size += len(line) + 2
             if self._first is None:
-                self._first = self._status_line(line) if client else _request_line(line)
+                self._first = self._read_status_line(line) if client else _request_line(line)
             elif line:
                 self._add_line(line)
             else:
@@ -2675,7 +2675,7 @@ class _Heads(_Received):
             raise ProtocolError(400, f"no request begins with the byte 0x{byte:02x}; is it TLS, or another protocol?")
 
     @staticmethod
-    def _status_line(line):
+    def _read_status_line(line):
         found = _STATUS_LINE.fullmatch(line)
         if found is None:
             raise ProtocolError(400, f"{_shown(line)} is no status line")
@@ -8340,11 +8340,11 @@ class _Streamed:
     `length`: bytes, None if that is not known. `again`: whether it can be sent another time.
     """
 
-    __slots__ = ("length", "again", "content_type", "_sources")
+    __slots__ = ("length", "again", "_sources")
 
-    def __init__(self, sources, length=None, content_type=None):
+    def __init__(self, sources, length=None):
         self._sources = []              # (source, where a file began)
-        self.again, self.length, self.content_type = True, length, content_type
+        self.again, self.length = True, length
         for source in sources:
             start = _place(source)
             self._sources.append((source, start))
