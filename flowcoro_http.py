@@ -127,7 +127,7 @@ __all__ = ["HttpServer", "HttpListener", "Request", "Response", "Fields", "FormF
            "Headers", "ProtocolError", "LocalProtocolError", "MediaType", "parse_media_type", "negotiate_type",
            "negotiate_encoding", "negotiate_language", "http_date", "parse_http_date", "entity_tag", "safe_filename",
            "content_disposition", "parse_links", "cache_control", "TrustedProxies", "Forwarding", "Signer", "SignatureError",
-           "FormPart", "send_file", "static_files", "ServerSentEvent", "event_stream", "last_event_id", "access_log", "cors",
+           "send_file", "static_files", "ServerSentEvent", "event_stream", "last_event_id", "access_log", "cors",
            "compress", "etag", "security_headers", "body_limit", "timeout", "trusted_proxies", "request_id", "basic_auth",
            "bearer_auth", "sessions", "wsgi_app", "asgi_app", "HttpClient", "ClientRequest", "ClientResponse", "Timeouts",
            "Retries", "Auth", "BasicAuth", "BearerAuth", "DigestAuth", "EventStream", "RequestError", "ConnectError",
@@ -1804,7 +1804,7 @@ def _form_parameters(value, number):
     return parameters
 
 
-class FormPart(typing.NamedTuple):
+class _FormPart(typing.NamedTuple):
     """A field or a file to send. `content`: str, bytes, or anything that the sender of the body knows how to read.
 
     With a `filename` it is a file, of application/octet-stream if `content_type` is None. `length` in bytes, of a content that
@@ -1819,7 +1819,7 @@ class FormPart(typing.NamedTuple):
 
 
 class _MultipartBody:
-    """Makes a multipart/form-data body of FormParts and (name, content) pairs.
+    """Makes a multipart/form-data body of _FormPart and (name, content) pairs.
 
     `content_type` is the value for Content-Type, `length` the number of bytes, None if one part's is not known. Iterate it for
     its pieces: bytes to send, and between them the contents that are neither str nor bytes, for the caller to read and send in
@@ -1835,7 +1835,7 @@ class _MultipartBody:
         self.content_type = str(MediaType("multipart", "form-data", {"boundary": boundary}))
         self._pieces, self.length, unknown = [], 0, False
         for part in parts:
-            part = FormPart(*part)
+            part = _FormPart(*part)
             content = part.content.encode() if isinstance(part.content, str) else part.content
             self._add(f"--{boundary}\r\n".encode() + _part_head(part))
             if isinstance(content, (bytes, bytearray, memoryview)):
@@ -8411,7 +8411,7 @@ def _size_left(file):
 
 
 def _file_part(name, file):
-    """files=: a file, bytes, or (filename, file[, media type]), as a FormPart."""
+    """files=: a file, bytes, or (filename, file[, media type]), as a _FormPart."""
     filename, media_type = None, None
     if isinstance(file, tuple):
         if not 2 <= len(file) <= 3:
@@ -8424,10 +8424,10 @@ def _file_part(name, file):
     if media_type is None:
         media_type = mimetypes.guess_type(filename)[0]
     if isinstance(file, (str, bytes, bytearray, memoryview)):
-        return FormPart(name, file, filename, media_type)
+        return _FormPart(name, file, filename, media_type)
     if not any(hasattr(file, verb) for verb in ("read", "__aiter__", "__iter__")):
         raise TypeError(f"files: {name!r}: {type(file).__name__} is no file and no bytes")
-    return FormPart(name, file, filename, media_type, _size_left(file) if _is_file(file) else None)
+    return _FormPart(name, file, filename, media_type, _size_left(file) if _is_file(file) else None)
 
 
 def _content_of(content, data, files, value):
@@ -8437,7 +8437,7 @@ def _content_of(content, data, files, value):
     if value is not None:
         return _encode_json(value).encode(), _JSON
     if files is not None:
-        parts = [FormPart(name, one if isinstance(one, (str, bytes)) else str(one)) for name, several in _pairs(data or ())
+        parts = [_FormPart(name, one if isinstance(one, (str, bytes)) else str(one)) for name, several in _pairs(data or ())
                  for one in (several if isinstance(several, (list, tuple)) else [several])]
         parts += [_file_part(name, file) for name, file in _pairs(files)]
         body = _MultipartBody(parts)
