@@ -8837,7 +8837,7 @@ class _ClientExchange:
             self.scope = scope = flowcoro.CancelScope(deadline=min(self.deadline, began + limits.head))
             with scope:
                 try:
-                    await self.send(connection)
+                    await self.send(connection, math.inf if stream else self.options.max_bytes)
                     head = await connection.receive_head()
                     response = ClientResponse(head, self.request, flowcoro.now() - began)
                     if stream:
@@ -8883,9 +8883,9 @@ class _ClientExchange:
                 return connection
             pool.discard(connection)
 
-    async def send(self, connection):
+    async def send(self, connection, max_bytes):
         codec, request = connection.codec, self.request
-        codec.max_body, connection.heard = self.options.max_bytes if self.options.max_bytes != math.inf else None, False
+        codec.max_body, connection.heard = max_bytes if max_bytes != math.inf else None, False
         if self.head is not None:
             codec.note_message(request.method)
             await connection.sock.write(self.head)

@@ -488,6 +488,23 @@ def test_reading_a_stream_holds_no_more_than_max_bytes():
          work)
 
 
+@pytest.mark.parametrize("framing", ["Content-Length: 5000\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n1388\r\n", "\r\n"])
+def test_a_stream_that_is_iterated_may_be_longer_than_max_bytes(framing):
+    async def work(client, origin):
+        async with client.stream("GET", origin.url) as response:
+            assert sum([len(piece) async for piece in response]) == 5000
+        async with client.stream("GET", origin.url) as response:
+            with pytest.raises(ResponseError, match="1000"):
+                await response.read()
+
+    async def handler(request):
+        await request.sock.write(f"HTTP/1.1 200 OK\r\n{framing}".encode() + b"x" * 5000)
+        if "chunked" in framing:
+            await request.sock.write(b"\r\n0\r\n\r\n")
+
+    talk(handler, work, max_bytes=1000)
+
+
 # ---- connections -----------------------------------------------------------------------------------------------
 
 def test_a_connection_that_the_server_has_closed_is_not_used_even_for_a_post():
