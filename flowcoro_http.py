@@ -7991,6 +7991,9 @@ CONNECTIONS_PER_ORIGIN, KEPT_IDLE = 100, 30.0
 # Cookies that a client keeps, of one domain and altogether. Chrome keeps 180 and 3300.
 MAX_OF_DOMAIN, MAX_JAR = 180, 3000
 
+# Characters of a cookie's name and value, and of each attribute; longer ones are dropped (RFC 6265bis 5.6).
+MAX_COOKIE, MAX_COOKIE_ATTRIBUTE = 4096, 1024
+
 # Bytes of one server-sent event, and failures in a row after which EventStream gives up.
 MAX_EVENT, MAX_EVENT_FAILURES = 2**20, 10
 
@@ -8329,11 +8332,39 @@ class _Proxies:
 
 # -- cookies
 
+class _CookiePolicy(http.cookiejar.DefaultCookiePolicy):
+    """What RFC 6265 (and 6265bis for Secure and the prefixes of names) says, and http.cookiejar, which is older, does not."""
+
+    def __init__(self):
+        # A cookie without Domain is for its host alone, not for those below it (RFC 6265 5.4); supercookies are of the list.
+        super().__init__(strict_domain=True, strict_ns_domain=self.DomainStrictNonDomain)
+
+    def set_ok(self, cookie, request):
+        host = request.origin_req_host
+        if cookie.domain_specified and cookie.domain.lstrip(".") != host and not _is_name(host):    # 5.1.3: it has no domain
+            return False
+        prefix = cookie.name[:9].lower()
+        secure, own = prefix.startswith(("__secure-", "__host-")), prefix.startswith("__host-")
+        if (secure and not cookie.secure or own and (cookie.domain_specified or cookie.path != "/")
+                or cookie.secure and request.type != "https"):
+            return False
+        return super().set_ok(cookie, request)
+
+
+def _is_name(host):
+    """Whether it is no address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return True
+    return False
+
+
 class _Jar(http.cookiejar.CookieJar):
     """A jar that does not grow without end. `filled`: whether there may be anything in it."""
 
     def __init__(self):
-        super().__init__(http.cookiejar.DefaultCookiePolicy(strict_domain=True))
+        super().__init__(_CookiePolicy())
         self.filled, self._added = False, 0
 
     def set_cookie(self, cookie):
@@ -8391,7 +8422,12 @@ class _CookieResponse:
         return self
 
     def get_all(self, name, default=None):
-        return self._headers.get_all(name) or default
+        return [value for value in self._headers.get_all(name) if self._is_short(value)] or default
+
+    @staticmethod
+    def _is_short(value):
+        pair, *attributes = value.split(";")
+        return len(pair) <= MAX_COOKIE and all(len(attribute) <= MAX_COOKIE_ATTRIBUTE for attribute in attributes)
 
 
 # -- contents to send
