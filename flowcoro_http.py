@@ -8113,7 +8113,7 @@ _URL = re.compile(r"([A-Za-z][0-9A-Za-z+.-]*)://(?:([^/?#@\\]*)@)?(\[[0-9A-Fa-f:
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 _ENCODED = re.compile(rf"[^{_TARGET_CHARS}]")
 _PORTS = {"http": 80, "https": 443}
-_shown_url = re.compile(r"(?<=://)[^/?#@]*@").sub
+_shown_url = re.compile(r"(?<=://).*@", re.DOTALL).sub     # to the last @: a password may have what it must not
 
 
 class _Url:
@@ -8123,6 +8123,8 @@ class _Url:
 
     def __init__(self, text):
         """ValueError if it is none."""
+        if not isinstance(text, str):
+            raise TypeError(f"url={text!r:.60}: give a str")
         found = _URL.fullmatch(text) if not _CONTROLS.search(text) else None
         if found is None:
             raise ValueError(f"{_shown(_shown_url('', text))} is no URL: http://host/path, without control characters")
@@ -8155,12 +8157,18 @@ class _Url:
         return urllib.parse.unquote(user), urllib.parse.unquote(password)
 
 
+def _fields(fields, what):
+    """The (name, value) of params= or data=, a dict or pairs: of a list each item; None is "", True "true"."""
+    if isinstance(fields, (str, bytes)):
+        raise TypeError(f"{what}={fields!r:.60}: give a dict or pairs of names and values")
+    return [(name, "" if value is None else str(value).lower() if isinstance(value, bool) else value)
+            for name, values in (fields.items() if hasattr(fields, "items") else fields)
+            for value in (values if isinstance(values, (list, tuple)) else [values])]
+
+
 def _with_params(url, params):
     """`url` with more of a query."""
-    pairs = [(name, "" if value is None else str(value).lower() if isinstance(value, bool) else value)
-             for name, values in (params.items() if hasattr(params, "items") else params)
-             for value in (values if isinstance(values, (list, tuple)) else [values])]
-    query = _encode_urlencoded(pairs).decode()
+    query = _encode_urlencoded(_fields(params, "params")).decode()
     url, mark, fragment = url.partition("#")
     return (f"{url}{'' if url.endswith(('?', '&')) else '&' if '?' in url else '?'}{query}" if query else url) + mark + fragment
 
@@ -8536,16 +8544,15 @@ def _content_of(content, data, files, value):
         text = json.dumps(value, default=json_default, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         return text.encode(), "application/json"
     if files is not None:
-        fields = list(data.items() if hasattr(data, "items") else data or ())
-        parts = [FormPart(name, one if isinstance(one, (str, bytes)) else str(one)) for name, several in fields
-                 for one in (several if isinstance(several, (list, tuple)) else [several])]
+        parts = [FormPart(name, value if isinstance(value, (str, bytes)) else str(value))
+                 for name, value in _fields(data or (), "data")]
         parts += [_file_part(name, file) for name, file in (files.items() if hasattr(files, "items") else files)]
         body = _MultipartBody(parts)
         return _Streamed(body, body.length), body.content_type
     if data is not None:
         if isinstance(data, (str, bytes)):
             raise TypeError("data= takes the fields of a form, a dict or pairs; for text or bytes as they are use content=")
-        return _encode_urlencoded(data), "application/x-www-form-urlencoded"
+        return _encode_urlencoded(_fields(data, "data")), "application/x-www-form-urlencoded"
     if content is None or isinstance(content, bytes):
         return content, None
     if isinstance(content, str):
@@ -9397,10 +9404,15 @@ class HttpClient(_Sending):
                  trust_env=True,
                  verify=True, cert=None, event_hooks=None, max_connections=CONNECTIONS_PER_ORIGIN, keep_alive=KEPT_IDLE,
                  max_head=MAX_HEAD, connect=None, unix=None):
-        self._base = _Url(base_url) if base_url else None
+        self._base = None
+        if base_url:
+            base = _Url(base_url)
+            self._base = base.text.partition("?")[0]
+            if base.userinfo:
+                self._base = self._base.replace("://", f"://{base.userinfo}@", 1)
         self._params = params
         self.headers = Headers(_DEFAULT_HEADERS)
-        for name, value in headers.items() if hasattr(headers, "items") else headers:
+        for name, value in headers.items() if hasattr(headers, "items") else headers or ():
             self.headers.set(name, value)
         own = {} if cookies is None or isinstance(cookies, http.cookiejar.CookieJar) else dict(cookies)
         self.cookies = cookies if isinstance(cookies, http.cookiejar.CookieJar) else _Jar()
@@ -9460,9 +9472,9 @@ class HttpClient(_Sending):
                       progress=None, upload_progress=None):
         """A ClientResponse with all of its content, whatever its status.
 
-        params: dict or pairs to add to the query; of a list each item; None is "". headers: instead of the client's of the same
-        names. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async iterable
-        of bytes. json: a value. data: fields of a form. files: {name: file, bytes, or (filename, file[, media type])}, sent with
+        params: dict or pairs to add to the query; of a list each item; None is "". headers: dict or pairs, instead of the client's
+        of the same names. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async
+        iterable of bytes. json: a value. data: fields of a form, as params. files: {name: file, bytes, or (filename, file[, media type])}, sent with
         data as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: instead of the client's.
         progress, upload_progress: function (bytes so far, bytes in all or None), of the content as it travels. Errors, and what
         cancellation leaves: see HttpClient.
@@ -9500,7 +9512,7 @@ class HttpClient(_Sending):
     def _parse(self, url):
         parsed = self._urls.get(url)
         if parsed is None:
-            parsed = _Url(url if self._base is None or _has_scheme(url) else self._below(url))
+            parsed = _Url(url if self._base is None or not isinstance(url, str) or _has_scheme(url) else self._below(url))
             if len(self._urls) >= KNOWN_URLS:
                 self._urls.clear()
             if len(url) <= KNOWN_URL:
@@ -9509,7 +9521,7 @@ class HttpClient(_Sending):
 
     def _below(self, url):
         """`url` after base_url, whose path stays before it."""
-        base = self._base.text.partition("?")[0]
+        base = self._base
         return base + url if url[:1] in ("", "?", "#") else base.rstrip("/") + "/" + url.removeprefix("/")
 
     async def _ordinary(self, method, url):
@@ -9560,12 +9572,13 @@ class HttpClient(_Sending):
                 url = _with_params(url, more)
         parsed = self._parse(url)
         content, media_type = _content_of(*contents)
+        headers = () if headers is None else list(headers.items() if hasattr(headers, "items") else headers)
         if options.auth is None and given.auth is not False and (auth := self._credentials(parsed)):
             options = options._replace(auth=auth)
         all_headers = self.headers.copy()
-        for name in {name.lower() for name, _ in (headers.items() if hasattr(headers, "items") else headers)}:
+        for name, _ in headers:
             all_headers.remove(name)
-        for name, value in headers.items() if hasattr(headers, "items") else headers:
+        for name, value in headers:
             all_headers.add(name, value)
         if media_type is not None and "content-type" not in all_headers:
             all_headers.set("Content-Type", media_type)

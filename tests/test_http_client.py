@@ -256,7 +256,7 @@ def test_multipart_has_fields_and_files(tmp_path):
     ({"headers": {"X": "a\r\nB: c"}}, LocalProtocolError), ({"headers": {"X y": "a"}}, LocalProtocolError),
     ({"retries": -1}, ValueError), ({"max_bytes": -1}, ValueError), ({"files": {"a": 5}}, TypeError),
     ({"nonsense": 1}, TypeError),
-    ({"cookies": {"a": "b;c"}}, ValueError),
+    ({"cookies": {"a": "b;c"}}, ValueError), ({"params": "a=b"}, TypeError),
 ])
 def test_arguments_that_make_no_sense(options, error):
     async def work(client, origin):
@@ -314,10 +314,23 @@ def test_what_is_no_url(url):
 
 
 def test_a_url_that_is_refused_does_not_show_its_password():
-    for url in "ftp://user:secret@host/", "http://user:secret@host/\x00", "http://user:secret@host:0/":
+    for url in ("ftp://user:secret@host/", "http://user:secret@host/\x00", "http://user:secret@host:0/", "http://user:a@secret@host/",
+                "http://user:secret/a@host/", "http://user:secret?#@host/", "http://user:a\nsecret@host"):
         with pytest.raises(ValueError) as caught:
             _Url(url)
         assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", [None, b"http://host/", 5])
+@pytest.mark.parametrize("base", ["", "http://host/"])
+def test_a_url_is_text(url, base):
+    async def main():
+        async with HttpClient(base_url=base, trust_env=False) as client:
+            for verb in client.get, client.post:
+                with pytest.raises(TypeError, match="give a str"):
+                    await verb(url)
+
+    flowcoro.run(main())
 
 
 @pytest.mark.parametrize("base, url, target", [
@@ -341,6 +354,29 @@ def test_params(url, params, target):
     async def work(client, origin):
         await client.get(origin.url + url, params=params)
         assert origin.requests[0].target == target
+
+    talk(lambda request: answer(), work)
+
+
+def test_the_fields_of_a_form_are_written_as_params_are():
+    async def work(client, origin):
+        fields = {"x": True, "n": None, "y": [1, "b"]}
+        await client.post(origin.url, data=fields)
+        await client.post(origin.url, data=fields, files={})
+        assert origin.requests[0].body == b"x=true&n=&y=1&y=b"
+        assert [part.split(b"\r\n")[3] for part in origin.requests[1].body.split(b"--" + origin.requests[1].body[2:34])[1:-1]] == [
+            b"true", b"", b"1", b"b"]
+
+    talk(lambda request: answer(), work)
+
+
+def test_the_user_of_a_base_url_is_for_what_is_below_it():
+    async def work(client, origin):
+        async with HttpClient(base_url=origin.url.replace("//", "//me:p%61ss@") + "/a?x", trust_env=False) as other:
+            await other.get("b")
+            await other.get(origin.url)
+        assert [request.headers.get("authorization") for request in origin.requests] == ["Basic bWU6cGFzcw==", None]
+        assert origin.requests[0].target == "/a/b"
 
     talk(lambda request: answer(), work)
 
