@@ -8880,8 +8880,9 @@ class _ClientExchange:
             self.scope = scope = flowcoro.CancelScope(deadline=min(self.deadline, began + limits.head))
             with scope:
                 try:
-                    await self.send(connection, math.inf if stream else self.options.max_bytes)
-                    head = await connection.receive_head()
+                    head = await self.send(connection, math.inf if stream else self.options.max_bytes)
+                    if head is None:
+                        head = await connection.receive_head()
                     response = ClientResponse(head, self.request, flowcoro.now() - began)
                     if stream:
                         self.connection, response._exchange = connection, self
@@ -8927,19 +8928,47 @@ class _ClientExchange:
             pool.discard(connection)
 
     async def send(self, connection, max_bytes):
+        """None; or the ResponseHead, if it was received meanwhile."""
         codec, request = connection.codec, self.request
         codec.max_body, connection.heard = max_bytes if max_bytes != math.inf else None, False
         if self.head is not None:
             codec.note_message(request.method)
             await connection.sock.write(self.head)
-        else:
-            content = request.content
-            target = request.url if self.origin.absolute else request.parsed.target
-            head = RequestHead(request.method, target, request.headers.items())
-            if type(content) is _Streamed or content and len(content) > WHOLE_REQUEST:
-                await self.send_pieces(connection, head, content)
-                return
-            await connection.sock.write(codec.send_message(head, content or b""))
+            return None
+        content = request.content
+        target = request.url if self.origin.absolute else request.parsed.target
+        head = RequestHead(request.method, target, request.headers.items())
+        if type(content) is _Streamed or content and len(content) > WHOLE_REQUEST:
+            return await self.send_and_listen(connection, head, content)
+        await connection.sock.write(codec.send_message(head, content or b""))
+        return None
+
+    async def send_and_listen(self, connection, head, content):
+        """The ResponseHead. One of 300 and more that comes before all of the content was sent ends that: the server does not want
+        the rest, and may not even read it (RFC 9112 9.3). The connection is not used again then, as the codec knows."""
+        sending, outcome, failure = flowcoro.CancelScope(), None, None
+
+        async def listen():
+            nonlocal outcome
+            try:
+                outcome = await connection.receive_head()
+            except Exception as error:
+                outcome = error
+            if type(outcome) is not ResponseHead or outcome.status >= 300:
+                sending.cancel()
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(listen(), name="hear an early answer")
+            try:
+                with sending:
+                    await self.send_pieces(connection, head, content)
+            except Exception as error:          # of what the content comes from; out of the group it would be one of several
+                failure = error
+                group.cancel()
+            self.wait("head", self.options.timeouts.head)
+        if failure is not None or type(outcome) is not ResponseHead:
+            raise failure or outcome
+        return outcome
 
     async def send_pieces(self, connection, head, content):
         codec, limits, progress = connection.codec, self.options.timeouts, self.options.upload_progress
@@ -8959,7 +8988,6 @@ class _ClientExchange:
                     progress(done, content.length)
         if goes_on and (end := codec.send(EndOfMessage())):
             await self.write(connection, end)
-        self.wait("head", limits.head)
 
     @staticmethod
     async def write(connection, data):

@@ -941,6 +941,82 @@ def test_an_early_answer_to_a_content_that_is_not_wanted():
     flowcoro.run(main())
 
 
+def with_handler(handler, work, tls=None, **options):
+    """Run work(client, url) with a server that hands each socket to `handler`."""
+    async def main():
+        async with await TcpServer.listen("127.0.0.1", 0, tls=tls) as server, flowcoro.TaskGroup() as group:
+            group.spawn(server.serve(handler))
+            async with HttpClient(trust_env=False, timeout=FOREVER, **options) as client:
+                await work(client, f"http{'s' if tls else ''}://127.0.0.1:{server.local[1]}/")
+                assert given_back(client)
+            group.cancel()
+
+    flowcoro.run(main())
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize("status", [303, 413])
+def test_an_answer_is_heard_though_the_server_reads_no_more(kind, status, tls, certificate):
+    ended = []
+
+    async def pieces():
+        try:
+            yield b"x"
+            await flowcoro.sleep(FOREVER)
+        finally:
+            ended.append(1)
+
+    async def handler(sock):
+        await sock.read_until(b"\r\n\r\n")
+        await sock.write(b"HTTP/1.1 100 Continue\r\n\r\n" + answer("no", f"{status} No"))
+        await flowcoro.sleep(FOREVER)
+
+    async def work(client, url):
+        content = b"x" * 50_000_000 if kind == "bytes" else pieces()
+        response = await client.post(url, content=content)
+        assert (response.status, response.text) == (status, "no") and ended == [1] * (kind == "pieces")
+        assert client.statistics()[url[:-1]]["idle"] == 0
+
+    with_handler(handler, work, certificate.server if tls else None, verify=certificate.path)
+
+
+def test_an_answer_of_success_may_come_while_the_content_still_goes():
+    told = []
+
+    async def pieces():
+        for number in range(3):
+            yield b"%d" % number
+            await told.pop()
+
+    async def handler(sock):
+        for _ in range(2):
+            await sock.read_until(b"\r\n\r\n")
+            await sock.write(b"HTTP/1.1 200 OK\r\nContent-Length: 18\r\n\r\n")
+            await sock.write(await sock.read_exactly(18))
+            await sock.read_until(b"0\r\n\r\n")
+
+    async def work(client, url):
+        for _ in range(2):
+            told.extend(flowcoro.sleep(0.01) for _ in range(3))
+            assert (await client.post(url, content=pieces())).content == b"1\r\n0\r\n1\r\n1\r\n1\r\n2\r\n"
+        assert client.statistics()[url[:-1]]["created"] == 1
+
+    with_handler(handler, work)
+
+
+def test_the_error_of_a_content_is_raised_as_it_is():
+    async def pieces():
+        yield b"x"
+        raise KeyError("mine")
+
+    async def work(client, url):
+        with pytest.raises(KeyError, match="mine"):
+            await client.post(url, content=pieces())
+
+    with_handler(lambda sock: sock.read_until(b"\r\n\r\n\r\n"), work)
+
+
 def test_random_answers_end_in_a_response_or_an_error_of_the_tree():
     source = random.Random(SEED)
     good = [answer(b"hello" * 10), OK + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", redirect("/x"),
