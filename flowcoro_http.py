@@ -7975,8 +7975,9 @@ MAX_REDIRECTS = 20
 # Informational responses before a response at most. There are two in earnest, 100 and 103; Go allows 5.
 MAX_INFORMATIONAL = 16
 
-# Bytes of content that are read and dropped of a redirect in stream(), so that its connection can be used again.
-MAX_DROPPED = 64 * 2**10
+# Bytes of content that are read and dropped of a redirect in stream(), so that its connection can be used again, and seconds for
+# that: a new connection takes less than either.
+MAX_DROPPED, DROP_TIMEOUT = 64 * 2**10, 0.5
 
 # Bytes of a request that leave in one write, head and content; bytes of a file that are read at a time, and of a response.
 WHOLE_REQUEST, UPLOAD_PIECE, RECEIVED_PIECE = 64 * 2**10, 256 * 2**10, 64 * 2**10
@@ -8732,7 +8733,7 @@ class ClientResponse(Response):
     async def _skip(self):
         """Read what is left of a response that nobody is interested in, if that is little, and comes soon."""
         exchange, left = self._exchange, MAX_DROPPED
-        with contextlib.suppress(RequestError), flowcoro.move_on_after(exchange.options.timeouts.read):
+        with contextlib.suppress(RequestError), flowcoro.move_on_after(DROP_TIMEOUT):
             while left > 0 and self.content is None and exchange.connection is not None:
                 data = await exchange.more(self)
                 left -= len(data) or left
@@ -9241,11 +9242,20 @@ class _Sending:
         if origin is None:
             if self._closed:
                 raise flowcoro.ClosedError("this HttpClient is closed")
-            if len(self._origins) >= KEPT_ORIGINS:      # the oldest goes; who has a connection to it still brings that back
-                self._origins.pop(next(iter(self._origins))).pool.clear()
-                self._known.clear()
+            if len(self._origins) >= KEPT_ORIGINS:
+                self._forget_origin()
             origin = self._origins[key] = _Origin(self, url)
         return origin
+
+    def _forget_origin(self):
+        """The oldest that is not in use: whoever has, or waits for, a connection to another one brings it back to this client."""
+        for key, origin in list(self._origins.items()):
+            numbers = origin.pool.statistics()
+            if not (numbers["in_use"] or numbers["waiting"] or numbers["connecting"]):
+                self._origins.pop(key, None)
+                origin.pool.clear()
+                self._known.clear()
+                return
 
     def _equip(self, request, options):
         """Set what depends on where it goes: Host, cookies, credentials; not what the caller has set."""

@@ -741,6 +741,33 @@ def test_origins_beyond_the_limit_are_forgotten(monkeypatch):
     flowcoro.run(main())
 
 
+def test_an_origin_in_use_is_not_forgotten(monkeypatch):
+    monkeypatch.setattr("flowcoro_http.KEPT_ORIGINS", 2)
+    go_on = flowcoro.Event()
+
+    async def handler(request):
+        if request.headers["host"] == "a.test":
+            await go_on.wait()
+        return answer()
+
+    async def main():
+        async with serving(handler) as origin:
+            async def connect(host, port, tls):
+                return await Socket.connect("127.0.0.1", origin.port)
+
+            async with HttpClient(connect=connect, trust_env=False, max_connections=1) as client:
+                async with flowcoro.TaskGroup() as group:
+                    for _ in range(2):                  # one has the connection, the other waits for it
+                        group.spawn(client.get("http://a.test/"))
+                    for name in "bcd":
+                        await client.get(f"http://{name}.test/")
+                    assert list(client.statistics()) == ["http://a.test:80", "http://d.test:80"]
+                    go_on.set()
+                assert given_back(client) and client.statistics()["http://a.test:80"]["created"] == 1
+
+    flowcoro.run(main())
+
+
 def test_several_workers_share_a_client():
     async def handler(request):
         await flowcoro.checkpoint()
