@@ -202,8 +202,8 @@ _DIGITS = re.compile(r"[0-9]{1,18}")
 # cache's key, a log, a template, a shell) is better off without.
 _AUTHORITY = re.compile(r"([0-9A-Za-z._~-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?")
 
-# Field lines with these names are checked each time and not remembered.
-_SECRET = frozenset(["authorization", "cookie", "proxy-authorization", "set-cookie", "www-authenticate", "authentication-info"])
+# Field lines with such names (in lower case) are checked each time, not remembered, and not shown.
+_is_secret = re.compile("auth|cookie|credential|key|passw|secret|session|signature|token").search
 
 
 def _shown(text, most=60):
@@ -272,7 +272,7 @@ class _KnownLines(dict):
 
     def __missing__(self, line):
         entry = self.check(line)
-        if (len(line) if isinstance(line, str) else len(line[0]) + len(line[1])) <= KNOWN_LINE and entry[0] not in _SECRET:
+        if (len(line) if isinstance(line, str) else len(line[0]) + len(line[1])) <= KNOWN_LINE and not _is_secret(entry[0]):
             if len(self) >= KNOWN_LINES:
                 self.clear()
             self[line] = entry
@@ -313,7 +313,8 @@ def _write_line(pair):
     if not _TOKEN.fullmatch(name):
         raise LocalProtocolError(f"{_shown(name)} is no name of a field: letters, digits and !#$%&'*+-.^_`|~ are allowed")
     if not _VALUE.fullmatch(value):
-        raise LocalProtocolError(f"{name}: {_shown(value)} has a control character or one beyond U+00FF; encode it")
+        shown = "its value" if _is_secret(name.lower()) else _shown(value)
+        raise LocalProtocolError(f"{name}: {shown} has a control character or one beyond U+00FF; encode it")
     lower, value = name.lower(), value.strip(" \t")
     problem = _PROBLEMS.get(lower)
     if problem is not None and (said := problem(value)):
@@ -422,7 +423,7 @@ class Headers:
         return Headers._of(list(self._entries))
 
     def __repr__(self):
-        shown = [(name, "…" if lower in _SECRET else value) for lower, (name, value) in self._entries]
+        shown = [(name, "…" if _is_secret(lower) else value) for lower, (name, value) in self._entries]
         return f"Headers({shown!r})"
 
 
@@ -2646,7 +2647,7 @@ class _Heads(_Received):
                 event = self._short_way(text)
                 if event is not None:
                     self._start = self._scan = end + 4
-                    if not start and end + 4 == len(buffer) <= KNOWN_HEAD and self._known is not None:
+                    if not start and end + 4 == len(buffer) <= KNOWN_HEAD and type(buffer) is bytes and self._known is not None:
                         self._remember(buffer, event)
                     return event
             elif start == len(buffer):
@@ -2683,8 +2684,8 @@ class _Heads(_Received):
         place = hash(data) % len(_SEEN)
         if _SEEN[place] != hash(data):
             _SEEN[place] = hash(data)
-        elif (type(data) is bytes and self._mode is _BY_LENGTH and not self._left and self.keep_alive and self._minor
-                and self._their_end is _END and _SECRET.isdisjoint(head.headers._index)):
+        elif (self._mode is _BY_LENGTH and not self._left and self.keep_alive and self._minor and self._their_end is _END
+                and not _is_secret(head.target.lower()) and not any(map(_is_secret, head.headers._index))):
             if len(self._known) >= KNOWN_HEADS:
                 self._known.clear()
             self._known[data] = _Known(head)
@@ -3085,7 +3086,7 @@ _known_head = _KNOWN_HEADS.get
 
 def _remember_head(head, index, lines):
     """Keep the head of an answer, unless its fields say more about the connection than its content, are long, or secret."""
-    if "connection" in index or not _SECRET.isdisjoint(index) or sum(map(len, lines)) > KNOWN_HEAD:
+    if "connection" in index or any(map(_is_secret, index)) or sum(map(len, lines)) > KNOWN_HEAD:
         return
     if len(_KNOWN_HEADS) >= KNOWN_HEADS:
         _KNOWN_HEADS.clear()
@@ -5097,7 +5098,8 @@ def _type_html(schema):
 MAX_BODY = 16 * 2**20
 
 # Bytes of a file in a form up to which it stays in memory; beyond, it lies in a temporary file. Django 2.5 MB, starlette 1 MiB.
-SPOOLED = 2**20
+# And bytes of all files of a form that stay there, and files in one form at most (Django 100): each may be an open file.
+SPOOLED, SPOOLED_IN_ALL, MAX_FILES = 2**20, 4 * 2**20, 100
 
 _TEXT, _BINARY, _JSON = "text/plain; charset=utf-8", "application/octet-stream", "application/json"
 _STATELESS = frozenset([204, 304])
@@ -5155,17 +5157,22 @@ class FormFile:
     SPOOLED bytes and a temporary file beyond. It is closed when the request has been answered.
     """
 
-    def __init__(self, part):
+    def __init__(self, part, room=SPOOLED):
         self.name, self.filename, self.media_type, self.headers = part.name, part.filename, part.media_type, part.headers
-        self.size, self.file = 0, tempfile.SpooledTemporaryFile(SPOOLED)
+        self._room = max(1, min(room, SPOOLED))         # (0 would be no limit)
+        self.size, self.file = 0, tempfile.SpooledTemporaryFile(self._room)
+
+    @property
+    def _in_memory(self):
+        return self.size <= self._room
 
     async def _write(self, data):
         self.size += len(data)
-        await (flowcoro.to_thread(self.file.write, data) if self.size > SPOOLED else _done(self.file.write(data)))
+        await (_done(self.file.write(data)) if self._in_memory else flowcoro.to_thread(self.file.write, data))
 
     async def read(self, max_bytes=-1):
         """The next bytes, all by default; b"" at the end."""
-        return await flowcoro.to_thread(self.file.read, max_bytes) if self.size > SPOOLED else self.file.read(max_bytes)
+        return self.file.read(max_bytes) if self._in_memory else await flowcoro.to_thread(self.file.read, max_bytes)
 
     async def save(self, path):
         """Write all of it to a file of that path, in a thread; one that is there is overwritten. OSError."""
@@ -5228,7 +5235,7 @@ class Request:
 
     params, route, app, content, trailers, max_body = _NOTHING, None, None, None, None, None
     _source = _query = _cookies = _state = _client = _server = _scheme = _host = _form = _files = None
-    _begun = False
+    _begun, _deadlines = False, ()      # (scopes of timeout(): upgrade() lifts them)
 
     def __init__(self, method, target, headers=(), content=b"", *, version="1.1", client=None, server=None, scheme="http"):
         self.method, self.target, self.version = method, target, version
@@ -5329,8 +5336,8 @@ class Request:
     # -- the content
 
     async def body(self, max_bytes=None):
-        """The whole content, bytes, kept for the next call. HttpError (413) for more than `max_bytes` (None: max_body, or
-        16 MiB)."""
+        """The whole content, bytes, kept for the next call. HttpError (413) for more than `max_bytes`, or the server's max_body,
+        whichever is less. None: 16 MiB, as it is all in memory; give more if you expect more, or take stream()."""
         if self.content is None:
             limit = self._limit(max_bytes)
             announced = self.headers.get("content-length")
@@ -5359,7 +5366,7 @@ class Request:
 
     @staticmethod
     def _too_large(limit):
-        return HttpError(413, f"the content has more than {limit} bytes, which is what is taken here")
+        return HttpError(413, f"the content has more than {limit} bytes, which is what is taken here (max_bytes, max_body)")
 
     def _begin(self):
         if self._begun or self._source is None:
@@ -5389,35 +5396,42 @@ class Request:
         """The content as JSON (RFC 8259: no NaN, no name twice). HttpError: 415 if its Content-Type is another, 400, 413."""
         return _json_of(self, await self.body(max_bytes), JSON_DEPTH)
 
-    async def form(self, *, max_bytes=None, max_file_bytes=MAX_FILE_BYTES, max_parts=MAX_PARTS):
+    async def form(self, *, max_bytes=MAX_FORM_BYTES, max_file_bytes=MAX_FILE_BYTES, max_parts=MAX_PARTS, max_files=MAX_FILES):
         """The fields of a form: Fields, whose values are str, or FormFile for files. It may be called again.
 
-        max_bytes: of a form without files, or of one of its texts (None: 2 MiB, and 1 MiB). HttpError: 415 for another
-        Content-Type, 413 beyond a limit, 400 for what is malformed or no UTF-8.
+        max_bytes: of all that is no file, together; max_file_bytes: of each file; of all files 4 MiB are kept in memory, the others
+        lie on disk. max_parts, max_files: how many there may be. HttpError: 415 for another Content-Type, 413 beyond a limit, 400
+        for what is malformed or no UTF-8.
         """
         if self._form is None:
             media = self.media_type
             if media is not None and media.essence == "application/x-www-form-urlencoded":
-                limit = MAX_FORM_BYTES if max_bytes is None else max_bytes
-                self._form = Fields(_parse_urlencoded(await self.body(limit), max_bytes=limit))
+                self._form = Fields(_parse_urlencoded(await self.body(max_bytes), max_bytes=max_bytes))
             else:
-                limit = MAX_FIELD_BYTES if max_bytes is None else max_bytes
-                self._form = Fields([pair async for pair in self._parts_kept(limit, max_file_bytes, max_parts)])
+                pairs = self._parts_kept(max_bytes, max_file_bytes, max_parts, max_files)
+                self._form = Fields([pair async for pair in pairs])
         return self._form
 
-    async def _parts_kept(self, max_field_bytes, max_file_bytes, max_parts):
-        limits = {"max_field_bytes": max_field_bytes, "max_file_bytes": max_file_bytes, "max_parts": max_parts}
-        async for part in self.multipart(**limits):
+    async def _parts_kept(self, max_bytes, max_file_bytes, max_parts, max_files):
+        left, files, room = max_bytes, 0, SPOOLED_IN_ALL
+        async for part in self.multipart(max_field_bytes=max_bytes, max_file_bytes=max_file_bytes, max_parts=max_parts):
             if part.filename is None:
                 try:
-                    yield part.name, (await part.read(max_field_bytes)).decode()
+                    content = await part.read(left)
+                    left -= len(content)
+                    yield part.name, content.decode()
                 except UnicodeDecodeError:
                     raise ProtocolError(400, f"the field {part.name!r:.80} is no UTF-8") from None
+            elif files == max_files:
+                raise HttpError(413, f"a form of more than {max_files} files (max_files)")
             else:
-                file = self._keep(FormFile(part))
+                file = self._keep(FormFile(part, room))
                 async for data in part:
                     await file._write(data)
                 file.file.seek(0)
+                files += 1
+                if file._in_memory:
+                    room -= file.size
                 yield part.name, file
 
     def _keep(self, file):
@@ -5479,7 +5493,10 @@ class Request:
         """
         if self._source is None:
             raise RuntimeError("this request came by no connection")
-        return await self._source.upgrade(self, protocol, headers)
+        sock = await self._source.upgrade(self, protocol, headers)
+        for scope in self._deadlines:
+            scope.deadline = math.inf
+        return sock
 
     def _close(self):
         """After the answer: temporary files go."""
@@ -5661,11 +5678,11 @@ def _relayed(response):
 
 class _FileStream:
     """A part of an open binary file as the stream of a Response: `count` bytes from `offset`. The server sends it by the system,
-    others iterate it. aclose() closes the file, which is its own, and calls done(bytes sent) if somebody has set that.
+    others iterate it. aclose() closes the file, which is its own, and calls with the bytes sent what is in `done`.
     """
 
     def __init__(self, file, offset, count):
-        self.file, self.offset, self.count, self.sent, self.done = file, offset, count, 0, None
+        self.file, self.offset, self.count, self.sent, self.done = file, offset, count, 0, []
 
     async def __aiter__(self):
         file, offset, left = self.file, self.offset, self.count
@@ -5679,9 +5696,8 @@ class _FileStream:
 
     async def aclose(self):
         self.file.close()
-        done, self.done = self.done, None
-        if done is not None:
-            done(self.sent)
+        while self.done:
+            self.done.pop(0)(self.sent)
 
     def __del__(self):                  # of an answer that was not sent, because a middleware put another in its place
         self.file.close()
@@ -7556,7 +7572,7 @@ def access_log(to=None, *, format="common"):
         if stream is None:
             write(request, status, 0 if request.method == "HEAD" else len(response.content), began)
         elif type(stream) is _FileStream:
-            stream.done = lambda sent: write(request, status, sent, began)
+            stream.done.append(lambda sent: write(request, status, sent, began))
         else:
             response.stream = _Through(stream, count, done=lambda: write(request, status, counted, began))
         return response
@@ -7776,7 +7792,8 @@ def body_limit(max_bytes):
 def timeout(seconds, *, status=503):
     """Cancel a handler that has not answered after so many seconds, and answer for it: 503, or 504 for a gateway.
 
-    It counts until there is a Response; what a stream sends later it does not limit. What never awaits cannot be cancelled.
+    It counts until there is a Response, or upgrade() has made another protocol of it; what a stream sends later it does not
+    limit. What never awaits cannot be cancelled.
     """
     if not (isinstance(seconds, (int, float)) and seconds > 0):
         raise ValueError(f"timeout({seconds!r}): give seconds, more than 0")
@@ -7784,7 +7801,8 @@ def timeout(seconds, *, status=503):
         raise ValueError(f"timeout(status={status!r}): 503 or 504")
 
     async def middleware(request, call_next):
-        with flowcoro.move_on_after(seconds):
+        with flowcoro.move_on_after(seconds) as scope:
+            request._deadlines = (*request._deadlines, scope)
             return await call_next(request)
         raise HttpError(status, f"there was no answer within {seconds:g} s")
     return middleware

@@ -1488,3 +1488,42 @@ def test_answers_with_cookies_and_of_their_own_framing_are_not_kept():
         server.next_event(), server.next_event()
         server.send_message(ResponseHead(200, fields), b"ab")
     assert set(flowcoro_http._KNOWN_HEADS) == before
+
+
+def test_a_head_that_was_joined_while_another_request_was_answered_is_read():
+    server = HttpConnection("server")
+    server.receive_data(b"GET /first HTTP/1.1\r\nHost: x\r\n\r\n")
+    server.next_event(), server.next_event()
+    server.receive_data(b"GET /joined HTTP/1.1\r\nHo")
+    server.receive_data(b"st: x\r\n\r\n")
+    server.send_message(ResponseHead(200), b"")
+    server.start_next_cycle()
+    for _ in range(2):
+        assert server.next_event().target == "/joined"
+        server.next_event()
+        server.send_message(ResponseHead(200), b"")
+        server.start_next_cycle()
+        server.receive_data(b"GET /joined HTTP/1.1\r\nHo")
+        server.receive_data(b"st: x\r\n\r\n")
+
+
+@pytest.mark.parametrize("name", ["Authorization", "Cookie", "X-Api-Key", "X-Auth-Token", "X-CSRF-Token", "Proxy-Authentication-Info",
+                                  "X-Amz-Security-Token", "X-Session", "Sec-WebSocket-Key"])
+def test_what_may_be_secret_is_not_remembered_and_not_shown(name):
+    value = f"hidden-{name}"
+    assert known_after(3, f"GET / HTTP/1.1\r\nHost: x\r\n{name}: {value}\r\n\r\n".encode())[1] is None
+    headers = Headers([(name, value)])
+    server = HttpConnection("server")
+    server.receive_data(KNOWN % (8, 8))
+    server.next_event(), server.next_event()
+    server.send_message(ResponseHead(200, ((name, value),)), b"")
+    for table in flowcoro_http._RECEIVED, flowcoro_http._SENT, flowcoro_http._KNOWN_HEADS:
+        assert not any("hidden" in repr(key) for key in table)
+    assert "hidden" not in repr(headers)
+    with pytest.raises(LocalProtocolError, match="control") as caught:
+        headers.set(name, value + "\n")
+    assert "hidden" not in str(caught.value)
+
+
+def test_a_target_that_may_have_a_secret_is_not_remembered():
+    assert known_after(3, b"GET /reset?Token=1 HTTP/1.1\r\nHost: x\r\n\r\n")[1] is None

@@ -470,3 +470,43 @@ def test_what_clients_send_does_not_get_into_a_head():
                 assert answer.headers["location"].isascii() and answer.headers["location"].isprintable()
 
     test()
+
+
+def form_of(*parts):
+    body = b"".join(b'--B\r\nContent-Disposition: form-data; name="%b"%b\r\n\r\n%b\r\n' % part for part in parts) + b"--B--\r\n"
+    return Request("POST", "/", [("Content-Type", "multipart/form-data; boundary=B")], body)
+
+
+def test_the_texts_of_a_form_have_one_limit_together():
+    async def main():
+        form = await form_of((b"a", b"", b"x" * 50), (b"b", b"", b"y" * 50)).form(max_bytes=100)
+        assert form["b"] == "y" * 50
+        with pytest.raises(HttpError, match="50 bytes") as caught:
+            await form_of((b"a", b"", b"x" * 50), (b"b", b"", b"y" * 51)).form(max_bytes=100)
+        assert caught.value.status == 413
+
+    flowcoro.run(main())
+
+
+def test_the_files_of_a_form_have_one_place_in_memory_together(monkeypatch):
+    monkeypatch.setattr(flowcoro_http, "SPOOLED_IN_ALL", 100)
+
+    async def main():
+        request = form_of(*[(b"f", b'; filename="%d"' % size, b"x" * size) for size in (60, 60, 40, 1, 0)])
+        files = (await request.form()).get_all("f")
+        assert [file._in_memory for file in files] == [True, False, True, True, True]
+        assert [len(await file.read()) for file in files] == [60, 60, 40, 1, 0]
+        request._close()
+
+    flowcoro.run(main())
+
+
+def test_a_form_has_at_most_so_many_files():
+    async def main():
+        request = form_of(*[(b"f", b'; filename="x"', b"")] * 4)
+        with pytest.raises(HttpError, match="3 files .max_files") as caught:
+            await request.form(max_files=3)
+        assert caught.value.status == 413
+        request._close()
+
+    flowcoro.run(main())

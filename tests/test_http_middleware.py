@@ -145,6 +145,22 @@ def test_a_stream_is_logged_at_its_end_with_what_was_sent_and_how_long_it_took()
     assert [(json.loads(line)["bytes"], json.loads(line)["seconds"]) for line in lines] == [(7, 3.0), (0, 0.0), (50, 0.0)]
 
 
+def test_a_file_is_logged_by_each_log():
+    one, other = [], []
+
+    @run_in_kernel
+    async def main():
+        file = Response(200, None)
+        file.stream, file.content = flowcoro_http._FileStream(io.BytesIO(b"x" * 100), 10, 50), None
+
+        async def inner(request):
+            return await through(access_log(one.append, format="json"), request, file)
+
+        await content_of(await through(access_log(other.append, format="json"), get(), inner))
+    main()
+    assert [json.loads(line)["bytes"] for line in one + other] == [50, 50]
+
+
 def test_a_client_that_goes_before_the_answer_is_logged_with_499():
     lines = []
 

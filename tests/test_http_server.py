@@ -1885,6 +1885,18 @@ def upgrading_app(then=None):
 
 
 @simulated
+async def test_a_timeout_for_answers_is_none_for_what_was_upgraded():
+    app = upgrading_app()
+    app.middleware(flowcoro_http.timeout(5))
+    async with serving(app) as world, await world.connect() as sock:
+        await sock.write(UPGRADE)
+        await sock.read_until(b"\r\n\r\n")
+        await flowcoro.sleep(100)
+        await sock.write(b"late")
+        assert await sock.read_exactly(4) == b"LATE"
+
+
+@simulated
 async def test_an_upgrade_with_what_was_sent_too_early():
     async with serving(upgrading_app()) as world, await world.connect() as sock:
         await sock.write(UPGRADE + b"early ")
