@@ -1451,7 +1451,7 @@ def _get_settings(http, options):
             except EOFError:
                 raise UsageError(f"-u {user}: there is no terminal to ask for a password at; give it after a colon") from None
         auth = (http.DigestAuth if options.digest else http.BasicAuth)(user, password)
-    client = {"headers": headers, "auth": auth, "follow_redirects": not options.no_location, "max_bytes": None,
+    client = {"headers": headers, "auth": auth, "follow_redirects": not options.no_location, "max_bytes": None, "decode": False,
               "verify": False if options.insecure else options.cacert or True,
               "timeout": http.Timeouts(connect=60.0, head=300.0, read=300.0, total=None)}
     if options.proxy:
@@ -1486,7 +1486,7 @@ async def _get(http, options, url, download, settings):
                     await _get_into(out, response, meter, 0)
                     out.flush()
                 if response.status >= 400:
-                    print(f"flowcoro: {url}: {response.status} {response.reason}".rstrip(), file=sys.stderr)
+                    print(f"flowcoro: {response.url}: {response.status} {response.reason}".rstrip(), file=sys.stderr)
                     return 22
                 return 0
     finally:
@@ -1527,12 +1527,13 @@ def _get_command(arguments):
     options = _get_parser().parse_args(arguments)
     http, net = _load("flowcoro_http"), _load("flowcoro_net")
     url = options.url if "://" in options.url else f"http://{options.url}"
+    shown = re.sub(r"(?<=://)[^/?#]*@", "", url)        # without a password, for messages and files
     if not options.max_time > 0:
         raise UsageError(f"--max-time {options.max_time:g}: give more than 0 seconds")
     if options.remote_name and options.output is None:
         name = url.partition("://")[2].partition("?")[0].partition("#")[0].partition("/")[2].rpartition("/")[2]
         if not name:
-            raise UsageError(f"-O: {url} does not end with a name; give one with -o")
+            raise UsageError(f"-O: {shown} does not end with a name; give one with -o")
         options.output = http.safe_filename(urllib.parse.unquote(name))
     if options.head and options.output not in (None, "-"):
         raise UsageError("-I asks for no content that could be written to a file; leave -o and -O out")
@@ -1542,7 +1543,7 @@ def _get_command(arguments):
     try:
         settings = _get_settings(http, options)
         if options.output not in (None, "-"):
-            download = _Download(options.output, url, options.proceed, options.force)
+            download = _Download(options.output, shown, options.proceed, options.force)
 
         async def in_time():
             with flowcoro.timeout(options.max_time):
@@ -1554,7 +1555,7 @@ def _get_command(arguments):
     except GetFailed as error:
         status, said = error.status, str(error)
     except TimeoutError:
-        status, said = 28, f"{url}: not done within --max-time {options.max_time:g} seconds"
+        status, said = 28, f"{shown}: not done within --max-time {options.max_time:g} seconds"
     except (ValueError, TypeError, http.LocalProtocolError) as error:
         status, said = 3, str(error)
     except OSError as error:

@@ -8134,6 +8134,9 @@ _ENCODED = re.compile(rf"[^{_TARGET_CHARS}]")
 _PORTS = {"http": 80, "https": 443}
 _shown_url = re.compile(r"(?<=://).*@", re.DOTALL).sub     # to the last @: a password may have what it must not
 
+# Python's codec is of IDNA 2003, which makes fass.de of faß.de; browsers ask another host (the deviations of UTS 46).
+_is_ambiguous = re.compile("[\u00df\u1e9e\u03c2\u200c\u200d]").search
+
 
 class _Url:
     """An http or https URL, taken apart: what a request needs of it."""
@@ -8151,6 +8154,9 @@ class _Url:
         self.scheme, self.userinfo = scheme.lower(), userinfo
         if self.scheme not in _PORTS:
             raise ValueError(f"{_shown(_shown_url('', text))}: http and https are spoken here, not {scheme}")
+        if found := _is_ambiguous(host):
+            raise ValueError(f"{_shown(host)}: {found[0]!r} makes it one name by IDNA 2003 and another one by IDNA 2008; give the "
+                             "one that is meant, as xn--…")
         try:
             host = (host if host.isascii() else host.encode("idna").decode()).lower()
         except UnicodeError as error:
@@ -9077,10 +9083,9 @@ class _ClientExchange:
         length = response.headers.get("content-length")
         self.options.progress(self.done, length and int(length))
 
-    @staticmethod
-    def decoder(headers, max_bytes):
+    def decoder(self, headers, max_bytes):
         """A _Decoder, or None where there is nothing to decode, or nothing that is known here."""
-        if "content-encoding" not in headers:
+        if "content-encoding" not in headers or not self.origin.client._decode:
             return None
         try:
             return _Decoder(", ".join(headers.get_all("content-encoding")), max_bytes=max_bytes)
@@ -9445,9 +9450,9 @@ class HttpClient(_Sending):
     name; a path of certificates to trust instead of the system's; or an ssl.SSLContext. cert: one's own, a path or (certificate,
     key) or (certificate, key, password). event_hooks: {"request": [function], "response": [function]}, plain or async; called
     with each ClientRequest before it is sent, each ClientResponse after it has come, those of redirects too; what they raise ends
-    the request. max_connections: to one origin. keep_alive: seconds for which an idle connection is kept. max_head: bytes of a
-    response's head. connect: async function (host, port, tls) that returns a connected Socket; unix: path of a Unix socket, for
-    all URLs.
+    the request. decode=False: contents stay as compressed as they come. max_connections: to one origin. keep_alive: seconds for
+    which an idle connection is kept. max_head: bytes of a response's head. connect: async function (host, port, tls) that returns
+    a connected Socket; unix: path of a Unix socket, for all URLs.
 
     All of it serves any number of tasks at once, in one run. Errors: RequestError and what is below it, TypeError and ValueError
     for arguments that make no sense, LocalProtocolError for what cannot be sent, flowcoro.ClosedError after close(). Cancelled
@@ -9457,9 +9462,8 @@ class HttpClient(_Sending):
 
     def __init__(self, *, base_url="", headers=(), params=None, cookies=None, auth=None, timeout=Timeouts(), retries=0,
                  follow_redirects=True, max_redirects=MAX_REDIRECTS, max_bytes=MAX_INFLATED, proxy=None, netrc=None,
-                 trust_env=True,
-                 verify=True, cert=None, event_hooks=None, max_connections=CONNECTIONS_PER_ORIGIN, keep_alive=KEPT_IDLE,
-                 max_head=MAX_HEAD, connect=None, unix=None):
+                 trust_env=True, verify=True, cert=None, event_hooks=None, decode=True,
+                 max_connections=CONNECTIONS_PER_ORIGIN, keep_alive=KEPT_IDLE, max_head=MAX_HEAD, connect=None, unix=None):
         self._base = None
         if base_url:
             base = _Url(base_url)
@@ -9478,7 +9482,7 @@ class HttpClient(_Sending):
         self._netrc_file, self._netrc = netrc, _CLIENTS
         if netrc is None:
             self._netrc_file = os.environ.get("NETRC") or os.path.expanduser("~/.netrc") if trust_env else False
-        self._tls = _client_tls(verify, cert)
+        self._tls, self._decode = _client_tls(verify, cert), bool(decode)
         hooks = event_hooks or {}
         if hooks.keys() - {"request", "response"}:
             raise ValueError(f"event_hooks={event_hooks!r}: there are \"request\" and \"response\"")

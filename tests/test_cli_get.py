@@ -1,6 +1,7 @@
 """`python -m flowcoro get`: what it prints and writes, how it goes on, and what its exit status says."""
 
 import contextlib
+import gzip
 import hashlib
 import http.server
 import io
@@ -86,6 +87,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(CONTENT[:100])
         self.close_connection = True
+
+    def at_packed(self, body):
+        self.answer(200, gzip.compress(b"hello"), ("Content-Encoding", "x-gzip"))
 
     def at_same(self, body):
         self.send_response(304)
@@ -272,6 +276,23 @@ def test_a_range_of_ones_own_is_a_file_but_nothing_to_go_on_with(get, origin):
     status, _, err = get(origin.url + "/part", "-o", "g", "-C")
     assert status == 33 and "not known" in err
     assert get(origin.url + "/part", "-o", "h")[0] == 33, "a part that nobody has asked for"
+
+
+def test_a_file_is_written_as_it_comes(get, origin):
+    assert get(origin.url + "/packed", "-o", "f.gz")[0] == 0
+    with gzip.open("f.gz") as file:
+        assert file.read() == b"hello"
+
+
+def test_a_password_in_the_url_is_sent_and_nowhere_shown_or_written(get, origin):
+    url = origin.url.replace("//", "//me:secret@")
+    for path, option, status in ("/cut", "-of", 18), ("/none", "-s", 22), ("/round", "-s", 47), ("/file", "-m1e-9", 28), ("/", "-O", 2):
+        found, _, err = get(url + path, option)
+        assert found == status and "127.0.0.1" in err and "secret" not in err
+    with open("f.part.info") as file:
+        assert "secret" not in file.read()
+    assert all("Authorization" in request.headers for request in origin.seen)
+    assert get(url + "/cut", "-o", "f", "-C")[0] == 0
 
 
 def test_what_has_no_content_leaves_a_file_as_it_is(get, origin):

@@ -313,6 +313,12 @@ def test_what_is_no_url(url):
         _Url(url)
 
 
+@pytest.mark.parametrize("host", ["fa\u00df.de", "STRA\u1e9eE.de", "\u03c3\u03c2.gr", "a\u200db.com", "a\u200cb.com"])
+def test_a_host_that_two_standards_encode_in_two_ways_is_refused(host):
+    with pytest.raises(ValueError, match="xn--"):
+        _Url(f"http://{host}/")
+
+
 def test_a_url_that_is_refused_does_not_show_its_password():
     for url in ("ftp://user:secret@host/", "http://user:secret@host/\x00", "http://user:secret@host:0/", "http://user:a@secret@host/",
                 "http://user:secret/a@host/", "http://user:secret?#@host/", "http://user:a\nsecret@host"):
@@ -466,6 +472,17 @@ def test_a_content_is_decoded(coding, encode):
 def test_a_coding_that_is_not_known_is_left_as_it_is():
     response = respond(answer(b"raw", "200 OK", "Content-Encoding: br"))
     assert response.content == b"raw" and response.headers["content-encoding"] == "br"
+
+
+def test_without_decoding_a_content_is_as_it_came():
+    packed = gzip.compress(b"hello")
+
+    async def work(client, origin):
+        assert (await client.get(origin.url)).content == packed
+        async with client.stream("GET", origin.url) as response:
+            assert await response.read() == packed
+
+    talk(lambda request: answer(packed, "200 OK", "Content-Encoding: gzip"), work, decode=False)
 
 
 # ---- streams ---------------------------------------------------------------------------------------------------
