@@ -7464,7 +7464,7 @@ def access_log(to=None, *, format="common"):
             if callable(to):
                 to(line)
             else:
-                (to or sys.stderr).write(line + "\n")
+                (sys.stderr if to is None else to).write(line + "\n")
         except Exception as error:
             flowcoro_net.report_error(error, "the access log could not be written", "flowcoro_http")
 
@@ -7476,6 +7476,8 @@ def access_log(to=None, *, format="common"):
             write(request, 499, 0, began)
             raise
         stream, status, counted = response.stream, response.status, 0
+        if request._source is not None and request._source.upgraded:
+            status = 101                                    # that is what was sent; the handler's own answer goes nowhere
 
         def count(piece):
             nonlocal counted
@@ -7593,6 +7595,12 @@ def compress(*, min_bytes=MIN_COMPRESSED, level=COMPRESSION_LEVEL, flush=True):
     async def middleware(request, call_next):
         response = await call_next(request)
         headers, stream = response.headers, response.stream
+        if response.status == 304:                          # it says what its 200 would have said, which is not known here:
+            _add_vary(headers, "Accept-Encoding")           # the client knows which tag that had
+            tag = headers.get("etag")
+            if tag is not None and f"W/{tag}" in ", ".join(request.headers.get_all("if-none-match")):
+                headers.set("ETag", f"W/{tag}")
+            return response
         length = int(headers.get("content-length", sys.maxsize if stream is not None else len(response.content)))
         accepted = request.headers.get_all("accept-encoding")
         coding, depends = _choose_compression(", ".join(accepted) if accepted else None, response.status, headers, length,
@@ -9551,7 +9559,7 @@ class HttpClient(_Sending):
                 url = _with_params(url, more)
         parsed = self._parse(url)
         content, media_type = _content_of(*contents)
-        headers = () if headers is None else list(headers.items() if hasattr(headers, "items") else headers)
+        headers = list(_pairs(headers or ()))
         if options.auth is None and given.auth is not False and (auth := self._credentials(parsed)):
             options = options._replace(auth=auth)
         all_headers = self.headers.copy()
@@ -9894,7 +9902,12 @@ class _WsgiFile:
         return iter(functools.partial(self.file.read, self.block_size), b"")
 
     def for_sendfile(self):
-        """(file, offset, bytes) if it is one that the system can send, else None."""
+        """(file, offset, bytes) if it is one that the system can send, else None. The system sees what is behind the descriptor,
+        and a GzipFile, say, has one too, of something else: so it is only for files that are nothing but their bytes.
+        """
+        file = self.file.file if type(self.file) is tempfile._TemporaryFileWrapper else self.file
+        if type(file) not in (io.BufferedReader, io.BufferedRandom, io.FileIO) or type(getattr(file, "raw", file)) is not io.FileIO:
+            return None
         try:
             found = os.fstat(self.file.fileno())
             offset = self.file.tell()
@@ -9954,6 +9967,8 @@ class _WsgiCall:
                 flowcoro_net.report_error(error, f"{self!r}: it failed after its client was gone", "flowcoro_http")
         self.environ = self.context = None      # which may lead back here
         self.ended = True
+        if self.gone:
+            self._close_file()
         self.threads.ring(self)
 
     def _run(self):
@@ -10032,9 +10047,6 @@ class _WsgiCall:
         """The Response. Errors of the application leave as they are."""
         self.threads.submit(self)
         await self._news()
-        if self.is_head:
-            while not self.ended:
-                await flowcoro.park(self._park)
         if self.error is not None:
             raise self._failure()
         status, reason, headers = self.head
@@ -10043,6 +10055,7 @@ class _WsgiCall:
         if self.file is not None:
             file, offset, count = self.file
             response.stream = _FileStream(file, offset, min(count, int(headers.get("content-length", count))))
+            self.file = None
         elif self.ended and (self.blocks or not self.is_head):
             response.content = b"".join(self.blocks)
         else:
@@ -10057,8 +10070,8 @@ class _WsgiCall:
         return failure
 
     async def _news(self):
-        """Wait for a block, or the end; what the thread needs of the request meanwhile is brought."""
-        while not (self.ended or self.blocks):
+        """Wait for a block (HEAD: there is none), or the end; what the thread needs of the request meanwhile is brought."""
+        while not (self.ended or self.blocks and not self.is_head):
             if self.asked is _INPUT:
                 self.asked = None
                 self.answers.put(await self._next_chunk())
@@ -10104,6 +10117,13 @@ class _WsgiCall:
         if not self.gone:
             self.gone = True
             self.answers.put(ConnectionAbortedError(errno.ECONNABORTED, "the client is gone, or the server stops"))
+            if self.ended:
+                self._close_file()
+
+    def _close_file(self):
+        """Nobody sends it. Either side may come last; both see that, and may both close it."""
+        if self.file is not None:
+            self.file[0].close()
 
     def __repr__(self):
         return f"<{self.request.method} {_shown(self.request.target)} at {_shown_handler(self.application)}>"
@@ -10666,6 +10686,7 @@ class _AsgiLife:
         self.application, self.state = application, {}
         self.supported, self.failed = True, None
         self.asked = 0                  # how often it has called receive()
+        self.told = False               # that it is to shut down
         self.started, self.stopping, self.stopped = flowcoro.Event(), flowcoro.Event(), flowcoro.Event()
 
     async def run(self):
@@ -10678,6 +10699,9 @@ class _AsgiLife:
                 flowcoro_net.report_error(_asgi_failure(self.application, error), "an ASGI lifespan failed", "flowcoro_http")
             elif not self.started.is_set() and (failure := _asgi_failure(self.application, error)) is not error:
                 self.failed = str(failure)              # asyncio's loop: it would fail with each request
+            elif not self.started.is_set() and self.asked and self.supported:
+                flowcoro_net.report_error(error, f"the lifespan of {_shown_handler(self.application)} failed before it had "
+                                          "started; as ASGI has it, it is served without one", "flowcoro_http")
             self.supported = self.started.is_set()      # else it raised because it has none: ASGI takes that for an answer
         finally:
             self.supported = self.supported and self.started.is_set()
@@ -10689,6 +10713,9 @@ class _AsgiLife:
         if self.asked == 1:
             return {"type": "lifespan.startup"}
         await self.stopping.wait()
+        if self.told:                   # an application that receives for ever waits here to be cancelled
+            await flowcoro.Event().wait()
+        self.told = True
         return {"type": "lifespan.shutdown"}
 
     async def send(self, message):
@@ -10703,6 +10730,8 @@ class _AsgiLife:
                                           "an ASGI application could not shut down", "flowcoro_http")
             self.stopped.set()
         else:
+            if not kind.startswith("lifespan."):        # it does not look at what it is called for
+                self.supported = False
             raise RuntimeError(f"{kind} cannot be sent in a lifespan {'after' if self.started.is_set() else 'before'} its start")
 
 
