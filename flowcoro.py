@@ -3038,23 +3038,26 @@ class _Watchdog:
                 self.seen = {worker: (mark, since + late, due + late) for worker, (mark, since, due) in self.seen.items()}
             for worker in self.kernel.workers:
                 try:
-                    self.look_at(worker, moment, late > self.limit and computed)
+                    self.look_at(worker, late > self.limit and computed)
                 except Exception as error:
                     _report(error, "the watchdog failed to look at a worker")
 
-    def look_at(self, worker, now, late):
-        task, looked = worker.task, worker.looked
+    @staticmethod
+    def mark(worker):
+        return worker.task or worker.call, worker.looked, operator.length_hint(worker.remaining)
+
+    def look_at(self, worker, late):
+        now, mark = time.monotonic(), self.mark(worker)     # in this order: a step seems no longer than it was
         # A hundredth: what a report may be late by that, for a step which has just begun now is not looked at for its mark.
-        if worker.sleeping or now - looked < self.limit / 100 or worker.thread_id is None:
+        if worker.sleeping or now - mark[1] < self.limit / 100 or worker.thread_id is None:
             self.seen.pop(worker, None)
             return
-        mark = task or worker.call, looked, operator.length_hint(worker.remaining)
         seen, since, due = self.seen.get(worker, (None, now, 0.0))
         if seen != mark:
-            since = looked if mark[0] is not None and late else now
+            since = mark[1] if mark[0] is not None and late else time.monotonic()
             due = since + self.limit
         if now >= due:
-            self.alarm(worker, mark[0], now, since)
+            self.alarm(worker, mark, now - since)
             due = now + (now - since)
         self.seen[worker] = mark, since, due
 
@@ -3088,11 +3091,12 @@ class _Watchdog:
             if thread is None:                          # it is about to end
                 return []
             signal.pthread_kill(thread, number)
-            wait = 1.0                                  # on a busy machine it may be long until that thread runs at all
+            places, wait = [], 1.0                      # on a busy machine it may be long until that thread runs at all
             while _select.select([cls.told], [], [], wait)[0]:
-                text, wait = text + os.read(cls.told, 65536), 0.1
-        places = re.findall(r'^  File "(.*)", line (\d+) in (.*)$', text.decode(errors="replace"), re.MULTILINE)
-        inside = list(itertools.takewhile(lambda place: place[0] != _HERE or place[2] != "work", places))   # innermost first
+                text += os.read(cls.told, 65536)
+                places = re.findall(r'^  File "(.*)", line (\d+) in (.*)\n', text.decode(errors="replace"), re.MULTILINE)
+                wait = 0.001 if any(place[::2] == (_HERE, "work") for place in places) else 0.1
+        inside = list(itertools.takewhile(lambda place: place[::2] != (_HERE, "work"), places))     # innermost first
         return [(file, int(line), function) for file, line, function in reversed(inside)]
 
     @classmethod
@@ -3125,8 +3129,8 @@ class _Watchdog:
         owner = re.search(r"owner=(0x[0-9a-f]+|[0-9]+) ", repr(_GUARD))
         return int(owner[1], 0) if owner is not None else 0
 
-    def alarm(self, worker, held_by, now, since):
-        kernel, task = self.kernel, None
+    def alarm(self, worker, mark, seconds):
+        kernel, task, held_by = self.kernel, None, mark[0]
         if isinstance(held_by, Task):
             task, who = held_by, f"task {held_by.name!r}"
         elif isinstance(held_by, _CallFromThread):
@@ -3135,19 +3139,20 @@ class _Watchdog:
         else:
             who = "something that is no task (a hook, a collection of garbage)"
         stack = self.live_stack(worker)
+        gone = self.mark(worker) != mark        # then the stack may be that of another step
         waits = bool(stack) and self.waits_for_guard(*stack[-1])
         if waits and (held_by is None or self.guard_owner() in (
                 0, *(other.thread_id for other in kernel.workers if not other.sleeping))):
             return                      # who holds it is reported, or has just let go
-        stack = self.in_words(stack)
+        stack = "" if gone else self.in_words(stack)
         remedy = ("It waits for another kernel, a thread or a signal handler, in an @atomic method or a hook there that takes so "
                   "long" if waits else "Move what computes or blocks there to to_thread(), or put a checkpoint() into it")
-        report = (f"{who} has held worker {kernel.workers.index(worker) + 1} of {len(kernel.workers)} for {now - since:.3g} s, "
+        report = (f"{who} has held worker {kernel.workers.index(worker) + 1} of {len(kernel.workers)} for {seconds:.3g} s, "
                   f"the limit is {self.limit:g} s. {remedy}\n"
                   f"Behind it wait: {', '.join(self.behind(worker, task)) or 'nobody'}\n"
-                  + (f"It is here:\n{stack}" if stack else "It does not say where it is\n"))
+                  + (f"It is here:\n{stack}" if stack else f"It {'has gone on' if gone else 'does not say where it is'}\n"))
         if "task_stuck" in (kernel.hooks or ()):
-            kernel.call_hooks("task_stuck", task, now - since, report)     # without the guard, which the step may hold
+            kernel.call_hooks("task_stuck", task, seconds, report)     # without the guard, which the step may hold
         else:
             _report(RuntimeError(report), "a step takes too long", task)
 

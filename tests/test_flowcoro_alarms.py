@@ -175,21 +175,57 @@ def test_a_hook_that_asks_a_kernel_that_has_ended_is_refused_and_the_run_ends():
 
 
 @pytest.mark.parametrize("task, late, since", [("hog", True, 7.0), ("hog", False, 10.0), (None, True, 10.0)])
-def test_a_step_has_lasted_since_it_was_first_seen_or_since_before_it_if_the_watchdog_came_late(task, late, since):
+def test_a_step_has_lasted_since_it_was_first_seen_or_since_before_it_if_the_watchdog_came_late(
+        task, late, since, monkeypatch):
     def look(now, late):
-        watchdog.look_at(worker, now, late)
+        monkeypatch.setattr(flowcoro, "time", SimpleNamespace(monotonic=lambda: now))
+        watchdog.look_at(worker, late)
 
     class worker:
         call, looked, sleeping, thread_id, remaining = None, 7.0, False, 1, iter(())
 
     worker.task = task
     watchdog, alarms = flowcoro._Watchdog(None, 5.0), []
-    watchdog.alarm = lambda worker, held_by, now, since: alarms.append((held_by, now, since))
+    watchdog.alarm = lambda worker, mark, seconds: alarms.append((mark[0], seconds))
     look(10.0, late)
     look(since + 4.9, False)
     assert alarms == []
     look(since + 5.0, False)
-    assert alarms == [(task, since + 5.0, since)]
+    assert alarms == [(task, 5.0)]
+
+
+def test_a_step_that_begins_while_the_watchdog_looks_seems_no_longer_than_it_is(monkeypatch):
+    class Worker:
+        call, looked, sleeping, thread_id, remaining = None, 7.0, False, 1, iter(())
+
+        @property
+        def task(self):
+            nonlocal now
+            now += 3.0                  # so long it took to look
+            return "hog"
+
+    now, worker, alarms = 0.0, Worker(), []
+    monkeypatch.setattr(flowcoro, "time", SimpleNamespace(monotonic=lambda: now))
+    watchdog = flowcoro._Watchdog(None, 5.0)
+    watchdog.alarm = lambda worker, mark, seconds: alarms.append(seconds)
+    for now, seconds in (10.0, []), (17.9, []), (18.0, [5.0]):
+        watchdog.look_at(worker, False)
+        assert alarms == seconds
+
+
+def test_where_a_step_was_is_not_told_by_what_came_after_it(monkeypatch):
+    def live_stack(self, worker):
+        asked.append(worker.task)
+        until(lambda: worker.task is not asked[0])      # it goes on while it is asked
+        return [("user.py", 1, "other")]
+
+    async def main():
+        until(lambda: asked)
+
+    asked, alarms = [], Alarms()
+    monkeypatch.setattr(flowcoro._Watchdog, "live_stack", live_stack)
+    watched(main, alarms=alarms)
+    assert alarms.tasks[0] == asked[0].name and alarms.reports[0].endswith("\nIt has gone on\n")
 
 
 def test_a_step_that_holds_what_all_others_wait_for_is_told_to_the_hook():
