@@ -1308,7 +1308,7 @@ class _Download:
         self.part = self.path.with_name(self.path.name + ".part")
         self.info = self.path.with_name(self.path.name + ".part.info")
         self.plain = self.path.exists() and not self.path.is_file()         # /dev/null, a pipe: written as it is
-        self.offset, self.validator = 0, None
+        self.offset, self.validator, self.whole = 0, None, None            # bytes that FILE has in the end, if that is known
         if self.path.is_dir():
             raise UsageError(f"{self.path} is a folder; name a file")
         if self.path.is_file() and not force:
@@ -1342,25 +1342,42 @@ class _Download:
         """The file to write to, at the place where the response's content belongs."""
         if self.plain:
             return open(self.path, "wb")
-        if response.status == 206:
-            found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/(?:[0-9]{1,18}|\*)", response.headers.get("content-range", ""))
-            if not self.offset or found is None or int(found[1]) != self.offset:
-                raise GetFailed(33, f"the server sends {response.headers.get('content-range')!r} where it was asked for what "
-                                    f"follows byte {self.offset}")
+        if response.status == 206 and (self.offset or "range" not in response.request.headers):
+            self._check(response)
             return open(self.part, "ab")
         self.offset = 0
         file = open(self.part, "wb")
         validator = response.headers.get("etag", "")
         if not validator.startswith('"'):           # a weak tag does not say that each byte is the same
             validator = response.headers.get("last-modified")
+        if response.status == 206:                  # of a range that the user asked for, which is nothing to go on with
+            validator = None
         self.info.write_text(json.dumps({"url": self.url, "validator": validator}), encoding="utf-8")
         return file
 
+    def _check(self, response):
+        """Whether a 206 is what follows, and of the same version: there are servers that know Range and not If-Range."""
+        said = response.headers.get("content-range", "")
+        found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/(?:([0-9]{1,18})|\*)", said)
+        if not self.offset or found is None or int(found[1]) != self.offset:
+            raise GetFailed(33, f"the server sends {said!r} where it was asked for what follows byte {self.offset}")
+        if not self._is_same(response):
+            raise GetFailed(33, f"{self.url} has changed since {self.part} was written; --force without -C begins anew")
+        self.whole = found[2] and int(found[2])
+
     def is_complete(self, response):
         """Whether a 416 says that nothing is missing."""
-        return response.headers.get("content-range") == f"bytes */{self.offset}"
+        return response.headers.get("content-range") == f"bytes */{self.offset}" and self._is_same(response)
+
+    def _is_same(self, response):
+        """Whether it is of the version that FILE.part is the beginning of, as far as it says of which it is."""
+        name = "etag" if self.validator.startswith('"') else "last-modified"
+        return response.headers.get(name, self.validator) == self.validator
 
     def finish(self):
+        """Give it its name. GetFailed if the server has sent less than there is, which it may in answer to a Range."""
+        if self.whole is not None and self.part.stat().st_size != self.whole:
+            raise GetFailed(18, f"the server sent a part of what was asked for; {self.path} has {self.whole} bytes in the end")
         if not self.plain:
             os.replace(self.part, self.path)
             self.info.unlink(missing_ok=True)
@@ -1429,9 +1446,12 @@ def _get_settings(http, options):
     if options.user is not None:
         user, colon, password = options.user.partition(":")
         if not colon:
-            password = getpass.getpass(f"Password of {user}: ")
+            try:
+                password = getpass.getpass(f"Password of {user}: ")
+            except EOFError:
+                raise UsageError(f"-u {user}: there is no terminal to ask for a password at; give it after a colon") from None
         auth = (http.DigestAuth if options.digest else http.BasicAuth)(user, password)
-    client = {"headers": headers, "auth": auth, "follow_redirects": not options.no_location, "max_bytes": None,
+    client = {"headers": headers, "auth": auth, "follow_redirects": not options.no_location, "max_bytes": None, "decode": False,
               "verify": False if options.insecure else options.cacert or True,
               "timeout": http.Timeouts(connect=60.0, head=300.0, read=300.0, total=None)}
     if options.proxy:
@@ -1454,7 +1474,7 @@ async def _get(http, options, url, download, settings):
                         lines += [f"{name}: {value}" for name, value in one.headers]
                         out.write(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
                     out.flush()
-                if download is not None and response.status < 400:
+                if download is not None and response.status < 400 and response.status != 304:
                     with download.open(response) as file:
                         await _get_into(file, response, meter, download.offset)
                     download.finish()
@@ -1466,7 +1486,7 @@ async def _get(http, options, url, download, settings):
                     await _get_into(out, response, meter, 0)
                     out.flush()
                 if response.status >= 400:
-                    print(f"flowcoro: {url}: {response.status} {response.reason}".rstrip(), file=sys.stderr)
+                    print(f"flowcoro: {response.url}: {response.status} {response.reason}".rstrip(), file=sys.stderr)
                     return 22
                 return 0
     finally:
@@ -1507,20 +1527,23 @@ def _get_command(arguments):
     options = _get_parser().parse_args(arguments)
     http, net = _load("flowcoro_http"), _load("flowcoro_net")
     url = options.url if "://" in options.url else f"http://{options.url}"
+    shown = re.sub(r"(?<=://)[^/?#]*@", "", url)        # without a password, for messages and files
     if not options.max_time > 0:
         raise UsageError(f"--max-time {options.max_time:g}: give more than 0 seconds")
     if options.remote_name and options.output is None:
         name = url.partition("://")[2].partition("?")[0].partition("#")[0].partition("/")[2].rpartition("/")[2]
         if not name:
-            raise UsageError(f"-O: {url} does not end with a name; give one with -o")
+            raise UsageError(f"-O: {shown} does not end with a name; give one with -o")
         options.output = http.safe_filename(urllib.parse.unquote(name))
+    if options.head and options.output not in (None, "-"):
+        raise UsageError("-I asks for no content that could be written to a file; leave -o and -O out")
     if options.proceed and options.output in (None, "-"):
         raise UsageError("-C needs the file to go on with: -o FILE or -O")
     download = None
     try:
         settings = _get_settings(http, options)
         if options.output not in (None, "-"):
-            download = _Download(options.output, url, options.proceed, options.force)
+            download = _Download(options.output, shown, options.proceed, options.force)
 
         async def in_time():
             with flowcoro.timeout(options.max_time):
@@ -1532,7 +1555,7 @@ def _get_command(arguments):
     except GetFailed as error:
         status, said = error.status, str(error)
     except TimeoutError:
-        status, said = 28, f"{url}: not done within --max-time {options.max_time:g} seconds"
+        status, said = 28, f"{shown}: not done within --max-time {options.max_time:g} seconds"
     except (ValueError, TypeError, http.LocalProtocolError) as error:
         status, said = 3, str(error)
     except OSError as error:

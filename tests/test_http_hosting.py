@@ -610,6 +610,15 @@ def test_an_error_page_replaces_an_answer_that_has_not_begun():
     assert (answer.status, answer.reason, answer.headers.get_all("X-Was"), answer.body) == (503, "Later", ["bad"], b"sorry")
 
 
+async def leave_in_the_middle(server, closed):
+    """Be a client that goes when some of the answer has come, and wait until the application has noticed."""
+    sock = await flowcoro_net.Socket.connect(*server.local)
+    await sock.write(request())
+    await sock.read(1000)
+    sock.close_nowait()
+    assert await flowcoro.to_thread(closed.wait, PATIENCE)
+
+
 def test_an_error_after_the_answer_has_begun_cuts_it_and_is_reported(reports):
     seen = threading.Event()
 
@@ -666,14 +675,7 @@ def test_an_application_whose_client_has_gone_is_told_so_by_write_and_its_iterab
         finally:
             closed.set()
 
-    async def client(server):
-        sock = await flowcoro_net.Socket.connect(*server.local)
-        await sock.write(request())
-        await sock.read(1000)
-        sock.close_nowait()
-        assert await flowcoro.to_thread(closed.wait, PATIENCE)
-
-    hosting(wsgi_app(application), client)
+    hosting(wsgi_app(application), lambda server: leave_in_the_middle(server, closed))
     assert isinstance(raised[0], ConnectionAbortedError) and raised[0].errno == errno.ECONNABORTED and reports == []
 
 
@@ -688,14 +690,7 @@ def test_a_generator_whose_client_has_gone_is_closed_where_it_yields():
         finally:
             closed.set()
 
-    async def client(server):
-        sock = await flowcoro_net.Socket.connect(*server.local)
-        await sock.write(request())
-        await sock.read(1000)
-        sock.close_nowait()
-        assert await flowcoro.to_thread(closed.wait, PATIENCE)
-
-    hosting(wsgi_app(application), client)
+    hosting(wsgi_app(application), lambda server: leave_in_the_middle(server, closed))
 
 
 def test_a_slow_generator_whose_client_has_gone_is_not_asked_for_more_than_the_block_it_is_at():

@@ -255,6 +255,7 @@ def test_a_folder_is_served_and_listed_only_when_asked(folder):
         assert server.get("/index/") == (200, "<p>the index</p>")
         assert server.get("/nothing")[0] == server.get("/../etc/passwd")[0] == server.get("/")[0] == 404
         assert server.end() == 0 and server.errors == []
+        assert server.lines == [f"serving . on {server.where}", "Ctrl-C ends it"]      # once
     app = flowcoro_cli._served_app(flowcoro_cli._serve_options([str(folder), "--listing"]))
 
     async def main():
