@@ -6817,7 +6817,7 @@ def _file_response(request, found, open_file, extra=()):
             again = found.again(number)
             if again is not found:                          # it has been changed since it was looked at
                 found, decision = again, _decide(request, again)
-            file = open(found.path, "rb", buffering=0, opener=lambda path, flags, number=number: number)     # the path: for errors
+            file = open(found.path, "rb", buffering=0, opener=lambda *_, number=number: number)     # errors name the path
             number = None
         finally:
             if number is not None:
@@ -7239,7 +7239,7 @@ class ServerSentEvent:
         self.data, self.event, self.id, self.retry = data, event, id, retry
 
     def encode(self):
-        """The bytes that are sent. Each line of `data` is one of its own; NUL becomes U+FFFD, as does half of a surrogate pair."""
+        """The bytes that are sent. Each line of `data` is one of its own; NUL becomes U+FFFD, as does half of a pair."""
         lines = [f"event: {self.event}"] * (self.event is not None) + [f"id: {self.id}"] * (self.id is not None)
         if self.retry is not None:
             lines.append(f"retry: {round(self.retry * 1000)}")
@@ -9909,7 +9909,9 @@ class _WsgiFile:
         and a GzipFile, say, has one too, of something else: so it is only for files that are nothing but their bytes.
         """
         file = self.file.file if type(self.file) is tempfile._TemporaryFileWrapper else self.file
-        if type(file) not in (io.BufferedReader, io.BufferedRandom, io.FileIO) or type(getattr(file, "raw", file)) is not io.FileIO:
+        if type(file) not in (io.BufferedReader, io.BufferedRandom, io.FileIO):
+            return None
+        if type(getattr(file, "raw", file)) is not io.FileIO:
             return None
         try:
             found = os.fstat(self.file.fileno())
