@@ -10575,7 +10575,7 @@ class _AsgiCall:
         except BaseException:
             await self.leave()
             raise
-        if self.channel is None and self.state is not _A_DONE:
+        if self.state is not _A_DONE and (self.channel is None or self.request.method == "HEAD"):       # nothing has been sent
             raise self.lost or self.error or _is_gone()
         return self.response
 
