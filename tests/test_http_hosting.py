@@ -1141,7 +1141,7 @@ def test_an_application_that_fails_within_the_answer_to_a_head_request_is_answer
         await send(body(b"some", True))
         raise ValueError("no more")
 
-    assert ask(asgi_app(application), "/", "HEAD").status == 500
+    assert ask(asgi_app(application), method="HEAD").status == 500
     assert [str(error) for _, error in reports] == ["no more"]
 
 
