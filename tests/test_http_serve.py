@@ -1,5 +1,6 @@
 """`python -m flowcoro serve`: real processes that serve applications and folders, and what they say when they cannot."""
 
+import contextlib
 import http.client
 import os
 import pathlib
@@ -350,6 +351,33 @@ def test_a_start_that_takes_long_is_not_waited_for_when_the_server_ends(folder, 
         began = time.monotonic()
         assert server.end() == 0 and time.monotonic() - began < PATIENCE / 2
         assert not any(line.startswith("serving") for line in server.lines) and server.errors == []
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_it_serves_and_hears_signals_when_nobody_reads_what_it_says(folder, closed):
+    reader, writer = os.pipe()
+    os.close(reader)
+    line, environment = command("apps:wsgi", "--unix", "socket", "--processes", "1")
+    process = subprocess.Popen(line, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=writer,
+                               stderr=subprocess.PIPE, start_new_session=True,
+                               preexec_fn=(lambda: os.close(1)) if closed else None)
+    os.close(writer)
+    try:
+        until = time.monotonic() + PATIENCE
+        while True:
+            assert process.poll() is None and time.monotonic() < until
+            with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                sock.connect(str(folder / "socket"))
+                sock.sendall(b"GET /x HTTP/1.0\r\n\r\n")
+                with sock.makefile("rb") as file:
+                    assert file.read().endswith(b"wsgi /x")
+                break
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == (0 if closed else 141)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def test_a_second_interrupt_ends_it_at_once(folder):
