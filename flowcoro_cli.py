@@ -1580,6 +1580,13 @@ class _NotLoaded(UsageError):
         self.files = set(files)
 
 
+def _log_format(text):
+    """The FORMAT of --access-log, which takes the next word for it."""
+    if text not in ("common", "json"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither common nor json; if it is what to serve, give it first")
+    return text
+
+
 def _serve_parser():
     parser = _parser("serve", "Serves an application, or the files of a folder, over HTTP.")
     parser.epilog = ("examples:  serve shop:app  ·  serve 'shop:make_app()' --processes 4  ·  serve . --listing.  SIGTERM and "
@@ -1596,7 +1603,7 @@ def _serve_parser():
     add("--tls-cert", metavar="FILE", help="serve HTTPS: the certificate with its chain, PEM")
     add("--tls-key", metavar="FILE", help="its private key, PEM (default: in the same file)")
     add("--reload", action="store_true", help="start anew when a source file changes, for development; the address stays open")
-    add("--access-log", nargs="?", const="common", choices=("common", "json"), metavar="FORMAT",
+    add("--access-log", nargs="?", const="common", type=_log_format, metavar="FORMAT",
         help="a line per request on stderr, common (the default) or json: --access-log=json")
     add("--drain-timeout", type=float, default=8.0, metavar="SECONDS",
         help="what is under way has so long when the server ends (default: %(default)g)")
@@ -1907,6 +1914,8 @@ def _announce(server, options):
         host, port = address[:2] if isinstance(address, tuple) else (None, None)
         url = f"{server.url.partition(':')[0]}://{f'[{host}]' if ':' in host else host}:{port}" if host else str(address)
         _say(f"serving {what} on {url}")
+    if options.folder is not None and not options.listing and not (options.folder / "index.html").is_file():
+        _say("there is no index.html in it; --listing shows what there is")
     _say("Ctrl-C ends it")
 
 
