@@ -256,7 +256,8 @@ def test_a_folder_is_served_and_listed_only_when_asked(folder):
         assert server.get("/index/") == (200, "<p>the index</p>")
         assert server.get("/nothing")[0] == server.get("/../etc/passwd")[0] == server.get("/")[0] == 404
         assert server.end() == 0 and server.errors == []
-        assert server.lines == [f"serving . on {server.where}", "Ctrl-C ends it"]      # once
+        assert server.lines == [f"serving . on {server.where}", "there is no index.html in it; --listing shows what there is",
+                                "Ctrl-C ends it"]                                       # once
     app = flowcoro_cli._served_app(flowcoro_cli._serve_options([str(folder), "--listing"]))
 
     async def main():
@@ -490,6 +491,11 @@ def test_a_port_that_is_taken_is_said_in_one_line(refused, more):
 def test_a_port_that_worker_processes_of_another_program_share_is_taken_too(folder, refused):
     with Serving(folder, "apps:wsgi", "--processes", "1") as server:
         assert "in use" in refused("apps:wsgi", "--processes", "1", "--port", server.port)
+
+
+def test_what_follows_an_access_log_without_a_format_is_said_to_be_taken_for_one(capsys):
+    assert flowcoro_cli.main(["serve", "--access-log", "shop:app"]) == 2
+    assert "'shop:app' is neither common nor json; if it is what to serve, give it first" in capsys.readouterr().err
 
 
 def test_the_help_explains_every_option(folder):
