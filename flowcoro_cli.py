@@ -1856,7 +1856,7 @@ class _Start:
             failure = error if isinstance(error, UsageError) else _told(error, f"{self.target} cannot start")
             if not self.pipe:
                 raise failure from error
-            os.write(self.pipe[1], str(failure).encode("utf-8", "replace")[:TOLD])
+            os.write(self.pipe[1], str(failure).encode("utf-8", "replace")[:TOLD - 1] + b"\0")
             raise SystemExit(1) from error
 
     @contextlib.asynccontextmanager
@@ -1884,14 +1884,15 @@ class _Start:
                 pollable.readable = False
                 await pollable.wait_readable()
                 said = os.read(self.pipe[0], TOLD)
-                if self.known:
-                    continue
-                self.known = True
-                if said.startswith(b"\0"):
-                    self.started()
-                else:
-                    self.failure = UsageError(said.partition(b"\0")[0].decode("utf-8", "replace"))
-                    server.close()
+                for text in said.decode("utf-8", "replace").split("\0")[:-1]:        # "": it has started
+                    if not self.known and text:
+                        self.failure = UsageError(text)
+                        server.close()
+                    elif not self.known:
+                        self.started()
+                    elif text and self.failure is None:     # where others have started
+                        _say(f"flowcoro: {text}", sys.stderr)
+                    self.known = True
         finally:
             pollable.close()
 

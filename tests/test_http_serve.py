@@ -80,6 +80,19 @@ APPLICATIONS = """
     def connect():
         os.stat("absent.db")
 
+    half = flowcoro_http.HttpServer()
+
+    @half.on_startup
+    async def elsewhere():                  # one of two processes starts, and then the other one cannot
+        try:
+            os.mkdir("one")
+        except FileExistsError:
+            if not os.path.exists("two"):
+                os.mkdir("two")
+                while not os.path.exists("announced"):
+                    await flowcoro.sleep(0.01)
+                raise ValueError("no room")
+
     slow_to_start = flowcoro_http.HttpServer()
 
     @slow_to_start.on_startup
@@ -289,6 +302,14 @@ def test_several_processes_serve_and_all_end(folder):
         for pid in pids:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
+
+
+def test_a_process_that_cannot_start_where_others_have_says_why_and_is_replaced(folder):
+    with Serving(folder, "apps:half", "--processes", "2") as server:
+        (folder / "announced").mkdir()
+        server.line("^flowcoro: apps:half cannot start: ValueError: no room .*apps.py, line", server.errors)
+        server.line("a worker process has died", server.errors)
+        assert server.get()[0] == 404 and server.end() == 0
 
 
 # ---- TLS ------------------------------------------------------------------------------------------------------
