@@ -4074,7 +4074,8 @@ OWN_RANK = 3
 # for often; what is asked for once costs 0.2 more.
 FOUND_PATHS, FOUND_PATH = 1024, 128
 
-# Characters that a segment of a path may have as they are (RFC 3986 section 3.3, pchar), besides those urllib.parse.quote() never encodes.
+# Characters that a segment of a path may have as they are (RFC 3986 section 3.3, pchar), besides those that urllib.parse.quote()
+# never encodes.
 _PCHAR = "!$&'()*+,;=:@"
 
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})").search
@@ -5327,9 +5328,9 @@ class Request:
     async def form(self, *, max_bytes=MAX_FORM_BYTES, max_file_bytes=MAX_FILE_BYTES, max_parts=MAX_PARTS, max_files=MAX_FILES):
         """The fields of a form: Fields, whose values are str, or FormFile for files. It may be called again.
 
-        max_bytes: of all that is no file, together; max_file_bytes: of each file; of all files 4 MiB are kept in memory, the others
-        lie on disk. max_parts, max_files: how many there may be. HttpError: 415 for another Content-Type, 413 beyond a limit, 400
-        for what is malformed or no UTF-8.
+        max_bytes: of all that is no file, together; max_file_bytes: of each file; of all files 4 MiB are kept in memory, the
+        others lie on disk. max_parts, max_files: how many there may be. HttpError: 415 for another Content-Type, 413 beyond a
+        limit, 400 for what is malformed or no UTF-8.
         """
         if self._form is None:
             media = self.media_type
