@@ -7465,7 +7465,7 @@ def access_log(to=None, *, format="common"):
             if callable(to):
                 to(line)
             else:
-                (to or sys.stderr).write(line + "\n")
+                (sys.stderr if to is None else to).write(line + "\n")
         except Exception as error:
             flowcoro_net.report_error(error, "the access log could not be written", "flowcoro_http")
 
@@ -7477,6 +7477,8 @@ def access_log(to=None, *, format="common"):
             write(request, 499, 0, began)
             raise
         stream, status, counted = response.stream, response.status, 0
+        if request._source is not None and request._source.upgraded:
+            status = 101                                    # that is what was sent; the handler's own answer goes nowhere
 
         def count(piece):
             nonlocal counted
@@ -7594,6 +7596,12 @@ def compress(*, min_bytes=MIN_COMPRESSED, level=COMPRESSION_LEVEL, flush=True):
     async def middleware(request, call_next):
         response = await call_next(request)
         headers, stream = response.headers, response.stream
+        if response.status == 304:                          # it says what its 200 would have said, which is not known here:
+            _add_vary(headers, "Accept-Encoding")           # the client knows which tag that had
+            tag = headers.get("etag")
+            if tag is not None and f"W/{tag}" in ", ".join(request.headers.get_all("if-none-match")):
+                headers.set("ETag", f"W/{tag}")
+            return response
         length = int(headers.get("content-length", sys.maxsize if stream is not None else len(response.content)))
         accepted = request.headers.get_all("accept-encoding")
         coding, depends = _choose_compression(", ".join(accepted) if accepted else None, response.status, headers, length,
@@ -7909,8 +7917,9 @@ MAX_REDIRECTS = 20
 # Informational responses before a response at most. There are two in earnest, 100 and 103; Go allows 5.
 MAX_INFORMATIONAL = 16
 
-# Bytes of content that are read and dropped of a redirect in stream(), so that its connection can be used again.
-MAX_DROPPED = 64 * 2**10
+# Bytes of content that are read and dropped of a redirect in stream(), so that its connection can be used again, and seconds for
+# that: a new connection takes less than either.
+MAX_DROPPED, DROP_TIMEOUT = 64 * 2**10, 0.5
 
 # Bytes of a request that leave in one write, head and content; bytes of a file that are read at a time, and of a response.
 WHOLE_REQUEST, UPLOAD_PIECE, RECEIVED_PIECE = 64 * 2**10, 256 * 2**10, 64 * 2**10
@@ -7924,6 +7933,9 @@ CONNECTIONS_PER_ORIGIN, KEPT_IDLE = 100, 30.0
 
 # Cookies that a client keeps, of one domain and altogether. Chrome keeps 180 and 3300.
 MAX_OF_DOMAIN, MAX_JAR = 180, 3000
+
+# Characters of a cookie's name and value, and of each attribute; longer ones are dropped (RFC 6265bis 5.6).
+MAX_COOKIE, MAX_COOKIE_ATTRIBUTE = 4096, 1024
 
 # Bytes of one server-sent event, and failures in a row after which EventStream gives up.
 MAX_EVENT, MAX_EVENT_FAILURES = 2**20, 10
@@ -8044,7 +8056,10 @@ _URL = re.compile(r"([A-Za-z][0-9A-Za-z+.-]*)://(?:([^/?#@\\]*)@)?(\[[0-9A-Fa-f:
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 _ENCODED = re.compile(rf"[^{_TARGET_CHARS}]")
 _PORTS = {"http": 80, "https": 443}
-_shown_url = re.compile(r"(?<=://)[^/?#@]*@").sub
+_shown_url = re.compile(r"(?<=://).*@", re.DOTALL).sub     # to the last @: a password may have what it must not
+
+# Python's codec is of IDNA 2003, which makes fass.de of faß.de; browsers ask another host (the deviations of UTS 46).
+_is_ambiguous = re.compile("[\u00df\u1e9e\u03c2\u200c\u200d]").search
 
 
 class _Url:
@@ -8054,6 +8069,8 @@ class _Url:
 
     def __init__(self, text):
         """ValueError if it is none."""
+        if not isinstance(text, str):
+            raise TypeError(f"url={text!r:.60}: give a str")
         found = _URL.fullmatch(text) if not _CONTROLS.search(text) else None
         if found is None:
             raise ValueError(f"{_shown(_shown_url('', text))} is no URL: http://host/path, without control characters")
@@ -8061,6 +8078,9 @@ class _Url:
         self.scheme, self.userinfo = scheme.lower(), userinfo
         if self.scheme not in _PORTS:
             raise ValueError(f"{_shown(_shown_url('', text))}: http and https are spoken here, not {scheme}")
+        if found := _is_ambiguous(host):
+            raise ValueError(f"{_shown(host)}: {found[0]!r} makes it one name by IDNA 2003 and another one by IDNA 2008; give the "
+                             "one that is meant, as xn--…")
         try:
             host = (host if host.isascii() else host.encode("idna").decode()).lower()
         except UnicodeError as error:
@@ -8091,12 +8111,18 @@ def _pairs(given):
     return given.items() if hasattr(given, "items") else given
 
 
+def _fields(fields, what):
+    """The (name, value) of params= or data=, a dict or pairs: of a list each item; None is "", True "true"."""
+    if isinstance(fields, (str, bytes)):
+        raise TypeError(f"{what}={fields!r:.60}: give a dict or pairs of names and values")
+    return [(name, "" if value is None else str(value).lower() if isinstance(value, bool) else value)
+            for name, values in _pairs(fields)
+            for value in (values if isinstance(values, (list, tuple)) else [values])]
+
+
 def _with_params(url, params):
     """`url` with more of a query."""
-    pairs = [(name, "" if value is None else str(value).lower() if isinstance(value, bool) else value)
-             for name, values in _pairs(params)
-             for value in (values if isinstance(values, (list, tuple)) else [values])]
-    query = _encode_urlencoded(pairs).decode()
+    query = _encode_urlencoded(_fields(params, "params")).decode()
     url, mark, fragment = url.partition("#")
     return (f"{url}{'' if url.endswith(('?', '&')) else '&' if '?' in url else '?'}{query}" if query else url) + mark + fragment
 
@@ -8268,11 +8294,39 @@ class _Proxies:
 
 # -- cookies
 
+class _CookiePolicy(http.cookiejar.DefaultCookiePolicy):
+    """What RFC 6265 (and 6265bis for Secure and the prefixes of names) says, and http.cookiejar, which is older, does not."""
+
+    def __init__(self):
+        # A cookie without Domain is for its host alone, not for those below it (RFC 6265 5.4); supercookies are of the list.
+        super().__init__(strict_domain=True, strict_ns_domain=self.DomainStrictNonDomain)
+
+    def set_ok(self, cookie, request):
+        host = request.origin_req_host
+        if cookie.domain_specified and cookie.domain.lstrip(".") != host and not _is_name(host):    # 5.1.3: it has no domain
+            return False
+        prefix = cookie.name[:9].lower()
+        secure, own = prefix.startswith(("__secure-", "__host-")), prefix.startswith("__host-")
+        if (secure and not cookie.secure or own and (cookie.domain_specified or cookie.path != "/")
+                or cookie.secure and request.type != "https"):
+            return False
+        return super().set_ok(cookie, request)
+
+
+def _is_name(host):
+    """Whether it is no address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return True
+    return False
+
+
 class _Jar(http.cookiejar.CookieJar):
     """A jar that does not grow without end. `filled`: whether there may be anything in it."""
 
     def __init__(self):
-        super().__init__(http.cookiejar.DefaultCookiePolicy(strict_domain=True))
+        super().__init__(_CookiePolicy())
         self.filled, self._added = False, 0
 
     def set_cookie(self, cookie):
@@ -8330,7 +8384,12 @@ class _CookieResponse:
         return self
 
     def get_all(self, name, default=None):
-        return self._headers.get_all(name) or default
+        return [value for value in self._headers.get_all(name) if self._is_short(value)] or default
+
+    @staticmethod
+    def _is_short(value):
+        pair, *attributes = value.split(";")
+        return len(pair) <= MAX_COOKIE and all(len(attribute) <= MAX_COOKIE_ATTRIBUTE for attribute in attributes)
 
 
 # -- contents to send
@@ -8438,15 +8497,15 @@ def _content_of(content, data, files, value):
     if value is not None:
         return _encode_json(value).encode(), _JSON
     if files is not None:
-        parts = [_FormPart(name, one if isinstance(one, (str, bytes)) else str(one)) for name, several in _pairs(data or ())
-                 for one in (several if isinstance(several, (list, tuple)) else [several])]
+        parts = [_FormPart(name, value if isinstance(value, (str, bytes)) else str(value))
+                 for name, value in _fields(data or (), "data")]
         parts += [_file_part(name, file) for name, file in _pairs(files)]
         body = _MultipartBody(parts)
         return _Streamed(body, body.length), body.content_type
     if data is not None:
         if isinstance(data, (str, bytes)):
             raise TypeError("data= takes the fields of a form, a dict or pairs; for text or bytes as they are use content=")
-        return _encode_urlencoded(data), "application/x-www-form-urlencoded"
+        return _encode_urlencoded(_fields(data, "data")), "application/x-www-form-urlencoded"
     if content is None or isinstance(content, bytes):
         return content, None
     if isinstance(content, str):
@@ -8626,7 +8685,7 @@ class ClientResponse(Response):
     async def _skip(self):
         """Read what is left of a response that nobody is interested in, if that is little, and comes soon."""
         exchange, left = self._exchange, MAX_DROPPED
-        with contextlib.suppress(RequestError), flowcoro.move_on_after(exchange.options.timeouts.read):
+        with contextlib.suppress(RequestError), flowcoro.move_on_after(DROP_TIMEOUT):
             while left > 0 and self.content is None and exchange.connection is not None:
                 data = await exchange.more(self)
                 left -= len(data) or left
@@ -8774,8 +8833,9 @@ class _ClientExchange:
             self.scope = scope = flowcoro.CancelScope(deadline=min(self.deadline, began + limits.head))
             with scope:
                 try:
-                    await self.send(connection)
-                    head = await connection.receive_head()
+                    head = await self.send(connection, math.inf if stream else self.options.max_bytes)
+                    if head is None:
+                        head = await connection.receive_head()
                     response = ClientResponse(head, self.request, flowcoro.now() - began)
                     if stream:
                         self.connection, response._exchange = connection, self
@@ -8820,20 +8880,48 @@ class _ClientExchange:
                 return connection
             pool.discard(connection)
 
-    async def send(self, connection):
+    async def send(self, connection, max_bytes):
+        """None; or the ResponseHead, if it was received meanwhile."""
         codec, request = connection.codec, self.request
-        codec.max_body, connection.heard = self.options.max_bytes if self.options.max_bytes != math.inf else None, False
+        codec.max_body, connection.heard = max_bytes if max_bytes != math.inf else None, False
         if self.head is not None:
             codec.note_message(request.method)
             await connection.sock.write(self.head)
-        else:
-            content = request.content
-            target = request.url if self.origin.absolute else request.parsed.target
-            head = RequestHead(request.method, target, request.headers.items())
-            if type(content) is _Streamed or content and len(content) > WHOLE_REQUEST:
-                await self.send_pieces(connection, head, content)
-                return
-            await connection.sock.write(codec.send_message(head, content or b""))
+            return None
+        content = request.content
+        target = request.url if self.origin.absolute else request.parsed.target
+        head = RequestHead(request.method, target, request.headers.items())
+        if type(content) is _Streamed or content and len(content) > WHOLE_REQUEST:
+            return await self.send_and_listen(connection, head, content)
+        await connection.sock.write(codec.send_message(head, content or b""))
+        return None
+
+    async def send_and_listen(self, connection, head, content):
+        """The ResponseHead. One of 300 and more that comes before all of the content was sent ends that: the server does not want
+        the rest, and may not even read it (RFC 9112 9.3). The connection is not used again then, as the codec knows."""
+        sending, outcome, failure = flowcoro.CancelScope(), None, None
+
+        async def listen():
+            nonlocal outcome
+            try:
+                outcome = await connection.receive_head()
+            except Exception as error:
+                outcome = error
+            if type(outcome) is not ResponseHead or outcome.status >= 300:
+                sending.cancel()
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(listen(), name="hear an early answer")
+            try:
+                with sending:
+                    await self.send_pieces(connection, head, content)
+            except Exception as error:          # of what the content comes from; out of the group it would be one of several
+                failure = error
+                group.cancel()
+            self.wait("head", self.options.timeouts.head)
+        if failure is not None or type(outcome) is not ResponseHead:
+            raise failure or outcome
+        return outcome
 
     async def send_pieces(self, connection, head, content):
         codec, limits, progress = connection.codec, self.options.timeouts, self.options.upload_progress
@@ -8853,7 +8941,6 @@ class _ClientExchange:
                     progress(done, content.length)
         if goes_on and (end := codec.send(EndOfMessage())):
             await self.write(connection, end)
-        self.wait("head", limits.head)
 
     @staticmethod
     async def write(connection, data):
@@ -8924,10 +9011,9 @@ class _ClientExchange:
         length = response.headers.get("content-length")
         self.options.progress(self.done, length and int(length))
 
-    @staticmethod
-    def decoder(headers, max_bytes):
+    def decoder(self, headers, max_bytes):
         """A _Decoder, or None where there is nothing to decode, or nothing that is known here."""
-        if "content-encoding" not in headers:
+        if "content-encoding" not in headers or not self.origin.client._decode:
             return None
         try:
             return _Decoder(", ".join(headers.get_all("content-encoding")), max_bytes=max_bytes)
@@ -9107,11 +9193,20 @@ class _Sending:
         if origin is None:
             if self._closed:
                 raise flowcoro.ClosedError("this HttpClient is closed")
-            if len(self._origins) >= KEPT_ORIGINS:      # the oldest goes; who has a connection to it still brings that back
-                self._origins.pop(next(iter(self._origins))).pool.clear()
-                self._known.clear()
+            if len(self._origins) >= KEPT_ORIGINS:
+                self._forget_origin()
             origin = self._origins[key] = _Origin(self, url)
         return origin
+
+    def _forget_origin(self):
+        """The oldest that is not in use: whoever has, or waits for, a connection to another one brings it back to this client."""
+        for key, origin in list(self._origins.items()):
+            numbers = origin.pool.statistics()
+            if not (numbers["in_use"] or numbers["waiting"] or numbers["connecting"]):
+                self._origins.pop(key, None)
+                origin.pool.clear()
+                self._known.clear()
+                return
 
     def _equip(self, request, options):
         """Set what depends on where it goes: Host, cookies, credentials; not what the caller has set."""
@@ -9283,9 +9378,9 @@ class HttpClient(_Sending):
     name; a path of certificates to trust instead of the system's; or an ssl.SSLContext. cert: one's own, a path or (certificate,
     key) or (certificate, key, password). event_hooks: {"request": [function], "response": [function]}, plain or async; called
     with each ClientRequest before it is sent, each ClientResponse after it has come, those of redirects too; what they raise ends
-    the request. max_connections: to one origin. keep_alive: seconds for which an idle connection is kept. max_head: bytes of a
-    response's head. connect: async function (host, port, tls) that returns a connected Socket; unix: path of a Unix socket, for
-    all URLs.
+    the request. decode=False: contents stay as compressed as they come. max_connections: to one origin. keep_alive: seconds for
+    which an idle connection is kept. max_head: bytes of a response's head. connect: async function (host, port, tls) that returns
+    a connected Socket; unix: path of a Unix socket, for all URLs.
 
     All of it serves any number of tasks at once, in one run. Errors: RequestError and what is below it, TypeError and ValueError
     for arguments that make no sense, LocalProtocolError for what cannot be sent, flowcoro.ClosedError after close(). Cancelled
@@ -9295,13 +9390,17 @@ class HttpClient(_Sending):
 
     def __init__(self, *, base_url="", headers=(), params=None, cookies=None, auth=None, timeout=Timeouts(), retries=0,
                  follow_redirects=True, max_redirects=MAX_REDIRECTS, max_bytes=MAX_INFLATED, proxy=None, netrc=None,
-                 trust_env=True,
-                 verify=True, cert=None, event_hooks=None, max_connections=CONNECTIONS_PER_ORIGIN, keep_alive=KEPT_IDLE,
-                 max_head=MAX_HEAD, connect=None, unix=None):
-        self._base = _Url(base_url) if base_url else None
+                 trust_env=True, verify=True, cert=None, event_hooks=None, decode=True,
+                 max_connections=CONNECTIONS_PER_ORIGIN, keep_alive=KEPT_IDLE, max_head=MAX_HEAD, connect=None, unix=None):
+        self._base = None
+        if base_url:
+            base = _Url(base_url)
+            self._base = base.text.partition("?")[0]
+            if base.userinfo:
+                self._base = self._base.replace("://", f"://{base.userinfo}@", 1)
         self._params = params
         self.headers = Headers(_DEFAULT_HEADERS)
-        for name, value in _pairs(headers):
+        for name, value in _pairs(headers or ()):
             self.headers.set(name, value)
         own = {} if cookies is None or isinstance(cookies, http.cookiejar.CookieJar) else dict(cookies)
         self.cookies = cookies if isinstance(cookies, http.cookiejar.CookieJar) else _Jar()
@@ -9311,7 +9410,7 @@ class HttpClient(_Sending):
         self._netrc_file, self._netrc = netrc, _CLIENTS
         if netrc is None:
             self._netrc_file = os.environ.get("NETRC") or os.path.expanduser("~/.netrc") if trust_env else False
-        self._tls = _client_tls(verify, cert)
+        self._tls, self._decode = _client_tls(verify, cert), bool(decode)
         hooks = event_hooks or {}
         if hooks.keys() - {"request", "response"}:
             raise ValueError(f"event_hooks={event_hooks!r}: there are \"request\" and \"response\"")
@@ -9361,9 +9460,9 @@ class HttpClient(_Sending):
                       progress=None, upload_progress=None):
         """A ClientResponse with all of its content, whatever its status.
 
-        params: dict or pairs to add to the query; of a list each item; None is "". headers: instead of the client's of the same
-        names. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async iterable
-        of bytes. json: a value. data: fields of a form. files: {name: file, bytes, or (filename, file[, media type])}, sent with
+        params: dict or pairs to add to the query; of a list each item; None is "". headers: dict or pairs, instead of the client's
+        of the same names. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async
+        iterable of bytes. json: a value. data: fields of a form, as params. files: {name: file, bytes, or (filename, file[, media type])}, sent with
         data as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: instead of the client's.
         progress, upload_progress: function (bytes so far, bytes in all or None), of the content as it travels. Errors, and what
         cancellation leaves: see HttpClient.
@@ -9401,7 +9500,7 @@ class HttpClient(_Sending):
     def _parse(self, url):
         parsed = self._urls.get(url)
         if parsed is None:
-            parsed = _Url(url if self._base is None or _has_scheme(url) else self._below(url))
+            parsed = _Url(url if self._base is None or not isinstance(url, str) or _has_scheme(url) else self._below(url))
             if len(self._urls) >= KNOWN_URLS:
                 self._urls.clear()
             if len(url) <= KNOWN_URL:
@@ -9410,7 +9509,7 @@ class HttpClient(_Sending):
 
     def _below(self, url):
         """`url` after base_url, whose path stays before it."""
-        base = self._base.text.partition("?")[0]
+        base = self._base
         return base + url if url[:1] in ("", "?", "#") else base.rstrip("/") + "/" + url.removeprefix("/")
 
     async def _ordinary(self, method, url):
@@ -9461,12 +9560,13 @@ class HttpClient(_Sending):
                 url = _with_params(url, more)
         parsed = self._parse(url)
         content, media_type = _content_of(*contents)
+        headers = list(_pairs(headers or ()))
         if options.auth is None and given.auth is not False and (auth := self._credentials(parsed)):
             options = options._replace(auth=auth)
         all_headers = self.headers.copy()
-        for name in {name.lower() for name, _ in _pairs(headers)}:
+        for name, _ in headers:
             all_headers.remove(name)
-        for name, value in _pairs(headers):
+        for name, value in headers:
             all_headers.add(name, value)
         if media_type is not None and "content-type" not in all_headers:
             all_headers.set("Content-Type", media_type)
@@ -9803,7 +9903,12 @@ class _WsgiFile:
         return iter(functools.partial(self.file.read, self.block_size), b"")
 
     def for_sendfile(self):
-        """(file, offset, bytes) if it is one that the system can send, else None."""
+        """(file, offset, bytes) if it is one that the system can send, else None. The system sees what is behind the descriptor,
+        and a GzipFile, say, has one too, of something else: so it is only for files that are nothing but their bytes.
+        """
+        file = self.file.file if type(self.file) is tempfile._TemporaryFileWrapper else self.file
+        if type(file) not in (io.BufferedReader, io.BufferedRandom, io.FileIO) or type(getattr(file, "raw", file)) is not io.FileIO:
+            return None
         try:
             found = os.fstat(self.file.fileno())
             offset = self.file.tell()
@@ -9863,6 +9968,8 @@ class _WsgiCall:
                 flowcoro_net.report_error(error, f"{self!r}: it failed after its client was gone", "flowcoro_http")
         self.environ = self.context = None      # which may lead back here
         self.ended = True
+        if self.gone:
+            self._close_file()
         self.threads.ring(self)
 
     def _run(self):
@@ -9941,9 +10048,6 @@ class _WsgiCall:
         """The Response. Errors of the application leave as they are."""
         self.threads.submit(self)
         await self._news()
-        if self.is_head:
-            while not self.ended:
-                await flowcoro.park(self._park)
         if self.error is not None:
             raise self._failure()
         status, reason, headers = self.head
@@ -9952,6 +10056,7 @@ class _WsgiCall:
         if self.file is not None:
             file, offset, count = self.file
             response.stream = _FileStream(file, offset, min(count, int(headers.get("content-length", count))))
+            self.file = None
         elif self.ended and (self.blocks or not self.is_head):
             response.content = b"".join(self.blocks)
         else:
@@ -9966,8 +10071,8 @@ class _WsgiCall:
         return failure
 
     async def _news(self):
-        """Wait for a block, or the end; what the thread needs of the request meanwhile is brought."""
-        while not (self.ended or self.blocks):
+        """Wait for a block (HEAD: there is none), or the end; what the thread needs of the request meanwhile is brought."""
+        while not (self.ended or self.blocks and not self.is_head):
             if self.asked is _INPUT:
                 self.asked = None
                 self.answers.put(await self._next_chunk())
@@ -10013,6 +10118,13 @@ class _WsgiCall:
         if not self.gone:
             self.gone = True
             self.answers.put(ConnectionAbortedError(errno.ECONNABORTED, "the client is gone, or the server stops"))
+            if self.ended:
+                self._close_file()
+
+    def _close_file(self):
+        """Nobody sends it. Either side may come last; both see that, and may both close it."""
+        if self.file is not None:
+            self.file[0].close()
 
     def __repr__(self):
         return f"<{self.request.method} {_shown(self.request.target)} at {_shown_handler(self.application)}>"
@@ -10575,6 +10687,7 @@ class _AsgiLife:
         self.application, self.state = application, {}
         self.supported, self.failed = True, None
         self.asked = 0                  # how often it has called receive()
+        self.told = False               # that it is to shut down
         self.started, self.stopping, self.stopped = flowcoro.Event(), flowcoro.Event(), flowcoro.Event()
 
     async def run(self):
@@ -10587,6 +10700,9 @@ class _AsgiLife:
                 flowcoro_net.report_error(_asgi_failure(self.application, error), "an ASGI lifespan failed", "flowcoro_http")
             elif not self.started.is_set() and (failure := _asgi_failure(self.application, error)) is not error:
                 self.failed = str(failure)              # asyncio's loop: it would fail with each request
+            elif not self.started.is_set() and self.asked and self.supported:
+                flowcoro_net.report_error(error, f"the lifespan of {_shown_handler(self.application)} failed before it had "
+                                          "started; as ASGI has it, it is served without one", "flowcoro_http")
             self.supported = self.started.is_set()      # else it raised because it has none: ASGI takes that for an answer
         finally:
             self.supported = self.supported and self.started.is_set()
@@ -10598,6 +10714,9 @@ class _AsgiLife:
         if self.asked == 1:
             return {"type": "lifespan.startup"}
         await self.stopping.wait()
+        if self.told:                   # an application that receives for ever waits here to be cancelled
+            await flowcoro.Event().wait()
+        self.told = True
         return {"type": "lifespan.shutdown"}
 
     async def send(self, message):
@@ -10612,6 +10731,8 @@ class _AsgiLife:
                                           "an ASGI application could not shut down", "flowcoro_http")
             self.stopped.set()
         else:
+            if not kind.startswith("lifespan."):        # it does not look at what it is called for
+                self.supported = False
             raise RuntimeError(f"{kind} cannot be sent in a lifespan {'after' if self.started.is_set() else 'before'} its start")
 
 

@@ -1897,6 +1897,16 @@ async def test_a_timeout_for_answers_is_none_for_what_was_upgraded():
 
 
 @simulated
+async def test_the_access_log_has_101_for_what_was_upgraded():
+    app, lines = upgrading_app(), []
+    app.middleware(flowcoro_http.access_log(lines.append))
+    async with serving(app) as world, await world.connect() as sock:
+        await sock.write(UPGRADE)
+        await sock.read_until(b"\r\n\r\n")
+    assert len(lines) == 1 and lines[0].endswith('"GET /up HTTP/1.1" 101 -')
+
+
+@simulated
 async def test_an_upgrade_with_what_was_sent_too_early():
     async with serving(upgrading_app()) as world, await world.connect() as sock:
         await sock.write(UPGRADE + b"early ")
