@@ -5596,8 +5596,7 @@ class _Relay:
 def _relayed(response):
     """A ClientResponse as an answer of ours: without what is said there about its connection, and with its content as decoded."""
     named = [option.lower() for value in response.headers.get_all("connection") for option in _split_list(value)]
-    decoded = _ClientExchange.decoder(response.headers, math.inf) is not None
-    dropped = _HOP_BY_HOP.union(named, ("content-encoding", "content-length") if decoded else ())
+    dropped = _HOP_BY_HOP.union(named, ("content-encoding", "content-length") if response._decoder is not None else ())
     content = _Relay(response) if response.content is None else response.content
     relayed = Response(response.status, content, [pair for pair in response.headers if pair[0].lower() not in dropped])
     if "content-type" not in response.headers:
@@ -8954,7 +8953,9 @@ class _ClientExchange:
     async def receive_content(self, connection, response):
         """All of it, within the scope of the exchange."""
         codec, options, content = connection.codec, self.options, b""
-        decoder = self.decoder(response.headers, options.max_bytes) if "content-encoding" in response.headers._index else None
+        decoder = None
+        if "content-encoding" in response.headers._index:
+            decoder = response._decoder = self.decoder(response.headers, options.max_bytes)
         while True:
             event = codec.next_event()
             if type(event) is Data:
