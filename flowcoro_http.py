@@ -7933,9 +7933,6 @@ CONNECTIONS_PER_ORIGIN, KEPT_IDLE = 100, 30.0
 # Cookies that a client keeps, of one domain and altogether. Chrome keeps 180 and 3300.
 MAX_OF_DOMAIN, MAX_JAR = 180, 3000
 
-# Characters of a cookie's name and value, and of each attribute; longer ones are dropped (RFC 6265bis 5.6).
-MAX_COOKIE, MAX_COOKIE_ATTRIBUTE = 4096, 1024
-
 # Bytes of one server-sent event, and failures in a row after which EventStream gives up.
 MAX_EVENT, MAX_EVENT_FAILURES = 2**20, 10
 
@@ -8078,8 +8075,8 @@ class _Url:
         if self.scheme not in _PORTS:
             raise ValueError(f"{_shown(_shown_url('', text))}: http and https are spoken here, not {scheme}")
         if found := _is_ambiguous(host):
-            raise ValueError(f"{_shown(host)}: {found[0]!r} makes it one name by IDNA 2003 and another one by IDNA 2008; give the "
-                             "one that is meant, as xn--…")
+            raise ValueError(f"{_shown(host)}: {found[0]!r} makes it one name by IDNA 2003 and another one by IDNA 2008; give "
+                             "the one that is meant, as xn--…")
         try:
             host = (host if host.isascii() else host.encode("idna").decode()).lower()
         except UnicodeError as error:
@@ -9461,12 +9458,12 @@ class HttpClient(_Sending):
                       progress=None, upload_progress=None):
         """A ClientResponse with all of its content, whatever its status.
 
-        params: dict or pairs to add to the query; of a list each item; None is "". headers: dict or pairs, instead of the client's
-        of the same names. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async
-        iterable of bytes. json: a value. data: fields of a form, as params. files: {name: file, bytes, or (filename, file[, media type])}, sent with
-        data as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: instead of the client's.
-        progress, upload_progress: function (bytes so far, bytes in all or None), of the content as it travels. Errors, and what
-        cancellation leaves: see HttpClient.
+        params: dict or pairs to add to the query; of a list each item; None is "". headers: dict or pairs, instead of the
+        client's of the same names. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an
+        iterable or async iterable of bytes. json: a value. data: fields of a form, as params. files: {name: file, bytes, or
+        (filename, file[, media type])}, sent with data as multipart/form-data. auth=False: none. timeout, follow_redirects,
+        retries, max_bytes: instead of the client's. progress, upload_progress: function (bytes so far, bytes in all or None), of
+        the content as it travels. Errors, and what cancellation leaves: see HttpClient.
         """
         request, options = self._build(method, url, params, headers, cookies, (content, data, files, json), _Given(
             auth, timeout, follow_redirects, retries, max_bytes, progress, upload_progress))
@@ -9908,7 +9905,8 @@ class _WsgiFile:
         and a GzipFile, say, has one too, of something else: so it is only for files that are nothing but their bytes.
         """
         file = self.file.file if type(self.file) is tempfile._TemporaryFileWrapper else self.file
-        if type(file) not in (io.BufferedReader, io.BufferedRandom, io.FileIO) or type(getattr(file, "raw", file)) is not io.FileIO:
+        if (type(file) not in (io.BufferedReader, io.BufferedRandom, io.FileIO)
+                or type(getattr(file, "raw", file)) is not io.FileIO):
             return None
         try:
             found = os.fstat(self.file.fileno())

@@ -11,10 +11,9 @@ import pytest
 
 import flowcoro
 from flowcoro_http import (
-    Auth, BasicAuth, BearerAuth, ConnectError, DigestAuth, Headers, HttpClient, HttpServer, ProxyError, RedirectError, RequestError,
-    RequestTimeout,
-    ResponseError, Retries, ServerSentEvent, StatusError, Timeouts, TransferError, _challenge, _CookieRequest, _CookieResponse,
-    _environment_proxies, _EventParser, _goes_without, _Jar, _parse_credentials, _Url)
+    Auth, BasicAuth, BearerAuth, ConnectError, DigestAuth, Headers, HttpClient, HttpServer, ProxyError, RedirectError,
+    RequestError, RequestTimeout, ResponseError, Retries, ServerSentEvent, StatusError, Timeouts, TransferError, _challenge,
+    _CookieRequest, _CookieResponse, _environment_proxies, _EventParser, _goes_without, _Jar, _parse_credentials, _Url)
 from flowcoro_net import Socket, TcpServer, client_tls, server_tls
 from flowcoro_testing import VirtualClock, memory_socket_pair
 from test_http_client import SEED, Origin, answer, given_back, scripted, serving, talk
@@ -349,8 +348,8 @@ def test_a_cookie_goes_nowhere_else(url, cookie, sent, kept):
     assert cookie_for(jar, kept) is None
 
 
-@pytest.mark.parametrize("cookie", ["x=" + "1" * 4095, "x=1; a=" + "1" * 1024, f"x=1; Expires=Wed, 09-Feb-{'9' * 5000} 00:00:00 GMT",
-                                    "x=1; Max-Age=" + "9" * 5000])
+@pytest.mark.parametrize("cookie", ["x=" + "1" * 4095, "x=1; a=" + "1" * 1024, "x=1; Max-Age=" + "9" * 5000,
+                                    f"x=1; Expires=Wed, 09-Feb-{'9' * 5000} 00:00:00 GMT"])
 def test_a_cookie_that_is_too_long_is_dropped(cookie):
     assert [cookie.name for cookie in jar_of("http://example.com/", cookie, "y=1")] == ["y"]
 
