@@ -4074,8 +4074,8 @@ OWN_RANK = 3
 # for often; what is asked for once costs 0.2 more.
 FOUND_PATHS, FOUND_PATH = 1024, 128
 
-# Characters that a segment of a path may have as they are (RFC 3986 section 3.3, pchar), besides those that urllib.parse.quote()
-# never encodes.
+# Characters that a segment of a path may have as they are (RFC 3986 section 3.3, pchar), besides those that
+# urllib.parse.quote() never encodes.
 _PCHAR = "!$&'()*+,;=:@"
 
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})").search
@@ -5596,7 +5596,8 @@ class _Relay:
 def _relayed(response):
     """A ClientResponse as an answer of ours: without what is said there about its connection, and with its content as decoded."""
     named = [option.lower() for value in response.headers.get_all("connection") for option in _split_list(value)]
-    dropped = _HOP_BY_HOP.union(named, ("content-encoding", "content-length") if response._decoder is not None else ())
+    decoded = response._decoder is not None
+    dropped = _HOP_BY_HOP.union(named, ("content-encoding", "content-length") if decoded else ())
     content = _Relay(response) if response.content is None else response.content
     relayed = Response(response.status, content, [pair for pair in response.headers if pair[0].lower() not in dropped])
     if "content-type" not in response.headers:
@@ -8950,9 +8951,9 @@ class _ClientExchange:
     async def receive_content(self, connection, response):
         """All of it, within the scope of the exchange."""
         codec, options, content = connection.codec, self.options, b""
-        decoder = None
         if "content-encoding" in response.headers._index:
-            decoder = response._decoder = self.decoder(response.headers, options.max_bytes)
+            response._decoder = self.decoder(response.headers, options.max_bytes)
+        decoder = response._decoder
         while True:
             event = codec.next_event()
             if type(event) is Data:
