@@ -2338,6 +2338,7 @@ def test_tls_and_reload_of_its_certificate(certificates, tmp_path):  # noqa: F81
 
 @pytest.mark.parametrize("how", ["tls", "without epoll"])
 def test_a_handler_is_cancelled_when_such_a_client_is_gone(how, certificates, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(flowcoro_http, "SWEEP", 0.05)
     if how != "tls":
         monkeypatch.setattr(flowcoro, "_new_poller", lambda: flowcoro._LevelPoller(selectors.PollSelector()))
 
@@ -2348,7 +2349,7 @@ def test_a_handler_is_cancelled_when_such_a_client_is_gone(how, certificates, mo
             sock = await Socket.connect(*listener.local, tls=context, server_name="localhost" if context else None)
             await sock.write(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n")
             connection = None
-            while connection is None or connection.since < 1:       # it is looked after, and not taken for one that is gone
+            while connection is None or connection.since < 0.1:     # it is looked after, and not taken for one that is gone
                 connection = next(iter(listener._run.connections.values()), None)
                 await flowcoro.sleep(0.01)
             assert ended == []
