@@ -8634,12 +8634,13 @@ class ClientResponse(Response):
     """
 
     __slots__ = ("status", "reason", "version", "headers", "request", "elapsed", "history", "trailers", "content",
-                 "_exchange", "_decoder", "_pieces")
+                 "_exchange", "_decoder", "_pieces", "_begun")
 
     def __init__(self, head, request, elapsed):
         self.status, self.reason, self.version, self.headers = head.status, head.reason, head.version, head.headers
         self.request, self.elapsed, self.history, self.trailers, self.content = request, elapsed, (), None, None
         self._exchange = self._decoder = self._pieces = None
+        self._begun = False             # some of the content was given away, and is not kept
 
     @property
     def url(self):
@@ -8704,6 +8705,7 @@ class ClientResponse(Response):
             try:
                 piece = next(self._pieces, None) if self._pieces is not None else None
                 if piece is not None:
+                    self._begun = True
                     return piece
                 exchange = self._exchange
                 if exchange is None:
@@ -8722,8 +8724,11 @@ class ClientResponse(Response):
                 raise self._bad(error.message) from error
 
     async def read(self):
-        """All of the content, which is kept in `content`. Errors as for a piece; ResponseError beyond max_bytes of the client."""
+        """All of the content, which is kept in `content`. Errors as for a piece; ResponseError beyond max_bytes of the client;
+        RuntimeError if some of it has been iterated."""
         if self.content is None:
+            if self._begun:
+                raise RuntimeError(f"{self!r}: some of its content was given in pieces already, and not kept; read() it instead")
             content, most = bytearray(), self._exchange.options.max_bytes if self._exchange else math.inf
             async for piece in self:
                 content += piece
@@ -8770,7 +8775,7 @@ class ClientResponse(Response):
 
     def _whole(self):
         if self.content is None:
-            raise RuntimeError(f"{self!r}: its content was not read; `await response.read()` first, or iterate it")
+            raise RuntimeError(f"{self!r}: its content was not read; `await response.read()` first, instead of iterating it")
         return self.content
 
     def _bad(self, message):

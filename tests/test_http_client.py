@@ -558,6 +558,21 @@ def test_a_stream_that_is_iterated_may_be_longer_than_max_bytes(framing):
     talk(handler, work, max_bytes=1000)
 
 
+@pytest.mark.parametrize("how_much", [1, 2])
+def test_a_stream_that_was_iterated_is_not_read_as_if_it_were_whole(how_much):
+    async def work(client, origin):
+        async with client.stream("GET", origin.url) as response:
+            for _ in range(how_much):
+                await anext(response, None)
+            with pytest.raises(RuntimeError, match="in pieces already"):
+                await response.read()
+        async with client.stream("GET", origin.url) as response:
+            assert await response.read() == await response.read() == b"hello"
+            assert [piece async for piece in response] == [b"hello"] and await response.read() == b"hello"
+
+    talk(lambda request: answer("hello"), work)
+
+
 # ---- connections -----------------------------------------------------------------------------------------------
 
 def test_a_connection_that_the_server_has_closed_is_not_used_even_for_a_post():
