@@ -9302,8 +9302,9 @@ class _Sending:
                 headers.set("Cookie", "; ".join(pairs))
                 equipped.append("cookie")
         if options.auth is not None and "authorization" not in headers:
+            before = set(headers._entries)
             options.auth.authorize(request)
-            equipped.append("authorization")
+            equipped += {"authorization", *[entry[0] for entry in request.headers._entries if entry not in before]}
         request._equipped = equipped
 
     async def _follow(self, request, options, stream, known=None, response=None):

@@ -275,11 +275,15 @@ def test_an_auth_of_ones_own():
         def authorize(self, request):
             request.headers.set("X-Signed", request.method + request.parsed.target)
 
-    async def work(client, origin):
-        await client.delete(origin.url + "/x")
-        assert origin.requests[0].headers["x-signed"] == "DELETE/x"
+    async def main():
+        async with serving(lambda request: answer()) as other:
+            there = f"http://127.0.0.1:{other.port}/"
+            async with serving(lambda request: redirect("/again" if request.target == "/x" else there)) as origin:
+                async with HttpClient(trust_env=False, auth=Signed()) as client:
+                    await client.delete(origin.url + "/x", headers={"X-Signed": "mine"})
+        assert [request.headers.get("x-signed") for request in origin.requests + other.requests] == ["DELETE/x", "DELETE/again", None]
 
-    talk(lambda request: answer(), work, auth=Signed())
+    flowcoro.run(main())
 
 
 # ---- cookies ---------------------------------------------------------------------------------------------------
