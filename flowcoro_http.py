@@ -8347,6 +8347,8 @@ class _Proxies:
             proxy = _environment_proxies(environ)
         elif isinstance(proxy, str):
             proxy = {"all": proxy}
+        if unknown := proxy.keys() - {"http", "https", "all", "no"}:        # what was left out would go past the proxy
+            raise ValueError(f"proxy: {sorted(unknown)} is none of \"http\", \"https\", \"all\" and \"no\"")
         self.no, self.all = proxy.get("no", ""), {}
         for scheme in proxy.keys() - {"no"}:
             text = proxy[scheme] if "://" in proxy[scheme] else "http://" + proxy[scheme]

@@ -514,7 +514,7 @@ def test_what_goes_without_a_proxy(url, no_proxy, goes_without):
     assert _goes_without(_Url(url), no_proxy) is goes_without
 
 
-@pytest.mark.parametrize("proxy", ["socks5://a", "http://", {"http": "a b"}, "https://proxy:1"])
+@pytest.mark.parametrize("proxy", ["socks5://a", "http://", {"http": "a b"}, "https://proxy:1", {"https://": "http://a"}, {"no_proxy": "a"}])
 def test_proxies_that_cannot_be_used(proxy):
     with pytest.raises(ValueError, match="prox"):
         HttpClient(proxy=proxy)
