@@ -8155,8 +8155,8 @@ class _Url:
         if self.scheme not in _PORTS:
             raise ValueError(f"{_shown(_shown_url('', text))}: http and https are spoken here, not {scheme}")
         if found := _is_ambiguous(host):
-            raise ValueError(f"{_shown(host)}: {found[0]!r} makes it one name by IDNA 2003 and another one by IDNA 2008; give the "
-                             "one that is meant, as xn--…")
+            raise ValueError(f"{_shown(host)}: {found[0]!r} makes it one name by IDNA 2003 and another one by IDNA 2008; "
+                             "give the one that is meant, as xn--…")
         try:
             host = (host if host.isascii() else host.encode("idna").decode()).lower()
         except UnicodeError as error:
@@ -9540,10 +9540,11 @@ class HttpClient(_Sending):
                       progress=None, upload_progress=None):
         """A ClientResponse with all of its content, whatever its status.
 
-        params: dict or pairs to add to the query; of a list each item; None is "". headers: dict or pairs, instead of the client's
-        of the same names. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async
-        iterable of bytes. json: a value. data: fields of a form, as params. files: {name: file, bytes, or (filename, file[, media type])}, sent with
-        data as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: instead of the client's.
+        params: dict or pairs to add to the query; of a list each item; None is "". headers: dict or pairs, in place of those of
+        the client. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async
+        iterable of bytes. json: a value. data: fields of a form, as params. files: {name: file, bytes, or (filename, file[, media
+        type])}, sent with data as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: instead of
+        the client's.
         progress, upload_progress: function (bytes so far, bytes in all or None), of the content as it travels. Errors, and what
         cancellation leaves: see HttpClient.
         """

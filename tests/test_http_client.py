@@ -320,8 +320,8 @@ def test_a_host_that_two_standards_encode_in_two_ways_is_refused(host):
 
 
 def test_a_url_that_is_refused_does_not_show_its_password():
-    for url in ("ftp://user:secret@host/", "http://user:secret@host/\x00", "http://user:secret@host:0/", "http://user:a@secret@host/",
-                "http://user:secret/a@host/", "http://user:secret?#@host/", "http://user:a\nsecret@host"):
+    for url in ("ftp://user:secret@host/", "http://user:secret@host/\x00", "http://user:secret@host:0/",
+                "http://user:a@secret@host/", "http://user:secret/a@host/", "http://user:secret?#@host/", "http://user:a\nsecret@host"):
         with pytest.raises(ValueError) as caught:
             _Url(url)
         assert "secret" not in str(caught.value)
@@ -370,8 +370,8 @@ def test_the_fields_of_a_form_are_written_as_params_are():
         await client.post(origin.url, data=fields)
         await client.post(origin.url, data=fields, files={})
         assert origin.requests[0].body == b"x=true&n=&y=1&y=b"
-        assert [part.split(b"\r\n")[3] for part in origin.requests[1].body.split(b"--" + origin.requests[1].body[2:34])[1:-1]] == [
-            b"true", b"", b"1", b"b"]
+        form = origin.requests[1].body
+        assert [part.split(b"\r\n")[3] for part in form.split(form[:34])[1:-1]] == [b"true", b"", b"1", b"b"]
 
     talk(lambda request: answer(), work)
 
