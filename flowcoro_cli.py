@@ -1567,12 +1567,13 @@ def _get_command(arguments):
 # ---- serve -------------------------------------------------------------------------------------------------
 
 KEPT = "FLOWCORO_KEPT_SOCKETS"          # environment: numbers of listening sockets that --reload hands to the next program
-LOOK_AT_FILES = 0.5                     # seconds between two looks at the sources; an editor has saved by then
+TOLD = 4096                             # bytes of a message to the supervisor at most: what a pipe takes whole
+LOOK_AT_FILES = 0.25                    # seconds between two looks at the sources: a hundred take a millisecond
 RELOAD_DRAIN = 2.0                      # seconds that requests have to end before the program is replaced: somebody is waiting
 
 
 class _NotLoaded(UsageError):
-    """The application could not be loaded; `files` are those whose change may help."""
+    """The application could not be loaded, or not started; `files` are those whose change may help."""
 
     def __init__(self, message, files=()):
         super().__init__(message)
@@ -1609,11 +1610,7 @@ def _serve_parser():
 
 def _serve_command(arguments):
     """`serve TARGET …`: until SIGTERM or Ctrl-C."""
-    parser = _serve_parser()
-    options = parser.parse_args(arguments)
-    folder = pathlib.Path(options.target)
-    options.folder = folder if folder.is_dir() else None
-    _check_serve(options)
+    options = _serve_options(arguments)
     kept = _KeptSockets(os.environ.pop(KEPT, "")) if options.reload else None
     again = False
     try:
@@ -1630,8 +1627,16 @@ def _serve_command(arguments):
     return 0
 
 
+def _serve_options(arguments):
+    """What is asked for. UsageError for options that do not go together."""
+    options = _serve_parser().parse_args(arguments)
+    folder = pathlib.Path(options.target)
+    options.folder = folder if folder.is_dir() else None
+    _check_serve(options)
+    return options
+
+
 def _check_serve(options):
-    """UsageError for options that do not go together."""
     if options.tls_key and not options.tls_cert:
         raise UsageError("--tls-key needs --tls-cert: a private key alone proves nothing")
     if options.folder is None and options.listing:
@@ -1641,6 +1646,8 @@ def _check_serve(options):
     for name in "processes", "threads":
         if (number := getattr(options, name)) is not None and number < 1:
             raise UsageError(f"--{name} {number}: give 1 or more")
+    if not options.drain_timeout >= 0:
+        raise UsageError(f"--drain-timeout {options.drain_timeout:g}: give seconds, 0 or more")
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port {options.port}: give a number from 0 to 65535")
     if options.reload and options.processes is not None:
@@ -1681,15 +1688,23 @@ def _load_target(target):
 def _not_loaded(module, error):
     """What to say of an error in somebody's module, or of one that is not there."""
     if isinstance(error, ModuleNotFoundError) and error.name and (module + ".").startswith(error.name + "."):
-        return _NotLoaded(f"there is no module {error.name!r} in {os.getcwd()}, nor elsewhere on Python's path", _source_files())
+        missing = os.path.join(os.getcwd(), *error.name.split("."))
+        return _NotLoaded(f"there is no module {error.name!r} in {os.getcwd()}, nor elsewhere on Python's path",
+                          _source_files() | {f"{missing}.py", os.path.join(missing, "__init__.py")})
+    return _told(error, f"{module} could not be loaded")
+
+
+def _told(error, what):
+    """The _NotLoaded that says in one line which error it was, and where: in the last file that is not an installed one's."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     files = {frame.filename for frame in frames} | _source_files()
-    where = f"{frames[-1].filename}, line {frames[-1].lineno}"
+    own = [frame for frame in frames if not _is_installed(frame.filename)] or frames
+    where = f"{own[-1].filename}, line {own[-1].lineno}"
     if isinstance(error, SyntaxError) and error.filename:
         files.add(error.filename)
         where = f"{error.filename}, line {error.lineno}"
     said = error.msg if isinstance(error, SyntaxError) else error
-    return _NotLoaded(f"{module} could not be loaded: {type(error).__name__}: {said} ({where})", files)
+    return _NotLoaded(f"{what}: {type(error).__name__}: {said} ({where})", files)
 
 
 def _served_app(options):
@@ -1774,21 +1789,90 @@ async def _serve(app, options, kept):
         if network is not None:
             flowcoro.network.reset(network)
     ending = types.SimpleNamespace(asked=False, changed=None)
-    async with server:
+    start = _Start(app, options, functools.partial(_announce, server, options))
+    async with server, start:
         if kept is not None:
             kept.keep()
             flowcoro.spawn(_close_on_change(server, _Sources(), ending), name="watch the sources")
-        _announce(server, options)
         drain = options.drain_timeout if kept is None else min(options.drain_timeout, RELOAD_DRAIN)
         more = {"reload": functools.partial(_reload_certificate, server, options)} if options.processes else {}
         with _load("flowcoro_os").signals(*_serve_signals(options)) as received, flowcoro.CancelScope() as scope:
-            _announce(server, options)
             hearing = flowcoro.spawn(_obey(received, server, options, ending, scope), name="hear signals")
+            starting = flowcoro.spawn(start.hear(server), name="hear whether the application starts")
             try:
                 await server.serve(processes=options.processes, drain_timeout=drain, **more)
             finally:
                 hearing.cancel()
+                starting.cancel()
+    if start.failure is not None:
+        raise start.failure
     return ending.changed is not None and not ending.asked
+
+
+class _Start:
+    """Whether the application starts: `started` is called as soon as it has, and _NotLoaded raised if it cannot.
+
+    With worker processes it starts in each of them. The first one to know tells the supervisor, through a pipe; if it cannot,
+    all ends, for it could not in the next one either. Those that come later have been seen to work: one that fails then is
+    reported, and tried again.
+    """
+
+    def __init__(self, app, options, started):
+        self.target, self.started, self.failure = options.target, started, None
+        self.has = self.known = False               # it has started here; it has in some process
+        self.pipe = os.pipe() if options.processes else ()
+        app._lifespans.insert(0, self.around)       # the outermost, which sees the errors of all others
+        app.lifespan(self.within)
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, kind, error, trace):
+        for number in self.pipe:
+            os.close(number)
+
+    @contextlib.asynccontextmanager
+    async def around(self):
+        try:
+            yield
+        except Exception as error:
+            if self.has or self.known:
+                raise
+            failure = error if isinstance(error, UsageError) else _told(error, f"{self.target} cannot start")
+            if not self.pipe:
+                raise failure from error
+            os.write(self.pipe[1], str(failure).encode("utf-8", "replace")[:TOLD])
+            raise SystemExit(1) from error
+
+    @contextlib.asynccontextmanager
+    async def within(self):
+        self.has = True
+        if self.pipe:
+            os.write(self.pipe[1], b"\0")
+        else:
+            self.started()
+        yield
+
+    async def hear(self, server):
+        """In the supervisor: what the processes say."""
+        if not self.pipe:
+            return
+        pollable = flowcoro.Pollable(self.pipe[0])
+        try:
+            while True:
+                pollable.readable = False
+                await pollable.wait_readable()
+                said = os.read(self.pipe[0], TOLD)
+                if self.known:
+                    continue
+                self.known = True
+                if said.startswith(b"\0"):
+                    self.started()
+                else:
+                    self.failure = UsageError(said.partition(b"\0")[0].decode("utf-8", "replace"))
+                    server.close()
+        finally:
+            pollable.close()
 
 
 def _serve_tls(options):
@@ -1843,9 +1927,14 @@ def _reload_certificate(server, options):
 
 def _source_files():
     """The files of modules that are loaded and belong neither to Python nor to an installed package."""
-    installed = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib", "purelib", "platlib"))
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    return {file for file in files if file and file.endswith(".py") and not file.startswith(installed)}
+    return {file for file in files if file and file.endswith(".py") and not _is_installed(file)}
+
+
+def _is_installed(file):
+    """Whether it belongs to Python or an installed package."""
+    return file.startswith(tuple(os.path.join(sysconfig.get_path(name), "")
+                                 for name in ("stdlib", "platstdlib", "purelib", "platlib")))
 
 
 class _Sources:
@@ -1856,13 +1945,13 @@ class _Sources:
         self.changed()
 
     def changed(self):
-        """One that has another mtime than when it was first looked at, or None."""
+        """One that has another mtime than when it was first looked at, or was not there then; or None."""
         for file in sorted(self.files | _source_files()):
             try:
                 changed = os.stat(file).st_mtime_ns
-            except OSError:                     # an editor is about to put another one there
+            except OSError:                     # somebody is about to put another one there, and until then it cannot be loaded
                 changed = None
-            if self.seen.setdefault(file, changed) != changed:
+            if self.seen.setdefault(file, changed) != changed and changed is not None:
                 return file
         return None
 
