@@ -9470,8 +9470,8 @@ class HttpClient(_Sending):
         params: dict or pairs to add to the query; of a list each item; None is "". headers: dict or pairs, in place of those of
         the client. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async
         iterable of bytes. json: a value. data: fields of a form, as params. files: {name: file, bytes, or (filename, file[, media
-        type])}, sent with data as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: instead of
-        the client's.
+        type])}, sent with data as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: in place
+        of the client's.
         progress, upload_progress: function (bytes so far, bytes in all or None), of the content as it travels. Errors, and what
         cancellation leaves: see HttpClient.
         """

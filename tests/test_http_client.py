@@ -321,7 +321,8 @@ def test_a_host_that_two_standards_encode_in_two_ways_is_refused(host):
 
 def test_a_url_that_is_refused_does_not_show_its_password():
     for url in ("ftp://user:secret@host/", "http://user:secret@host/\x00", "http://user:secret@host:0/",
-                "http://user:a@secret@host/", "http://user:secret/a@host/", "http://user:secret?#@host/", "http://user:a\nsecret@host"):
+                "http://user:a@secret@host/", "http://user:secret/a@host/", "http://user:secret?#@host/",
+                "http://user:a\nsecret@host"):
         with pytest.raises(ValueError) as caught:
             _Url(url)
         assert "secret" not in str(caught.value)

@@ -12,8 +12,8 @@ import pytest
 import flowcoro
 from flowcoro_http import (
     Auth, BasicAuth, BearerAuth, ConnectError, DigestAuth, Headers, HttpClient, HttpServer, ProxyError, RedirectError,
-    RequestError, RequestTimeout, ResponseError, Retries, ServerSentEvent, StatusError, Timeouts, TransferError, _challenge, _CookieRequest, _CookieResponse,
-    _environment_proxies, _EventParser, _goes_without, _Jar, _parse_credentials, _Url)
+    RequestError, RequestTimeout, ResponseError, Retries, ServerSentEvent, StatusError, Timeouts, TransferError, _challenge,
+    _CookieRequest, _CookieResponse, _environment_proxies, _EventParser, _goes_without, _Jar, _parse_credentials, _Url)
 from flowcoro_net import Socket, TcpServer, client_tls, server_tls
 from flowcoro_testing import VirtualClock, memory_socket_pair
 from test_http_client import SEED, Origin, answer, given_back, scripted, serving, talk
