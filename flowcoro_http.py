@@ -4074,7 +4074,8 @@ OWN_RANK = 3
 # for often; what is asked for once costs 0.2 more.
 FOUND_PATHS, FOUND_PATH = 1024, 128
 
-# Characters that a segment of a path may have as they are (RFC 3986 section 3.3, pchar), besides those urllib.parse.quote() never encodes.
+# Characters that a segment of a path may have as they are (RFC 3986 section 3.3, pchar), besides those that
+# urllib.parse.quote() never encodes.
 _PCHAR = "!$&'()*+,;=:@"
 
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})").search
@@ -5327,9 +5328,9 @@ class Request:
     async def form(self, *, max_bytes=MAX_FORM_BYTES, max_file_bytes=MAX_FILE_BYTES, max_parts=MAX_PARTS, max_files=MAX_FILES):
         """The fields of a form: Fields, whose values are str, or FormFile for files. It may be called again.
 
-        max_bytes: of all that is no file, together; max_file_bytes: of each file; of all files 4 MiB are kept in memory, the others
-        lie on disk. max_parts, max_files: how many there may be. HttpError: 415 for another Content-Type, 413 beyond a limit, 400
-        for what is malformed or no UTF-8.
+        max_bytes: of all that is no file, together; max_file_bytes: of each file; of all files 4 MiB are kept in memory, the
+        others lie on disk. max_parts, max_files: how many there may be. HttpError: 415 for another Content-Type, 413 beyond a
+        limit, 400 for what is malformed or no UTF-8.
         """
         if self._form is None:
             media = self.media_type
@@ -5595,7 +5596,7 @@ class _Relay:
 def _relayed(response):
     """A ClientResponse as an answer of ours: without what is said there about its connection, and with its content as decoded."""
     named = [option.lower() for value in response.headers.get_all("connection") for option in _split_list(value)]
-    decoded = _ClientExchange.decoder(response.headers, math.inf) is not None
+    decoded = response._decoder is not None
     dropped = _HOP_BY_HOP.union(named, ("content-encoding", "content-length") if decoded else ())
     content = _Relay(response) if response.content is None else response.content
     relayed = Response(response.status, content, [pair for pair in response.headers if pair[0].lower() not in dropped])
@@ -8960,7 +8961,9 @@ class _ClientExchange:
     async def receive_content(self, connection, response):
         """All of it, within the scope of the exchange."""
         codec, options, content = connection.codec, self.options, b""
-        decoder = self.decoder(response.headers, options.max_bytes) if "content-encoding" in response.headers._index else None
+        if "content-encoding" in response.headers._index:
+            response._decoder = self.decoder(response.headers, options.max_bytes)
+        decoder = response._decoder
         while True:
             event = codec.next_event()
             if type(event) is Data:

@@ -1507,8 +1507,8 @@ def test_a_head_that_was_joined_while_another_request_was_answered_is_read():
         server.receive_data(b"st: x\r\n\r\n")
 
 
-@pytest.mark.parametrize("name", ["Authorization", "Cookie", "X-Api-Key", "X-Auth-Token", "X-CSRF-Token", "Proxy-Authentication-Info",
-                                  "X-Amz-Security-Token", "X-Session", "Sec-WebSocket-Key"])
+@pytest.mark.parametrize("name", ["Authorization", "Cookie", "X-Api-Key", "X-Auth-Token", "X-CSRF-Token", "X-Session",
+                                  "Proxy-Authentication-Info", "X-Amz-Security-Token", "Sec-WebSocket-Key"])
 def test_what_may_be_secret_is_not_remembered_and_not_shown(name):
     value = f"unheard-of-{name}"
     assert known_after(3, f"GET / HTTP/1.1\r\nHost: x\r\n{name}: {value}\r\n\r\n".encode())[1] is None
