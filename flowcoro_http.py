@@ -8076,8 +8076,8 @@ class _Url:
         if self.scheme not in _PORTS:
             raise ValueError(f"{_shown(_shown_url('', text))}: http and https are spoken here, not {scheme}")
         if found := _is_ambiguous(host):
-            raise ValueError(f"{_shown(host)}: {found[0]!r} makes it one name by IDNA 2003 and another one by IDNA 2008; give "
-                             "the one that is meant, as xn--…")
+            raise ValueError(f"{_shown(host)}: {found[0]!r} makes it one name by IDNA 2003 and another one by IDNA 2008; "
+                             "give the one that is meant, as xn--…")
         try:
             host = (host if host.isascii() else host.encode("idna").decode()).lower()
         except UnicodeError as error:
@@ -8273,6 +8273,8 @@ class _Proxies:
             proxy = _environment_proxies(environ)
         elif isinstance(proxy, str):
             proxy = {"all": proxy}
+        if unknown := proxy.keys() - {"http", "https", "all", "no"}:        # what was left out would go past the proxy
+            raise ValueError(f"proxy: {sorted(unknown)} is none of \"http\", \"https\", \"all\" and \"no\"")
         self.no, self.all = proxy.get("no", ""), {}
         for scheme in proxy.keys() - {"no"}:
             text = proxy[scheme] if "://" in proxy[scheme] else "http://" + proxy[scheme]
@@ -8559,12 +8561,13 @@ class ClientResponse(Response):
     """
 
     __slots__ = ("status", "reason", "version", "headers", "request", "elapsed", "history", "trailers", "content",
-                 "_exchange", "_decoder", "_pieces")
+                 "_exchange", "_decoder", "_pieces", "_begun")
 
     def __init__(self, head, request, elapsed):
         self.status, self.reason, self.version, self.headers = head.status, head.reason, head.version, head.headers
         self.request, self.elapsed, self.history, self.trailers, self.content = request, elapsed, (), None, None
         self._exchange = self._decoder = self._pieces = None
+        self._begun = False             # some of the content was given away, and is not kept
 
     @property
     def url(self):
@@ -8629,6 +8632,7 @@ class ClientResponse(Response):
             try:
                 piece = next(self._pieces, None) if self._pieces is not None else None
                 if piece is not None:
+                    self._begun = True
                     return piece
                 exchange = self._exchange
                 if exchange is None:
@@ -8647,8 +8651,11 @@ class ClientResponse(Response):
                 raise self._bad(error.message) from error
 
     async def read(self):
-        """All of the content, which is kept in `content`. Errors as for a piece; ResponseError beyond max_bytes of the client."""
+        """All of the content, which is kept in `content`. Errors as for a piece; ResponseError beyond max_bytes of the client;
+        RuntimeError if some of it has been iterated."""
         if self.content is None:
+            if self._begun:
+                raise RuntimeError(f"{self!r}: some of its content was given in pieces already, and not kept; read() it instead")
             content, most = bytearray(), self._exchange.options.max_bytes if self._exchange else math.inf
             async for piece in self:
                 content += piece
@@ -8695,7 +8702,7 @@ class ClientResponse(Response):
 
     def _whole(self):
         if self.content is None:
-            raise RuntimeError(f"{self!r}: its content was not read; `await response.read()` first, or iterate it")
+            raise RuntimeError(f"{self!r}: its content was not read; `await response.read()` first, instead of iterating it")
         return self.content
 
     def _bad(self, message):
@@ -9224,8 +9231,9 @@ class _Sending:
                 headers.set("Cookie", "; ".join(pairs))
                 equipped.append("cookie")
         if options.auth is not None and "authorization" not in headers:
+            before = set(headers._entries)
             options.auth.authorize(request)
-            equipped.append("authorization")
+            equipped += {"authorization", *[entry[0] for entry in request.headers._entries if entry not in before]}
         request._equipped = equipped
 
     async def _follow(self, request, options, stream, known=None, response=None):
@@ -9459,12 +9467,13 @@ class HttpClient(_Sending):
                       progress=None, upload_progress=None):
         """A ClientResponse with all of its content, whatever its status.
 
-        params: dict or pairs to add to the query; of a list each item; None is "". headers: dict or pairs, instead of the
-        client's of the same names. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an
-        iterable or async iterable of bytes. json: a value. data: fields of a form, as params. files: {name: file, bytes, or
-        (filename, file[, media type])}, sent with data as multipart/form-data. auth=False: none. timeout, follow_redirects,
-        retries, max_bytes: instead of the client's. progress, upload_progress: function (bytes so far, bytes in all or None), of
-        the content as it travels. Errors, and what cancellation leaves: see HttpClient.
+        params: dict or pairs to add to the query; of a list each item; None is "". headers: dict or pairs, in place of those of
+        the client. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async
+        iterable of bytes. json: a value. data: fields of a form, as params. files: {name: file, bytes, or (filename, file[, media
+        type])}, sent with data as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: in place
+        of the client's.
+        progress, upload_progress: function (bytes so far, bytes in all or None), of the content as it travels. Errors, and what
+        cancellation leaves: see HttpClient.
         """
         request, options = self._build(method, url, params, headers, cookies, (content, data, files, json), _Given(
             auth, timeout, follow_redirects, retries, max_bytes, progress, upload_progress))

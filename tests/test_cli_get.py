@@ -110,8 +110,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def origin():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *args: None            # who cuts a connection is no surprise here
-    server.seen, server.etag, server.said, server.whole, server.conditional = [], ETAG, None, False, True
-    server.most = len(CONTENT)
+    server.seen, server.etag, server.said, server.whole = [], ETAG, None, False
+    server.conditional, server.most = True, len(CONTENT)
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -287,14 +287,22 @@ def test_a_file_is_written_as_it_comes(get, origin):
 
 def test_a_password_in_the_url_is_sent_and_nowhere_shown_or_written(get, origin):
     url = origin.url.replace("//", "//me:secret@")
-    for path, option, status in (("/cut", "-of", 18), ("/none", "-s", 22), ("/round", "-s", 47), ("/file", "-m1e-9", 28),
-                                 ("/", "-O", 2)):
+    for path, option, status in (
+            ("/cut", "-of", 18), ("/none", "-s", 22), ("/round", "-s", 47), ("/file", "-m1e-9", 28), ("/", "-O", 2)):
         found, _, err = get(url + path, option)
         assert found == status and "127.0.0.1" in err and "secret" not in err
     with open("f.part.info") as file:
         assert "secret" not in file.read()
     assert all("Authorization" in request.headers for request in origin.seen)
     assert get(url + "/cut", "-o", "f", "-C")[0] == 0
+
+
+def test_stdout_and_stderr_may_be_closed(get, origin, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    status, _, err = get(origin.url + "/hello.txt")
+    assert status == 23 and "-o FILE" in err
+    monkeypatch.setattr(sys, "stderr", None)
+    assert get(origin.url + "/hello.txt", "-o", "f")[0] == 0 and files() == ["f"]
 
 
 def test_what_has_no_content_leaves_a_file_as_it_is(get, origin):

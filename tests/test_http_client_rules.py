@@ -274,11 +274,16 @@ def test_an_auth_of_ones_own():
         def authorize(self, request):
             request.headers.set("X-Signed", request.method + request.parsed.target)
 
-    async def work(client, origin):
-        await client.delete(origin.url + "/x")
-        assert origin.requests[0].headers["x-signed"] == "DELETE/x"
+    async def main():
+        async with serving(lambda request: answer()) as other:
+            there = f"http://127.0.0.1:{other.port}/"
+            async with serving(lambda request: redirect("/again" if request.target == "/x" else there)) as origin:
+                async with HttpClient(trust_env=False, auth=Signed()) as client:
+                    await client.delete(origin.url + "/x", headers={"X-Signed": "mine"})
+        assert [request.headers.get("x-signed") for request in origin.requests + other.requests] == [
+            "DELETE/x", "DELETE/again", None]
 
-    talk(lambda request: answer(), work, auth=Signed())
+    flowcoro.run(main())
 
 
 # ---- cookies ---------------------------------------------------------------------------------------------------
@@ -348,8 +353,9 @@ def test_a_cookie_goes_nowhere_else(url, cookie, sent, kept):
     assert cookie_for(jar, kept) is None
 
 
-@pytest.mark.parametrize("cookie", ["x=" + "1" * 4095, "x=1; a=" + "1" * 1024, "x=1; Max-Age=" + "9" * 5000,
-                                    f"x=1; Expires=Wed, 09-Feb-{'9' * 5000} 00:00:00 GMT"])
+@pytest.mark.parametrize("cookie", [
+    "x=" + "1" * 4095, "x=1; a=" + "1" * 1024, f"x=1; Expires=Wed, 09-Feb-{'9' * 5000} 00:00:00 GMT",
+    "x=1; Max-Age=" + "9" * 5000])
 def test_a_cookie_that_is_too_long_is_dropped(cookie):
     assert [cookie.name for cookie in jar_of("http://example.com/", cookie, "y=1")] == ["y"]
 
@@ -509,7 +515,8 @@ def test_what_goes_without_a_proxy(url, no_proxy, goes_without):
     assert _goes_without(_Url(url), no_proxy) is goes_without
 
 
-@pytest.mark.parametrize("proxy", ["socks5://a", "http://", {"http": "a b"}, "https://proxy:1"])
+@pytest.mark.parametrize("proxy", [
+    "socks5://a", "http://", {"http": "a b"}, "https://proxy:1", {"https://": "http://a"}, {"no_proxy": "a"}])
 def test_proxies_that_cannot_be_used(proxy):
     with pytest.raises(ValueError, match="prox"):
         HttpClient(proxy=proxy)
