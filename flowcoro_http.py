@@ -6818,7 +6818,7 @@ def _file_response(request, found, open_file, extra=()):
             again = found.again(number)
             if again is not found:                          # it has been changed since it was looked at
                 found, decision = again, _decide(request, again)
-            file = open(number, "rb", buffering=0)
+            file = open(found.path, "rb", buffering=0, opener=lambda *_, number=number: number)     # errors name the path
             number = None
         finally:
             if number is not None:
@@ -7214,6 +7214,7 @@ KEEP_ALIVE = 15.0
 
 _LINE_END = re.compile("\r\n|\r|\n").split
 _NOT_IN_A_FIELD = re.compile("[\r\n\0]").search
+_NO_CHARACTER = re.compile("[\0\ud800-\udfff]").sub
 
 
 class ServerSentEvent:
@@ -7239,14 +7240,14 @@ class ServerSentEvent:
         self.data, self.event, self.id, self.retry = data, event, id, retry
 
     def encode(self):
-        """The bytes that are sent. Each line of `data` is one of its own; NUL becomes U+FFFD, as does what is no character."""
+        """The bytes that are sent. Each line of `data` is one of its own; NUL becomes U+FFFD, as does half of a pair."""
         lines = [f"event: {self.event}"] * (self.event is not None) + [f"id: {self.id}"] * (self.id is not None)
         if self.retry is not None:
             lines.append(f"retry: {round(self.retry * 1000)}")
         if self.data is not None:
             text = self.data if isinstance(self.data, str) else _encode_json(self.data)
-            lines += [f"data: {line}" for line in _LINE_END(text.replace("\0", "\ufffd"))]
-        return ("\n".join(lines) + "\n\n").encode("utf-8", "replace")
+            lines += [f"data: {line}" for line in _LINE_END(text)]
+        return (_NO_CHARACTER("\ufffd", "\n".join(lines)) + "\n\n").encode()
 
     def __eq__(self, other):
         return (isinstance(other, ServerSentEvent) and (self.data, self.event, self.id, self.retry)
@@ -7879,7 +7880,9 @@ def sessions(keys, *, cookie="__Host-session", max_age=SESSION_AGE, domain=None,
         request.session = load(request)
         before = _encode_json(request.session)
         response = await call_next(request)
-        after = _encode_json(request.session)
+        if not isinstance(request.session, dict | None):
+            raise TypeError(f"request.session is {request.session!r:.80}: it has to be a dict, or None for an empty one")
+        after = _encode_json(request.session or {})
         if before == "{}" == after:
             return response
         _add_vary(response.headers, "Cookie")
@@ -9915,8 +9918,9 @@ class _WsgiFile:
         and a GzipFile, say, has one too, of something else: so it is only for files that are nothing but their bytes.
         """
         file = self.file.file if type(self.file) is tempfile._TemporaryFileWrapper else self.file
-        if (type(file) not in (io.BufferedReader, io.BufferedRandom, io.FileIO)
-                or type(getattr(file, "raw", file)) is not io.FileIO):
+        if type(file) not in (io.BufferedReader, io.BufferedRandom, io.FileIO):
+            return None
+        if type(getattr(file, "raw", file)) is not io.FileIO:
             return None
         try:
             found = os.fstat(self.file.fileno())
@@ -10580,7 +10584,7 @@ class _AsgiCall:
         except BaseException:
             await self.leave()
             raise
-        if self.channel is None and self.state is not _A_DONE:
+        if self.state is not _A_DONE and (self.channel is None or self.request.method == "HEAD"):       # nothing has been sent
             raise self.lost or self.error or _is_gone()
         return self.response
 
