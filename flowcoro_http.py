@@ -5488,7 +5488,7 @@ class Request:
         if not 100 <= status <= 199 or status == 101:
             raise ValueError(f"inform({status!r}): a status from 100 to 199, but 101, which upgrade() sends")
         if self._source is not None and self.version != "1.0":
-            await self._source.inform(InformationalResponse(status, headers))
+            await self._source.inform(InformationalResponse(status, Headers(headers)))
 
     async def upgrade(self, protocol, headers=()):
         """Accept the client's wish to switch to another protocol, or its CONNECT (protocol None). -> the Socket, which is yours.
@@ -5857,11 +5857,11 @@ class _Exchange:
         if protocol is None:
             if request.method != "CONNECT":
                 raise HttpError(400, "this is for CONNECT only")
-            event = ResponseHead(200, headers)
+            event = ResponseHead(200, Headers(headers))
         elif protocol.lower() not in map(str.lower, http.upgrade):
             raise HttpError(426, f"this speaks {protocol} only", [("Upgrade", protocol), ("Connection", "Upgrade")])
         else:
-            event = InformationalResponse(101, [("Upgrade", protocol), ("Connection", "Upgrade"), *headers])
+            event = InformationalResponse(101, [("Upgrade", protocol), ("Connection", "Upgrade"), *Headers(headers)])
         if http.their_state is SEND_BODY:
             raise HttpError(400, "what asks for another protocol has no content here")
         await self._write(http.send(event))
@@ -5941,7 +5941,7 @@ class _Answering(_Exchange):
                 await self._write(await self._instead(request, error))
                 return True
             self._cut()
-            if not isinstance(error, ProtocolError) and not self.sock.caused(error):
+            if not self._is_the_peers(error):
                 flowcoro_net.report_error(error, f"the answer to {request!r} broke off; its connection is cut", "flowcoro_http")
             return False
         except BaseException:
@@ -5949,6 +5949,11 @@ class _Answering(_Exchange):
             raise
         finally:
             await _close_stream(stream)
+
+    def _is_the_peers(self, error):
+        """Whether the client is why an answer broke off: nothing to report, or anybody could fill a log."""
+        return (isinstance(error, ProtocolError) or isinstance(error, HttpError) and error.status in (408, 413)
+                or self.sock.caused(error))
 
     @staticmethod
     async def _try(stream):

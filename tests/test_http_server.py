@@ -1708,6 +1708,30 @@ async def test_a_body_has_a_least_rate_after_a_while():
                     group.cancel()
 
 
+def test_a_client_that_is_too_slow_or_sends_too_much_fills_no_log(reports):
+    @simulated
+    async def test():
+        app = plain_app(body_timeout=5.0)
+
+        @app.post("/repeat")
+        async def repeat(request):
+            request.max_body = 10
+            async for piece in request.stream():
+                yield piece
+
+        async with serving(app) as world:
+            for more in b"", b"x" * 10:
+                async with await world.connect() as sock:
+                    await sock.write(b"POST /repeat HTTP/1.1\r\nHost: a\r\nContent-Length: 20\r\n\r\nx")
+                    await sock.read_until(b"x\r\n")
+                    await sock.write(more)
+                    with pytest.raises(BrokenError):
+                        await everything(sock)
+
+    test()
+    assert reports == []
+
+
 @simulated
 async def test_what_came_with_the_head_counts_for_the_rate():
     async with serving(plain_app(min_body_rate=100)) as world, await world.connect() as sock:
@@ -1957,7 +1981,7 @@ def upgrading_app(then=None):
 
     @app.route("/up", methods=["GET", "POST"])
     async def up(request):
-        sock = await request.upgrade("shout", [("X-A", "b")])
+        sock = await request.upgrade("shout", {"X-A": "b"})
         if then is not None:
             return await then(request, sock)
         while data := await sock.read():
@@ -2052,7 +2076,7 @@ async def test_informational_responses_before_the_answer():
 
     @app.route("/", methods=["POST", "GET"])
     async def hints(request):
-        await request.inform(103, [("Link", "</style.css>; rel=preload")])
+        await request.inform(103, {"Link": "</style.css>; rel=preload"})
         await request.inform(103)
         for wrong in 101, 200, 99:
             with pytest.raises(ValueError):
