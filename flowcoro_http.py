@@ -6426,6 +6426,9 @@ class HttpServer(Router):
         """Have the async context manager that `function()` gives entered before the first request, and left after the last; a
         decorator: an `async def` with one `yield` does too. In each process that serves. Its errors end the serving.
         """
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            raise TypeError(f"lifespan({function!r:.80}): give an `async def` with one `yield`, or a function that gives an async "
+                            "context manager")
         if inspect.isasyncgenfunction(function):
             self._lifespans.append(contextlib.asynccontextmanager(function))
         else:
@@ -6594,7 +6597,8 @@ class HttpServer(Router):
                     await server.serve(processes=processes, drain_timeout=drain_timeout,
                                        max_connections=max_connections)
         try:
-            flowcoro.run(main(), workers=workers, grace=drain_timeout + 5.0)
+            flowcoro.run(main(), workers=workers,
+                         grace=drain_timeout + 5.0 if isinstance(drain_timeout, (int, float)) else math.inf)
         except KeyboardInterrupt:
             pass
 

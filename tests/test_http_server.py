@@ -2668,7 +2668,19 @@ def test_run_serves_until_it_is_told_to_stop():
                 process.kill()
 
 
-@pytest.mark.parametrize("options", ["", "processes=1", "workers=2"])
+def test_what_is_no_lifespan_is_refused_where_it_is_added():
+    async def without_yield():
+        pass
+
+    def without_async():
+        yield
+
+    for wrong in without_yield, without_async:
+        with pytest.raises(TypeError, match="lifespan.*yield"):
+            HttpServer().lifespan(wrong)
+
+
+@pytest.mark.parametrize("options", ["", "processes=1", "workers=2", "drain_timeout=None"])
 def test_the_first_ctrl_c_has_what_is_under_way_answered(options):
     code = ("import flowcoro\nfrom flowcoro_http import HttpServer\napp = HttpServer()\n@app.get('/')\nasync def slow(request):\n"
             "    print('here', flush=True)\n    await flowcoro.stop_requested()\n    await flowcoro.checkpoint()\n"
