@@ -1826,7 +1826,7 @@ class _Start:
         self.target, self.started, self.failure = options.target, started, None
         self.has = self.known = False               # it has started here; it has in some process
         self.pipe = os.pipe() if options.processes else ()
-        app._lifespans.insert(0, self.around)       # the outermost, which sees the errors of all others
+        app.lifespan(self.around, outermost=True)       # it sees the errors of all others
         app.lifespan(self.within)
 
     async def __aenter__(self):
@@ -2073,7 +2073,8 @@ def main(argv=None):
             if isinstance(error.code, str):
                 print(error.code, file=sys.stderr)
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
-        sys.stdout.flush()
+        if sys.stdout is not None:                          # it is None where the shell has closed it
+            sys.stdout.flush()
         return status
     except UsageError as error:
         print(f"flowcoro: {error}", file=sys.stderr)

@@ -262,14 +262,33 @@ _NOT_IN_TRAILERS = frozenset("""
     x-forwarded-host via""".split())
 
 
-class _KnownLines(dict):
-    """{line: what it says, a tuple that begins with the lower-case name}. A line that is not known is checked by `check`."""
+class _Known(dict):
+    """{text: what it says}: what `check` says of a text is kept, within KNOWN_LINES and KNOWN_LINE."""
 
     __slots__ = ("check",)
 
     def __init__(self, check):
         super().__init__()
         self.check = check
+
+    def __missing__(self, text):
+        value = self.check(text)
+        if len(text) <= KNOWN_LINE:
+            if len(self) >= KNOWN_LINES:
+                self.clear()
+            self[text] = value
+        return value
+
+
+def _known(check):
+    """`check`, a function of a str, that remembers; without a frame for what is known."""
+    return _Known(check).__getitem__
+
+
+class _KnownLines(_Known):
+    """{line: what it says, a tuple that begins with the lower-case name}. A line that is not known is checked by `check`."""
+
+    __slots__ = ()
 
     def __missing__(self, line):
         entry = self.check(line)
@@ -686,6 +705,14 @@ def _choose_type(value, offers):
     return best
 
 
+@functools.lru_cache(256)
+def _checked_offer(offer):
+    try:
+        return parse_media_type(offer)
+    except ProtocolError as error:              # not the peer's fault
+        raise ValueError(f"offer {offer!r:.80}: {error.message}") from None
+
+
 def negotiate_type(value, offers):
     """The one of `offers` (media types) that an Accept value prefers; None if it takes none of them (406).
 
@@ -694,6 +721,8 @@ def negotiate_type(value, offers):
     """
     if not offers:
         raise ValueError("negotiate_type() needs at least one offer")
+    for offer in offers:
+        _checked_offer(offer)
     try:
         return offers[0] if value is None else _choose_type(value, offers)
     except ProtocolError:
@@ -2449,7 +2478,7 @@ def _target_problem(method, target):
     return problem and f"has an authority that {problem}"
 
 
-@functools.lru_cache(256)
+@_known
 def _option_set(value):
     """The lower-case tokens of a list. (They are few, and repeat: 0.04 µs instead of 0.5.)"""
     return frozenset(option.lower() for option in _split_list(value))
@@ -2542,8 +2571,8 @@ class _Received:
         return buffer[start:cr].decode("latin-1")
 
 
-# Requests that have come more than once, as they came: bytes -> _Known. Clients that ask for the same again and again (they poll,
-# they check whether we are well) send the same bytes each time: one look instead of 2.5 µs. What has secrets in it is not
+# Requests that have come more than once, as they came: bytes -> _KnownRequest. Clients that ask for the same again and again (they
+# poll, they check whether we are well) send the same bytes each time: one look instead of 2.5 µs. What has secrets in it is not
 # kept, nor what has come once; limits differ, so each set of them has a table.
 _SEEN = [None] * 1024           # hashes of what has come
 _RECEIVED_KNOWN = (_TRANSITIONS[SERVER][IDLE][_REQUEST], _TRANSITIONS[CLIENT][_TRANSITIONS[CLIENT][IDLE][_REQUEST]][_END])
@@ -2554,7 +2583,7 @@ def _known_requests(*limits):
     return {}
 
 
-class _Known:
+class _KnownRequest:
     """A request without content, for good: `entries` is a tuple, so whoever changes its Headers makes a list of his own."""
 
     __slots__ = ("method", "target", "raw_path", "query_string", "entries", "index")
@@ -2620,11 +2649,11 @@ class _Heads(_Received):
                 and not _is_secret(head.target.lower()) and not any(map(_is_secret, head.headers._index))):
             if len(self._known) >= KNOWN_HEADS:
                 self._known.clear()
-            self._known[data] = _Known(head)
+            self._known[data] = _KnownRequest(head)
 
     def receive_known(self, data):
-        """(server) The _Known of data that are a whole request, known from before, where nothing else is: it is then received
-        to its end. None: receive_data() has to look.
+        """(server) The _KnownRequest of data that are a whole request, known from before, where nothing else is: it is then
+        received to its end. None: receive_data() has to look.
         """
         known = self._known.get(data)
         if (known is None or self.their_state is not IDLE or self._start != len(self._buffer)
@@ -4041,7 +4070,7 @@ def _read_query(field, kind, many, texts, errors):
     return values if many else values[0] if values else None
 
 
-@functools.lru_cache(64)
+@_known
 def _is_json(media_type):
     """Whether a Content-Type value says JSON in UTF-8."""
     charset = _CHARSET(media_type)
@@ -4919,6 +4948,9 @@ def _content(returned, components):
 
 
 # -- the page
+
+# What a page of ours may do: no scripts, nothing from elsewhere, and its style, which is in it. security_headers() keeps it.
+_CSP_OF_PAGES = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8885; --soft: #8882; --link: #0a58ca; }
@@ -6077,8 +6109,8 @@ class _Connection(_Answering):
         request.app, request._source = self.app, self
         if head.target[0] != "/":
             request.raw_path, _, request.query_string = head.path.partition("?")
-            if head.target != "*":                      # Host counts for nothing then (RFC 9112 section 3.2.2)
-                request.host = head.authority
+            if head.target != "*" and head.method != "CONNECT":         # Host counts for nothing then: RFC 9112 section 3.2.2
+                request.headers.set("Host", head.authority)
             if head.method == "CONNECT":                # what follows would be the tunnel's, and is no request
                 http.keep_alive = False
         return request
@@ -6351,17 +6383,16 @@ class HttpServer(Router):
             return handler
         return decorate
 
-    def lifespan(self, function):
+    def lifespan(self, function, *, outermost=False):
         """Have the async context manager that `function()` gives entered before the first request, and left after the last; a
-        decorator: an `async def` with one `yield` does too. In each process that serves. Its errors end the serving.
+        decorator: an `async def` with one `yield` does too. In each process that serves. Its errors end the serving. The first
+        that is added is the outermost, unless a later one says outermost=True.
         """
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-            raise TypeError(f"lifespan({function!r:.80}): give an `async def` with one `yield`, or a function that gives an async "
-                            "context manager")
-        if inspect.isasyncgenfunction(function):
-            self._lifespans.append(contextlib.asynccontextmanager(function))
-        else:
-            self._lifespans.append(function)
+            raise TypeError(f"lifespan({function!r:.80}): give an `async def` with one `yield`, or a function that gives an "
+                            "async context manager")
+        around = contextlib.asynccontextmanager(function) if inspect.isasyncgenfunction(function) else function
+        self._lifespans.insert(0 if outermost else len(self._lifespans), around)
         return function
 
     def on_startup(self, function):
@@ -6487,7 +6518,8 @@ class HttpServer(Router):
             return openapi(self, **options)
 
         async def for_people(request):
-            return Response(200, openapi_page(openapi(self, **options), url=path), media_type="text/html; charset=utf-8")
+            return Response(200, openapi_page(openapi(self, **options), url=path), [("Content-Security-Policy", _CSP_OF_PAGES)],
+                            media_type="text/html; charset=utf-8")
 
         self.add(path, document, documented=False)
         if page is not None:
@@ -7243,7 +7275,7 @@ def _listing_page(path, entries, more, has_parent):
             + "\n".join(rows) + f"\n</table>{note}</body></html>\n")
     return Response(200, page.encode(), [
         ("Content-Type", "text/html; charset=utf-8"), ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-cache"),
-        ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'")])
+        ("Content-Security-Policy", _CSP_OF_PAGES)])
 
 
 def static_files(directory, *, listing=False, index="index.html", precompressed=True, max_age=None, follow_symlinks=False,
@@ -9921,7 +9953,7 @@ _SOFTWARE = f"FlowCoro/{__version__}"
 _WSGI_STATUS = re.compile(rf"([2-9][0-9][0-9]) ([{_VALUE_CHARS}]*)")
 
 
-@functools.lru_cache(1024)
+@_known
 def _environ_key(name):
     """What a field is called in an environ. "" for those that are left out: X_Y would pass for X-Y, which a proxy may have set;
     and HTTP_PROXY is taken for a setting (CVE-2016-5385)."""
@@ -10433,7 +10465,7 @@ _REACHES = ("no running event loop", "there is no current event loop", "no curre
 _REACHES_BY = frozenset(["AsyncLibraryNotFoundError", "NoEventLoopError"])      # sniffio's and anyio's, which are not here
 
 
-@functools.lru_cache(1024)
+@_known
 def _asgi_name(name):
     return name.lower().encode("latin-1")
 

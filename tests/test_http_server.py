@@ -345,6 +345,7 @@ async def test_an_absolute_target_counts_for_more_than_host():
 
     @app.get("/who")
     async def who(request):
+        assert request.headers.get_all("host") == [request.host]        # whoever reads the field reads no other one
         return [request.host, request.path, request.query_string, request.url, request.target]
 
     @app.get("/")
