@@ -1799,11 +1799,13 @@ async def _serve(app, options, kept):
         with _load("flowcoro_os").signals(*_serve_signals(options)) as received, flowcoro.CancelScope() as scope:
             hearing = flowcoro.spawn(_obey(received, server, options, ending, scope), name="hear signals")
             starting = flowcoro.spawn(start.hear(server), name="hear whether the application starts")
+            waiting = flowcoro.spawn(start.end_with_a_stop(scope), name="end a start when the server is to end")
             try:
                 await server.serve(processes=options.processes, drain_timeout=drain, **more)
             finally:
                 hearing.cancel()
                 starting.cancel()
+                waiting.cancel()
     if start.failure is not None:
         raise start.failure
     return ending.changed is not None and not ending.asked
@@ -1852,6 +1854,12 @@ class _Start:
         else:
             self.started()
         yield
+
+    async def end_with_a_stop(self, scope):
+        """Nobody waits for a start that takes long when the server is to end."""
+        await flowcoro.stop_requested()
+        if not self.has and not self.known:
+            scope.cancel()
 
     async def hear(self, server):
         """In the supervisor: what the processes say."""

@@ -158,7 +158,7 @@ KNOWN_HEADS, KNOWN_HEAD = 256, 1024
 # ---- errors ---------------------------------------------------------------------------------------------------
 
 class HttpError(flowcoro.FlowCoroError):
-    """A request is answered with an error: `status`, `message` (for the client), `headers` (pairs) of the answer."""
+    """A request is answered with an error: `status`, `message` (for the client), `headers` of the answer."""
 
     def __init__(self, status, message="", headers=()):
         super().__init__(status, message)
@@ -308,7 +308,7 @@ def _line_problem(line):
 
 def _write_line(pair):
     """A (name, value) to be sent: (lower-case name, b"name: value CRLF"). LocalProtocolError, TypeError."""
-    name, value = pair
+    name, value = pair if not isinstance(pair, str) else (pair, None)       # one of a dict's names, whose letters would do
     if not isinstance(name, str) or not isinstance(value, str):
         raise TypeError(f"{pair!r}: name and value of a field are str")
     if not _is_token(name):
@@ -336,14 +336,17 @@ def _first_of_each(entries):
 class Headers:
     """The field lines of a head or trailer section: any number of each name, in order; names in any case (RFC 9110 5).
 
-    Made from (name, value) pairs of str. Names are tokens, values have no control character but HTAB and nothing beyond U+00FF
-    (they travel as latin-1), SP and HTAB around them fall away; else LocalProtocolError, or TypeError for what is no str.
+    Made from (name, value) pairs of str, or a dict. Names are tokens, values have no control character but HTAB and nothing
+    beyond U+00FF (they travel as latin-1), SP and HTAB around them fall away; else LocalProtocolError, or TypeError for what is
+    no str.
     Iterating gives all (name, value), spelt as received or set; len() counts lines.
     """
 
     __slots__ = ("_entries", "_index")
 
     def __init__(self, pairs=()):
+        if hasattr(pairs, "items"):
+            pairs = pairs.items()
         self._entries = [_entry(name, value) for name, value in pairs]     # (lower-case name, (name, value))
         self._index = None                                                 # made of them when it is first needed
 
@@ -3148,7 +3151,8 @@ class _Outgoing(_Incoming):
         lines = [_status_line(head), *[entry[1] for entry in entries], b"\r\n"]
         if status == 101:
             self._switch()
-        self.expects_continue = False
+        if status == 100:                       # after a 103 the client waits for it still
+            self.expects_continue = False
         return b"".join(lines)
 
     @staticmethod
@@ -3519,7 +3523,7 @@ def json_default(value):
         return str(value)
     if isinstance(value, decimal.Decimal):
         return format(value, "f")
-    raise TypeError(f"{type(value).__qualname__} has no JSON: {value!r:.80}")
+    raise TypeError(f"{type(value).__qualname__} has no JSON: {value!r:.80}{', not awaited' * inspect.isawaitable(value)}")
 
 
 # -- what an annotation takes
@@ -4898,7 +4902,7 @@ def _responses(plan, components):
     if plan.body is not None or plan.query:
         components.uses_unprocessable = True
         responses["422"] = {"description": "A field or a parameter is not what it should be", "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/UnprocessableContent"}}}}
+            "application/problem+json": {"schema": {"$ref": "#/components/schemas/UnprocessableContent"}}}}
     return responses
 
 
@@ -5032,6 +5036,7 @@ SPOOLED, SPOOLED_IN_ALL, MAX_FILES = 2**20, 4 * 2**20, 100
 
 _TEXT, _BINARY, _JSON = "text/plain; charset=utf-8", "application/octet-stream", "application/json"
 _STATELESS = frozenset([204, 304])
+_FORM_TYPES = "multipart/form-data", "application/x-www-form-urlencoded"
 
 
 class Fields:
@@ -5157,7 +5162,7 @@ class Request:
     Its content is received when it is asked for, and once: by body(), json() and form(), which keep it, or by stream() or
     multipart(), which do not. Only then is a client that waits for it told to send it (Expect: 100-continue). Errors of all of
     these: ProtocolError for what the client sends that is no HTTP or too much; HttpError (408) if it sends too slowly;
-    BrokenError if it is gone. Cancelled: what was received is lost, and the connection ends with this request.
+    BrokenError if it is gone. Cancelled: what was received is lost.
 
     Made by hand, for tests: Request("POST", "/x?y=1", [("Content-Type", "text/plain")], b"content").
     """
@@ -5334,7 +5339,9 @@ class Request:
         """
         if self._form is None:
             media = self.media_type
-            if media is not None and media.essence == "application/x-www-form-urlencoded":
+            if media is None or media.essence not in _FORM_TYPES:
+                raise HttpError(415, f"a form is expected: {' or '.join(_FORM_TYPES)}")
+            if media.essence == "application/x-www-form-urlencoded":
                 self._form = Fields(_parse_urlencoded(await self.body(max_bytes), max_bytes=max_bytes))
             else:
                 pairs = self._parts_kept(max_bytes, max_file_bytes, max_parts, max_files)
@@ -5410,7 +5417,7 @@ class Request:
         if not 100 <= status <= 199 or status == 101:
             raise ValueError(f"inform({status!r}): a status from 100 to 199, but 101, which upgrade() sends")
         if self._source is not None and self.version != "1.0":
-            await self._source.inform(InformationalResponse(status, headers))
+            await self._source.inform(InformationalResponse(status, Headers(headers)))
 
     async def upgrade(self, protocol, headers=()):
         """Accept the client's wish to switch to another protocol, or its CONNECT (protocol None). -> the Socket, which is yours.
@@ -5453,12 +5460,13 @@ class Response:
     """An answer: `status`, `headers` (a Headers), `content` (bytes) or else `stream` (an async iterator of bytes).
 
     content: str (sent as UTF-8, text/plain unless told otherwise), bytes, None for nothing, dict, list and what else JSON has
-    (json_default() says what more), or an iterator, async or not, of bytes or str, which is sent as it comes. `headers`: pairs,
-    checked as Headers checks them. `media_type`: a Content-Type instead of the usual one for the content. `reason`: instead of
-    the usual one for the status. Content-Length, and chunks where there is none, are the server's to add.
+    (json_default() says what more), or an iterator, async or not, of bytes or str, which is sent as it comes. `headers`: as
+    Headers takes them. `media_type`: a Content-Type instead of the usual one for the content. `reason`: instead of the usual one
+    for the status. Content-Length, and chunks where there is none, are the server's to add.
 
-    The head of a stream is sent with its first piece (b"" will do): an error before that is still answered as any other; later
-    the connection is cut. `trailers`: pairs to be sent after a stream, if it goes out in chunks; it may be set while it lasts.
+    The head of a stream is sent with its first piece (b"" will do): an error before that is still answered as any other, for HEAD
+    too, which asks for no more; later the connection is cut. `trailers`: pairs to be sent after a stream, if it goes out in
+    chunks; it may be set while it lasts.
 
     A middleware may replace `content` and `stream`; one of them is None. `endless`: a stream that the server may end when it
     closes, such as of events; its head is sent at once.
@@ -5494,6 +5502,8 @@ class Response:
             self.content = content.encode() if text else bytes(content)
             return _TEXT if text else _BINARY
         if hasattr(content, "__aiter__") or hasattr(content, "__next__"):
+            if inspect.isawaitable(content):        # such as flowcoro.sleep(1), a generator that is a coroutine
+                raise TypeError(f"the content is {content!r:.80}, which was not awaited")
             self.stream = content if hasattr(content, "__aiter__") else _Asynchronous(content)
             return _BINARY
         self.content = _encode_json(content).encode()
@@ -5508,7 +5518,9 @@ class Response:
         if status not in (301, 302, 303, 307, 308):
             raise ValueError(f"redirect(status={status!r}): 301, 302, 303, 307 or 308")
         location = urllib.parse.quote(location, safe="!#$%&'()*+,/:;=?@[]~-._")
-        return cls(status, b"", [*headers, ("Location", location)])
+        response = cls(status, b"", headers)
+        response.headers.add("Location", location)
+        return response
 
     def set_cookie(self, name, value, *, max_age=None, expires=None, domain=None, path="/", secure=False, http_only=False,
                    same_site="Lax", partitioned=False):
@@ -5774,11 +5786,11 @@ class _Exchange:
         if protocol is None:
             if request.method != "CONNECT":
                 raise HttpError(400, "this is for CONNECT only")
-            event = ResponseHead(200, headers)
+            event = ResponseHead(200, Headers(headers))
         elif protocol.lower() not in map(str.lower, http.upgrade):
             raise HttpError(426, f"this speaks {protocol} only", [("Upgrade", protocol), ("Connection", "Upgrade")])
         else:
-            event = InformationalResponse(101, [("Upgrade", protocol), ("Connection", "Upgrade"), *headers])
+            event = InformationalResponse(101, [("Upgrade", protocol), ("Connection", "Upgrade"), *Headers(headers)])
         if http.their_state is SEND_BODY:
             raise HttpError(400, "what asks for another protocol has no content here")
         await self._write(http.send(event))
@@ -5843,6 +5855,8 @@ class _Answering(_Exchange):
         stream, http = response.stream, self.http
         try:
             if request.method == "HEAD" or response.status in _STATELESS:
+                if response.status not in _STATELESS and type(stream) is not _FileStream and not response.endless:
+                    await self._try(stream)
                 await self._write(http.send(head) + http.send(EndOfMessage()))
             elif type(stream) is _FileStream:
                 await self._send_file(stream, head)
@@ -5856,7 +5870,7 @@ class _Answering(_Exchange):
                 await self._write(await self._instead(request, error))
                 return True
             self._cut()
-            if not isinstance(error, ProtocolError) and not self.sock.caused(error):
+            if not self._is_the_peers(error):
                 flowcoro_net.report_error(error, f"the answer to {request!r} broke off; its connection is cut", "flowcoro_http")
             return False
         except BaseException:
@@ -5864,6 +5878,20 @@ class _Answering(_Exchange):
             raise
         finally:
             await _close_stream(stream)
+
+    def _is_the_peers(self, error):
+        """Whether the client is why an answer broke off: nothing to report, or anybody could fill a log."""
+        return (isinstance(error, ProtocolError) or isinstance(error, HttpError) and error.status in (408, 413)
+                or self.sock.caused(error))
+
+    @staticmethod
+    async def _try(stream):
+        """Have a stream that nobody gets fail as it would for GET: an error before the first piece is the answer."""
+        pieces = aiter(stream)
+        try:
+            _piece(await anext(pieces, b""))
+        finally:
+            await _close_stream(pieces)
 
     async def _send_pieces(self, response, head):
         http, pieces = self.http, aiter(response.stream)
@@ -6163,6 +6191,12 @@ class _Connection(_Answering):
             self.scope.cancel()
 
 
+def _is_an_end(error):
+    """Whether it ends more than a request: a task, or the program."""
+    ends = flowcoro.Cancelled, GeneratorExit, KeyboardInterrupt, SystemExit
+    return isinstance(error, ends) or isinstance(error, BaseExceptionGroup) and error.subgroup(ends) is not None
+
+
 class _Run:
     """One serve(): its connections, and who looks after them."""
 
@@ -6184,6 +6218,11 @@ class _Run:
         connection = self.connections[sock] = _Connection(self, sock)
         try:
             await connection.serve()
+        except BaseException as error:
+            if isinstance(error, Exception) or _is_an_end(error):
+                raise
+            connection._cut()               # asyncio.CancelledError, say: no end of ours, and none for the other connections
+            flowcoro_net.report_error(error, f"a handler failed; its connection, {sock!r}, is cut", "flowcoro_http")
         finally:
             del self.connections[sock]
 
@@ -6251,13 +6290,14 @@ class HttpServer(Router):
     Limits, in seconds (None: no limit): head_timeout, from the first byte of a head; body_timeout, for all of a body;
     idle_timeout, between requests; send_timeout, for a client that does not read. min_body_rate, bytes a second, on average after
     5 s. In bytes: max_body (413; None: no limit but that of body() and form()), max_request_line (414), max_field_line, max_head,
-    and max_fields, lines (431). They are looked at twice a second. redirect_slashes: as Router's.
+    and max_fields, lines (431). They are looked at twice a second. The rest is Router's.
     """
 
     def __init__(self, *, head_timeout=HEAD_TIMEOUT, body_timeout=BODY_TIMEOUT, idle_timeout=IDLE_TIMEOUT,
                  send_timeout=SEND_TIMEOUT, min_body_rate=MIN_BODY_RATE, max_body=None, max_request_line=MAX_REQUEST_LINE,
-                 max_field_line=MAX_FIELD_LINE, max_fields=MAX_FIELDS, max_head=MAX_HEAD, **router_options):
-        super().__init__(**router_options)
+                 max_field_line=MAX_FIELD_LINE, max_fields=MAX_FIELDS, max_head=MAX_HEAD, prefix="", redirect_slashes=False,
+                 json_depth=JSON_DEPTH, max_errors=ERRORS):
+        super().__init__(prefix, redirect_slashes, json_depth=json_depth, max_errors=max_errors)
         for name, seconds in (("head_timeout", head_timeout), ("body_timeout", body_timeout), ("idle_timeout", idle_timeout),
                               ("send_timeout", send_timeout)):
             if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds > 0):
@@ -6315,6 +6355,9 @@ class HttpServer(Router):
         """Have the async context manager that `function()` gives entered before the first request, and left after the last; a
         decorator: an `async def` with one `yield` does too. In each process that serves. Its errors end the serving.
         """
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            raise TypeError(f"lifespan({function!r:.80}): give an `async def` with one `yield`, or a function that gives an async "
+                            "context manager")
         if inspect.isasyncgenfunction(function):
             self._lifespans.append(contextlib.asynccontextmanager(function))
         else:
@@ -6472,13 +6515,19 @@ class HttpServer(Router):
 
     def run(self, host="127.0.0.1", port=8000, *, processes=None, drain_timeout=DRAIN_TIMEOUT, max_connections=math.inf,
             workers=None, **options):
-        """Serve until Ctrl-C or SIGTERM: listen() and serve(), and what they take."""
+        """Serve until Ctrl-C or SIGTERM: listen() and serve(), and what they take. A second Ctrl-C ends at once."""
+        ours = (threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+                and signal.getsignal(signal.SIGINT) == signal.default_int_handler)
+
         async def main():
             async with await self.listen(host, port, **options) as server:
                 print(f"serving on {server.url}  (Ctrl-C ends it)", file=sys.stderr, flush=True)
-                await server.serve(processes=processes, drain_timeout=drain_timeout, max_connections=max_connections)
+                with _asking_once() if ours else contextlib.nullcontext():
+                    await server.serve(processes=processes, drain_timeout=drain_timeout,
+                                       max_connections=max_connections)
         try:
-            flowcoro.run(main(), workers=workers, grace=drain_timeout + 5.0)
+            flowcoro.run(main(), workers=workers,
+                         grace=drain_timeout + 5.0 if isinstance(drain_timeout, (int, float)) else math.inf)
         except KeyboardInterrupt:
             pass
 
@@ -6497,6 +6546,23 @@ class HttpServer(Router):
     def statistics(self):
         """{"running": servers of this application in this process, "refused": what came and was no request}"""
         return {"running": self._runs, "refused": self._refused}
+
+
+@contextlib.contextmanager
+def _asking_once():
+    """Ctrl-C asks for a stop, as SIGTERM does; the next one is the kernel's, and cancels."""
+    kernels = signal.getsignal(signal.SIGINT)
+
+    def ask(number, frame):
+        signal.signal(signal.SIGINT, kernels)
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is ask:
+            signal.signal(signal.SIGINT, kernels)
 
 
 async def _called(function):
@@ -6818,7 +6884,7 @@ def _file_response(request, found, open_file, extra=()):
             again = found.again(number)
             if again is not found:                          # it has been changed since it was looked at
                 found, decision = again, _decide(request, again)
-            file = open(number, "rb", buffering=0)
+            file = open(found.path, "rb", buffering=0, opener=lambda *_, number=number: number)     # errors name the path
             number = None
         finally:
             if number is not None:
@@ -7214,6 +7280,7 @@ KEEP_ALIVE = 15.0
 
 _LINE_END = re.compile("\r\n|\r|\n").split
 _NOT_IN_A_FIELD = re.compile("[\r\n\0]").search
+_NO_CHARACTER = re.compile("[\0\ud800-\udfff]").sub
 
 
 class ServerSentEvent:
@@ -7239,14 +7306,14 @@ class ServerSentEvent:
         self.data, self.event, self.id, self.retry = data, event, id, retry
 
     def encode(self):
-        """The bytes that are sent. Each line of `data` is one of its own; NUL becomes U+FFFD, as does what is no character."""
+        """The bytes that are sent. Each line of `data` is one of its own; NUL becomes U+FFFD, as does half of a pair."""
         lines = [f"event: {self.event}"] * (self.event is not None) + [f"id: {self.id}"] * (self.id is not None)
         if self.retry is not None:
             lines.append(f"retry: {round(self.retry * 1000)}")
         if self.data is not None:
             text = self.data if isinstance(self.data, str) else _encode_json(self.data)
-            lines += [f"data: {line}" for line in _LINE_END(text.replace("\0", "\ufffd"))]
-        return ("\n".join(lines) + "\n\n").encode("utf-8", "replace")
+            lines += [f"data: {line}" for line in _LINE_END(text)]
+        return (_NO_CHARACTER("\ufffd", "\n".join(lines)) + "\n\n").encode()
 
     def __eq__(self, other):
         return (isinstance(other, ServerSentEvent) and (self.data, self.event, self.id, self.retry)
@@ -7879,7 +7946,9 @@ def sessions(keys, *, cookie="__Host-session", max_age=SESSION_AGE, domain=None,
         request.session = load(request)
         before = _encode_json(request.session)
         response = await call_next(request)
-        after = _encode_json(request.session)
+        if not isinstance(request.session, dict | None):
+            raise TypeError(f"request.session is {request.session!r:.80}: it has to be a dict, or None for an empty one")
+        after = _encode_json(request.session or {})
         if before == "{}" == after:
             return response
         _add_vary(response.headers, "Cookie")
@@ -7933,9 +8002,6 @@ CONNECTIONS_PER_ORIGIN, KEPT_IDLE = 100, 30.0
 
 # Cookies that a client keeps, of one domain and altogether. Chrome keeps 180 and 3300.
 MAX_OF_DOMAIN, MAX_JAR = 180, 3000
-
-# Characters of a cookie's name and value, and of each attribute; longer ones are dropped (RFC 6265bis 5.6).
-MAX_COOKIE, MAX_COOKIE_ATTRIBUTE = 4096, 1024
 
 # Bytes of one server-sent event, and failures in a row after which EventStream gives up.
 MAX_EVENT, MAX_EVENT_FAILURES = 2**20, 10
@@ -9919,7 +9985,9 @@ class _WsgiFile:
         and a GzipFile, say, has one too, of something else: so it is only for files that are nothing but their bytes.
         """
         file = self.file.file if type(self.file) is tempfile._TemporaryFileWrapper else self.file
-        if type(file) not in (io.BufferedReader, io.BufferedRandom, io.FileIO) or type(getattr(file, "raw", file)) is not io.FileIO:
+        if type(file) not in (io.BufferedReader, io.BufferedRandom, io.FileIO):
+            return None
+        if type(getattr(file, "raw", file)) is not io.FileIO:
             return None
         try:
             found = os.fstat(self.file.fileno())
@@ -10583,7 +10651,7 @@ class _AsgiCall:
         except BaseException:
             await self.leave()
             raise
-        if self.channel is None and self.state is not _A_DONE:
+        if self.state is not _A_DONE and (self.channel is None or self.request.method == "HEAD"):       # nothing has been sent
             raise self.lost or self.error or _is_gone()
         return self.response
 

@@ -1134,6 +1134,17 @@ def test_an_application_receives_the_content_of_a_request(headers, content, leng
     assert ask(asgi_app(application), "/", "POST", headers, content).body == b"%d 1" % length
 
 
+def test_an_application_that_fails_within_the_answer_to_a_head_request_is_answered_with_500(reports):
+    async def application(scope, receive, send):
+        assert scope["type"] == "http"
+        await send(START)
+        await send(body(b"some", True))
+        raise ValueError("no more")
+
+    assert ask(asgi_app(application), method="HEAD").status == 500
+    assert [str(error) for _, error in reports] == ["no more"]
+
+
 def test_an_answer_in_one_piece_has_a_content_length_and_one_in_several_is_chunked():
     answer = ask(asgi_app(asgi(START, body(b"whole"))))
     assert (answer.body, answer.headers["Content-Length"], answer.headers["Content-Type"]) == (b"whole", "5", "text/plain")

@@ -570,6 +570,10 @@ def test_a_session_comes_back_and_is_sent_only_when_it_was_changed():
     assert visit(middleware, value_of(cookie))[0] == {"user": {"id": 2}}
     _, cookie, _ = visit(middleware, value, lambda request: request.session.clear())
     assert value_of(cookie) == "" and "Max-Age=0" in cookie and "Secure" in cookie
+    _, cookie, _ = visit(middleware, value, lambda request: setattr(request, "session", None))
+    assert value_of(cookie) == "" and "Max-Age=0" in cookie
+    with pytest.raises(TypeError, match="has to be a dict"):
+        visit(middleware, value, lambda request: setattr(request, "session", ["new"]))
     _, cookie, _ = visit(middleware, value, lambda request: setattr(request, "session", {"new": True}))
     assert visit(middleware, value_of(cookie))[0] == {"new": True}
 

@@ -79,6 +79,13 @@ APPLICATIONS = """
     def connect():
         os.stat("absent.db")
 
+    slow_to_start = flowcoro_http.HttpServer()
+
+    @slow_to_start.on_startup
+    async def wait():
+        print("starting", flush=True)
+        await flowcoro.sleep(1000)
+
     async def cannot_start(scope, receive, send):
         await receive()
         await send({"type": "lifespan.startup.failed", "message": "no database"})
@@ -134,7 +141,8 @@ def refused(here, capsys):
 class Serving:
     """`with Serving(folder, "apps:app") as server:`: the process serves; at the end it is gone."""
 
-    def __init__(self, folder, *arguments):
+    def __init__(self, folder, *arguments, announced=True):
+        self.announced = announced
         line, environment = command(*arguments, *([] if {"--port", "--unix"} & set(arguments) else ["--port", "0"]))
         self.process = subprocess.Popen(line, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
@@ -153,6 +161,8 @@ class Serving:
     def __enter__(self):
         for thread in self.threads:
             thread.start()
+        if not self.announced:
+            return self
         try:
             self.where = self.line("serving .* on (.*)")[1]
         except BaseException:
@@ -331,6 +341,15 @@ def test_what_is_under_way_is_answered_when_the_server_ends(folder, number, proc
         assert server.end(number) == 0
         client.join(PATIENCE)
         assert answers == [(200, "answered")] and server.errors == []
+
+
+@pytest.mark.parametrize("processes", [(), ("--processes", "2")])
+def test_a_start_that_takes_long_is_not_waited_for_when_the_server_ends(folder, processes):
+    with Serving(folder, "apps:slow_to_start", *processes, announced=False) as server:
+        server.line("^starting$")
+        began = time.monotonic()
+        assert server.end() == 0 and time.monotonic() - began < PATIENCE / 2
+        assert not any(line.startswith("serving") for line in server.lines) and server.errors == []
 
 
 def test_a_second_interrupt_ends_it_at_once(folder):
