@@ -60,7 +60,6 @@ import functools
 import getpass
 import importlib
 import inspect
-import io
 import json
 import math
 import os
@@ -1464,10 +1463,8 @@ async def _get(http, options, url, download, settings):
     """Do it: the exit status."""
     client_settings, request = settings
     method = options.request or ("HEAD" if options.head else "GET" if request["content"] is None else "POST")
-    if sys.stdout is None and (download is None or options.include):
-        raise GetFailed(23, "cannot write: stdout is closed; -o FILE writes to a file")
-    meter = _Meter(sys.stderr or io.StringIO(), time.monotonic(), options.silent or download is None)
-    out = sys.stdout and sys.stdout.buffer
+    meter = _Meter(sys.stderr, time.monotonic(), options.silent or download is None)
+    out = sys.stdout.buffer
     try:
         async with http.HttpClient(**client_settings) as client:
             async with client.stream(method, url, headers=download.headers() if download else {}, **request) as response:

@@ -8398,13 +8398,14 @@ class _CookiePolicy(http.cookiejar.DefaultCookiePolicy):
     """What RFC 6265 (and 6265bis for Secure and the prefixes of names) says, and http.cookiejar, which is older, does not."""
 
     def __init__(self):
-        # A cookie without Domain is for its host alone, not for those below it (RFC 6265 5.4); supercookies are of the list.
+        # A cookie without Domain is for its host alone, not for those below it (RFC 6265 5.4). There is no list of public
+        # suffixes here: co.uk and its like are known to http.cookiejar, github.io is a domain as any other.
         super().__init__(strict_domain=True, strict_ns_domain=self.DomainStrictNonDomain)
 
     def set_ok(self, cookie, request):
-        host = request.origin_req_host
-        if cookie.domain_specified and cookie.domain.lstrip(".") != host and not _is_name(host):    # 5.1.3: it has no domain
-            return False
+        host, domain = request.origin_req_host, cookie.domain.lstrip(".")
+        if cookie.domain_specified and domain != host and ("." not in domain or not _is_name(host)):
+            return False        # of a top level, as which http.cookiejar takes `local`; an address is in no domain (5.1.3)
         prefix = cookie.name[:9].lower()
         secure, own = prefix.startswith(("__secure-", "__host-")), prefix.startswith("__host-")
         if (secure and not cookie.secure or own and (cookie.domain_specified or cookie.path != "/")

@@ -297,14 +297,6 @@ def test_a_password_in_the_url_is_sent_and_nowhere_shown_or_written(get, origin)
     assert get(url + "/cut", "-o", "f", "-C")[0] == 0
 
 
-def test_stdout_and_stderr_may_be_closed(get, origin, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
-    status, _, err = get(origin.url + "/hello.txt")
-    assert status == 23 and "-o FILE" in err
-    monkeypatch.setattr(sys, "stderr", None)
-    assert get(origin.url + "/hello.txt", "-o", "f")[0] == 0 and files() == ["f"]
-
-
 def test_what_has_no_content_leaves_a_file_as_it_is(get, origin):
     with open("f", "w") as file:
         file.write("mine")

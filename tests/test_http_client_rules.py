@@ -332,6 +332,8 @@ def cookie_for(jar, url):
     ("http://localhost/", "x=1", "http://localhost/", "http://b.localhost/"),
     ("http://a.example.com/", "x=1; Domain=example.com", "http://b.example.com/", "http://badexample.com/"),
     ("http://a.example.com/", "x=1; Domain=com", None, "http://com/"),
+    ("http://intranet/", "x=1; Domain=local", None, "http://other/"),
+    ("http://a.local/", "x=1; Domain=.local", None, "http://b.local/"),
     ("http://a.example.co.uk/", "x=1; Domain=co.uk", None, "http://b.co.uk/"),
     ("http://a.example.com/", "x=1; Domain=b.example.com", None, "http://b.example.com/"),
     ("http://127.0.0.1/", "x=1", "http://127.0.0.1:81/", "http://127.0.0.2/"),
