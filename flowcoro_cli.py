@@ -1580,6 +1580,13 @@ class _NotLoaded(UsageError):
         self.files = set(files)
 
 
+def _log_format(text):
+    """The FORMAT of --access-log, which takes the next word for it."""
+    if text not in ("common", "json"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither common nor json; if it is what to serve, give it first")
+    return text
+
+
 def _serve_parser():
     parser = _parser("serve", "Serves an application, or the files of a folder, over HTTP.")
     parser.epilog = ("examples:  serve shop:app  ·  serve 'shop:make_app()' --processes 4  ·  serve . --listing.  SIGTERM and "
@@ -1596,7 +1603,7 @@ def _serve_parser():
     add("--tls-cert", metavar="FILE", help="serve HTTPS: the certificate with its chain, PEM")
     add("--tls-key", metavar="FILE", help="its private key, PEM (default: in the same file)")
     add("--reload", action="store_true", help="start anew when a source file changes, for development; the address stays open")
-    add("--access-log", nargs="?", const="common", choices=("common", "json"), metavar="FORMAT",
+    add("--access-log", nargs="?", const="common", type=_log_format, metavar="FORMAT",
         help="a line per request on stderr, common (the default) or json: --access-log=json")
     add("--drain-timeout", type=float, default=8.0, metavar="SECONDS",
         help="what is under way has so long when the server ends (default: %(default)g)")
@@ -1774,6 +1781,12 @@ def _kind_of(found, target):
 
 # -- serving
 
+def _say(text, to=None):
+    """On stdout, or `to`. A server goes on when nobody reads what it says any more, or there is no room for it."""
+    with contextlib.suppress(OSError):
+        print(text, file=to, flush=True)
+
+
 async def _serve(app, options, kept):
     """Until it is to end; whether the program is to be replaced by a new one."""
     tls = _serve_tls(options)
@@ -1895,12 +1908,15 @@ def _serve_tls(options):
 
 def _announce(server, options):
     """Say where it listens: a line for each address."""
-    what = options.target if options.processes is None else f"{options.target} in {options.processes} processes"
+    count = options.processes
+    what = options.target if count is None else f"{options.target} in {count} process{'es' * (count > 1)}"
     for address in server.addresses:
         host, port = address[:2] if isinstance(address, tuple) else (None, None)
         url = f"{server.url.partition(':')[0]}://{f'[{host}]' if ':' in host else host}:{port}" if host else str(address)
-        print(f"serving {what} on {url}", flush=True)
-    print("Ctrl-C ends it", flush=True)
+        _say(f"serving {what} on {url}")
+    if options.folder is not None and not options.listing and not (options.folder / "index.html").is_file():
+        _say("there is no index.html in it; --listing shows what there is")
+    _say("Ctrl-C ends it")
 
 
 def _serve_signals(options):
@@ -1917,7 +1933,7 @@ async def _obey(received, server, options, ending, scope):
             scope.cancel()
         else:
             ending.asked = True
-            print("ending; Ctrl-C once more ends it at once", flush=True)
+            _say("ending; Ctrl-C once more ends it at once")
             flowcoro.request_stop()
 
 
@@ -1926,9 +1942,9 @@ def _reload_certificate(server, options):
     if options.tls_cert:
         try:
             server.reload_certificate(options.tls_cert, options.tls_key)
-            print("certificate reloaded", flush=True)
+            _say("certificate reloaded")
         except OSError as error:
-            print(f"flowcoro: the certificate stays as it is: {error.strerror or error}", file=sys.stderr, flush=True)
+            _say(f"flowcoro: the certificate stays as it is: {error.strerror or error}", sys.stderr)
 
 
 # -- reloading
@@ -1967,14 +1983,14 @@ class _Sources:
         """Until one has changed: which."""
         while (file := self.changed()) is None:
             await flowcoro.sleep(LOOK_AT_FILES)
-        print(f"{file} has changed: starting anew", flush=True)
+        _say(f"{file} has changed: starting anew")
         return file
 
 
 async def _change_or_stop(error):
     """Say what is wrong, and wait for a change, or for a signal to end: whether it was a change."""
     sources = _Sources(error.files)
-    print(f"flowcoro: {error}\nwaiting for a change", file=sys.stderr, flush=True)
+    _say(f"flowcoro: {error}\nwaiting for a change", sys.stderr)
     which, _ = await flowcoro.when_any(sources.wait(), flowcoro.stop_requested())
     return which == 0
 
@@ -2030,7 +2046,8 @@ class _KeptSockets:
         for number in self.numbers:
             os.set_inheritable(number, True)
         os.environ[KEPT] = ",".join(map(str, self.numbers))
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, AttributeError):      # nobody reads it, or there is none
+            sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
@@ -2070,7 +2087,7 @@ def main(argv=None):
             if isinstance(error.code, str):
                 print(error.code, file=sys.stderr)
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
-        if sys.stdout is not None:                          # it is None where the shell has closed it
+        if sys.stdout is not None:                          # it is when the descriptor was closed before the start
             sys.stdout.flush()
         return status
     except UsageError as error:

@@ -9516,7 +9516,7 @@ class HttpClient(_Sending):
         self._max_redirects, self._max_connections, self._keep_alive = max_redirects, max_connections, keep_alive
         self._limits = {"max_head": max_head, "max_field_line": max_head, "max_request_line": max_head}
         self._proxies = _Proxies({} if proxy is None and not trust_env else proxy, os.environ)
-        self._netrc_file, self._netrc = netrc, _CLIENTS
+        self._netrc_file, self._netrc, self._netrc_asked = netrc, _CLIENTS, netrc is not None
         if netrc is None:
             self._netrc_file = os.environ.get("NETRC") or os.path.expanduser("~/.netrc") if trust_env else False
         self._tls, self._decode = _client_tls(verify, cert), bool(decode)
@@ -9690,7 +9690,13 @@ class HttpClient(_Sending):
         found = url.credentials
         if found is None and self._netrc_file:
             if self._netrc is _CLIENTS:
-                self._netrc = _read_netrc(self._netrc_file)
+                try:
+                    self._netrc = _read_netrc(self._netrc_file)
+                except ValueError as error:
+                    if self._netrc_asked:
+                        raise
+                    self._netrc = None              # nobody has asked for it: it is told once, and done without
+                    flowcoro_net.report_error(error, "requests are made without it", "flowcoro_http")
             entry = self._netrc and self._netrc.authenticators(url.host)
             found = entry and (entry[0], entry[2])
         return BasicAuth(*found) if found else None

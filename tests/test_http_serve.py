@@ -1,5 +1,6 @@
 """`python -m flowcoro serve`: real processes that serve applications and folders, and what they say when they cannot."""
 
+import contextlib
 import http.client
 import os
 import pathlib
@@ -255,7 +256,8 @@ def test_a_folder_is_served_and_listed_only_when_asked(folder):
         assert server.get("/index/") == (200, "<p>the index</p>")
         assert server.get("/nothing")[0] == server.get("/../etc/passwd")[0] == server.get("/")[0] == 404
         assert server.end() == 0 and server.errors == []
-        assert server.lines == [f"serving . on {server.where}", "Ctrl-C ends it"]      # once
+        assert server.lines == [f"serving . on {server.where}", "there is no index.html in it; --listing shows what there is",
+                                "Ctrl-C ends it"]                                       # once
     app = flowcoro_cli._served_app(flowcoro_cli._serve_options([str(folder), "--listing"]))
 
     async def main():
@@ -350,6 +352,33 @@ def test_a_start_that_takes_long_is_not_waited_for_when_the_server_ends(folder, 
         began = time.monotonic()
         assert server.end() == 0 and time.monotonic() - began < PATIENCE / 2
         assert not any(line.startswith("serving") for line in server.lines) and server.errors == []
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_it_serves_and_hears_signals_when_nobody_reads_what_it_says(folder, closed):
+    reader, writer = os.pipe()
+    os.close(reader)
+    line, environment = command("apps:wsgi", "--unix", "socket", "--processes", "1")
+    process = subprocess.Popen(line, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=writer,
+                               stderr=subprocess.PIPE, start_new_session=True,
+                               preexec_fn=(lambda: os.close(1)) if closed else None)
+    os.close(writer)
+    try:
+        until = time.monotonic() + PATIENCE
+        while True:
+            assert process.poll() is None and time.monotonic() < until
+            with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                sock.connect(str(folder / "socket"))
+                sock.sendall(b"GET /x HTTP/1.0\r\n\r\n")
+                with sock.makefile("rb") as file:
+                    assert file.read().endswith(b"wsgi /x")
+                break
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == (0 if closed else 141)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def test_a_second_interrupt_ends_it_at_once(folder):
@@ -462,6 +491,11 @@ def test_a_port_that_is_taken_is_said_in_one_line(refused, more):
 def test_a_port_that_worker_processes_of_another_program_share_is_taken_too(folder, refused):
     with Serving(folder, "apps:wsgi", "--processes", "1") as server:
         assert "in use" in refused("apps:wsgi", "--processes", "1", "--port", server.port)
+
+
+def test_what_follows_an_access_log_without_a_format_is_said_to_be_taken_for_one(capsys):
+    assert flowcoro_cli.main(["serve", "--access-log", "shop:app"]) == 2
+    assert "'shop:app' is neither common nor json; if it is what to serve, give it first" in capsys.readouterr().err
 
 
 def test_the_help_explains_every_option(folder):
