@@ -116,7 +116,7 @@ __all__ = [
 STEPS_PER_POLL = 61
 
 # Seconds after which a worker does so even if fewer steps were made: what a timer or a descriptor may be late because of
-# others, and by STEPS_PER_LOOK steps more (twice as many with a watchdog) until it is noticed that these are long.
+# others, and by STEPS_PER_LOOK steps more until it is noticed that these are long.
 SECONDS_PER_POLL = 0.001
 
 # Seconds between two looks of an idle worker after those that are in a step: one that has not come round in between is
@@ -185,10 +185,6 @@ _INF = math.inf
 # How many steps a pass makes between looks at the clock: all at first, fewer and fewer while steps are long.
 _PLANS = tuple((range(STEPS_PER_LOOK >> level),) * (STEPS_PER_POLL // STEPS_PER_LOOK)
                for level in range(STEPS_PER_LOOK.bit_length()))
-
-# With a watchdog each look at the clock has an iterator besides, which tells where the worker is. So there are half as many, as
-# long as steps are short. In a loop that does nothing but switch that pays for it; in passes of one step it does not.
-_WATCHED_PLANS = ((range(2 * STEPS_PER_LOOK),) * (len(_PLANS[0]) // 2), *_PLANS[1:])
 
 # The budget of a new task and of one that was rescheduled: something waits to be sent in. The loop sets BUDGET at each
 # checkpoint, and every operation counts down from here, so the one store tells both (a second one cost 5 ns a step).
@@ -896,7 +892,7 @@ class Task(_Unique):
 
     def __init__(self, coro, group, worker, name, pinned):
         self.coro = coro
-        self.context = contextvars.copy_context()
+        self.context = contextvars.copy_context()       # while the watchdog suspects a step of it: a _Probe with that
         self._name = name
         self._send = coro.send      # kept bound: to make it anew costs 40 ns per step
         self._resume = self._send
@@ -2350,7 +2346,7 @@ class _Worker:
 
     # Slots, for in CPython an object with more than 30 attributes in a dict is slow to access: 2 % of a switch.
     __slots__ = ("kernel", "clock", "others", "beset", "now", "ready", "inbox", "timers", "task", "call", "sleeping", "looked",
-                 "beat", "hooks", "meter", "remaining", "thread_id", "descriptors", "io_parked", "thread_calls", "abandoned",
+                 "beat", "hooks", "meter", "thread_id", "descriptors", "io_parked", "thread_calls", "abandoned",
                  "steps", "polls", "spawned", "finished", "stolen", "sleepers", "stopped", "luck", "poller", "waker")
 
     def __init__(self, kernel, clock, seed):
@@ -2369,7 +2365,6 @@ class _Worker:
         self.looked = 0.0           # when it was last between two steps, as of time.monotonic(), give or take 15 steps
         self.hooks = None           # kernel.hooks while there are any
         self.meter = _Meter(self) if kernel.watchdog is not None else None
-        self.remaining = iter(())   # with a watchdog: the steps to come until it looks at the clock
         self.thread_id = None
         self.descriptors = 0        # Pollables
         self.io_parked = 0          # tasks parked on them
@@ -2436,14 +2431,11 @@ class _Worker:
         ready, inbox, timers, heap = self.ready, self.inbox, self.timers, self.timers.heap
         # Bound methods and ints in locals: together 60 ns of the 250 of a step (CPython 3.11).
         popleft, append, monotonic, real = ready.popleft, ready.append, time.monotonic, self.clock is None
-        several, shown = bool(self.others), self.meter is not None
-        plans = _WATCHED_PLANS if shown else _PLANS
+        several, plans = bool(self.others), _PLANS
         turn, plan, level, most, began = BUDGET, plans[0], 0, len(plans) - 1, monotonic()
         polled, due = began, 0.0 if self.meter is not None else _INF         # when to measure a pass
         while not self.stopped:
             for steps in plan:
-                if shown:               # to the watchdog
-                    self.remaining = steps = iter(steps)
                 for step in steps:
                     try:
                         task = popleft()
@@ -2984,12 +2976,62 @@ class _Meter:
         return (range(1),), 0.0
 
 
+class _Probe(itertools.repeat):
+    """Stands for the context of a task that is being stepped; once another step of it has begun there is one less to come.
+
+    All in C: such a step has no frame more, nor a place where a signal handler's error could come before what is sent in.
+    """
+
+    __slots__ = ("context",)
+    run = property(next)            # the context's
+
+    def __new__(cls, context):
+        self = super().__new__(cls, context.run, sys.maxsize)
+        self.context = context
+        return self
+
+
+class _Sight:
+    """What a worker was seen at: a step of a task, a call from another thread, or neither, as in a hook.
+
+    The loop does nothing to show whether that lasts. It does while the worker is at the same call, or at the same task, whose
+    probe says that no other step of it has begun. If it is at neither: while nobody is taken from or put into its ready deque,
+    for an iterator over that fails after any change. (A step of a task may make others ready all the time.)
+    """
+
+    def __init__(self, worker):
+        self.worker, self.held_by, self.looked = worker, worker.task or worker.call, worker.looked
+        self.probe, self.ready = None, iter(worker.ready)
+        self.since = self.due = 0.0         # when it began, as far as is known, and when to report it
+        if isinstance(self.held_by, Task):
+            context = self.held_by.context
+            if isinstance(context, _Probe):         # another worker was at it a moment ago
+                context = context.context
+            self.probe = self.held_by.context = _Probe(context)
+
+    def lasts(self):
+        worker, held_by = self.worker, self.held_by
+        if (worker.task or worker.call) is not held_by or worker.looked != self.looked:
+            return False
+        if self.probe is not None:
+            return held_by.context is self.probe and operator.length_hint(self.probe) == sys.maxsize
+        if held_by is None:
+            try:
+                next(self.ready, None)
+            except RuntimeError:            # the deque has changed
+                return False
+        return True
+
+    def forget(self):
+        if self.probe is not None and self.held_by.context is self.probe:
+            self.held_by.context = self.probe.context
+
+
 class _Watchdog:
     """The thread that looks at the workers of a kernel, and reports who is held by one step for longer than `limit` seconds.
 
-    What a worker is at is known by its task, by when it has looked at the clock, and by how many steps it has made since: as
-    long as all three are the same, it is the same step. That has lasted since it was first seen, or since that look if the
-    watchdog itself was kept away meanwhile.
+    A step has lasted since it was first seen, or since the worker has looked at the clock if the watchdog itself was kept away
+    meanwhile.
     """
 
     resting = set()             # those that wait for their next look, of all kernels: they will wake no task
@@ -2999,7 +3041,7 @@ class _Watchdog:
     def __init__(self, kernel, limit):
         self.kernel, self.limit = kernel, limit
         self.pause = min(limit / WATCHDOG_LOOKS, threading.TIMEOUT_MAX)     # seconds between two looks at most
-        self.seen = {}          # worker -> (what it was at, since when, when to report that)
+        self.seen = {}          # worker -> _Sight, of those who may be in a long step
         self.done = threading.Lock()
         self.done.acquire()
         self.thread = None
@@ -3024,39 +3066,44 @@ class _Watchdog:
     def main(self):
         while True:
             before, used = time.monotonic(), time.process_time()
-            pause = min([self.pause, *(max(due - before, 0.0) for _, _, due in self.seen.values())])
+            pause = min([self.pause, *(max(sight.due - before, 0.0) for sight in self.seen.values())])
             self.resting.add(self)
             done = self.done.acquire(timeout=pause)
             self.resting.discard(self)
             if done:
-                return
+                break
             moment = time.monotonic()
             late = moment - before - pause
             computed = time.process_time() - used > late / 2
             # An eighth: what a step may seem longer than it was. If it computed, C code kept the GIL, and that is a step.
             if late > self.limit / 8 and not computed:      # else the process was stopped, which is none
-                self.seen = {worker: (mark, since + late, due + late) for worker, (mark, since, due) in self.seen.items()}
+                for sight in self.seen.values():
+                    sight.since, sight.due = sight.since + late, sight.due + late
             for worker in self.kernel.workers:
                 try:
-                    self.look_at(worker, moment, late > self.limit and computed)
+                    self.look_at(worker, late > self.limit and computed)
                 except Exception as error:
                     _report(error, "the watchdog failed to look at a worker")
 
-    def look_at(self, worker, now, late):
-        task, looked = worker.task, worker.looked
-        # A hundredth: what a report may be late by that, for a step which has just begun now is not looked at for its mark.
-        if worker.sleeping or now - looked < self.limit / 100 or worker.thread_id is None:
-            self.seen.pop(worker, None)
+        for sight in self.seen.values():
+            sight.forget()
+
+    def look_at(self, worker, late):
+        now, sight = time.monotonic(), self.seen.get(worker)        # first the time: a step seems no longer than it was
+        # A hundredth: what a report may be late by that, for a step which has just begun now is not looked at more closely.
+        calm = worker.sleeping or now - worker.looked < self.limit / 100 or worker.thread_id is None
+        if sight is not None and (calm or not sight.lasts()):
+            self.seen.pop(worker).forget()
+            sight = None
+        if calm:
             return
-        mark = task or worker.call, looked, operator.length_hint(worker.remaining)
-        seen, since, due = self.seen.get(worker, (None, now, 0.0))
-        if seen != mark:
-            since = looked if mark[0] is not None and late else now
-            due = since + self.limit
-        if now >= due:
-            self.alarm(worker, mark[0], now, since)
-            due = now + (now - since)
-        self.seen[worker] = mark, since, due
+        if sight is None:
+            sight = self.seen[worker] = _Sight(worker)
+            sight.since = sight.looked if sight.held_by is not None and late else time.monotonic()
+            sight.due = sight.since + self.limit
+        if now >= sight.due:
+            self.alarm(sight, now - sight.since)
+            sight.due = now + (now - sight.since)
 
     def live_stack(self, worker):
         """[(file, line, function)] of the step that a worker makes, outermost first."""
@@ -3088,11 +3135,12 @@ class _Watchdog:
             if thread is None:                          # it is about to end
                 return []
             signal.pthread_kill(thread, number)
-            wait = 1.0                                  # on a busy machine it may be long until that thread runs at all
+            places, wait = [], 1.0                      # on a busy machine it may be long until that thread runs at all
             while _select.select([cls.told], [], [], wait)[0]:
-                text, wait = text + os.read(cls.told, 65536), 0.1
-        places = re.findall(r'^  File "(.*)", line (\d+) in (.*)$', text.decode(errors="replace"), re.MULTILINE)
-        inside = list(itertools.takewhile(lambda place: place[0] != _HERE or place[2] != "work", places))   # innermost first
+                text += os.read(cls.told, 65536)
+                places = re.findall(r'^  File "(.*)", line (\d+) in (.*)\n', text.decode(errors="replace"), re.MULTILINE)
+                wait = 0.001 if any(place[::2] == (_HERE, "work") for place in places) else 0.1
+        inside = list(itertools.takewhile(lambda place: place[::2] != (_HERE, "work"), places))     # innermost first
         return [(file, int(line), function) for file, line, function in reversed(inside)]
 
     @classmethod
@@ -3125,8 +3173,8 @@ class _Watchdog:
         owner = re.search(r"owner=(0x[0-9a-f]+|[0-9]+) ", repr(_GUARD))
         return int(owner[1], 0) if owner is not None else 0
 
-    def alarm(self, worker, held_by, now, since):
-        kernel, task = self.kernel, None
+    def alarm(self, sight, seconds):
+        kernel, task, worker, held_by = self.kernel, None, sight.worker, sight.held_by
         if isinstance(held_by, Task):
             task, who = held_by, f"task {held_by.name!r}"
         elif isinstance(held_by, _CallFromThread):
@@ -3135,19 +3183,20 @@ class _Watchdog:
         else:
             who = "something that is no task (a hook, a collection of garbage)"
         stack = self.live_stack(worker)
+        gone = not sight.lasts()                # then the stack may be that of another step
         waits = bool(stack) and self.waits_for_guard(*stack[-1])
         if waits and (held_by is None or self.guard_owner() in (
                 0, *(other.thread_id for other in kernel.workers if not other.sleeping))):
             return                      # who holds it is reported, or has just let go
-        stack = self.in_words(stack)
+        stack = "" if gone else self.in_words(stack)
         remedy = ("It waits for another kernel, a thread or a signal handler, in an @atomic method or a hook there that takes so "
                   "long" if waits else "Move what computes or blocks there to to_thread(), or put a checkpoint() into it")
-        report = (f"{who} has held worker {kernel.workers.index(worker) + 1} of {len(kernel.workers)} for {now - since:.3g} s, "
+        report = (f"{who} has held worker {kernel.workers.index(worker) + 1} of {len(kernel.workers)} for {seconds:.3g} s, "
                   f"the limit is {self.limit:g} s. {remedy}\n"
                   f"Behind it wait: {', '.join(self.behind(worker, task)) or 'nobody'}\n"
-                  + (f"It is here:\n{stack}" if stack else "It does not say where it is\n"))
+                  + (f"It is here:\n{stack}" if stack else f"It {'has gone on' if gone else 'does not say where it is'}\n"))
         if "task_stuck" in (kernel.hooks or ()):
-            kernel.call_hooks("task_stuck", task, now - since, report)     # without the guard, which the step may hold
+            kernel.call_hooks("task_stuck", task, seconds, report)     # without the guard, which the step may hold
         else:
             _report(RuntimeError(report), "a step takes too long", task)
 

@@ -60,6 +60,7 @@ import functools
 import getpass
 import importlib
 import inspect
+import io
 import json
 import math
 import os
@@ -1308,7 +1309,7 @@ class _Download:
         self.part = self.path.with_name(self.path.name + ".part")
         self.info = self.path.with_name(self.path.name + ".part.info")
         self.plain = self.path.exists() and not self.path.is_file()         # /dev/null, a pipe: written as it is
-        self.offset, self.validator = 0, None
+        self.offset, self.validator, self.whole = 0, None, None            # bytes that FILE has in the end, if that is known
         if self.path.is_dir():
             raise UsageError(f"{self.path} is a folder; name a file")
         if self.path.is_file() and not force:
@@ -1342,25 +1343,42 @@ class _Download:
         """The file to write to, at the place where the response's content belongs."""
         if self.plain:
             return open(self.path, "wb")
-        if response.status == 206:
-            found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/(?:[0-9]{1,18}|\*)", response.headers.get("content-range", ""))
-            if not self.offset or found is None or int(found[1]) != self.offset:
-                raise GetFailed(33, f"the server sends {response.headers.get('content-range')!r} where it was asked for what "
-                                    f"follows byte {self.offset}")
+        if response.status == 206 and (self.offset or "range" not in response.request.headers):
+            self._check(response)
             return open(self.part, "ab")
         self.offset = 0
         file = open(self.part, "wb")
         validator = response.headers.get("etag", "")
         if not validator.startswith('"'):           # a weak tag does not say that each byte is the same
             validator = response.headers.get("last-modified")
+        if response.status == 206:                  # of a range that the user asked for, which is nothing to go on with
+            validator = None
         self.info.write_text(json.dumps({"url": self.url, "validator": validator}), encoding="utf-8")
         return file
 
+    def _check(self, response):
+        """Whether a 206 is what follows, and of the same version: there are servers that know Range and not If-Range."""
+        said = response.headers.get("content-range", "")
+        found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/(?:([0-9]{1,18})|\*)", said)
+        if not self.offset or found is None or int(found[1]) != self.offset:
+            raise GetFailed(33, f"the server sends {said!r} where it was asked for what follows byte {self.offset}")
+        if not self._is_same(response):
+            raise GetFailed(33, f"{self.url} has changed since {self.part} was written; --force without -C begins anew")
+        self.whole = found[2] and int(found[2])
+
     def is_complete(self, response):
         """Whether a 416 says that nothing is missing."""
-        return response.headers.get("content-range") == f"bytes */{self.offset}"
+        return response.headers.get("content-range") == f"bytes */{self.offset}" and self._is_same(response)
+
+    def _is_same(self, response):
+        """Whether it is of the version that FILE.part is the beginning of, as far as it says of which it is."""
+        name = "etag" if self.validator.startswith('"') else "last-modified"
+        return response.headers.get(name, self.validator) == self.validator
 
     def finish(self):
+        """Give it its name. GetFailed if the server has sent less than there is, which it may in answer to a Range."""
+        if self.whole is not None and self.part.stat().st_size != self.whole:
+            raise GetFailed(18, f"the server sent a part of what was asked for; {self.path} has {self.whole} bytes in the end")
         if not self.plain:
             os.replace(self.part, self.path)
             self.info.unlink(missing_ok=True)
@@ -1429,9 +1447,12 @@ def _get_settings(http, options):
     if options.user is not None:
         user, colon, password = options.user.partition(":")
         if not colon:
-            password = getpass.getpass(f"Password of {user}: ")
+            try:
+                password = getpass.getpass(f"Password of {user}: ")
+            except EOFError:
+                raise UsageError(f"-u {user}: there is no terminal to ask for a password at; give it after a colon") from None
         auth = (http.DigestAuth if options.digest else http.BasicAuth)(user, password)
-    client = {"headers": headers, "auth": auth, "follow_redirects": not options.no_location, "max_bytes": None,
+    client = {"headers": headers, "auth": auth, "follow_redirects": not options.no_location, "max_bytes": None, "decode": False,
               "verify": False if options.insecure else options.cacert or True,
               "timeout": http.Timeouts(connect=60.0, head=300.0, read=300.0, total=None)}
     if options.proxy:
@@ -1443,8 +1464,10 @@ async def _get(http, options, url, download, settings):
     """Do it: the exit status."""
     client_settings, request = settings
     method = options.request or ("HEAD" if options.head else "GET" if request["content"] is None else "POST")
-    meter = _Meter(sys.stderr, time.monotonic(), options.silent or download is None)
-    out = sys.stdout.buffer
+    if sys.stdout is None and (download is None or options.include):
+        raise GetFailed(23, "cannot write: stdout is closed; -o FILE writes to a file")
+    meter = _Meter(sys.stderr or io.StringIO(), time.monotonic(), options.silent or download is None)
+    out = sys.stdout and sys.stdout.buffer
     try:
         async with http.HttpClient(**client_settings) as client:
             async with client.stream(method, url, headers=download.headers() if download else {}, **request) as response:
@@ -1454,7 +1477,7 @@ async def _get(http, options, url, download, settings):
                         lines += [f"{name}: {value}" for name, value in one.headers]
                         out.write(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
                     out.flush()
-                if download is not None and response.status < 400:
+                if download is not None and response.status < 400 and response.status != 304:
                     with download.open(response) as file:
                         await _get_into(file, response, meter, download.offset)
                     download.finish()
@@ -1466,7 +1489,7 @@ async def _get(http, options, url, download, settings):
                     await _get_into(out, response, meter, 0)
                     out.flush()
                 if response.status >= 400:
-                    print(f"flowcoro: {url}: {response.status} {response.reason}".rstrip(), file=sys.stderr)
+                    print(f"flowcoro: {response.url}: {response.status} {response.reason}".rstrip(), file=sys.stderr)
                     return 22
                 return 0
     finally:
@@ -1507,20 +1530,23 @@ def _get_command(arguments):
     options = _get_parser().parse_args(arguments)
     http, net = _load("flowcoro_http"), _load("flowcoro_net")
     url = options.url if "://" in options.url else f"http://{options.url}"
+    shown = re.sub(r"(?<=://)[^/?#]*@", "", url)        # without a password, for messages and files
     if not options.max_time > 0:
         raise UsageError(f"--max-time {options.max_time:g}: give more than 0 seconds")
     if options.remote_name and options.output is None:
         name = url.partition("://")[2].partition("?")[0].partition("#")[0].partition("/")[2].rpartition("/")[2]
         if not name:
-            raise UsageError(f"-O: {url} does not end with a name; give one with -o")
+            raise UsageError(f"-O: {shown} does not end with a name; give one with -o")
         options.output = http.safe_filename(urllib.parse.unquote(name))
+    if options.head and options.output not in (None, "-"):
+        raise UsageError("-I asks for no content that could be written to a file; leave -o and -O out")
     if options.proceed and options.output in (None, "-"):
         raise UsageError("-C needs the file to go on with: -o FILE or -O")
     download = None
     try:
         settings = _get_settings(http, options)
         if options.output not in (None, "-"):
-            download = _Download(options.output, url, options.proceed, options.force)
+            download = _Download(options.output, shown, options.proceed, options.force)
 
         async def in_time():
             with flowcoro.timeout(options.max_time):
@@ -1532,7 +1558,7 @@ def _get_command(arguments):
     except GetFailed as error:
         status, said = error.status, str(error)
     except TimeoutError:
-        status, said = 28, f"{url}: not done within --max-time {options.max_time:g} seconds"
+        status, said = 28, f"{shown}: not done within --max-time {options.max_time:g} seconds"
     except (ValueError, TypeError, http.LocalProtocolError) as error:
         status, said = 3, str(error)
     except OSError as error:
@@ -1544,12 +1570,13 @@ def _get_command(arguments):
 # ---- serve -------------------------------------------------------------------------------------------------
 
 KEPT = "FLOWCORO_KEPT_SOCKETS"          # environment: numbers of listening sockets that --reload hands to the next program
-LOOK_AT_FILES = 0.5                     # seconds between two looks at the sources; an editor has saved by then
+TOLD = 4096                             # bytes of a message to the supervisor at most: what a pipe takes whole
+LOOK_AT_FILES = 0.25                    # seconds between two looks at the sources: a hundred take a millisecond
 RELOAD_DRAIN = 2.0                      # seconds that requests have to end before the program is replaced: somebody is waiting
 
 
 class _NotLoaded(UsageError):
-    """The application could not be loaded; `files` are those whose change may help."""
+    """The application could not be loaded, or not started; `files` are those whose change may help."""
 
     def __init__(self, message, files=()):
         super().__init__(message)
@@ -1586,11 +1613,7 @@ def _serve_parser():
 
 def _serve_command(arguments):
     """`serve TARGET …`: until SIGTERM or Ctrl-C."""
-    parser = _serve_parser()
-    options = parser.parse_args(arguments)
-    folder = pathlib.Path(options.target)
-    options.folder = folder if folder.is_dir() else None
-    _check_serve(options)
+    options = _serve_options(arguments)
     kept = _KeptSockets(os.environ.pop(KEPT, "")) if options.reload else None
     again = False
     try:
@@ -1607,8 +1630,16 @@ def _serve_command(arguments):
     return 0
 
 
+def _serve_options(arguments):
+    """What is asked for. UsageError for options that do not go together."""
+    options = _serve_parser().parse_args(arguments)
+    folder = pathlib.Path(options.target)
+    options.folder = folder if folder.is_dir() else None
+    _check_serve(options)
+    return options
+
+
 def _check_serve(options):
-    """UsageError for options that do not go together."""
     if options.tls_key and not options.tls_cert:
         raise UsageError("--tls-key needs --tls-cert: a private key alone proves nothing")
     if options.folder is None and options.listing:
@@ -1618,6 +1649,8 @@ def _check_serve(options):
     for name in "processes", "threads":
         if (number := getattr(options, name)) is not None and number < 1:
             raise UsageError(f"--{name} {number}: give 1 or more")
+    if not options.drain_timeout >= 0:
+        raise UsageError(f"--drain-timeout {options.drain_timeout:g}: give seconds, 0 or more")
     if not 0 <= options.port <= 65535:
         raise UsageError(f"--port {options.port}: give a number from 0 to 65535")
     if options.reload and options.processes is not None:
@@ -1658,15 +1691,23 @@ def _load_target(target):
 def _not_loaded(module, error):
     """What to say of an error in somebody's module, or of one that is not there."""
     if isinstance(error, ModuleNotFoundError) and error.name and (module + ".").startswith(error.name + "."):
-        return _NotLoaded(f"there is no module {error.name!r} in {os.getcwd()}, nor elsewhere on Python's path", _source_files())
+        missing = os.path.join(os.getcwd(), *error.name.split("."))
+        return _NotLoaded(f"there is no module {error.name!r} in {os.getcwd()}, nor elsewhere on Python's path",
+                          _source_files() | {f"{missing}.py", os.path.join(missing, "__init__.py")})
+    return _told(error, f"{module} could not be loaded")
+
+
+def _told(error, what):
+    """The _NotLoaded that says in one line which error it was, and where: in the last file that is not an installed one's."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     files = {frame.filename for frame in frames} | _source_files()
-    where = f"{frames[-1].filename}, line {frames[-1].lineno}"
+    own = [frame for frame in frames if not _is_installed(frame.filename)] or frames
+    where = f"{own[-1].filename}, line {own[-1].lineno}"
     if isinstance(error, SyntaxError) and error.filename:
         files.add(error.filename)
         where = f"{error.filename}, line {error.lineno}"
     said = error.msg if isinstance(error, SyntaxError) else error
-    return _NotLoaded(f"{module} could not be loaded: {type(error).__name__}: {said} ({where})", files)
+    return _NotLoaded(f"{what}: {type(error).__name__}: {said} ({where})", files)
 
 
 def _served_app(options):
@@ -1751,21 +1792,98 @@ async def _serve(app, options, kept):
         if network is not None:
             flowcoro.network.reset(network)
     ending = types.SimpleNamespace(asked=False, changed=None)
-    async with server:
+    start = _Start(app, options, functools.partial(_announce, server, options))
+    async with server, start:
         if kept is not None:
             kept.keep()
             flowcoro.spawn(_close_on_change(server, _Sources(), ending), name="watch the sources")
-        _announce(server, options)
         drain = options.drain_timeout if kept is None else min(options.drain_timeout, RELOAD_DRAIN)
         more = {"reload": functools.partial(_reload_certificate, server, options)} if options.processes else {}
         with _load("flowcoro_os").signals(*_serve_signals(options)) as received, flowcoro.CancelScope() as scope:
-            _announce(server, options)
             hearing = flowcoro.spawn(_obey(received, server, options, ending, scope), name="hear signals")
+            starting = flowcoro.spawn(start.hear(server), name="hear whether the application starts")
+            waiting = flowcoro.spawn(start.end_with_a_stop(scope), name="end a start when the server is to end")
             try:
                 await server.serve(processes=options.processes, drain_timeout=drain, **more)
             finally:
                 hearing.cancel()
+                starting.cancel()
+                waiting.cancel()
+    if start.failure is not None:
+        raise start.failure
     return ending.changed is not None and not ending.asked
+
+
+class _Start:
+    """Whether the application starts: `started` is called as soon as it has, and _NotLoaded raised if it cannot.
+
+    With worker processes it starts in each of them. The first one to know tells the supervisor, through a pipe; if it cannot,
+    all ends, for it could not in the next one either. Those that come later have been seen to work: one that fails then is
+    reported, and tried again.
+    """
+
+    def __init__(self, app, options, started):
+        self.target, self.started, self.failure = options.target, started, None
+        self.has = self.known = False               # it has started here; it has in some process
+        self.pipe = os.pipe() if options.processes else ()
+        app._lifespans.insert(0, self.around)       # the outermost, which sees the errors of all others
+        app.lifespan(self.within)
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, kind, error, trace):
+        for number in self.pipe:
+            os.close(number)
+
+    @contextlib.asynccontextmanager
+    async def around(self):
+        try:
+            yield
+        except Exception as error:
+            if self.has or self.known:
+                raise
+            failure = error if isinstance(error, UsageError) else _told(error, f"{self.target} cannot start")
+            if not self.pipe:
+                raise failure from error
+            os.write(self.pipe[1], str(failure).encode("utf-8", "replace")[:TOLD])
+            raise SystemExit(1) from error
+
+    @contextlib.asynccontextmanager
+    async def within(self):
+        self.has = True
+        if self.pipe:
+            os.write(self.pipe[1], b"\0")
+        else:
+            self.started()
+        yield
+
+    async def end_with_a_stop(self, scope):
+        """Nobody waits for a start that takes long when the server is to end."""
+        await flowcoro.stop_requested()
+        if not self.has and not self.known:
+            scope.cancel()
+
+    async def hear(self, server):
+        """In the supervisor: what the processes say."""
+        if not self.pipe:
+            return
+        pollable = flowcoro.Pollable(self.pipe[0])
+        try:
+            while True:
+                pollable.readable = False
+                await pollable.wait_readable()
+                said = os.read(self.pipe[0], TOLD)
+                if self.known:
+                    continue
+                self.known = True
+                if said.startswith(b"\0"):
+                    self.started()
+                else:
+                    self.failure = UsageError(said.partition(b"\0")[0].decode("utf-8", "replace"))
+                    server.close()
+        finally:
+            pollable.close()
 
 
 def _serve_tls(options):
@@ -1820,9 +1938,14 @@ def _reload_certificate(server, options):
 
 def _source_files():
     """The files of modules that are loaded and belong neither to Python nor to an installed package."""
-    installed = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib", "purelib", "platlib"))
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    return {file for file in files if file and file.endswith(".py") and not file.startswith(installed)}
+    return {file for file in files if file and file.endswith(".py") and not _is_installed(file)}
+
+
+def _is_installed(file):
+    """Whether it belongs to Python or an installed package."""
+    return file.startswith(tuple(os.path.join(sysconfig.get_path(name), "")
+                                 for name in ("stdlib", "platstdlib", "purelib", "platlib")))
 
 
 class _Sources:
@@ -1833,13 +1956,13 @@ class _Sources:
         self.changed()
 
     def changed(self):
-        """One that has another mtime than when it was first looked at, or None."""
+        """One that has another mtime than when it was first looked at, or was not there then; or None."""
         for file in sorted(self.files | _source_files()):
             try:
                 changed = os.stat(file).st_mtime_ns
-            except OSError:                     # an editor is about to put another one there
+            except OSError:                     # somebody is about to put another one there, and until then it cannot be loaded
                 changed = None
-            if self.seen.setdefault(file, changed) != changed:
+            if self.seen.setdefault(file, changed) != changed and changed is not None:
                 return file
         return None
 

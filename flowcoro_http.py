@@ -127,7 +127,7 @@ __all__ = ["HttpServer", "HttpListener", "Request", "Response", "Fields", "FormF
            "Headers", "ProtocolError", "LocalProtocolError", "MediaType", "parse_media_type", "negotiate_type",
            "negotiate_encoding", "negotiate_language", "http_date", "parse_http_date", "entity_tag", "safe_filename",
            "content_disposition", "parse_links", "cache_control", "TrustedProxies", "Forwarding", "Signer", "SignatureError",
-           "FormPart", "send_file", "static_files", "ServerSentEvent", "event_stream", "last_event_id", "access_log", "cors",
+           "send_file", "static_files", "ServerSentEvent", "event_stream", "last_event_id", "access_log", "cors",
            "compress", "etag", "security_headers", "body_limit", "timeout", "trusted_proxies", "request_id", "basic_auth",
            "bearer_auth", "sessions", "wsgi_app", "asgi_app", "HttpClient", "ClientRequest", "ClientResponse", "Timeouts",
            "Retries", "Auth", "BasicAuth", "BearerAuth", "DigestAuth", "EventStream", "RequestError", "ConnectError",
@@ -190,13 +190,13 @@ class LocalProtocolError(flowcoro.FlowCoroError):
 
 _TOKEN_CHARS = r"!#$%&'*+\-.^_`|~0-9A-Za-z"
 _VALUE_CHARS = r"\t\x20-\x7e\x80-\xff"
-_TOKEN = re.compile(rf"[{_TOKEN_CHARS}]+")
-_VALUE = re.compile(rf"[{_VALUE_CHARS}]*")
+_is_token = re.compile(rf"[{_TOKEN_CHARS}]+").fullmatch
+_is_text = re.compile(rf"[{_VALUE_CHARS}]*").fullmatch
 
 # What follows the colon is stripped afterwards: two runs of whitespace in the pattern, with nothing between, would take the
 # square of their length to fail.
 _FIELD_LINE = re.compile(rf"([{_TOKEN_CHARS}]+):([{_VALUE_CHARS}]*)")
-_DIGITS = re.compile(r"[0-9]{1,18}")
+_is_digits = re.compile(r"[0-9]{1,18}").fullmatch
 
 # RFC 9110 allows sub-delims and percent-encoding in a reg-name too. No host has them, and what reads a Host further on (a
 # cache's key, a log, a template, a shell) is better off without.
@@ -227,7 +227,7 @@ def _authority_problem(text):
 
 
 def _length_problem(text):
-    return None if _DIGITS.fullmatch(text) else "is not 1 to 18 digits"
+    return None if _is_digits(text) else "is not 1 to 18 digits"
 
 
 def _coding_problem(text):
@@ -236,11 +236,12 @@ def _coding_problem(text):
 
 def _options_problem(text):
     """RFC 9110 5.6.1: a list of tokens; empty elements are allowed to those who read it."""
-    return None if all(_TOKEN.fullmatch(option) or not option for option in _split_list(text)) else "is no list of tokens"
+    return None if all(map(_is_token, _split_list(text))) else "is no list of tokens"
 
 
 def _split_list(text):
-    return [element.strip(" \t") for element in text.split(",")]
+    """The elements of a comma-separated list in which nothing is quoted; empty ones are left out. -> [str]"""
+    return [element for element in [element.strip(" \t") for element in text.split(",")] if element]
 
 
 # What the value of these has to be. They say where a message begins and ends, so they are never merely passed on.
@@ -298,9 +299,9 @@ def _line_problem(line):
         return f"{_shown(line)}: a field line begins with whitespace (obsolete folding is not HTTP any more)"
     if not colon:
         return f"{_shown(line)}: a field line has no colon"
-    if _TOKEN.fullmatch(name):
+    if _is_token(name):
         return f"the value of {_shown(name)} has a control character"
-    if _TOKEN.fullmatch(name.rstrip(" \t")):
+    if _is_token(name.rstrip(" \t")):
         return f"{_shown(line)}: there is whitespace before the colon"
     return f"{_shown(name)} is no name of a field"
 
@@ -310,9 +311,9 @@ def _write_line(pair):
     name, value = pair if not isinstance(pair, str) else (pair, None)       # one of a dict's names, whose letters would do
     if not isinstance(name, str) or not isinstance(value, str):
         raise TypeError(f"{pair!r}: name and value of a field are str")
-    if not _TOKEN.fullmatch(name):
+    if not _is_token(name):
         raise LocalProtocolError(f"{_shown(name)} is no name of a field: letters, digits and !#$%&'*+-.^_`|~ are allowed")
-    if not _VALUE.fullmatch(value):
+    if not _is_text(value):
         shown = "its value" if _is_secret(name.lower()) else _shown(value)
         raise LocalProtocolError(f"{name}: {shown} has a control character or one beyond U+00FF; encode it")
     lower, value = name.lower(), value.strip(" \t")
@@ -462,14 +463,11 @@ MAX_LANGUAGE = 64
 # Characters of a file name in a Content-Disposition, so that one value cannot fill a head: file systems allow 255 bytes.
 MAX_FILENAME = 255
 
-_TCHAR = r"!#$%&'*+\-.^_`|~0-9A-Za-z"
-_TOKEN_PATTERN = rf"[{_TCHAR}]++"
+_TOKEN_PATTERN = rf"[{_TOKEN_CHARS}]++"
 _QDTEXT = r"\t \x21\x23-\x5b\x5d-\x7e\x80-\xff"
 _QUOTED = rf'"[{_QDTEXT}]*+(?:\\[\t\x20-\x7e\x80-\xff][{_QDTEXT}]*+)*+"'
 _OWS = r"[ \t]*+"
 
-_is_token = re.compile(_TOKEN_PATTERN).fullmatch
-_is_text = re.compile(r"[\t\x20-\x7e\x80-\xff]*+").fullmatch
 _element_at = re.compile(rf'[^",]*+(?:{_QUOTED}[^",]*+)*+').match
 _quoted_pair = re.compile(r"\\(.)", re.DOTALL)
 _parameter_at = re.compile(rf"{_OWS};{_OWS}(?:({_TOKEN_PATTERN})=(?:({_TOKEN_PATTERN})|({_QUOTED})))?").match
@@ -477,7 +475,6 @@ _ATTR_CHARS = r"[!#$&+\-.^_`|~0-9A-Za-z]*+"
 _is_extended = re.compile(
     rf"(?i:(utf-8)|(iso-8859-1))'[0-9A-Za-z-]*+'({_ATTR_CHARS}(?:%[0-9A-Fa-f]{{2}}{_ATTR_CHARS})*+)").fullmatch
 _is_weight = re.compile(r"(?:0(?:\.([0-9]{0,3}))?|(1)(?:\.0{0,3})?)").fullmatch
-_is_digits = re.compile(r"[0-9]{1,19}").fullmatch
 
 
 def _refused(what, value, why, status=400):
@@ -491,18 +488,16 @@ def _parse_list(value):
     A comma inside a quoted string separates nothing. ProtocolError if a quoted string has no end. RFC 9110 section 5.6.1.
     """
     if '"' not in value:
-        elements = value.split(",")
-    else:
-        elements, at = [], 0
-        while True:
-            found = _element_at(value, at)
-            elements.append(found[0])
-            at = found.end() + 1
-            if at > len(value):
-                break
-            if value[at - 1] != ",":
-                raise _refused("list", value, f"the quoted string at character {at} has no end, or holds a control character")
-    return [element for element in [element.strip(" \t") for element in elements] if element]
+        return _split_list(value)
+    elements, at = [], 0
+    while at <= len(value):
+        found = _element_at(value, at)
+        if element := found[0].strip(" \t"):
+            elements.append(element)
+        at = found.end() + 1
+        if at <= len(value) and value[at - 1] != ",":
+            raise _refused("list", value, f"the quoted string at character {at} has no end, or holds a control character")
+    return elements
 
 
 def _parse_tokens(value):
@@ -522,15 +517,6 @@ def _quote(text):
     if not _is_text(text):
         raise ValueError(f"{text!r:.80} has a character that a quoted string cannot have: a control, or one beyond U+00FF")
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _unquote(text):
-    """The text of a token or of a quoted string. ProtocolError if it is neither."""
-    if _is_token(text):
-        return text
-    if not re.fullmatch(_QUOTED, text):
-        raise _refused("value", text, "neither a token nor a quoted string")
-    return _unquoted(text)
 
 
 def _unquoted(text):
@@ -554,13 +540,12 @@ def _extended(text):
         return None
 
 
-def _parameters(value, at, what, *, extended=False, repeated=False):
+def _parameters(value, at, what):
     """{name in lower case: text} of the `; name=value` from `at` to the end of `value`.
 
-    `extended`: a `name*` that can be read stands in for `name` (RFC 8187). `repeated`: the first of several counts; otherwise
-    they are refused, as whoever reads the other one may be deceived.
+    ProtocolError if one is malformed, or comes twice: whoever reads the other one may be deceived.
     """
-    parameters, better = {}, {}
+    parameters = {}
     while at < len(value):
         found = _parameter_at(value, at)
         if not found:
@@ -571,15 +556,8 @@ def _parameters(value, at, what, *, extended=False, repeated=False):
             continue
         name = name.lower()
         if name in parameters:
-            if not repeated:
-                raise _refused(what, value, f"parameter {name} comes twice")
-            continue
+            raise _refused(what, value, f"parameter {name} comes twice")
         parameters[name] = token if token is not None else _unquoted(quoted)
-        if extended and name.endswith("*"):
-            text = _extended(parameters.pop(name))
-            if text is not None:
-                better.setdefault(name[:-1], text)
-    parameters.update(better)
     return parameters
 
 
@@ -687,8 +665,7 @@ def _remembered(choose):
 
 
 # A preference is a hint, and a server may pass over it (RFC 9110 section 12.1): who sends one that is malformed, as Java's
-# clients do with `*; q=.2`, is answered as if without. _parse_accept() and _parse_weighted() are for those who want to refuse it.
-
+# clients do with `*; q=.2`, is answered as if without.
 
 @_remembered
 def _choose_type(value, offers):
@@ -896,6 +873,11 @@ def entity_tag(opaque, *, weak=False):
     return tag
 
 
+def _content_tag(content, *, weak=False):
+    """The entity tag of this content (bytes): a hash of 96 bits, so that two contents have one tag by chance in 2**48 of them."""
+    return entity_tag(hashlib.blake2b(content, digest_size=12).hexdigest(), weak=weak)
+
+
 def _parse_entity_tags(value):
     """An If-Match or If-None-Match value. -> the list of its entity tags, or "*". ProtocolError if it is malformed."""
     value = value.strip(" \t")
@@ -970,18 +952,6 @@ def content_disposition(filename=None, disposition="attachment"):
     if plain != filename:
         value += f"; filename*=UTF-8''{urllib.parse.quote(filename, safe='!#$&+-.^_`|~')}"
     return value
-
-
-def _parse_content_disposition(value):
-    """A Content-Disposition value. -> (disposition in lower case, {name: text}); `filename*` stands in for `filename`.
-
-    The file name is what the peer says: safe_filename() makes it one to use. ProtocolError if the value is malformed.
-    """
-    value = value.strip(" \t")
-    found = _value_at(value)
-    if not found:
-        raise _refused("Content-Disposition", value, "expected a token")
-    return found[0].lower(), _parameters(value, found.end(), "Content-Disposition", extended=True)
 
 
 def parse_links(value):
@@ -1332,39 +1302,6 @@ def _strict_transport_security(max_age, *, include_subdomains=False, preload=Fal
     return f"max-age={max_age}" + "; includeSubDomains" * include_subdomains + "; preload" * preload
 
 
-def _parse_strict_transport_security(value):
-    """A Strict-Transport-Security value. -> (max_age in seconds, include_subdomains).
-
-    ProtocolError if it is malformed, a directive comes twice or max-age is missing: it is to be ignored. RFC 6797 section 6.1.
-    """
-    directives = {}
-    for part in _semicolons(value):
-        found = _directive(part)
-        if not found or found[1].lower() in directives:
-            raise _refused("Strict-Transport-Security", value, f"{part!r:.40} is no directive, or comes twice")
-        directives[found[1].lower()] = found[2] if found[3] is None else _unquoted(found[3])
-    max_age = directives.get("max-age") or ""
-    if not re.fullmatch("[0-9]{1,1000}", max_age):
-        raise _refused("Strict-Transport-Security", value, "max-age takes a number of seconds")
-    return min(int(max_age), MAX_DELTA), "includesubdomains" in directives
-
-
-_semicolon_part_at = re.compile(rf'[^";]*+(?:{_QUOTED}[^";]*+)*+').match
-
-
-def _semicolons(value):
-    """The parts between semicolons outside quoted strings, without the whitespace around them; empty ones are left out."""
-    at = 0
-    while at <= len(value):
-        found = _semicolon_part_at(value, at)
-        at = found.end()
-        if at < len(value) and value[at] != ";":
-            raise _refused("value", value, f"the quoted string at character {at + 1} has no end")
-        at += 1
-        if part := found[0].strip(" \t"):
-            yield part
-
-
 # ---- cookies --------------------------------------------------------------------------------------------------
 # After RFC 6265 and what browsers have added (RFC 6265bis, CHIPS).
 #
@@ -1556,6 +1493,7 @@ MAX_PREAMBLE, MAX_PADDING = 8 * 2**10, 256
 SMALL_PIECE = 64 * 2**10
 
 _bad_escape = re.compile(rb"%(?![0-9A-Fa-f]{2})").search
+_BOUNDARY = "1 to 70 letters, digits or '()+_,-./:=? and no blank at the end"
 _is_boundary = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]").fullmatch
 _padding_at = re.compile(rb"[ \t]*+").match
 _part_line = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)").fullmatch
@@ -1629,7 +1567,7 @@ def _multipart_boundary(value):
         raise _refused("media type", value, "expected multipart/form-data", 415)
     boundary = media.parameters.get("boundary", "")
     if not _is_boundary(boundary):
-        raise _refused("boundary", boundary, "1 to 70 letters, digits or '()+_,-./:=? and no blank at the end")
+        raise _refused("boundary", boundary, _BOUNDARY)
     return boundary.encode()
 
 
@@ -1869,7 +1807,7 @@ def _form_parameters(value, number):
     return parameters
 
 
-class FormPart(typing.NamedTuple):
+class _FormPart(typing.NamedTuple):
     """A field or a file to send. `content`: str, bytes, or anything that the sender of the body knows how to read.
 
     With a `filename` it is a file, of application/octet-stream if `content_type` is None. `length` in bytes, of a content that
@@ -1884,7 +1822,7 @@ class FormPart(typing.NamedTuple):
 
 
 class _MultipartBody:
-    """Makes a multipart/form-data body of FormParts and (name, content) pairs.
+    """Makes a multipart/form-data body of _FormPart and (name, content) pairs.
 
     `content_type` is the value for Content-Type, `length` the number of bytes, None if one part's is not known. Iterate it for
     its pieces: bytes to send, and between them the contents that are neither str nor bytes, for the caller to read and send in
@@ -1896,11 +1834,11 @@ class _MultipartBody:
         if boundary is None:
             boundary = secrets.token_hex(16)
         elif not _is_boundary(boundary):
-            raise ValueError(f"boundary={boundary!r:.80}: 1 to 70 letters, digits or '()+_,-./:=? and no blank at the end")
+            raise ValueError(f"boundary={boundary!r:.80}: {_BOUNDARY}")
         self.content_type = str(MediaType("multipart", "form-data", {"boundary": boundary}))
         self._pieces, self.length, unknown = [], 0, False
         for part in parts:
-            part = FormPart(*part)
+            part = _FormPart(*part)
             content = part.content.encode() if isinstance(part.content, str) else part.content
             self._add(f"--{boundary}\r\n".encode() + _part_head(part))
             if isinstance(content, (bytes, bytearray, memoryview)):
@@ -1963,7 +1901,6 @@ RANGE_GAP = 80
 
 _range_set = re.compile(r"[bB][yY][tT][eE][sS]=(.*)").fullmatch
 _byte_range = re.compile(r"([0-9]{1,19})-([0-9]{0,19})|-([0-9]{1,19})").fullmatch
-_is_content_range = re.compile(r"(?i:bytes) (?:([0-9]{1,19})-([0-9]{1,19})/(?:([0-9]{1,19})|\*)|\*/([0-9]{1,19}))").fullmatch
 
 
 class _ByteRange(typing.NamedTuple):
@@ -2055,7 +1992,7 @@ def _ranges_asked(values, size, max_ranges):
     found = _range_set(values[0]) if len(values) == 1 else None
     if not found or not size or found[1].count(",") > 4 * max_ranges:
         return _Decision(200)
-    wanted = [element for element in [element.strip(" \t") for element in found[1].split(",")] if element]
+    wanted = _split_list(found[1])
     if not 0 < len(wanted) <= max_ranges:
         return _Decision(200)
     ranges = []
@@ -2101,26 +2038,13 @@ class _ByteRangesFrame(typing.NamedTuple):
 def _frame_byteranges(ranges, size, content_type, boundary):
     """The _ByteRangesFrame of a multipart/byteranges answer. RFC 9110 section 14.6. ValueError for what cannot be a boundary."""
     if not _is_boundary(boundary):
-        raise ValueError(f"boundary={boundary!r:.80}: 1 to 70 letters, digits or '()+_,-./:=? and no blank at the end")
+        raise ValueError(f"boundary={boundary!r:.80}: {_BOUNDARY}")
     kind = f"Content-Type: {content_type}\r\n" if content_type else ""
     parts = tuple((f"\r\n--{boundary}\r\n{kind}Content-Range: {one.content_range(size)}\r\n\r\n".encode("latin-1"), one)
                   for one in ranges)
     tail = f"\r\n--{boundary}--\r\n".encode()
     length = sum(len(head) + one.length for head, one in parts) + len(tail)
     return _ByteRangesFrame(str(MediaType("multipart", "byteranges", {"boundary": boundary})), length, parts, tail)
-
-
-def _parse_content_range(value):
-    """A Content-Range value. -> (_ByteRange or None for 416, the whole size or None if unknown). ProtocolError if malformed."""
-    found = _is_content_range(value)
-    if not found:
-        raise _refused("Content-Range", value, "expected `bytes first-last/size`")
-    if found[4] is not None:
-        return None, int(found[4])
-    one, size = _ByteRange(int(found[1]), int(found[2])), None if found[3] is None else int(found[3])
-    if one.last < one.first or (size is not None and one.last >= size):
-        raise _refused("Content-Range", value, "it ends before it begins, or beyond the size")
-    return one, size
 
 
 # ---- compression ----------------------------------------------------------------------------------------------
@@ -2281,6 +2205,15 @@ def _choose_compression(accept_encoding, status, headers, length=None, *, min_by
     return (None if coding == "identity" else coding), True
 
 
+def _add_vary(headers, *names):
+    """Have Vary name these, if it does not."""
+    lines = headers.get_all("vary")
+    named = {name.lower() for name in _parse_list(",".join(lines))}
+    missing = [name for name in names if name.lower() not in named]
+    if missing and "*" not in named:
+        headers.set("Vary", ", ".join([*lines, *missing]))
+
+
 def _compressed_headers(headers, coding, depends=True):
     """Change a response's headers for what _choose_compression() has decided.
 
@@ -2288,16 +2221,12 @@ def _compressed_headers(headers, coding, depends=True):
     and the entity tag becomes weak, as it is no longer of the same bytes.
     """
     if depends:
-        vary = headers.get_all("vary")
-        named = ",".join(vary)
-        if "*" not in named and "accept-encoding" not in [name.lower() for name in _parse_list(named)]:
-            headers.set("vary", ", ".join([*vary, "Accept-Encoding"]))
+        _add_vary(headers, "Accept-Encoding")
     if coding is None:
         return
     headers.set("content-encoding", coding)
     for name in ("content-length", "accept-ranges"):
-        if name in headers:
-            headers.remove(name)
+        headers.remove(name)
     etag = headers.get("etag")
     if etag is not None and not etag.startswith("W/"):
         headers.set("etag", f"W/{etag}")
@@ -2484,7 +2413,7 @@ _CHUNK_LINE = re.compile(
     rf"([0-9A-Fa-f]{{1,16}})(?:;[{_TOKEN_CHARS}]++(?:=(?:[{_TOKEN_CHARS}]++"
     r'|"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]++|\\[\t\x20-\x7e\x80-\xff])*+"))?)*+')
 
-_TOKEN_BYTES = frozenset(byte for byte in range(128) if _TOKEN.fullmatch(chr(byte)))
+_TOKEN_BYTES = frozenset(byte for byte in range(128) if _is_token(chr(byte)))
 
 # How the end of a content is known; and where in a chunked one we are.
 _BY_LENGTH, _BY_CLOSE, _BY_CHUNKS, _DROPPED = "length", "close", "chunks", "dropped"
@@ -2523,7 +2452,7 @@ def _target_problem(method, target):
 @functools.lru_cache(256)
 def _option_set(value):
     """The lower-case tokens of a list. (They are few, and repeat: 0.04 µs instead of 0.5.)"""
-    return frozenset(option.lower() for option in _split_list(value) if option)
+    return frozenset(option.lower() for option in _split_list(value))
 
 
 def _repeated(entries):
@@ -2730,7 +2659,7 @@ class _Heads(_Received):
                 continue
             self._head_size += len(line) + 2
             if self._first is None:
-                self._first = self._status_line(line) if client else _request_line(line)
+                self._first = self._read_status_line(line) if client else _request_line(line)
             elif line:
                 self._add_line(line)
             else:
@@ -2749,7 +2678,7 @@ class _Heads(_Received):
             raise ProtocolError(400, f"no request begins with the byte 0x{byte:02x}; is it TLS, or another protocol?")
 
     @staticmethod
-    def _status_line(line):
+    def _read_status_line(line):
         found = _STATUS_LINE.fullmatch(line)
         if found is None:
             raise ProtocolError(400, f"{_shown(line)} is no status line")
@@ -2786,7 +2715,7 @@ class _Heads(_Received):
                                   ", ".join(headers.get_all("connection")))
             keep_alive = "close" not in options and (minor > 0 or "keep-alive" in options)
             if "upgrade" in options and minor and "upgrade" in index:
-                self.upgrade = tuple(filter(None, _split_list(", ".join(headers.get_all("upgrade")))))
+                self.upgrade = tuple(_split_list(", ".join(headers.get_all("upgrade"))))
         if self.upgrade or method == "CONNECT":
             if content and method == "CONNECT":
                 raise ProtocolError(400, "a CONNECT has no content, so neither Content-Length nor Transfer-Encoding")
@@ -3071,7 +3000,7 @@ _WITH_CONTENT = frozenset(["POST", "PUT", "PATCH"])
 def _status_line(head):
     """Of a response to be sent: b"HTTP/1.1 200 OK CRLF"."""
     reason = REASONS.get(head.status, "") if head.reason is None else head.reason
-    if not _VALUE.fullmatch(reason):
+    if not _is_text(reason):
         raise LocalProtocolError(f"the reason {_shown(reason)} has a control character or one beyond U+00FF")
     return f"HTTP/1.1 {head.status} {reason}\r\n".encode("latin-1")
 
@@ -3168,7 +3097,7 @@ class _Outgoing(_Incoming):
         method, target = head.method, head.target
         line = f"{method} {target} HTTP/1.1"
         if not _USUAL_LINE.fullmatch(line):
-            if not _TOKEN.fullmatch(method):
+            if not _is_token(method):
                 raise LocalProtocolError(f"{_shown(method)} is no method, because it is no token")
             if problem := _target_problem(method, target):
                 raise LocalProtocolError(f"{_shown(target)} {problem}")
@@ -3186,7 +3115,7 @@ class _Outgoing(_Incoming):
             options = _option_set(_sent_values(entries, "connection"))
             self.keep_alive = "close" not in options
             if "upgrade" in options:
-                self.upgrade = tuple(filter(None, _split_list(_sent_values(entries, "upgrade"))))
+                self.upgrade = tuple(_split_list(_sent_values(entries, "upgrade")))
         if self.upgrade or method == "CONNECT":
             self._our_end = _ASK
         self.method, self._out_mode, self._out_left = method, mode, left or 0
@@ -4149,11 +4078,11 @@ OWN_RANK = 3
 # for often; what is asked for once costs 0.2 more.
 FOUND_PATHS, FOUND_PATH = 1024, 128
 
-# Characters that a segment of a path may have as they are (RFC 3986 section 3.3, pchar), besides those _quote() never encodes.
+# Characters that a segment of a path may have as they are (RFC 3986 section 3.3, pchar), besides those that
+# urllib.parse.quote() never encodes.
 _PCHAR = "!$&'()*+,;=:@"
 
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})").search
-_IS_METHOD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 _PARAMETER = re.compile(r"\{([^{}:]*)(?::([^{}:]*))?\}").fullmatch
 _IS_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?").fullmatch
 _HOST_OF = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::[0-9]{0,5})?").fullmatch
@@ -4569,7 +4498,7 @@ class Router:
         if not methods:
             raise ValueError(f"{said}: methods= is empty")
         for method in methods:
-            if not isinstance(method, str) or not _IS_METHOD(method) or method != method.upper() or method == "CONNECT":
+            if not isinstance(method, str) or not _is_token(method) or method != method.upper() or method == "CONNECT":
                 raise ValueError(f"{said}: {method!r} is no method; they are case-sensitive (GET), and CONNECT has no path")
         parts = [*self._parts, *_parse_pattern(path, self._converters, said)]
         if not parts:
@@ -5091,8 +5020,8 @@ def _type_html(schema):
 
 # ---- messages -------------------------------------------------------------------------------------------------
 #
-# One Request and one Response for server and client. Neither knows how it travels: what has not been read yet is asked of a
-# source, an object with `async receive_body()` that gives the next piece of the content, b"" at its end.
+# What a handler gets and gives; a client's response is a Response, too. Neither knows how it travels: what has not been read yet
+# is asked of a source, an object with `async receive_body()` that gives the next piece of the content, b"" at its end.
 #
 # What nearly no handler looks at is made when it is asked for: class attributes stand for what has not been. (Eleven attributes
 # fewer to set are 0.3 of the 0.8 µs that a Request takes.)
@@ -5404,9 +5333,9 @@ class Request:
     async def form(self, *, max_bytes=MAX_FORM_BYTES, max_file_bytes=MAX_FILE_BYTES, max_parts=MAX_PARTS, max_files=MAX_FILES):
         """The fields of a form: Fields, whose values are str, or FormFile for files. It may be called again.
 
-        max_bytes: of all that is no file, together; max_file_bytes: of each file; of all files 4 MiB are kept in memory, the others
-        lie on disk. max_parts, max_files: how many there may be. HttpError: 415 for another Content-Type, 413 beyond a limit, 400
-        for what is malformed or no UTF-8.
+        max_bytes: of all that is no file, together; max_file_bytes: of each file; of all files 4 MiB are kept in memory, the
+        others lie on disk. max_parts, max_files: how many there may be. HttpError: 415 for another Content-Type, 413 beyond a
+        limit, 400 for what is malformed or no UTF-8.
         """
         if self._form is None:
             media = self.media_type
@@ -5679,7 +5608,7 @@ class _Relay:
 def _relayed(response):
     """A ClientResponse as an answer of ours: without what is said there about its connection, and with its content as decoded."""
     named = [option.lower() for value in response.headers.get_all("connection") for option in _split_list(value)]
-    decoded = _ClientExchange.decoder(response.headers, math.inf) is not None
+    decoded = response._decoder is not None
     dropped = _HOP_BY_HOP.union(named, ("content-encoding", "content-length") if decoded else ())
     content = _Relay(response) if response.content is None else response.content
     relayed = Response(response.status, content, [pair for pair in response.headers if pair[0].lower() not in dropped])
@@ -6863,7 +6792,7 @@ class _Found:
         if self.size <= CACHED_FILE:
             self.content = _read_descriptor(number, 0, self.size)
             self.size = len(self.content)                   # it may have been cut just now
-            self.etag = entity_tag(hashlib.blake2b(self.content, digest_size=12).hexdigest())
+            self.etag = _content_tag(self.content)
         else:
             self.etag = entity_tag(f"{state.st_mtime_ns:x}-{self.size:x}", weak=not self.settled)
         fields = [("Content-Type", media_type), ("ETag", self.etag), ("Last-Modified", http_date(self.modified)),
@@ -6956,7 +6885,7 @@ def _file_response(request, found, open_file, extra=()):
             again = found.again(number)
             if again is not found:                          # it has been changed since it was looked at
                 found, decision = again, _decide(request, again)
-            file = open(number, "rb", buffering=0)
+            file = open(found.path, "rb", buffering=0, opener=lambda *_, number=number: number)     # errors name the path
             number = None
         finally:
             if number is not None:
@@ -7352,6 +7281,7 @@ KEEP_ALIVE = 15.0
 
 _LINE_END = re.compile("\r\n|\r|\n").split
 _NOT_IN_A_FIELD = re.compile("[\r\n\0]").search
+_NO_CHARACTER = re.compile("[\0\ud800-\udfff]").sub
 
 
 class ServerSentEvent:
@@ -7377,14 +7307,14 @@ class ServerSentEvent:
         self.data, self.event, self.id, self.retry = data, event, id, retry
 
     def encode(self):
-        """The bytes that are sent. Each line of `data` is one of its own; NUL becomes U+FFFD, as does what is no character."""
+        """The bytes that are sent. Each line of `data` is one of its own; NUL becomes U+FFFD, as does half of a pair."""
         lines = [f"event: {self.event}"] * (self.event is not None) + [f"id: {self.id}"] * (self.id is not None)
         if self.retry is not None:
             lines.append(f"retry: {round(self.retry * 1000)}")
         if self.data is not None:
             text = self.data if isinstance(self.data, str) else _encode_json(self.data)
-            lines += [f"data: {line}" for line in _LINE_END(text.replace("\0", "\ufffd"))]
-        return ("\n".join(lines) + "\n\n").encode("utf-8", "replace")
+            lines += [f"data: {line}" for line in _LINE_END(text)]
+        return (_NO_CHARACTER("\ufffd", "\n".join(lines)) + "\n\n").encode()
 
     def __eq__(self, other):
         return (isinstance(other, ServerSentEvent) and (self.data, self.event, self.id, self.retry)
@@ -7461,18 +7391,12 @@ class _EventStream:
             self._error = error
         finally:
             self._channel.close()
-            await self._close_events()          # here, so that what it has opened is closed by the task that has opened it
-
-    async def _close_events(self):
-        try:
-            await _close_stream(self._events)
-        except Exception as error:
-            flowcoro_net.report_error(error, "the source of an event stream failed while it was closed", "flowcoro_http")
+            await _close_stream(self._events)   # here, so that what it has opened is closed by the task that has opened it
 
     async def aclose(self):
         """End it: its task is gone when this returns. What `events` cleans up runs cancelled, as after any cancel."""
         if self._task is None:
-            return await self._close_events()
+            return await _close_stream(self._events)
         self._task.cancel()
         with flowcoro.CancelScope(shield=True), contextlib.suppress(flowcoro.TaskCancelled):
             await self._task
@@ -7537,15 +7461,6 @@ async def _drop_content(response):
     await _close_stream(stream)
     for name in ("content-type", "content-length", "content-encoding", "content-language", "content-range", "accept-ranges"):
         response.headers.remove(name)
-
-
-def _add_vary(headers, *names):
-    """Have Vary name these, if it does not."""
-    lines = headers.get_all("vary")
-    named = {name.lower() for name in _parse_list(",".join(lines))}
-    missing = [name for name in names if name.lower() not in named]
-    if missing and "*" not in named:
-        headers.set("Vary", ", ".join([*lines, *missing]))
 
 
 # -- the log
@@ -7618,7 +7533,7 @@ def access_log(to=None, *, format="common"):
             if callable(to):
                 to(line)
             else:
-                (to or sys.stderr).write(line + "\n")
+                (sys.stderr if to is None else to).write(line + "\n")
         except Exception as error:
             flowcoro_net.report_error(error, "the access log could not be written", "flowcoro_http")
 
@@ -7630,6 +7545,8 @@ def access_log(to=None, *, format="common"):
             write(request, 499, 0, began)
             raise
         stream, status, counted = response.stream, response.status, 0
+        if request._source is not None and request._source.upgraded:
+            status = 101                                    # that is what was sent; the handler's own answer goes nowhere
 
         def count(piece):
             nonlocal counted
@@ -7747,6 +7664,12 @@ def compress(*, min_bytes=MIN_COMPRESSED, level=COMPRESSION_LEVEL, flush=True):
     async def middleware(request, call_next):
         response = await call_next(request)
         headers, stream = response.headers, response.stream
+        if response.status == 304:                          # it says what its 200 would have said, which is not known here:
+            _add_vary(headers, "Accept-Encoding")           # the client knows which tag that had
+            tag = headers.get("etag")
+            if tag is not None and f"W/{tag}" in ", ".join(request.headers.get_all("if-none-match")):
+                headers.set("ETag", f"W/{tag}")
+            return response
         length = int(headers.get("content-length", sys.maxsize if stream is not None else len(response.content)))
         accepted = request.headers.get_all("accept-encoding")
         coding, depends = _choose_compression(", ".join(accepted) if accepted else None, response.status, headers, length,
@@ -7785,7 +7708,7 @@ def etag(*, weak=False):
             return response
         tag = headers.get("etag")
         if tag is None:
-            tag = entity_tag(hashlib.blake2b(response.content, digest_size=12).hexdigest(), weak=weak)
+            tag = _content_tag(response.content, weak=weak)
             headers.set("ETag", tag)
         now = time.time()
         status = _evaluate(request.method, request.headers, now=now, etag=tag,
@@ -8024,7 +7947,9 @@ def sessions(keys, *, cookie="__Host-session", max_age=SESSION_AGE, domain=None,
         request.session = load(request)
         before = _encode_json(request.session)
         response = await call_next(request)
-        after = _encode_json(request.session)
+        if not isinstance(request.session, dict | None):
+            raise TypeError(f"request.session is {request.session!r:.80}: it has to be a dict, or None for an empty one")
+        after = _encode_json(request.session or {})
         if before == "{}" == after:
             return response
         _add_vary(response.headers, "Cookie")
@@ -8038,6 +7963,8 @@ def sessions(keys, *, cookie="__Host-session", max_age=SESSION_AGE, domain=None,
             response.headers.set("Cache-Control", "no-store")
         return response
     return middleware
+
+
 # ---- client ---------------------------------------------------------------------------------------------------
 #
 # A request goes through four loops, each in the other: redirects and authentication (_follow), retries (_attempts), a second
@@ -8060,8 +7987,9 @@ MAX_REDIRECTS = 20
 # Informational responses before a response at most. There are two in earnest, 100 and 103; Go allows 5.
 MAX_INFORMATIONAL = 16
 
-# Bytes of content that are read and dropped of a redirect in stream(), so that its connection can be used again.
-MAX_DROPPED = 64 * 2**10
+# Bytes of content that are read and dropped of a redirect in stream(), so that its connection can be used again, and seconds for
+# that: a new connection takes less than either.
+MAX_DROPPED, DROP_TIMEOUT = 64 * 2**10, 0.5
 
 # Bytes of a request that leave in one write, head and content; bytes of a file that are read at a time, and of a response.
 WHOLE_REQUEST, UPLOAD_PIECE, RECEIVED_PIECE = 64 * 2**10, 256 * 2**10, 64 * 2**10
@@ -8195,7 +8123,10 @@ _URL = re.compile(r"([A-Za-z][0-9A-Za-z+.-]*)://(?:([^/?#@\\]*)@)?(\[[0-9A-Fa-f:
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 _ENCODED = re.compile(rf"[^{_TARGET_CHARS}]")
 _PORTS = {"http": 80, "https": 443}
-_shown_url = re.compile(r"(?<=://)[^/?#@]*@").sub
+_shown_url = re.compile(r"(?<=://).*@", re.DOTALL).sub     # to the last @: a password may have what it must not
+
+# Python's codec is of IDNA 2003, which makes fass.de of faß.de; browsers ask another host (the deviations of UTS 46).
+_is_ambiguous = re.compile("[\u00df\u1e9e\u03c2\u200c\u200d]").search
 
 
 class _Url:
@@ -8205,6 +8136,8 @@ class _Url:
 
     def __init__(self, text):
         """ValueError if it is none."""
+        if not isinstance(text, str):
+            raise TypeError(f"url={text!r:.60}: give a str")
         found = _URL.fullmatch(text) if not _CONTROLS.search(text) else None
         if found is None:
             raise ValueError(f"{_shown(_shown_url('', text))} is no URL: http://host/path, without control characters")
@@ -8212,6 +8145,9 @@ class _Url:
         self.scheme, self.userinfo = scheme.lower(), userinfo
         if self.scheme not in _PORTS:
             raise ValueError(f"{_shown(_shown_url('', text))}: http and https are spoken here, not {scheme}")
+        if found := _is_ambiguous(host):
+            raise ValueError(f"{_shown(host)}: {found[0]!r} makes it one name by IDNA 2003 and another one by IDNA 2008; "
+                             "give the one that is meant, as xn--…")
         try:
             host = (host if host.isascii() else host.encode("idna").decode()).lower()
         except UnicodeError as error:
@@ -8237,12 +8173,23 @@ class _Url:
         return urllib.parse.unquote(user), urllib.parse.unquote(password)
 
 
+def _pairs(given):
+    """(name, value) of a mapping, or of what consists of them."""
+    return given.items() if hasattr(given, "items") else given
+
+
+def _fields(fields, what):
+    """The (name, value) of params= or data=, a dict or pairs: of a list each item; None is "", True "true"."""
+    if isinstance(fields, (str, bytes)):
+        raise TypeError(f"{what}={fields!r:.60}: give a dict or pairs of names and values")
+    return [(name, "" if value is None else str(value).lower() if isinstance(value, bool) else value)
+            for name, values in _pairs(fields)
+            for value in (values if isinstance(values, (list, tuple)) else [values])]
+
+
 def _with_params(url, params):
     """`url` with more of a query."""
-    pairs = [(name, "" if value is None else str(value).lower() if isinstance(value, bool) else value)
-             for name, values in (params.items() if hasattr(params, "items") else params)
-             for value in (values if isinstance(values, (list, tuple)) else [values])]
-    query = _encode_urlencoded(pairs).decode()
+    query = _encode_urlencoded(_fields(params, "params")).decode()
     url, mark, fragment = url.partition("#")
     return (f"{url}{'' if url.endswith(('?', '&')) else '&' if '?' in url else '?'}{query}" if query else url) + mark + fragment
 
@@ -8378,7 +8325,7 @@ def _goes_without(url, no_proxy):
             except ValueError:
                 pass
         host, colon, port = entry.rpartition(":")
-        if colon and _DIGITS.fullmatch(port) and (":" not in host or host.endswith("]")):
+        if colon and _is_digits(port) and (":" not in host or host.endswith("]")):
             if int(port) != url.port:
                 continue
             entry = host
@@ -8396,6 +8343,8 @@ class _Proxies:
             proxy = _environment_proxies(environ)
         elif isinstance(proxy, str):
             proxy = {"all": proxy}
+        if unknown := proxy.keys() - {"http", "https", "all", "no"}:        # what was left out would go past the proxy
+            raise ValueError(f"proxy: {sorted(unknown)} is none of \"http\", \"https\", \"all\" and \"no\"")
         self.no, self.all = proxy.get("no", ""), {}
         for scheme in proxy.keys() - {"no"}:
             text = proxy[scheme] if "://" in proxy[scheme] else "http://" + proxy[scheme]
@@ -8414,11 +8363,39 @@ class _Proxies:
 
 # -- cookies
 
+class _CookiePolicy(http.cookiejar.DefaultCookiePolicy):
+    """What RFC 6265 (and 6265bis for Secure and the prefixes of names) says, and http.cookiejar, which is older, does not."""
+
+    def __init__(self):
+        # A cookie without Domain is for its host alone, not for those below it (RFC 6265 5.4); supercookies are of the list.
+        super().__init__(strict_domain=True, strict_ns_domain=self.DomainStrictNonDomain)
+
+    def set_ok(self, cookie, request):
+        host = request.origin_req_host
+        if cookie.domain_specified and cookie.domain.lstrip(".") != host and not _is_name(host):    # 5.1.3: it has no domain
+            return False
+        prefix = cookie.name[:9].lower()
+        secure, own = prefix.startswith(("__secure-", "__host-")), prefix.startswith("__host-")
+        if (secure and not cookie.secure or own and (cookie.domain_specified or cookie.path != "/")
+                or cookie.secure and request.type != "https"):
+            return False
+        return super().set_ok(cookie, request)
+
+
+def _is_name(host):
+    """Whether it is no address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return True
+    return False
+
+
 class _Jar(http.cookiejar.CookieJar):
     """A jar that does not grow without end. `filled`: whether there may be anything in it."""
 
     def __init__(self):
-        super().__init__(http.cookiejar.DefaultCookiePolicy(strict_domain=True))
+        super().__init__(_CookiePolicy())
         self.filled, self._added = False, 0
 
     def set_cookie(self, cookie):
@@ -8476,7 +8453,12 @@ class _CookieResponse:
         return self
 
     def get_all(self, name, default=None):
-        return self._headers.get_all(name) or default
+        return [value for value in self._headers.get_all(name) if self._is_short(value)] or default
+
+    @staticmethod
+    def _is_short(value):
+        pair, *attributes = value.split(";")
+        return len(pair) <= MAX_COOKIE and all(len(attribute) <= MAX_COOKIE_ATTRIBUTE for attribute in attributes)
 
 
 # -- contents to send
@@ -8487,11 +8469,11 @@ class _Streamed:
     `length`: bytes, None if that is not known. `again`: whether it can be sent another time.
     """
 
-    __slots__ = ("length", "again", "content_type", "_sources")
+    __slots__ = ("length", "again", "_sources")
 
-    def __init__(self, sources, length=None, content_type=None):
+    def __init__(self, sources, length=None):
         self._sources = []              # (source, where a file began)
-        self.again, self.length, self.content_type = True, length, content_type
+        self.again, self.length = True, length
         for source in sources:
             start = _place(source)
             self._sources.append((source, start))
@@ -8558,7 +8540,7 @@ def _size_left(file):
 
 
 def _file_part(name, file):
-    """files=: a file, bytes, or (filename, file[, media type]), as a FormPart."""
+    """files=: a file, bytes, or (filename, file[, media type]), as a _FormPart."""
     filename, media_type = None, None
     if isinstance(file, tuple):
         if not 2 <= len(file) <= 3:
@@ -8571,10 +8553,10 @@ def _file_part(name, file):
     if media_type is None:
         media_type = mimetypes.guess_type(filename)[0]
     if isinstance(file, (str, bytes, bytearray, memoryview)):
-        return FormPart(name, file, filename, media_type)
+        return _FormPart(name, file, filename, media_type)
     if not any(hasattr(file, verb) for verb in ("read", "__aiter__", "__iter__")):
         raise TypeError(f"files: {name!r}: {type(file).__name__} is no file and no bytes")
-    return FormPart(name, file, filename, media_type, _size_left(file) if _is_file(file) else None)
+    return _FormPart(name, file, filename, media_type, _size_left(file) if _is_file(file) else None)
 
 
 def _content_of(content, data, files, value):
@@ -8582,23 +8564,21 @@ def _content_of(content, data, files, value):
     if (content is not None) + (data is not None or files is not None) + (value is not None) > 1:
         raise TypeError("a request has one content: content=, json=, or data= and files=")
     if value is not None:
-        text = json.dumps(value, default=json_default, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        return text.encode(), "application/json"
+        return _encode_json(value).encode(), _JSON
     if files is not None:
-        fields = list(data.items() if hasattr(data, "items") else data or ())
-        parts = [FormPart(name, one if isinstance(one, (str, bytes)) else str(one)) for name, several in fields
-                 for one in (several if isinstance(several, (list, tuple)) else [several])]
-        parts += [_file_part(name, file) for name, file in (files.items() if hasattr(files, "items") else files)]
+        parts = [_FormPart(name, value if isinstance(value, (str, bytes)) else str(value))
+                 for name, value in _fields(data or (), "data")]
+        parts += [_file_part(name, file) for name, file in _pairs(files)]
         body = _MultipartBody(parts)
         return _Streamed(body, body.length), body.content_type
     if data is not None:
         if isinstance(data, (str, bytes)):
             raise TypeError("data= takes the fields of a form, a dict or pairs; for text or bytes as they are use content=")
-        return _encode_urlencoded(data), "application/x-www-form-urlencoded"
+        return _encode_urlencoded(_fields(data, "data")), "application/x-www-form-urlencoded"
     if content is None or isinstance(content, bytes):
         return content, None
     if isinstance(content, str):
-        return content.encode(), "text/plain; charset=utf-8"
+        return content.encode(), _TEXT
     if isinstance(content, (bytearray, memoryview)):
         return bytes(content), None
     if _is_file(content):
@@ -8651,12 +8631,13 @@ class ClientResponse(Response):
     """
 
     __slots__ = ("status", "reason", "version", "headers", "request", "elapsed", "history", "trailers", "content",
-                 "_exchange", "_decoder", "_pieces")
+                 "_exchange", "_decoder", "_pieces", "_begun")
 
     def __init__(self, head, request, elapsed):
         self.status, self.reason, self.version, self.headers = head.status, head.reason, head.version, head.headers
         self.request, self.elapsed, self.history, self.trailers, self.content = request, elapsed, (), None, None
         self._exchange = self._decoder = self._pieces = None
+        self._begun = False             # some of the content was given away, and is not kept
 
     @property
     def url(self):
@@ -8721,6 +8702,7 @@ class ClientResponse(Response):
             try:
                 piece = next(self._pieces, None) if self._pieces is not None else None
                 if piece is not None:
+                    self._begun = True
                     return piece
                 exchange = self._exchange
                 if exchange is None:
@@ -8739,8 +8721,11 @@ class ClientResponse(Response):
                 raise self._bad(error.message) from error
 
     async def read(self):
-        """All of the content, which is kept in `content`. Errors as for a piece; ResponseError beyond max_bytes of the client."""
+        """All of the content, which is kept in `content`. Errors as for a piece; ResponseError beyond max_bytes of the client;
+        RuntimeError if some of it has been iterated."""
         if self.content is None:
+            if self._begun:
+                raise RuntimeError(f"{self!r}: some of its content was given in pieces already, and not kept; read() it instead")
             content, most = bytearray(), self._exchange.options.max_bytes if self._exchange else math.inf
             async for piece in self:
                 content += piece
@@ -8774,7 +8759,7 @@ class ClientResponse(Response):
     async def _skip(self):
         """Read what is left of a response that nobody is interested in, if that is little, and comes soon."""
         exchange, left = self._exchange, MAX_DROPPED
-        with contextlib.suppress(RequestError), flowcoro.move_on_after(exchange.options.timeouts.read):
+        with contextlib.suppress(RequestError), flowcoro.move_on_after(DROP_TIMEOUT):
             while left > 0 and self.content is None and exchange.connection is not None:
                 data = await exchange.more(self)
                 left -= len(data) or left
@@ -8787,7 +8772,7 @@ class ClientResponse(Response):
 
     def _whole(self):
         if self.content is None:
-            raise RuntimeError(f"{self!r}: its content was not read; `await response.read()` first, or iterate it")
+            raise RuntimeError(f"{self!r}: its content was not read; `await response.read()` first, instead of iterating it")
         return self.content
 
     def _bad(self, message):
@@ -8922,8 +8907,9 @@ class _ClientExchange:
             self.scope = scope = flowcoro.CancelScope(deadline=min(self.deadline, began + limits.head))
             with scope:
                 try:
-                    await self.send(connection)
-                    head = await connection.receive_head()
+                    head = await self.send(connection, math.inf if stream else self.options.max_bytes)
+                    if head is None:
+                        head = await connection.receive_head()
                     response = ClientResponse(head, self.request, flowcoro.now() - began)
                     if stream:
                         self.connection, response._exchange = connection, self
@@ -8968,20 +8954,48 @@ class _ClientExchange:
                 return connection
             pool.discard(connection)
 
-    async def send(self, connection):
+    async def send(self, connection, max_bytes):
+        """None; or the ResponseHead, if it was received meanwhile."""
         codec, request = connection.codec, self.request
-        codec.max_body, connection.heard = self.options.max_bytes if self.options.max_bytes != math.inf else None, False
+        codec.max_body, connection.heard = max_bytes if max_bytes != math.inf else None, False
         if self.head is not None:
             codec.note_message(request.method)
             await connection.sock.write(self.head)
-        else:
-            content = request.content
-            target = request.url if self.origin.absolute else request.parsed.target
-            head = RequestHead(request.method, target, request.headers.items())
-            if type(content) is _Streamed or content and len(content) > WHOLE_REQUEST:
-                await self.send_pieces(connection, head, content)
-                return
-            await connection.sock.write(codec.send_message(head, content or b""))
+            return None
+        content = request.content
+        target = request.url if self.origin.absolute else request.parsed.target
+        head = RequestHead(request.method, target, request.headers.items())
+        if type(content) is _Streamed or content and len(content) > WHOLE_REQUEST:
+            return await self.send_and_listen(connection, head, content)
+        await connection.sock.write(codec.send_message(head, content or b""))
+        return None
+
+    async def send_and_listen(self, connection, head, content):
+        """The ResponseHead. One of 300 and more that comes before all of the content was sent ends that: the server does not want
+        the rest, and may not even read it (RFC 9112 9.3). The connection is not used again then, as the codec knows."""
+        sending, outcome, failure = flowcoro.CancelScope(), None, None
+
+        async def listen():
+            nonlocal outcome
+            try:
+                outcome = await connection.receive_head()
+            except Exception as error:
+                outcome = error
+            if type(outcome) is not ResponseHead or outcome.status >= 300:
+                sending.cancel()
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(listen(), name="hear an early answer")
+            try:
+                with sending:
+                    await self.send_pieces(connection, head, content)
+            except Exception as error:          # of what the content comes from; out of the group it would be one of several
+                failure = error
+                group.cancel()
+            self.wait("head", self.options.timeouts.head)
+        if failure is not None or type(outcome) is not ResponseHead:
+            raise failure or outcome
+        return outcome
 
     async def send_pieces(self, connection, head, content):
         codec, limits, progress = connection.codec, self.options.timeouts, self.options.upload_progress
@@ -9001,7 +9015,6 @@ class _ClientExchange:
                     progress(done, content.length)
         if goes_on and (end := codec.send(EndOfMessage())):
             await self.write(connection, end)
-        self.wait("head", limits.head)
 
     @staticmethod
     async def write(connection, data):
@@ -9015,7 +9028,9 @@ class _ClientExchange:
     async def receive_content(self, connection, response):
         """All of it, within the scope of the exchange."""
         codec, options, content = connection.codec, self.options, b""
-        decoder = self.decoder(response.headers, options.max_bytes) if "content-encoding" in response.headers._index else None
+        if "content-encoding" in response.headers._index:
+            response._decoder = self.decoder(response.headers, options.max_bytes)
+        decoder = response._decoder
         while True:
             event = codec.next_event()
             if type(event) is Data:
@@ -9072,10 +9087,9 @@ class _ClientExchange:
         length = response.headers.get("content-length")
         self.options.progress(self.done, length and int(length))
 
-    @staticmethod
-    def decoder(headers, max_bytes):
+    def decoder(self, headers, max_bytes):
         """A _Decoder, or None where there is nothing to decode, or nothing that is known here."""
-        if "content-encoding" not in headers:
+        if "content-encoding" not in headers or not self.origin.client._decode:
             return None
         try:
             return _Decoder(", ".join(headers.get_all("content-encoding")), max_bytes=max_bytes)
@@ -9255,11 +9269,20 @@ class _Sending:
         if origin is None:
             if self._closed:
                 raise flowcoro.ClosedError("this HttpClient is closed")
-            if len(self._origins) >= KEPT_ORIGINS:      # the oldest goes; who has a connection to it still brings that back
-                self._origins.pop(next(iter(self._origins))).pool.clear()
-                self._known.clear()
+            if len(self._origins) >= KEPT_ORIGINS:
+                self._forget_origin()
             origin = self._origins[key] = _Origin(self, url)
         return origin
+
+    def _forget_origin(self):
+        """The oldest that is not in use: whoever has, or waits for, a connection to another one brings it back to this client."""
+        for key, origin in list(self._origins.items()):
+            numbers = origin.pool.statistics()
+            if not (numbers["in_use"] or numbers["waiting"] or numbers["connecting"]):
+                self._origins.pop(key, None)
+                origin.pool.clear()
+                self._known.clear()
+                return
 
     def _equip(self, request, options):
         """Set what depends on where it goes: Host, cookies, credentials; not what the caller has set."""
@@ -9278,8 +9301,9 @@ class _Sending:
                 headers.set("Cookie", "; ".join(pairs))
                 equipped.append("cookie")
         if options.auth is not None and "authorization" not in headers:
+            before = set(headers._entries)
             options.auth.authorize(request)
-            equipped.append("authorization")
+            equipped += {"authorization", *[entry[0] for entry in request.headers._entries if entry not in before]}
         request._equipped = equipped
 
     async def _follow(self, request, options, stream, known=None, response=None):
@@ -9431,9 +9455,9 @@ class HttpClient(_Sending):
     name; a path of certificates to trust instead of the system's; or an ssl.SSLContext. cert: one's own, a path or (certificate,
     key) or (certificate, key, password). event_hooks: {"request": [function], "response": [function]}, plain or async; called
     with each ClientRequest before it is sent, each ClientResponse after it has come, those of redirects too; what they raise ends
-    the request. max_connections: to one origin. keep_alive: seconds for which an idle connection is kept. max_head: bytes of a
-    response's head. connect: async function (host, port, tls) that returns a connected Socket; unix: path of a Unix socket, for
-    all URLs.
+    the request. decode=False: contents stay as compressed as they come. max_connections: to one origin. keep_alive: seconds for
+    which an idle connection is kept. max_head: bytes of a response's head. connect: async function (host, port, tls) that returns
+    a connected Socket; unix: path of a Unix socket, for all URLs.
 
     All of it serves any number of tasks at once, in one run. Errors: RequestError and what is below it, TypeError and ValueError
     for arguments that make no sense, LocalProtocolError for what cannot be sent, flowcoro.ClosedError after close(). Cancelled
@@ -9443,13 +9467,17 @@ class HttpClient(_Sending):
 
     def __init__(self, *, base_url="", headers=(), params=None, cookies=None, auth=None, timeout=Timeouts(), retries=0,
                  follow_redirects=True, max_redirects=MAX_REDIRECTS, max_bytes=MAX_INFLATED, proxy=None, netrc=None,
-                 trust_env=True,
-                 verify=True, cert=None, event_hooks=None, max_connections=CONNECTIONS_PER_ORIGIN, keep_alive=KEPT_IDLE,
-                 max_head=MAX_HEAD, connect=None, unix=None):
-        self._base = _Url(base_url) if base_url else None
+                 trust_env=True, verify=True, cert=None, event_hooks=None, decode=True,
+                 max_connections=CONNECTIONS_PER_ORIGIN, keep_alive=KEPT_IDLE, max_head=MAX_HEAD, connect=None, unix=None):
+        self._base = None
+        if base_url:
+            base = _Url(base_url)
+            self._base = base.text.partition("?")[0]
+            if base.userinfo:
+                self._base = self._base.replace("://", f"://{base.userinfo}@", 1)
         self._params = params
         self.headers = Headers(_DEFAULT_HEADERS)
-        for name, value in headers.items() if hasattr(headers, "items") else headers:
+        for name, value in _pairs(headers or ()):
             self.headers.set(name, value)
         own = {} if cookies is None or isinstance(cookies, http.cookiejar.CookieJar) else dict(cookies)
         self.cookies = cookies if isinstance(cookies, http.cookiejar.CookieJar) else _Jar()
@@ -9459,7 +9487,7 @@ class HttpClient(_Sending):
         self._netrc_file, self._netrc = netrc, _CLIENTS
         if netrc is None:
             self._netrc_file = os.environ.get("NETRC") or os.path.expanduser("~/.netrc") if trust_env else False
-        self._tls = _client_tls(verify, cert)
+        self._tls, self._decode = _client_tls(verify, cert), bool(decode)
         hooks = event_hooks or {}
         if hooks.keys() - {"request", "response"}:
             raise ValueError(f"event_hooks={event_hooks!r}: there are \"request\" and \"response\"")
@@ -9509,10 +9537,11 @@ class HttpClient(_Sending):
                       progress=None, upload_progress=None):
         """A ClientResponse with all of its content, whatever its status.
 
-        params: dict or pairs to add to the query; of a list each item; None is "". headers: instead of the client's of the same
-        names. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async iterable
-        of bytes. json: a value. data: fields of a form. files: {name: file, bytes, or (filename, file[, media type])}, sent with
-        data as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: instead of the client's.
+        params: dict or pairs to add to the query; of a list each item; None is "". headers: dict or pairs, in place of those of
+        the client. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async
+        iterable of bytes. json: a value. data: fields of a form, as params. files: {name: file, bytes, or (filename, file[, media
+        type])}, sent with data as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: in place
+        of the client's.
         progress, upload_progress: function (bytes so far, bytes in all or None), of the content as it travels. Errors, and what
         cancellation leaves: see HttpClient.
         """
@@ -9549,7 +9578,7 @@ class HttpClient(_Sending):
     def _parse(self, url):
         parsed = self._urls.get(url)
         if parsed is None:
-            parsed = _Url(url if self._base is None or _has_scheme(url) else self._below(url))
+            parsed = _Url(url if self._base is None or not isinstance(url, str) or _has_scheme(url) else self._below(url))
             if len(self._urls) >= KNOWN_URLS:
                 self._urls.clear()
             if len(url) <= KNOWN_URL:
@@ -9558,7 +9587,7 @@ class HttpClient(_Sending):
 
     def _below(self, url):
         """`url` after base_url, whose path stays before it."""
-        base = self._base.text.partition("?")[0]
+        base = self._base
         return base + url if url[:1] in ("", "?", "#") else base.rstrip("/") + "/" + url.removeprefix("/")
 
     async def _ordinary(self, method, url):
@@ -9599,7 +9628,7 @@ class HttpClient(_Sending):
 
     def _build(self, method, url, params, headers, cookies, contents, given):
         """(ClientRequest, _Options) of what request() was given."""
-        if not isinstance(method, str) or method == "CONNECT" or not _TOKEN.fullmatch(method):
+        if not isinstance(method, str) or method == "CONNECT" or not _is_token(method):
             raise ValueError(f"method={method!r}: give a token as GET; CONNECT is for proxies, see proxy=")
         options = self._options if given is _ALL_CLIENTS else given.options(self._options)
         if cookies:
@@ -9609,12 +9638,13 @@ class HttpClient(_Sending):
                 url = _with_params(url, more)
         parsed = self._parse(url)
         content, media_type = _content_of(*contents)
+        headers = list(_pairs(headers or ()))
         if options.auth is None and given.auth is not False and (auth := self._credentials(parsed)):
             options = options._replace(auth=auth)
         all_headers = self.headers.copy()
-        for name in {name.lower() for name, _ in (headers.items() if hasattr(headers, "items") else headers)}:
+        for name, _ in headers:
             all_headers.remove(name)
-        for name, value in headers.items() if hasattr(headers, "items") else headers:
+        for name, value in headers:
             all_headers.add(name, value)
         if media_type is not None and "content-type" not in all_headers:
             all_headers.set("Content-Type", media_type)
@@ -9781,7 +9811,7 @@ class EventStream:
     async def _open(self):
         headers = dict(self._options.get("headers", {})) | {"Accept": "text/event-stream", "Cache-Control": "no-store"}
         value = self.last_event_id.encode().decode("latin-1")
-        if value and _VALUE.fullmatch(value):           # a header cannot say all that an id can be
+        if value and _is_text(value):           # a header cannot say all that an id can be
             headers["Last-Event-ID"] = value
         context = self._client.stream(self._method, self._url, **{**self._options, "headers": headers})
         response = await context.__aenter__()
@@ -9888,6 +9918,7 @@ WSGI_IDLE = 10.0
 
 # What a thread asks for.
 _INPUT, _ROOM = "the next piece of the content", "room for more of the answer"
+_SOFTWARE = f"FlowCoro/{__version__}"
 _WSGI_STATUS = re.compile(rf"([2-9][0-9][0-9]) ([{_VALUE_CHARS}]*)")
 
 
@@ -9939,9 +9970,6 @@ def _wsgi_environ(request, rest, content):
     return environ
 
 
-_SOFTWARE = f"FlowCoro/{__version__}"
-
-
 class _WsgiFile:
     """wsgi.file_wrapper: a file in blocks; not of 8 KiB, which most ask for, since each is a step of a thread."""
 
@@ -9953,7 +9981,14 @@ class _WsgiFile:
         return iter(functools.partial(self.file.read, self.block_size), b"")
 
     def for_sendfile(self):
-        """(file, offset, bytes) if it is one that the system can send, else None."""
+        """(file, offset, bytes) if it is one that the system can send, else None. The system sees what is behind the descriptor,
+        and a GzipFile, say, has one too, of something else: so it is only for files that are nothing but their bytes.
+        """
+        file = self.file.file if type(self.file) is tempfile._TemporaryFileWrapper else self.file
+        if type(file) not in (io.BufferedReader, io.BufferedRandom, io.FileIO):
+            return None
+        if type(getattr(file, "raw", file)) is not io.FileIO:
+            return None
         try:
             found = os.fstat(self.file.fileno())
             offset = self.file.tell()
@@ -10013,6 +10048,8 @@ class _WsgiCall:
                 flowcoro_net.report_error(error, f"{self!r}: it failed after its client was gone", "flowcoro_http")
         self.environ = self.context = None      # which may lead back here
         self.ended = True
+        if self.gone:
+            self._close_file()
         self.threads.ring(self)
 
     def _run(self):
@@ -10091,9 +10128,6 @@ class _WsgiCall:
         """The Response. Errors of the application leave as they are."""
         self.threads.submit(self)
         await self._news()
-        if self.is_head:
-            while not self.ended:
-                await flowcoro.park(self._park)
         if self.error is not None:
             raise self._failure()
         status, reason, headers = self.head
@@ -10102,6 +10136,7 @@ class _WsgiCall:
         if self.file is not None:
             file, offset, count = self.file
             response.stream = _FileStream(file, offset, min(count, int(headers.get("content-length", count))))
+            self.file = None
         elif self.ended and (self.blocks or not self.is_head):
             response.content = b"".join(self.blocks)
         else:
@@ -10116,8 +10151,8 @@ class _WsgiCall:
         return failure
 
     async def _news(self):
-        """Wait for a block, or the end; what the thread needs of the request meanwhile is brought."""
-        while not (self.ended or self.blocks):
+        """Wait for a block (HEAD: there is none), or the end; what the thread needs of the request meanwhile is brought."""
+        while not (self.ended or self.blocks and not self.is_head):
             if self.asked is _INPUT:
                 self.asked = None
                 self.answers.put(await self._next_chunk())
@@ -10163,6 +10198,13 @@ class _WsgiCall:
         if not self.gone:
             self.gone = True
             self.answers.put(ConnectionAbortedError(errno.ECONNABORTED, "the client is gone, or the server stops"))
+            if self.ended:
+                self._close_file()
+
+    def _close_file(self):
+        """Nobody sends it. Either side may come last; both see that, and may both close it."""
+        if self.file is not None:
+            self.file[0].close()
 
     def __repr__(self):
         return f"<{self.request.method} {_shown(self.request.target)} at {_shown_handler(self.application)}>"
@@ -10461,7 +10503,7 @@ def _asgi_failure(application, error):
 
 def _listed(request, name):
     """The elements of all fields of that name."""
-    return [element for element in _split_list(",".join(request.headers.get_all(name))) if element]
+    return _split_list(",".join(request.headers.get_all(name)))
 
 
 def _is_gone():
@@ -10609,7 +10651,7 @@ class _AsgiCall:
         except BaseException:
             await self.leave()
             raise
-        if self.channel is None and self.state is not _A_DONE:
+        if self.state is not _A_DONE and (self.channel is None or self.request.method == "HEAD"):       # nothing has been sent
             raise self.lost or self.error or _is_gone()
         return self.response
 
@@ -10725,6 +10767,7 @@ class _AsgiLife:
         self.application, self.state = application, {}
         self.supported, self.failed = True, None
         self.asked = 0                  # how often it has called receive()
+        self.told = False               # that it is to shut down
         self.started, self.stopping, self.stopped = flowcoro.Event(), flowcoro.Event(), flowcoro.Event()
 
     async def run(self):
@@ -10737,6 +10780,9 @@ class _AsgiLife:
                 flowcoro_net.report_error(_asgi_failure(self.application, error), "an ASGI lifespan failed", "flowcoro_http")
             elif not self.started.is_set() and (failure := _asgi_failure(self.application, error)) is not error:
                 self.failed = str(failure)              # asyncio's loop: it would fail with each request
+            elif not self.started.is_set() and self.asked and self.supported:
+                flowcoro_net.report_error(error, f"the lifespan of {_shown_handler(self.application)} failed before it had "
+                                          "started; as ASGI has it, it is served without one", "flowcoro_http")
             self.supported = self.started.is_set()      # else it raised because it has none: ASGI takes that for an answer
         finally:
             self.supported = self.supported and self.started.is_set()
@@ -10748,6 +10794,9 @@ class _AsgiLife:
         if self.asked == 1:
             return {"type": "lifespan.startup"}
         await self.stopping.wait()
+        if self.told:                   # an application that receives for ever waits here to be cancelled
+            await flowcoro.Event().wait()
+        self.told = True
         return {"type": "lifespan.shutdown"}
 
     async def send(self, message):
@@ -10762,6 +10811,8 @@ class _AsgiLife:
                                           "an ASGI application could not shut down", "flowcoro_http")
             self.stopped.set()
         else:
+            if not kind.startswith("lifespan."):        # it does not look at what it is called for
+                self.supported = False
             raise RuntimeError(f"{kind} cannot be sent in a lifespan {'after' if self.started.is_set() else 'before'} its start")
 
 

@@ -15,9 +15,10 @@ The variants: `plain` has no watchdog. `thread` has none either, but one idle th
 on Linux each system call on a descriptor is dearer in a process with a second thread, whatever that does. `measures` is
 watchdog=math.inf, without a thread. `watchdog` is watchdog=True. The target is for this one: at most 1 % over `thread`.
 
-Every figure comes from a process of its own; the variants take turns, and in every round another goes first. A cost is the
-time divided by that of another variant in the same round, less 1; the median of the rounds. Where the range is wide the
-machine was busy; where the error of the median spans the target nothing is said of it: take more rounds, or another hour.
+Every figure comes from a process of its own, and counts its processor time, that of all its threads, so that other programs
+matter less. The variants take turns, and in every round another goes first. A cost is the time divided by that of another
+variant in the same round, less 1; the median of the rounds. Where the range is wide the machine was busy; where the error of
+the median spans the target nothing is said of it: take more rounds, or another hour.
 
 SPDX-License-Identifier: MIT
 """
@@ -110,13 +111,13 @@ CASES = {case.__name__: case for case in (switch100, switch3, channel, pipe)}
 # ---- measure and report ------------------------------------------------------------------------------------
 
 def here(case, variant):
-    """Operations a second, in this process."""
+    """Operations a second of processor time, in this process."""
     async def main():
         rates = []
         for _ in range(RUNS):
-            began = time.perf_counter()
+            began = time.process_time()
             operations = await CASES[case]()
-            rates.append(operations / (time.perf_counter() - began))
+            rates.append(operations / (time.process_time() - began))
         return statistics.median(rates)
 
     if variant == "thread":

@@ -1,6 +1,7 @@
 """`python -m flowcoro get`: what it prints and writes, how it goes on, and what its exit status says."""
 
 import contextlib
+import gzip
 import hashlib
 import http.server
 import io
@@ -70,13 +71,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def at_file(self, body):
         start = self.headers.get("Range")
-        if start is None or self.headers.get("If-Range") not in (None, self.server.etag):
+        if start is None or self.server.conditional and self.headers.get("If-Range") not in (None, self.server.etag):
             return self.answer(200, CONTENT, ("ETag", self.server.etag))
         start = int(start.removeprefix("bytes=").removesuffix("-"))
         if start >= len(CONTENT):
-            return self.answer(416, b"", ("Content-Range", f"bytes */{len(CONTENT)}"))
-        said = self.server.said or f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}"
-        self.answer(206, CONTENT[start:], ("ETag", self.server.etag), ("Content-Range", said))
+            return self.answer(416, b"", ("ETag", self.server.etag), ("Content-Range", f"bytes */{len(CONTENT)}"))
+        end = min(len(CONTENT), start + self.server.most)
+        said = self.server.said or f"bytes {start}-{end - 1}/{len(CONTENT)}"
+        self.answer(206, CONTENT[start:end], ("ETag", self.server.etag), ("Content-Range", said))
+
+    def at_part(self, body):
+        self.send_response(206)
+        for header in ("Content-Length", "1000"), ("Content-Range", "bytes 100-1099/5000"), ("ETag", self.server.etag):
+            self.send_header(*header)
+        self.end_headers()
+        self.wfile.write(CONTENT[:100])
+        self.close_connection = True
+
+    def at_packed(self, body):
+        self.answer(200, gzip.compress(b"hello"), ("Content-Encoding", "x-gzip"))
+
+    def at_same(self, body):
+        self.send_response(304)
+        self.end_headers()
 
     def at_cut(self, body):
         if "Range" in self.headers or self.server.whole:
@@ -94,6 +111,7 @@ def origin():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *args: None            # who cuts a connection is no surprise here
     server.seen, server.etag, server.said, server.whole = [], ETAG, None, False
+    server.conditional, server.most = True, len(CONTENT)
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -230,6 +248,73 @@ def test_a_server_that_sends_another_part_is_refused(get, origin, said):
     assert status == 33 and os.path.getsize("f.part") == 100_000
 
 
+def test_halves_of_two_versions_are_not_joined_though_the_server_does_not_know_if_range(get, origin):
+    get(origin.url + "/cut", "-o", "f")
+    origin.etag, origin.conditional = '"new"', False
+    status, _, err = get(origin.url + "/cut", "-o", "f", "-C")
+    assert status == 33 and "has changed" in err and os.path.getsize("f.part") == 100_000
+    with open("f.part", "ab") as file:
+        file.write(CONTENT[100_000:])           # nothing is missing, and it is another version
+    assert get(origin.url + "/cut", "-o", "f", "-C")[0] == 22 and files() == ["f.part", "f.part.info"]
+    origin.whole = True
+    assert get(origin.url + "/cut", "-o", "f", "--force")[0] == 0 and files() == ["f"] and os.path.getsize("f") == len(CONTENT)
+
+
+def test_a_server_that_sends_less_than_what_follows_is_asked_again(get, origin):
+    get(origin.url + "/cut", "-o", "f")
+    origin.most = 300_000
+    status, _, err = get(origin.url + "/cut", "-o", "f", "-C")
+    assert status == 18 and "-C goes on" in err and files() == ["f.part", "f.part.info"]
+    assert get(origin.url + "/cut", "-o", "f", "-C")[0] == 0 and files() == ["f"]
+    with open("f", "rb") as file:
+        assert file.read() == CONTENT
+
+
+def test_a_range_of_ones_own_is_a_file_but_nothing_to_go_on_with(get, origin):
+    assert get(origin.url + "/file", "-o", "f", "-H", "Range: bytes=500000-")[0] == 0
+    assert os.path.getsize("f") == len(CONTENT) - 500_000
+    assert get(origin.url + "/part", "-o", "g", "-H", "Range: bytes=100-1099")[0] == 18
+    status, _, err = get(origin.url + "/part", "-o", "g", "-C")
+    assert status == 33 and "not known" in err
+    assert get(origin.url + "/part", "-o", "h")[0] == 33, "a part that nobody has asked for"
+
+
+def test_a_file_is_written_as_it_comes(get, origin):
+    assert get(origin.url + "/packed", "-o", "f.gz")[0] == 0
+    with gzip.open("f.gz") as file:
+        assert file.read() == b"hello"
+
+
+def test_a_password_in_the_url_is_sent_and_nowhere_shown_or_written(get, origin):
+    url = origin.url.replace("//", "//me:secret@")
+    for path, option, status in (
+            ("/cut", "-of", 18), ("/none", "-s", 22), ("/round", "-s", 47), ("/file", "-m1e-9", 28), ("/", "-O", 2)):
+        found, _, err = get(url + path, option)
+        assert found == status and "127.0.0.1" in err and "secret" not in err
+    with open("f.part.info") as file:
+        assert "secret" not in file.read()
+    assert all("Authorization" in request.headers for request in origin.seen)
+    assert get(url + "/cut", "-o", "f", "-C")[0] == 0
+
+
+def test_stdout_and_stderr_may_be_closed(get, origin, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    status, _, err = get(origin.url + "/hello.txt")
+    assert status == 23 and "-o FILE" in err
+    monkeypatch.setattr(sys, "stderr", None)
+    assert get(origin.url + "/hello.txt", "-o", "f")[0] == 0 and files() == ["f"]
+
+
+def test_what_has_no_content_leaves_a_file_as_it_is(get, origin):
+    with open("f", "w") as file:
+        file.write("mine")
+    assert get(origin.url + "/same", "-o", "f", "--force", "-H", 'If-None-Match: "x"')[0] == 0
+    assert get(origin.url + "/hello.txt", "-I", "-o", "f", "--force")[0] == 2
+    with open("f") as file:
+        assert file.read() == "mine"
+    assert files() == ["f"]
+
+
 @pytest.mark.parametrize("info", [None, "", "{}", "[]", '{"url": "other", "validator": "x"}', '{"url": 1, "validator": 2}'])
 def test_a_part_of_which_nothing_is_known_is_not_gone_on_with(get, origin, info):
     get(origin.url + "/cut", "-o", "f")
@@ -241,6 +326,14 @@ def test_a_part_of_which_nothing_is_known_is_not_gone_on_with(get, origin, info)
     assert status == 33 and "--force begins anew" in err and len(origin.seen) == 1
     origin.whole = True
     assert get(origin.url + "/cut", "-o", "f", "-C", "--force")[0] == 0 and files() == ["f"]
+
+
+def test_a_password_needs_a_terminal_to_ask_at(get, origin, monkeypatch):
+    def nobody(prompt):
+        raise EOFError
+    monkeypatch.setattr(flowcoro_cli.getpass, "getpass", nobody)
+    status, _, err = get(origin.url + "/hello.txt", "-u", "me")
+    assert status == 2 and "after a colon" in err
 
 
 @pytest.mark.parametrize("weak", ['W/"x"', ""])

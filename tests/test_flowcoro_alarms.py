@@ -3,6 +3,7 @@
 What it reports and measures as a rule is in test_flowcoro_watchdog.py, whose helpers are used here.
 """
 
+import contextvars
 import math
 import os
 import re
@@ -14,6 +15,7 @@ import textwrap
 import threading
 import time
 import warnings
+from collections import deque
 from decimal import Decimal
 from fractions import Fraction
 from types import SimpleNamespace
@@ -175,21 +177,120 @@ def test_a_hook_that_asks_a_kernel_that_has_ended_is_refused_and_the_run_ends():
 
 
 @pytest.mark.parametrize("task, late, since", [("hog", True, 7.0), ("hog", False, 10.0), (None, True, 10.0)])
-def test_a_step_has_lasted_since_it_was_first_seen_or_since_before_it_if_the_watchdog_came_late(task, late, since):
+def test_a_step_has_lasted_since_it_was_first_seen_or_since_before_it_if_the_watchdog_came_late(
+        task, late, since, monkeypatch):
     def look(now, late):
-        watchdog.look_at(worker, now, late)
+        monkeypatch.setattr(flowcoro, "time", SimpleNamespace(monotonic=lambda: now))
+        watchdog.look_at(worker, late)
 
     class worker:
-        call, looked, sleeping, thread_id, remaining = None, 7.0, False, 1, iter(())
+        call, looked, sleeping, thread_id, ready = None, 7.0, False, 1, ()
 
     worker.task = task
     watchdog, alarms = flowcoro._Watchdog(None, 5.0), []
-    watchdog.alarm = lambda worker, held_by, now, since: alarms.append((held_by, now, since))
+    watchdog.alarm = lambda sight, seconds: alarms.append((sight.held_by, seconds))
     look(10.0, late)
     look(since + 4.9, False)
     assert alarms == []
     look(since + 5.0, False)
-    assert alarms == [(task, since + 5.0, since)]
+    assert alarms == [(task, 5.0)]
+
+
+def test_a_step_that_begins_while_the_watchdog_looks_seems_no_longer_than_it_is(monkeypatch):
+    class Worker:
+        call, looked, sleeping, thread_id, ready = None, 7.0, False, 1, ()
+
+        @property
+        def task(self):
+            nonlocal now
+            now += 3.0                  # so long it took to look
+            return "hog"
+
+    now, worker, alarms = 0.0, Worker(), []
+    monkeypatch.setattr(flowcoro, "time", SimpleNamespace(monotonic=lambda: now))
+    watchdog = flowcoro._Watchdog(None, 5.0)
+    watchdog.alarm = lambda sight, seconds: alarms.append(seconds)
+    for now, seconds in (10.0, []), (17.9, []), (18.0, [5.0]):
+        watchdog.look_at(worker, False)
+        assert alarms == seconds
+
+
+def test_a_step_that_makes_others_ready_all_the_time_is_reported():
+    async def hog():
+        for _ in range(100):
+            flowcoro.spawn(flowcoro.checkpoint())
+            time.sleep(LIMIT / 10)
+            if alarms.about("hog"):
+                break
+
+    alarms = Alarms()
+    watched(lambda: in_group(hog=hog()), alarms=alarms)
+    assert alarms.about("hog")
+
+
+def test_a_task_that_was_reported_gets_what_it_waits_for_in_its_own_context_and_leaves_no_probe():
+    async def main():
+        nonlocal task
+        task = flowcoro.current_task()
+        for step in range(3):
+            flowcoro.spawn(channel.send(step))
+            number.set(step)
+            alarms.wait()
+            assert type(task.context) is flowcoro._Probe
+            assert await channel.receive() == step and number.get() == step
+        with pytest.raises(TimeoutError), flowcoro.timeout(0.001):
+            alarms.wait()
+            await flowcoro.Event().wait()
+        while type(task.context) is flowcoro._Probe:            # until the watchdog's next look
+            await flowcoro.sleep(0.001)
+        alarms.wait()
+        return number.get()
+
+    task, number, channel, alarms = None, contextvars.ContextVar("number"), flowcoro.Channel(1), Alarms()
+    assert watched(main, alarms=alarms) == 2
+    assert type(task.context) is contextvars.Context            # the run has ended in a step that was reported
+
+
+def test_a_task_is_seen_at_one_worker_at_a_time():
+    async def main():
+        task = flowcoro.current_task()
+        here, there = (SimpleNamespace(task=task, call=None, looked=7.0, ready=()) for _ in range(2))
+        before, first = task.context, flowcoro._Sight(here)
+        assert first.lasts()
+        second = flowcoro._Sight(there)             # it was stolen in between
+        assert second.lasts() and not first.lasts()
+        first.forget()
+        assert second.lasts()
+        await flowcoro.checkpoint()
+        assert not second.lasts()                   # it has begun another step
+        second.forget()
+        assert task.context is before
+
+    flowcoro.run(main())
+
+
+@pytest.mark.parametrize("change", [lambda ready: ready.append("other"), deque.popleft, lambda ready: ready.rotate(1)])
+def test_what_is_no_task_lasts_while_nobody_is_taken_from_those_who_are_ready(change):
+    worker = SimpleNamespace(task=None, call=None, looked=7.0, ready=deque(["first", "second"]))
+    sight = flowcoro._Sight(worker)
+    assert sight.lasts() and sight.lasts() and sight.lasts() and sight.lasts()
+    change(worker.ready)
+    assert not sight.lasts() and not sight.lasts()
+
+
+def test_where_a_step_was_is_not_told_by_what_came_after_it(monkeypatch):
+    def live_stack(self, worker):
+        asked.append(worker.task)
+        until(lambda: worker.task is not asked[0])      # it goes on while it is asked
+        return [("user.py", 1, "other")]
+
+    async def main():
+        until(lambda: asked)
+
+    asked, alarms = [], Alarms()
+    monkeypatch.setattr(flowcoro._Watchdog, "live_stack", live_stack)
+    watched(main, alarms=alarms)
+    assert alarms.tasks[0] == asked[0].name and alarms.reports[0].endswith("\nIt has gone on\n")
 
 
 def test_a_step_that_holds_what_all_others_wait_for_is_told_to_the_hook():
@@ -235,9 +336,9 @@ def test_a_stack_that_came_too_late_is_not_taken_for_that_of_the_next_step():
 
 @pytest.mark.parametrize("how", ["wakes", "parks"])
 def test_a_worker_that_waits_for_one_that_blocks_in_an_atomic_step_is_not_reported_but_that_one_is(how, reports, monkeypatch):
-    def alarm(self, worker, *args):
-        report(self, worker, *args)
-        asked.add(worker)
+    def alarm(self, sight, seconds):
+        report(self, sight, seconds)
+        asked.add(sight.worker)
 
     def block():
         asked.clear()
@@ -271,6 +372,15 @@ def test_a_whole_batch_of_steps_that_are_long_together_is_no_long_step():
 
     alarms = Alarms()
     watched(lambda: in_group(**{f"busy {n}": busy() for n in range(flowcoro.STEPS_PER_LOOK)}), alarms=alarms, limit=CALM)
+    assert alarms.reports == []
+
+
+def test_many_park_functions_that_are_long_together_are_no_long_step():
+    async def parks():
+        await flowcoro.ParkingLot().park_unless(lambda: time.sleep(CALM / 7) or True)
+
+    alarms = Alarms()
+    watched(lambda: in_group(**{f"parks {n}": parks() for n in range(flowcoro.STEPS_PER_LOOK)}), alarms=alarms, limit=CALM)
     assert alarms.reports == []
 
 

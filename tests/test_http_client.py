@@ -256,7 +256,7 @@ def test_multipart_has_fields_and_files(tmp_path):
     ({"headers": {"X": "a\r\nB: c"}}, LocalProtocolError), ({"headers": {"X y": "a"}}, LocalProtocolError),
     ({"retries": -1}, ValueError), ({"max_bytes": -1}, ValueError), ({"files": {"a": 5}}, TypeError),
     ({"nonsense": 1}, TypeError),
-    ({"cookies": {"a": "b;c"}}, ValueError),
+    ({"cookies": {"a": "b;c"}}, ValueError), ({"params": "a=b"}, TypeError),
 ])
 def test_arguments_that_make_no_sense(options, error):
     async def work(client, origin):
@@ -313,11 +313,31 @@ def test_what_is_no_url(url):
         _Url(url)
 
 
+@pytest.mark.parametrize("host", ["fa\u00df.de", "STRA\u1e9eE.de", "\u03c3\u03c2.gr", "a\u200db.com", "a\u200cb.com"])
+def test_a_host_that_two_standards_encode_in_two_ways_is_refused(host):
+    with pytest.raises(ValueError, match="xn--"):
+        _Url(f"http://{host}/")
+
+
 def test_a_url_that_is_refused_does_not_show_its_password():
-    for url in "ftp://user:secret@host/", "http://user:secret@host/\x00", "http://user:secret@host:0/":
+    for url in ("ftp://user:secret@host/", "http://user:secret@host/\x00", "http://user:secret@host:0/",
+                "http://user:a@secret@host/", "http://user:secret/a@host/", "http://user:secret?#@host/",
+                "http://user:a\nsecret@host"):
         with pytest.raises(ValueError) as caught:
             _Url(url)
         assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", [None, b"http://host/", 5])
+@pytest.mark.parametrize("base", ["", "http://host/"])
+def test_a_url_is_text(url, base):
+    async def main():
+        async with HttpClient(base_url=base, trust_env=False) as client:
+            for verb in client.get, client.post:
+                with pytest.raises(TypeError, match="give a str"):
+                    await verb(url)
+
+    flowcoro.run(main())
 
 
 @pytest.mark.parametrize("base, url, target", [
@@ -341,6 +361,29 @@ def test_params(url, params, target):
     async def work(client, origin):
         await client.get(origin.url + url, params=params)
         assert origin.requests[0].target == target
+
+    talk(lambda request: answer(), work)
+
+
+def test_the_fields_of_a_form_are_written_as_params_are():
+    async def work(client, origin):
+        fields = {"x": True, "n": None, "y": [1, "b"]}
+        await client.post(origin.url, data=fields)
+        await client.post(origin.url, data=fields, files={})
+        assert origin.requests[0].body == b"x=true&n=&y=1&y=b"
+        form = origin.requests[1].body
+        assert [part.split(b"\r\n")[3] for part in form.split(form[:34])[1:-1]] == [b"true", b"", b"1", b"b"]
+
+    talk(lambda request: answer(), work)
+
+
+def test_the_user_of_a_base_url_is_for_what_is_below_it():
+    async def work(client, origin):
+        async with HttpClient(base_url=origin.url.replace("//", "//me:p%61ss@") + "/a?x", trust_env=False) as other:
+            await other.get("b")
+            await other.get(origin.url)
+        assert [request.headers.get("authorization") for request in origin.requests] == ["Basic bWU6cGFzcw==", None]
+        assert origin.requests[0].target == "/a/b"
 
     talk(lambda request: answer(), work)
 
@@ -432,6 +475,17 @@ def test_a_coding_that_is_not_known_is_left_as_it_is():
     assert response.content == b"raw" and response.headers["content-encoding"] == "br"
 
 
+def test_without_decoding_a_content_is_as_it_came():
+    packed = gzip.compress(b"hello")
+
+    async def work(client, origin):
+        assert (await client.get(origin.url)).content == packed
+        async with client.stream("GET", origin.url) as response:
+            assert await response.read() == packed
+
+    talk(lambda request: answer(packed, "200 OK", "Content-Encoding: gzip"), work, decode=False)
+
+
 # ---- streams ---------------------------------------------------------------------------------------------------
 
 def test_a_stream_is_read_in_pieces_and_its_connection_used_again():
@@ -486,6 +540,38 @@ def test_reading_a_stream_holds_no_more_than_max_bytes():
 
     talk(lambda request: b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nConnection: close\r\n\r\n" + gzip.compress(b"x" * 2000),
          work)
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 5000\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n1388\r\n", "\r\n"])
+def test_a_stream_that_is_iterated_may_be_longer_than_max_bytes(framing):
+    async def work(client, origin):
+        async with client.stream("GET", origin.url) as response:
+            assert sum([len(piece) async for piece in response]) == 5000
+        async with client.stream("GET", origin.url) as response:
+            with pytest.raises(ResponseError, match="1000"):
+                await response.read()
+
+    async def handler(request):
+        await request.sock.write(f"HTTP/1.1 200 OK\r\n{framing}".encode() + b"x" * 5000)
+        if "chunked" in framing:
+            await request.sock.write(b"\r\n0\r\n\r\n")
+
+    talk(handler, work, max_bytes=1000)
+
+
+@pytest.mark.parametrize("how_much", [1, 2])
+def test_a_stream_that_was_iterated_is_not_read_as_if_it_were_whole(how_much):
+    async def work(client, origin):
+        async with client.stream("GET", origin.url) as response:
+            for _ in range(how_much):
+                await anext(response, None)
+            with pytest.raises(RuntimeError, match="in pieces already"):
+                await response.read()
+        async with client.stream("GET", origin.url) as response:
+            assert await response.read() == await response.read() == b"hello"
+            assert [piece async for piece in response] == [b"hello"] and await response.read() == b"hello"
+
+    talk(lambda request: answer("hello"), work)
 
 
 # ---- connections -----------------------------------------------------------------------------------------------
@@ -684,6 +770,33 @@ def test_origins_beyond_the_limit_are_forgotten(monkeypatch):
 
             async with HttpClient(connect=connect, trust_env=False) as client:
                 await work(client, origin)
+
+    flowcoro.run(main())
+
+
+def test_an_origin_in_use_is_not_forgotten(monkeypatch):
+    monkeypatch.setattr("flowcoro_http.KEPT_ORIGINS", 2)
+    go_on = flowcoro.Event()
+
+    async def handler(request):
+        if request.headers["host"] == "a.test":
+            await go_on.wait()
+        return answer()
+
+    async def main():
+        async with serving(handler) as origin:
+            async def connect(host, port, tls):
+                return await Socket.connect("127.0.0.1", origin.port)
+
+            async with HttpClient(connect=connect, trust_env=False, max_connections=1) as client:
+                async with flowcoro.TaskGroup() as group:
+                    for _ in range(2):                  # one has the connection, the other waits for it
+                        group.spawn(client.get("http://a.test/"))
+                    for name in "bcd":
+                        await client.get(f"http://{name}.test/")
+                    assert list(client.statistics()) == ["http://a.test:80", "http://d.test:80"]
+                    go_on.set()
+                assert given_back(client) and client.statistics()["http://a.test:80"]["created"] == 1
 
     flowcoro.run(main())
 

@@ -684,7 +684,7 @@ def test_curl_gets_files_ranges_and_resumes(site, tmp_path):
 def test_a_file_stream_says_how_much_of_it_was_sent_when_it_is_closed():
     async def main():
         stream, said = flowcoro_http._FileStream(io.BytesIO(b"0123456789"), 2, 5), []
-        stream.done = said.append
+        stream.done.append(said.append)
         assert b"".join([piece async for piece in stream]) == b"23456"
         await stream.aclose()
         await stream.aclose()

@@ -14,7 +14,7 @@ import pytest
 
 import flowcoro_http
 from flowcoro_http import (
-    _encode_urlencoded, _FormEnd, FormPart, _multipart_boundary, _MultipartBody, _MultipartParser, NEED_DATA,
+    _encode_urlencoded, _FormEnd, _FormPart, _multipart_boundary, _MultipartBody, _MultipartParser, NEED_DATA,
     _parse_urlencoded, _PartBegin, _PartData, _PartEnd, ProtocolError)
 
 SEEDS = range(int(os.environ.get("FLOWCORO_SEEDS", 50)))
@@ -150,7 +150,10 @@ def test_where_parts_begin_and_end(body, parts):
     (br'name="a\"b\\c"; filename="C:\dir\file.txt"', r'a"b\c', r"C:\dir\file.txt"),
     (b'name="%41"; filename="100%"', "%41", "100%"), (b"name=a; filename*=UTF-8''%e2%82%ac", "a", "€"),
     (b"name=a; filename=x; filename*=UTF-8''%e2%82%ac", "a", "x"),
-    (b'name=""', "", None), (b"name=a; filename*=UTF-8''%ff", "a", None)])
+    (b'name=""', "", None), (b"name=a; filename*=UTF-8''%ff", "a", None),
+    (b"name=a; filename*=utf-8'en'%41", "a", "A"), (b"name=a; filename*=iso-8859-1'en'%A3", "a", "\xa3"),
+    (b"name=a; filename*=utf-7''a", "a", None), (b"name=a; filename*=utf-8'a", "a", None),
+    (b"name=a; filename*=utf-8''%4", "a", None)])
 def test_names_are_read_as_browsers_and_other_clients_write_them(parameters, name, filename):
     assert parse(body_of((b"Content-Disposition: form-data; " + parameters, b""))) == [(name, filename, b"")]
 
@@ -237,8 +240,8 @@ def test_ten_thousand_parts_and_much_that_looks_like_a_boundary_are_read():
 # ---- multipart: what is made -------------------------------------------------------------------------------
 
 def test_a_body_is_made_and_read_back():
-    parts = [("plain", "text"), FormPart("ü", "€"), FormPart("f", b"\r\n--B\r\n", 'a"b\\.txt', "text/plain"),
-             FormPart("big", b"z" * 10**5, "z"), FormPart('new"\r\nline', ""), FormPart("end\\", b"", "\\")]
+    parts = [("plain", "text"), _FormPart("ü", "€"), _FormPart("f", b"\r\n--B\r\n", 'a"b\\.txt', "text/plain"),
+             _FormPart("big", b"z" * 10**5, "z"), _FormPart('new"\r\nline', ""), _FormPart("end\\", b"", "\\")]
     body = _MultipartBody(parts)
     data = b"".join(body)
     assert len(data) == body.length
@@ -252,16 +255,16 @@ def test_a_body_is_made_and_read_back():
 
 def test_streamed_contents_are_left_to_the_caller_and_count_if_their_length_is_known():
     source = object()
-    body = _MultipartBody([("a", "1"), FormPart("f", source, "x", length=10)], boundary="B")
+    body = _MultipartBody([("a", "1"), _FormPart("f", source, "x", length=10)], boundary="B")
     before, middle, after = body
     assert middle is source and body.length == len(before) + 10 + len(after) and after == b"\r\n--B--\r\n"
-    assert _MultipartBody([FormPart("f", source, "x")]).length is None
-    assert _MultipartBody([FormPart("f", source, "x"), FormPart("g", source, "x", length=10)]).length is None
+    assert _MultipartBody([_FormPart("f", source, "x")]).length is None
+    assert _MultipartBody([_FormPart("f", source, "x"), _FormPart("g", source, "x", length=10)]).length is None
 
 
 def test_what_cannot_be_sent_is_refused():
-    for part, says in ((("a", b"has B inside"), "boundary"), (("a\0", ""), "control"), (FormPart("a", "", "x\x7f"), "control"),
-                       (FormPart("a", "", "x", "text/plain\r\nX: y"), "content_type")):
+    for part, says in ((("a", b"has B inside"), "boundary"), (("a\0", ""), "control"), (_FormPart("a", "", "x\x7f"), "control"),
+                       (_FormPart("a", "", "x", "text/plain\r\nX: y"), "content_type")):
         with pytest.raises(ValueError, match=says):
             _MultipartBody([part], boundary="B")
     for boundary in ("", "a\r\n", "x" * 71, "ü", "a "):
@@ -290,7 +293,7 @@ def test_every_split_of_a_body_gives_the_parts_it_was_made_of(seed):
     parts = random_parts(draw)
     boundary = draw.choice([boundary for boundary in ("-", "--", "B", "BB", "Zz", "x" * 70, "a b")
                             if not any(boundary.encode() in content for _, _, content in parts)])
-    made = _MultipartBody([FormPart(name, content, filename) for name, filename, content in parts], boundary=boundary)
+    made = _MultipartBody([_FormPart(name, content, filename) for name, filename, content in parts], boundary=boundary)
     data, boundary = b"".join(made), _multipart_boundary(made.content_type)
     assert made.length == len(data)
     places = sorted(draw.choices(range(len(data) + 1), k=draw.randrange(12)))
@@ -304,7 +307,7 @@ def test_bodies_are_read_as_by_the_standard_library(seed):
     draw = random.Random(seed)
     parts = [(f"n{number}", draw.choice((None, "x y.txt", "a;b")), bytes(draw.choices(b"ab \t-B", k=draw.randrange(20))).strip()
               + b"\r\n" * draw.randrange(2) + b"x") for number in range(draw.randrange(1, 6))]
-    made = _MultipartBody([FormPart(name, content, filename) for name, filename, content in parts], boundary="Zz")
+    made = _MultipartBody([_FormPart(name, content, filename) for name, filename, content in parts], boundary="Zz")
     data = b"".join(made)
     head = f"Content-Type: {made.content_type}\r\n\r\n".encode()
     message = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + data)

@@ -5,9 +5,11 @@ import contextvars
 import collections
 import errno
 import gc
+import gzip
 import http.client
 import io
 import os
+import queue
 import sys
 import tempfile
 import threading
@@ -358,6 +360,63 @@ def test_a_wrapped_file_is_sent_by_the_system_from_where_it_stands_and_closed(of
     assert files[0].closed
 
 
+def test_a_wrapped_file_that_is_more_than_its_bytes_is_read(tmp_path):
+    with gzip.open(tmp_path / "packed.gz", "wb") as file:
+        file.write(b"unpacked" * 1000)
+
+    def application(environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return environ["wsgi.file_wrapper"](gzip.open(tmp_path / "packed.gz"))
+
+    assert ask(wsgi_app(application)).body == b"unpacked" * 1000        # its descriptor has the packed ones
+
+
+def test_a_wrapped_file_whose_client_has_gone_meanwhile_is_closed():
+    began, gone, files = threading.Event(), threading.Event(), []
+
+    def application(environ, start_response):
+        began.set()
+        gone.wait(PATIENCE)
+        files.append(open(__file__, "rb"))
+        start_response("200 OK", [])
+        return environ["wsgi.file_wrapper"](files[0])
+
+    async def main():
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(wsgi_app(application)(Request("GET", "/")))
+            await flowcoro.to_thread(began.wait, PATIENCE)
+            group.cancel()
+        gone.set()
+        with flowcoro.timeout(PATIENCE):
+            while not files or not files[0].closed:
+                await flowcoro.sleep(0.001)
+
+    flowcoro.run(main())
+
+
+def test_a_head_request_whose_application_writes_and_then_reads_on_is_served(monkeypatch):
+    pushed = flowcoro_http._WsgiCall._push
+
+    class Answers(queue.SimpleQueue):
+        def put(self, answer):              # the application writes before its task goes on
+            super().put(answer)
+            time.sleep(0.02)
+
+    def push(call, block):                  # and is not done with that when its task looks
+        pushed(call, block)
+        time.sleep(0.05)
+
+    def application(environ, start_response):
+        write = start_response("200 OK", [("Content-Type", "text/plain")])
+        while piece := environ["wsgi.input"].read1(100_000):
+            write(piece)
+        return []
+
+    monkeypatch.setattr(flowcoro_http._WsgiCall, "_push", push)
+    monkeypatch.setattr(flowcoro_http.queue, "SimpleQueue", Answers)
+    assert ask(wsgi_app(application), "/", "HEAD", [], b"x" * 100_000).status == 200
+
+
 def test_a_client_that_does_not_read_holds_the_application_back():
     made, block = [], b"x" * 100_000
 
@@ -551,6 +610,15 @@ def test_an_error_page_replaces_an_answer_that_has_not_begun():
     assert (answer.status, answer.reason, answer.headers.get_all("X-Was"), answer.body) == (503, "Later", ["bad"], b"sorry")
 
 
+async def leave_in_the_middle(server, closed):
+    """Be a client that goes when some of the answer has come, and wait until the application has noticed."""
+    sock = await flowcoro_net.Socket.connect(*server.local)
+    await sock.write(request())
+    await sock.read(1000)
+    sock.close_nowait()
+    assert await flowcoro.to_thread(closed.wait, PATIENCE)
+
+
 def test_an_error_after_the_answer_has_begun_cuts_it_and_is_reported(reports):
     seen = threading.Event()
 
@@ -607,14 +675,7 @@ def test_an_application_whose_client_has_gone_is_told_so_by_write_and_its_iterab
         finally:
             closed.set()
 
-    async def client(server):
-        sock = await flowcoro_net.Socket.connect(*server.local)
-        await sock.write(request())
-        await sock.read(1000)
-        sock.close_nowait()
-        assert await flowcoro.to_thread(closed.wait, PATIENCE)
-
-    hosting(wsgi_app(application), client)
+    hosting(wsgi_app(application), lambda server: leave_in_the_middle(server, closed))
     assert isinstance(raised[0], ConnectionAbortedError) and raised[0].errno == errno.ECONNABORTED and reports == []
 
 
@@ -629,14 +690,7 @@ def test_a_generator_whose_client_has_gone_is_closed_where_it_yields():
         finally:
             closed.set()
 
-    async def client(server):
-        sock = await flowcoro_net.Socket.connect(*server.local)
-        await sock.write(request())
-        await sock.read(1000)
-        sock.close_nowait()
-        assert await flowcoro.to_thread(closed.wait, PATIENCE)
-
-    hosting(wsgi_app(application), client)
+    hosting(wsgi_app(application), lambda server: leave_in_the_middle(server, closed))
 
 
 def test_a_slow_generator_whose_client_has_gone_is_not_asked_for_more_than_the_block_it_is_at():
@@ -1073,10 +1127,22 @@ def test_the_scope_has_all_that_the_specification_asks_for():
     ([("Transfer-Encoding", "chunked")], chunked(b"ab", b"c" * 99_999), 100_001)])
 def test_an_application_receives_the_content_of_a_request(headers, content, length):
     async def application(scope, receive, send):
+        assert scope["type"] == "http"
         got, count = await received(receive)
         await asgi(START, body(b"%d %d" % (len(got), length >= 100 or count)))(scope, receive, send)
 
     assert ask(asgi_app(application), "/", "POST", headers, content).body == b"%d 1" % length
+
+
+def test_an_application_that_fails_within_the_answer_to_a_head_request_is_answered_with_500(reports):
+    async def application(scope, receive, send):
+        assert scope["type"] == "http"
+        await send(START)
+        await send(body(b"some", True))
+        raise ValueError("no more")
+
+    assert ask(asgi_app(application), method="HEAD").status == 500
+    assert [str(error) for _, error in reports] == ["no more"]
 
 
 def test_an_answer_in_one_piece_has_a_content_length_and_one_in_several_is_chunked():
@@ -1499,6 +1565,34 @@ def test_an_application_without_a_lifespan_is_served_all_the_same(raises, report
         await asgi(START, body(b"served"))(scope, receive, send)
 
     assert ask(asgi_app(application)).body == b"served" and reports == []
+
+
+def test_a_lifespan_that_raises_instead_of_starting_is_reported_and_the_application_served(reports):
+    async def application(scope, receive, send):
+        if scope["type"] == "lifespan":
+            await receive()
+            raise ValueError("no database")
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    assert ask(asgi_app(application)).body == b"ok"
+    assert [str(error) for _, error in reports] == ["no database"]
+
+
+def test_a_lifespan_that_receives_for_ever_is_told_once_that_it_ends():
+    kinds = []
+
+    async def application(scope, receive, send):
+        while scope["type"] == "lifespan":
+            kinds.append((await receive())["type"])
+            await send({"type": kinds[-1] + ".complete"})
+
+    async def main():
+        async with asgi_app(application).lifespan():
+            pass
+
+    flowcoro.run(main())
+    assert kinds == ["lifespan.startup", "lifespan.shutdown"]
 
 
 def test_a_lifespan_that_ends_badly_is_reported_and_the_server_ends(reports):

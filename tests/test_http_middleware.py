@@ -570,6 +570,10 @@ def test_a_session_comes_back_and_is_sent_only_when_it_was_changed():
     assert visit(middleware, value_of(cookie))[0] == {"user": {"id": 2}}
     _, cookie, _ = visit(middleware, value, lambda request: request.session.clear())
     assert value_of(cookie) == "" and "Max-Age=0" in cookie and "Secure" in cookie
+    _, cookie, _ = visit(middleware, value, lambda request: setattr(request, "session", None))
+    assert value_of(cookie) == "" and "Max-Age=0" in cookie
+    with pytest.raises(TypeError, match="has to be a dict"):
+        visit(middleware, value, lambda request: setattr(request, "session", ["new"]))
     _, cookie, _ = visit(middleware, value, lambda request: setattr(request, "session", {"new": True}))
     assert visit(middleware, value_of(cookie))[0] == {"new": True}
 
@@ -675,3 +679,18 @@ def test_all_of_them_together_answer_and_log(tmp_path):
     assert [(line["status"], line["client"], line["request_id"]) for line in found] == [
         (status, "192.0.2.1", "id-1") for status in (200, 413, 413, 200, 200)]
     assert found[-1]["bytes"] == 100_000 and 50 < found[-2]["bytes"] < 1000
+
+
+def test_a_304_behind_compress_has_the_tag_and_the_vary_of_the_answer_that_it_confirms():
+    tagged = flowcoro_http.etag()
+
+    def asked(*headers):
+        request = get("/", ("Accept-Encoding", "gzip"), *headers)
+        return ask(flowcoro_http.compress(), request, lambda request: through(tagged, request))
+
+    first = asked()
+    assert first.headers["etag"].startswith("W/") and first.headers["vary"] == "Accept-Encoding"
+    weak = asked(("If-None-Match", first.headers["etag"]))
+    strong = asked(("If-None-Match", first.headers["etag"][2:]))
+    assert weak.status == strong.status == 304 and weak.headers["vary"] == strong.headers["vary"] == "Accept-Encoding"
+    assert weak.headers["etag"] == first.headers["etag"] and strong.headers["etag"] == first.headers["etag"][2:]

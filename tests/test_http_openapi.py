@@ -330,7 +330,7 @@ def test_a_body_has_to_say_that_it_is_json(media_type, status):
 
 
 def test_errors_and_what_they_show_are_bounded():
-    errors = errors_of(taking(list[int]), {"x": ["y" * 10_000] * 10_000})
+    errors = errors_of(taking(list[int]), {"x": ["y" * 10_000] * 100})
     assert len(errors) == flowcoro_http.ERRORS
     assert errors[0] == ("/x/0", "an integer", 'the string "' + "y" * 60 + '"… of 10000')
     [(path, _, got)] = errors_of(taking(int), {"x": 1, "z" * 10_000: 10**4000})

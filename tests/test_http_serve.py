@@ -16,6 +16,7 @@ import time
 
 import pytest
 
+import flowcoro
 import flowcoro_cli
 
 ROOT = pathlib.Path(flowcoro_cli.__file__).resolve().parent
@@ -35,7 +36,7 @@ APPLICATIONS = """
     @app.get("/slow")
     async def slow(request):
         print("slow", flush=True)
-        await flowcoro.sleep(float(request.query.get("seconds", "0.3")))
+        await flowcoro.sleep(float(request.query.get("seconds", "0.15")))
         return "answered"
 
     @app.middleware
@@ -72,6 +73,19 @@ APPLICATIONS = """
     def any_arguments(*arguments):
         return (wsgi if len(arguments) == 2 else asgi)(*arguments)
 
+    unready = flowcoro_http.HttpServer()
+
+    @unready.on_startup
+    def connect():
+        os.stat("absent.db")
+
+    slow_to_start = flowcoro_http.HttpServer()
+
+    @slow_to_start.on_startup
+    async def wait():
+        print("starting", flush=True)
+        await flowcoro.sleep(1000)
+
     async def cannot_start(scope, receive, send):
         await receive()
         await send({"type": "lifespan.startup.failed", "message": "no database"})
@@ -102,20 +116,24 @@ def command(*arguments):
 
 
 @pytest.fixture
-def refused(folder, monkeypatch, capsys):
+def here(folder, monkeypatch):
+    """The folder is the current one, and what is imported from it is forgotten."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    modules = set(sys.modules)
+    yield folder
+    for name in set(sys.modules) - modules:
+        if os.fspath(folder) in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def refused(here, capsys):
     """What a command says on stderr that cannot be obeyed; in this process, which is quicker."""
     def call(*arguments):
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "path", sys.path.copy())
-        modules = set(sys.modules)
-        try:
-            status = flowcoro_cli.main(["serve", *map(str, arguments), *([] if "--port" in arguments else ["--port", "0"])])
-        finally:
-            for name in set(sys.modules) - modules:
-                if os.fspath(folder) in (getattr(sys.modules[name], "__file__", None) or ""):
-                    del sys.modules[name]
+        status = flowcoro_cli.main(["serve", *map(str, arguments), *([] if "--port" in arguments else ["--port", "0"])])
         out, errors = capsys.readouterr()
-        assert status == 2 and (out == "" or "apps:cannot_start" in arguments), (out, errors)
+        assert status == 2 and out == "", (out, errors)         # nothing is announced that is not served
         return errors
     return call
 
@@ -123,7 +141,8 @@ def refused(folder, monkeypatch, capsys):
 class Serving:
     """`with Serving(folder, "apps:app") as server:`: the process serves; at the end it is gone."""
 
-    def __init__(self, folder, *arguments):
+    def __init__(self, folder, *arguments, announced=True):
+        self.announced = announced
         line, environment = command(*arguments, *([] if {"--port", "--unix"} & set(arguments) else ["--port", "0"]))
         self.process = subprocess.Popen(line, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
@@ -142,6 +161,8 @@ class Serving:
     def __enter__(self):
         for thread in self.threads:
             thread.start()
+        if not self.announced:
+            return self
         try:
             self.where = self.line("serving .* on (.*)")[1]
         except BaseException:
@@ -195,11 +216,15 @@ class Serving:
     ("apps:app", "own "), ("apps:router", "router"), ("apps:wsgi", "wsgi /"), ("apps:wsgi_object", "wsgi /"),
     ("apps:asgi", "asgi /"), ("apps:asgi_object", "asgi /"), ("apps:make()", "wsgi /"), ("apps:holder.inner", "asgi /"),
     ("apps:any_arguments --wsgi", "wsgi /"), ("apps:any_arguments --asgi", "asgi /"), ("apps:wsgi --threads 1", "wsgi /")])
-def test_an_application_is_told_apart_and_served(folder, target, answer):
-    with Serving(folder, *target.split()) as server:
-        status, content = server.get()
-        assert status == 200 and content.startswith(answer)
-        assert server.end() == 0 and server.errors == []
+def test_an_application_is_told_apart_and_served(here, capfd, target, answer):
+    app = flowcoro_cli._served_app(flowcoro_cli._serve_options(target.split()))
+
+    async def main():
+        async with app.test_client() as client:
+            return await client.get("/")
+
+    got = flowcoro.run(main())
+    assert got.status == 200 and got.text.startswith(answer) and capfd.readouterr().err == ""
 
 
 @pytest.mark.skipif(CURL is None, reason="curl is not installed")
@@ -207,6 +232,7 @@ def test_curl_gets_it_over_tcp_and_over_a_unix_socket(folder, tmp_path):
     with Serving(folder, "apps:wsgi") as server:
         got = subprocess.run([CURL, "-sS", f"{server.where}/a%20b"], capture_output=True, timeout=PATIENCE)
         assert got.stdout == b"wsgi /a b", got
+        assert server.end() == 0 and server.errors == []
     with Serving(folder, "apps:asgi", "--unix", "socket") as server:
         got = subprocess.run([CURL, "-sS", "--unix-socket", tmp_path / "socket", "http://localhost/x"], capture_output=True,
                              timeout=PATIENCE)
@@ -216,22 +242,27 @@ def test_curl_gets_it_over_tcp_and_over_a_unix_socket(folder, tmp_path):
 
 def test_the_lifespan_of_an_asgi_application_is_run(folder):
     with Serving(folder, "apps:asgi") as server:
-        server.line("^lifespan.startup$")
         assert server.end() == 0
-        assert server.lines[-1] == "lifespan.shutdown"
+        assert [line.partition(" on ")[0] for line in server.lines] == [
+            "lifespan.startup", "serving apps:asgi", "Ctrl-C ends it", "lifespan.shutdown"]
 
 
-@pytest.mark.parametrize("listing", [True, False])
-def test_a_folder_is_served_and_listed_only_when_asked(folder, listing):
+def test_a_folder_is_served_and_listed_only_when_asked(folder):
     (folder / "index").mkdir()
     (folder / "index" / "index.html").write_text("<p>the index</p>")
-    with Serving(folder, ".", *["--listing"] * listing) as server:
+    with Serving(folder, ".") as server:
         assert server.get("/apps.py") == (200, textwrap.dedent(APPLICATIONS))
         assert server.get("/index/") == (200, "<p>the index</p>")
-        assert server.get("/nothing")[0] == server.get("/../etc/passwd")[0] == 404
-        status, content = server.get("/")
-        assert (status == 200 and "apps.py" in content) if listing else status == 404
-        assert server.end() == 0
+        assert server.get("/nothing")[0] == server.get("/../etc/passwd")[0] == server.get("/")[0] == 404
+        assert server.end() == 0 and server.errors == []
+        assert server.lines == [f"serving . on {server.where}", "Ctrl-C ends it"]      # once
+    app = flowcoro_cli._served_app(flowcoro_cli._serve_options([str(folder), "--listing"]))
+
+    async def main():
+        async with app.test_client() as client:
+            return (await client.get("/")).text
+
+    assert "apps.py" in flowcoro.run(main())
 
 
 @pytest.mark.parametrize("option, pattern", [("--access-log", r'"GET /guarded HTTP/1.1" 403 '),
@@ -246,7 +277,13 @@ def test_several_processes_serve_and_all_end(folder):
     with Serving(folder, "apps:app", "--processes", "2") as server:
         pids = {int(server.get()[1].split()[1]) for _ in range(60)}
         assert len(pids) == 2 and server.process.pid not in pids
-        assert server.end() == 0
+        os.kill(min(pids), signal.SIGKILL)
+        server.line("a worker process has died", server.errors)
+        while (pid := int(server.get()[1].split()[1])) in pids:
+            pass
+        pids.add(pid)
+        assert server.end() == 0 and [line.partition(" on ")[0] for line in server.lines] == [
+            "serving apps:app in 2 processes", "Ctrl-C ends it"]
         for pid in pids:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
@@ -306,6 +343,15 @@ def test_what_is_under_way_is_answered_when_the_server_ends(folder, number, proc
         assert answers == [(200, "answered")] and server.errors == []
 
 
+@pytest.mark.parametrize("processes", [(), ("--processes", "2")])
+def test_a_start_that_takes_long_is_not_waited_for_when_the_server_ends(folder, processes):
+    with Serving(folder, "apps:slow_to_start", *processes, announced=False) as server:
+        server.line("^starting$")
+        began = time.monotonic()
+        assert server.end() == 0 and time.monotonic() - began < PATIENCE / 2
+        assert not any(line.startswith("serving") for line in server.lines) and server.errors == []
+
+
 def test_a_second_interrupt_ends_it_at_once(folder):
     with Serving(folder, "apps:app") as server, socket.create_connection(("127.0.0.1", server.port)) as sock:
         sock.sendall(b"GET /slow?seconds=1000 HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -355,13 +401,28 @@ def test_reload_starts_anew_when_a_source_changes_and_refuses_nobody_meanwhile(f
         assert server.end() == 0
 
 
-def test_reload_that_waits_for_a_correction_can_be_ended(folder):
-    (folder / "reloaded.py").write_text("from apps import app")
+def test_reload_waits_for_a_source_that_is_replaced_and_for_an_application_that_cannot_start_to_be_corrected(folder):
+    path = folder / "reloaded.py"
+    path.write_text("from apps import app")
     with Serving(folder, "reloaded:app", "--reload") as server:
-        later(folder / "reloaded.py", "1 / 0")
+        assert server.get()[0] == 200
+        path.rename(folder / "away.py")                 # as git and some editors do; for a moment it is not there
+        time.sleep(1.5 * flowcoro_cli.LOOK_AT_FILES)
+        later(folder / "away.py", "from apps import unready as app")
+        (folder / "away.py").rename(path)
+        server.line("reloaded:app cannot start: FileNotFoundError: .*apps.py, line", server.errors)
+        later(path, "from apps import app")
+        assert server.get()[0] == 200
+        (folder / "away.py").write_text("")
+        path.unlink()
+        later(folder / "apps.py", "")
+        server.line("there is no module 'reloaded'", server.errors)
+        path.write_text("def app(environ, start_response):\n    start_response('200 OK', [])\n    return [b'back']\n")
+        assert server.get() == (200, "back")
+        later(path, "1 / 0")
         server.line("ZeroDivisionError: division by zero .*reloaded.py, line 1", server.errors)
-        server.line("^waiting for a change$", server.errors)
-        assert server.end() == 0
+        server.line("^waiting for a change$", server.errors, count=3)
+        assert server.end() == 0                        # also while it waits
 
 
 # ---- what cannot be served ------------------------------------------------------------------------------------
@@ -371,7 +432,10 @@ def test_reload_that_waits_for_a_correction_can_be_ended(folder):
     ("apps:holder.outer", "apps.holder has no 'outer'"), ("apps", "neither a folder nor module:name"),
     ("apps:", "neither a folder nor module:name"), ("apps:number", "no application"), ("apps:make", "write apps:make()"),
     ("apps:one_argument", "neither like WSGI"), ("apps:any_arguments", "--wsgi or --asgi"), ("apps:Wsgi", "--wsgi or --asgi"),
-    ("apps:cannot_start", "cannot start: no database"), ("apps:app --wsgi", "is an HttpServer"),
+    ("apps:cannot_start", "cannot start: no database"), ("apps:cannot_start --processes 2", "cannot start: no database"),
+    ("apps:unready", "apps:unready cannot start: FileNotFoundError: "), ("apps:unready --processes 2", "apps.py, line"),
+    ("apps:app --drain-timeout -1", "--drain-timeout -1"), ("apps:app --drain-timeout nan", "--drain-timeout nan"),
+    ("apps:app --wsgi", "is an HttpServer"),
     ("apps:asgi --threads 3", "--threads is for WSGI"), ("broken:app", "SyntaxError"),
     ("needy:app", "No module named 'absent_thing'"),
     ("failing:app", "ZeroDivisionError: division by zero"), ("apps:app --port 65536", "--port 65536"),

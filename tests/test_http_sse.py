@@ -51,7 +51,7 @@ def test_data_arrives_as_it_was_but_for_its_line_ends(data):
 
 def test_nul_and_halves_of_characters_in_data_are_replaced():
     assert ServerSentEvent("a\0b").encode() == "data: a\ufffdb\n\n".encode()
-    assert ServerSentEvent("a\ud800b").encode() == b"data: a?b\n\n"
+    assert ServerSentEvent("a\ud800b", id="\udfff").encode() == "id: \ufffd\ndata: a\ufffdb\n\n".encode()
 
 
 def test_an_event_has_its_fields_and_values_become_json():

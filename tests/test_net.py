@@ -31,11 +31,11 @@ def open_descriptors():
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
     gc.collect()
-    before = open_descriptors()
+    before, threads = open_descriptors(), threading.active_count()
     yield
     gc.collect()
     assert open_descriptors() == before
-    assert threading.active_count() < 100
+    assert threading.active_count() < threads + 50          # those of to_thread() stay for a while; these are less than 50 more
 
 
 def run(main, *args, **options):
