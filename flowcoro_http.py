@@ -6319,10 +6319,10 @@ class HttpServer(Router):
     iterator (streamed), (status, content), (status, content, headers), or None (204). HttpError raised in it is its answer; what
     else it raises is reported to sys.unraisablehook, and answered with 500.
 
-    Limits, in seconds (None: no limit): head_timeout, from the first byte of a head; body_timeout, for all of a body;
-    idle_timeout, between requests; send_timeout, for a client that does not read. min_body_rate, bytes a second, on average after
-    5 s. In bytes: max_body (413; None: no limit but that of body() and form()), max_request_line (414), max_field_line, max_head,
-    and max_fields, lines (431). They are looked at twice a second. The rest is Router's.
+    Limits, in seconds (None: no limit): head_timeout, for the handshake of TLS, and from the first byte of a head; body_timeout,
+    for all of a body; idle_timeout, between requests; send_timeout, for a client that does not read. min_body_rate, bytes a
+    second, on average after 5 s. In bytes: max_body (413; None: no limit but that of body() and form()), max_request_line (414),
+    max_field_line, max_head, and max_fields, lines (431). They are looked at twice a second. The rest is Router's.
     """
 
     def __init__(self, *, head_timeout=HEAD_TIMEOUT, body_timeout=BODY_TIMEOUT, idle_timeout=IDLE_TIMEOUT,
@@ -6620,7 +6620,8 @@ class HttpListener:
         it. Errors of lifespans are serve()'s, those of a start at once; in a worker process they end that process, which is
         replaced after a while, longer each time. Cancelled: all ends at once.
         """
-        options = {"lifespan": self._running, "drain_timeout": drain_timeout, "max_connections": max_connections}
+        options = {"lifespan": self._running, "drain_timeout": drain_timeout, "max_connections": max_connections,
+                   "handshake_timeout": self._app.head_timeout}
         if processes is not None:
             options |= {"processes": processes, "reload": functools.partial(self._reload, reload)}
         elif reload is not None:

@@ -2389,6 +2389,21 @@ def test_http_client_and_urllib_are_served():
     run(main)
 
 
+def test_a_handshake_of_tls_has_as_long_as_a_head(certificates):  # noqa: F811
+    async def main():
+        app = plain_app(head_timeout=0.05)
+        tls = server_tls(*certificates.good)
+        async with await app.listen("127.0.0.1", 0, tls=tls) as listener, flowcoro.TaskGroup() as group:
+            group.spawn(listener.serve())
+            async with await Socket.connect(*listener.local) as sock:
+                with flowcoro.timeout(PATIENCE / 2):
+                    assert await everything(sock) == b""
+            assert listener.statistics()["handshakes_failed"] == 1
+            listener.close()
+
+    run(main)
+
+
 def test_tls_and_reload_of_its_certificate(certificates, tmp_path):  # noqa: F811
     pair = tmp_path / "cert.pem", tmp_path / "key.pem"
 
