@@ -193,6 +193,20 @@ def test_the_user_of_a_url_and_of_netrc(tmp_path):
     talk(lambda request: answer(), lambda client, origin: client.get(origin.url), netrc=str(tmp_path / "none"))
 
 
+def test_a_netrc_that_nobody_has_asked_for_is_told_and_done_without(tmp_path, monkeypatch, reports):
+    path = tmp_path / "netrc"
+    path.write_text("what is this")
+    monkeypatch.setenv("NETRC", str(path))
+
+    async def work(client, origin):
+        for _ in range(2):
+            assert (await client.get(origin.url)).status == 200
+
+    talk(lambda request: answer(), work, trust_env=True)
+    [(message, error)] = reports
+    assert "without it" in message and "netrc=False" in str(error)
+
+
 def digest_server(algorithm="SHA-256", uses=10**9, user="me", password="pass", scheme="Digest"):
     """A handler that asks for digest authentication; each nonce serves `uses` times."""
     state = {"nonce": 0, "count": 0}
