@@ -1836,7 +1836,7 @@ class _Start:
         self.target, self.started, self.failure = options.target, started, None
         self.has = self.known = False               # it has started here; it has in some process
         self.pipe = os.pipe() if options.processes else ()
-        app._lifespans.insert(0, self.around)       # the outermost, which sees the errors of all others
+        app.lifespan(self.around, outermost=True)       # it sees the errors of all others
         app.lifespan(self.within)
 
     async def __aenter__(self):

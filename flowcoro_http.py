@@ -158,7 +158,7 @@ KNOWN_HEADS, KNOWN_HEAD = 256, 1024
 # ---- errors ---------------------------------------------------------------------------------------------------
 
 class HttpError(flowcoro.FlowCoroError):
-    """A request is answered with an error: `status`, `message` (for the client), `headers` (pairs) of the answer."""
+    """A request is answered with an error: `status`, `message` (for the client), `headers` of the answer."""
 
     def __init__(self, status, message="", headers=()):
         super().__init__(status, message)
@@ -262,14 +262,33 @@ _NOT_IN_TRAILERS = frozenset("""
     x-forwarded-host via""".split())
 
 
-class _KnownLines(dict):
-    """{line: what it says, a tuple that begins with the lower-case name}. A line that is not known is checked by `check`."""
+class _Known(dict):
+    """{text: what it says}: what `check` says of a text is kept, within KNOWN_LINES and KNOWN_LINE."""
 
     __slots__ = ("check",)
 
     def __init__(self, check):
         super().__init__()
         self.check = check
+
+    def __missing__(self, text):
+        value = self.check(text)
+        if len(text) <= KNOWN_LINE:
+            if len(self) >= KNOWN_LINES:
+                self.clear()
+            self[text] = value
+        return value
+
+
+def _known(check):
+    """`check`, a function of a str, that remembers; without a frame for what is known."""
+    return _Known(check).__getitem__
+
+
+class _KnownLines(_Known):
+    """{line: what it says, a tuple that begins with the lower-case name}. A line that is not known is checked by `check`."""
+
+    __slots__ = ()
 
     def __missing__(self, line):
         entry = self.check(line)
@@ -308,7 +327,7 @@ def _line_problem(line):
 
 def _write_line(pair):
     """A (name, value) to be sent: (lower-case name, b"name: value CRLF"). LocalProtocolError, TypeError."""
-    name, value = pair
+    name, value = pair if not isinstance(pair, str) else (pair, None)       # one of a dict's names, whose letters would do
     if not isinstance(name, str) or not isinstance(value, str):
         raise TypeError(f"{pair!r}: name and value of a field are str")
     if not _is_token(name):
@@ -336,14 +355,17 @@ def _first_of_each(entries):
 class Headers:
     """The field lines of a head or trailer section: any number of each name, in order; names in any case (RFC 9110 5).
 
-    Made from (name, value) pairs of str. Names are tokens, values have no control character but HTAB and nothing beyond U+00FF
-    (they travel as latin-1), SP and HTAB around them fall away; else LocalProtocolError, or TypeError for what is no str.
+    Made from (name, value) pairs of str, or a dict. Names are tokens, values have no control character but HTAB and nothing
+    beyond U+00FF (they travel as latin-1), SP and HTAB around them fall away; else LocalProtocolError, or TypeError for what is
+    no str.
     Iterating gives all (name, value), spelt as received or set; len() counts lines.
     """
 
     __slots__ = ("_entries", "_index")
 
     def __init__(self, pairs=()):
+        if hasattr(pairs, "items"):
+            pairs = pairs.items()
         self._entries = [_entry(name, value) for name, value in pairs]     # (lower-case name, (name, value))
         self._index = None                                                 # made of them when it is first needed
 
@@ -683,6 +705,14 @@ def _choose_type(value, offers):
     return best
 
 
+@functools.lru_cache(256)
+def _checked_offer(offer):
+    try:
+        return parse_media_type(offer)
+    except ProtocolError as error:              # not the peer's fault
+        raise ValueError(f"offer {offer!r:.80}: {error.message}") from None
+
+
 def negotiate_type(value, offers):
     """The one of `offers` (media types) that an Accept value prefers; None if it takes none of them (406).
 
@@ -691,6 +721,8 @@ def negotiate_type(value, offers):
     """
     if not offers:
         raise ValueError("negotiate_type() needs at least one offer")
+    for offer in offers:
+        _checked_offer(offer)
     try:
         return offers[0] if value is None else _choose_type(value, offers)
     except ProtocolError:
@@ -2446,7 +2478,7 @@ def _target_problem(method, target):
     return problem and f"has an authority that {problem}"
 
 
-@functools.lru_cache(256)
+@_known
 def _option_set(value):
     """The lower-case tokens of a list. (They are few, and repeat: 0.04 µs instead of 0.5.)"""
     return frozenset(option.lower() for option in _split_list(value))
@@ -2539,8 +2571,8 @@ class _Received:
         return buffer[start:cr].decode("latin-1")
 
 
-# Requests that have come more than once, as they came: bytes -> _Known. Clients that ask for the same again and again (they poll,
-# they check whether we are well) send the same bytes each time: one look instead of 2.5 µs. What has secrets in it is not
+# Requests that have come more than once, as they came: bytes -> _KnownRequest. Clients that ask for the same again and again (they
+# poll, they check whether we are well) send the same bytes each time: one look instead of 2.5 µs. What has secrets in it is not
 # kept, nor what has come once; limits differ, so each set of them has a table.
 _SEEN = [None] * 1024           # hashes of what has come
 _RECEIVED_KNOWN = (_TRANSITIONS[SERVER][IDLE][_REQUEST], _TRANSITIONS[CLIENT][_TRANSITIONS[CLIENT][IDLE][_REQUEST]][_END])
@@ -2551,7 +2583,7 @@ def _known_requests(*limits):
     return {}
 
 
-class _Known:
+class _KnownRequest:
     """A request without content, for good: `entries` is a tuple, so whoever changes its Headers makes a list of his own."""
 
     __slots__ = ("method", "target", "raw_path", "query_string", "entries", "index")
@@ -2617,11 +2649,11 @@ class _Heads(_Received):
                 and not _is_secret(head.target.lower()) and not any(map(_is_secret, head.headers._index))):
             if len(self._known) >= KNOWN_HEADS:
                 self._known.clear()
-            self._known[data] = _Known(head)
+            self._known[data] = _KnownRequest(head)
 
     def receive_known(self, data):
-        """(server) The _Known of data that are a whole request, known from before, where nothing else is: it is then received
-        to its end. None: receive_data() has to look.
+        """(server) The _KnownRequest of data that are a whole request, known from before, where nothing else is: it is then
+        received to its end. None: receive_data() has to look.
         """
         known = self._known.get(data)
         if (known is None or self.their_state is not IDLE or self._start != len(self._buffer)
@@ -3148,7 +3180,8 @@ class _Outgoing(_Incoming):
         lines = [_status_line(head), *[entry[1] for entry in entries], b"\r\n"]
         if status == 101:
             self._switch()
-        self.expects_continue = False
+        if status == 100:                       # after a 103 the client waits for it still
+            self.expects_continue = False
         return b"".join(lines)
 
     @staticmethod
@@ -3519,7 +3552,7 @@ def json_default(value):
         return str(value)
     if isinstance(value, decimal.Decimal):
         return format(value, "f")
-    raise TypeError(f"{type(value).__qualname__} has no JSON: {value!r:.80}")
+    raise TypeError(f"{type(value).__qualname__} has no JSON: {value!r:.80}{', not awaited' * inspect.isawaitable(value)}")
 
 
 # -- what an annotation takes
@@ -4037,7 +4070,7 @@ def _read_query(field, kind, many, texts, errors):
     return values if many else values[0] if values else None
 
 
-@functools.lru_cache(64)
+@_known
 def _is_json(media_type):
     """Whether a Content-Type value says JSON in UTF-8."""
     charset = _CHARSET(media_type)
@@ -4898,7 +4931,7 @@ def _responses(plan, components):
     if plan.body is not None or plan.query:
         components.uses_unprocessable = True
         responses["422"] = {"description": "A field or a parameter is not what it should be", "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/UnprocessableContent"}}}}
+            "application/problem+json": {"schema": {"$ref": "#/components/schemas/UnprocessableContent"}}}}
     return responses
 
 
@@ -4915,6 +4948,9 @@ def _content(returned, components):
 
 
 # -- the page
+
+# What a page of ours may do: no scripts, nothing from elsewhere, and its style, which is in it. security_headers() keeps it.
+_CSP_OF_PAGES = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8885; --soft: #8882; --link: #0a58ca; }
@@ -5032,6 +5068,7 @@ SPOOLED, SPOOLED_IN_ALL, MAX_FILES = 2**20, 4 * 2**20, 100
 
 _TEXT, _BINARY, _JSON = "text/plain; charset=utf-8", "application/octet-stream", "application/json"
 _STATELESS = frozenset([204, 304])
+_FORM_TYPES = "multipart/form-data", "application/x-www-form-urlencoded"
 
 
 class Fields:
@@ -5157,7 +5194,7 @@ class Request:
     Its content is received when it is asked for, and once: by body(), json() and form(), which keep it, or by stream() or
     multipart(), which do not. Only then is a client that waits for it told to send it (Expect: 100-continue). Errors of all of
     these: ProtocolError for what the client sends that is no HTTP or too much; HttpError (408) if it sends too slowly;
-    BrokenError if it is gone. Cancelled: what was received is lost, and the connection ends with this request.
+    BrokenError if it is gone. Cancelled: what was received is lost.
 
     Made by hand, for tests: Request("POST", "/x?y=1", [("Content-Type", "text/plain")], b"content").
     """
@@ -5334,7 +5371,9 @@ class Request:
         """
         if self._form is None:
             media = self.media_type
-            if media is not None and media.essence == "application/x-www-form-urlencoded":
+            if media is None or media.essence not in _FORM_TYPES:
+                raise HttpError(415, f"a form is expected: {' or '.join(_FORM_TYPES)}")
+            if media.essence == "application/x-www-form-urlencoded":
                 self._form = Fields(_parse_urlencoded(await self.body(max_bytes), max_bytes=max_bytes))
             else:
                 pairs = self._parts_kept(max_bytes, max_file_bytes, max_parts, max_files)
@@ -5410,7 +5449,7 @@ class Request:
         if not 100 <= status <= 199 or status == 101:
             raise ValueError(f"inform({status!r}): a status from 100 to 199, but 101, which upgrade() sends")
         if self._source is not None and self.version != "1.0":
-            await self._source.inform(InformationalResponse(status, headers))
+            await self._source.inform(InformationalResponse(status, Headers(headers)))
 
     async def upgrade(self, protocol, headers=()):
         """Accept the client's wish to switch to another protocol, or its CONNECT (protocol None). -> the Socket, which is yours.
@@ -5453,12 +5492,13 @@ class Response:
     """An answer: `status`, `headers` (a Headers), `content` (bytes) or else `stream` (an async iterator of bytes).
 
     content: str (sent as UTF-8, text/plain unless told otherwise), bytes, None for nothing, dict, list and what else JSON has
-    (json_default() says what more), or an iterator, async or not, of bytes or str, which is sent as it comes. `headers`: pairs,
-    checked as Headers checks them. `media_type`: a Content-Type instead of the usual one for the content. `reason`: instead of
-    the usual one for the status. Content-Length, and chunks where there is none, are the server's to add.
+    (json_default() says what more), or an iterator, async or not, of bytes or str, which is sent as it comes. `headers`: as
+    Headers takes them. `media_type`: a Content-Type instead of the usual one for the content. `reason`: instead of the usual one
+    for the status. Content-Length, and chunks where there is none, are the server's to add.
 
-    The head of a stream is sent with its first piece (b"" will do): an error before that is still answered as any other; later
-    the connection is cut. `trailers`: pairs to be sent after a stream, if it goes out in chunks; it may be set while it lasts.
+    The head of a stream is sent with its first piece (b"" will do): an error before that is still answered as any other, for HEAD
+    too, which asks for no more; later the connection is cut. `trailers`: pairs to be sent after a stream, if it goes out in
+    chunks; it may be set while it lasts.
 
     A middleware may replace `content` and `stream`; one of them is None. `endless`: a stream that the server may end when it
     closes, such as of events; its head is sent at once.
@@ -5494,6 +5534,8 @@ class Response:
             self.content = content.encode() if text else bytes(content)
             return _TEXT if text else _BINARY
         if hasattr(content, "__aiter__") or hasattr(content, "__next__"):
+            if inspect.isawaitable(content):        # such as flowcoro.sleep(1), a generator that is a coroutine
+                raise TypeError(f"the content is {content!r:.80}, which was not awaited")
             self.stream = content if hasattr(content, "__aiter__") else _Asynchronous(content)
             return _BINARY
         self.content = _encode_json(content).encode()
@@ -5508,7 +5550,9 @@ class Response:
         if status not in (301, 302, 303, 307, 308):
             raise ValueError(f"redirect(status={status!r}): 301, 302, 303, 307 or 308")
         location = urllib.parse.quote(location, safe="!#$%&'()*+,/:;=?@[]~-._")
-        return cls(status, b"", [*headers, ("Location", location)])
+        response = cls(status, b"", headers)
+        response.headers.add("Location", location)
+        return response
 
     def set_cookie(self, name, value, *, max_age=None, expires=None, domain=None, path="/", secure=False, http_only=False,
                    same_site="Lax", partitioned=False):
@@ -5774,11 +5818,11 @@ class _Exchange:
         if protocol is None:
             if request.method != "CONNECT":
                 raise HttpError(400, "this is for CONNECT only")
-            event = ResponseHead(200, headers)
+            event = ResponseHead(200, Headers(headers))
         elif protocol.lower() not in map(str.lower, http.upgrade):
             raise HttpError(426, f"this speaks {protocol} only", [("Upgrade", protocol), ("Connection", "Upgrade")])
         else:
-            event = InformationalResponse(101, [("Upgrade", protocol), ("Connection", "Upgrade"), *headers])
+            event = InformationalResponse(101, [("Upgrade", protocol), ("Connection", "Upgrade"), *Headers(headers)])
         if http.their_state is SEND_BODY:
             raise HttpError(400, "what asks for another protocol has no content here")
         await self._write(http.send(event))
@@ -5843,6 +5887,8 @@ class _Answering(_Exchange):
         stream, http = response.stream, self.http
         try:
             if request.method == "HEAD" or response.status in _STATELESS:
+                if response.status not in _STATELESS and type(stream) is not _FileStream and not response.endless:
+                    await self._try(stream)
                 await self._write(http.send(head) + http.send(EndOfMessage()))
             elif type(stream) is _FileStream:
                 await self._send_file(stream, head)
@@ -5856,7 +5902,7 @@ class _Answering(_Exchange):
                 await self._write(await self._instead(request, error))
                 return True
             self._cut()
-            if not isinstance(error, ProtocolError) and not self.sock.caused(error):
+            if not self._is_the_peers(error):
                 flowcoro_net.report_error(error, f"the answer to {request!r} broke off; its connection is cut", "flowcoro_http")
             return False
         except BaseException:
@@ -5864,6 +5910,20 @@ class _Answering(_Exchange):
             raise
         finally:
             await _close_stream(stream)
+
+    def _is_the_peers(self, error):
+        """Whether the client is why an answer broke off: nothing to report, or anybody could fill a log."""
+        return (isinstance(error, ProtocolError) or isinstance(error, HttpError) and error.status in (408, 413)
+                or self.sock.caused(error))
+
+    @staticmethod
+    async def _try(stream):
+        """Have a stream that nobody gets fail as it would for GET: an error before the first piece is the answer."""
+        pieces = aiter(stream)
+        try:
+            _piece(await anext(pieces, b""))
+        finally:
+            await _close_stream(pieces)
 
     async def _send_pieces(self, response, head):
         http, pieces = self.http, aiter(response.stream)
@@ -6049,8 +6109,8 @@ class _Connection(_Answering):
         request.app, request._source = self.app, self
         if head.target[0] != "/":
             request.raw_path, _, request.query_string = head.path.partition("?")
-            if head.target != "*":                      # Host counts for nothing then (RFC 9112 section 3.2.2)
-                request.host = head.authority
+            if head.target != "*" and head.method != "CONNECT":         # Host counts for nothing then: RFC 9112 section 3.2.2
+                request.headers.set("Host", head.authority)
             if head.method == "CONNECT":                # what follows would be the tunnel's, and is no request
                 http.keep_alive = False
         return request
@@ -6163,6 +6223,12 @@ class _Connection(_Answering):
             self.scope.cancel()
 
 
+def _is_an_end(error):
+    """Whether it ends more than a request: a task, or the program."""
+    ends = flowcoro.Cancelled, GeneratorExit, KeyboardInterrupt, SystemExit
+    return isinstance(error, ends) or isinstance(error, BaseExceptionGroup) and error.subgroup(ends) is not None
+
+
 class _Run:
     """One serve(): its connections, and who looks after them."""
 
@@ -6184,6 +6250,11 @@ class _Run:
         connection = self.connections[sock] = _Connection(self, sock)
         try:
             await connection.serve()
+        except BaseException as error:
+            if isinstance(error, Exception) or _is_an_end(error):
+                raise
+            connection._cut()               # asyncio.CancelledError, say: no end of ours, and none for the other connections
+            flowcoro_net.report_error(error, f"a handler failed; its connection, {sock!r}, is cut", "flowcoro_http")
         finally:
             del self.connections[sock]
 
@@ -6248,16 +6319,17 @@ class HttpServer(Router):
     iterator (streamed), (status, content), (status, content, headers), or None (204). HttpError raised in it is its answer; what
     else it raises is reported to sys.unraisablehook, and answered with 500.
 
-    Limits, in seconds (None: no limit): head_timeout, from the first byte of a head; body_timeout, for all of a body;
-    idle_timeout, between requests; send_timeout, for a client that does not read. min_body_rate, bytes a second, on average after
-    5 s. In bytes: max_body (413; None: no limit but that of body() and form()), max_request_line (414), max_field_line, max_head,
-    and max_fields, lines (431). They are looked at twice a second. redirect_slashes: as Router's.
+    Limits, in seconds (None: no limit): head_timeout, for the handshake of TLS, and from the first byte of a head; body_timeout,
+    for all of a body; idle_timeout, between requests; send_timeout, for a client that does not read. min_body_rate, bytes a
+    second, on average after 5 s. In bytes: max_body (413; None: no limit but that of body() and form()), max_request_line (414),
+    max_field_line, max_head, and max_fields, lines (431). They are looked at twice a second. The rest is Router's.
     """
 
     def __init__(self, *, head_timeout=HEAD_TIMEOUT, body_timeout=BODY_TIMEOUT, idle_timeout=IDLE_TIMEOUT,
                  send_timeout=SEND_TIMEOUT, min_body_rate=MIN_BODY_RATE, max_body=None, max_request_line=MAX_REQUEST_LINE,
-                 max_field_line=MAX_FIELD_LINE, max_fields=MAX_FIELDS, max_head=MAX_HEAD, **router_options):
-        super().__init__(**router_options)
+                 max_field_line=MAX_FIELD_LINE, max_fields=MAX_FIELDS, max_head=MAX_HEAD, prefix="", redirect_slashes=False,
+                 json_depth=JSON_DEPTH, max_errors=ERRORS):
+        super().__init__(prefix, redirect_slashes, json_depth=json_depth, max_errors=max_errors)
         for name, seconds in (("head_timeout", head_timeout), ("body_timeout", body_timeout), ("idle_timeout", idle_timeout),
                               ("send_timeout", send_timeout)):
             if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds > 0):
@@ -6311,14 +6383,16 @@ class HttpServer(Router):
             return handler
         return decorate
 
-    def lifespan(self, function):
+    def lifespan(self, function, *, outermost=False):
         """Have the async context manager that `function()` gives entered before the first request, and left after the last; a
-        decorator: an `async def` with one `yield` does too. In each process that serves. Its errors end the serving.
+        decorator: an `async def` with one `yield` does too. In each process that serves. Its errors end the serving. The first
+        that is added is the outermost, unless a later one says outermost=True.
         """
-        if inspect.isasyncgenfunction(function):
-            self._lifespans.append(contextlib.asynccontextmanager(function))
-        else:
-            self._lifespans.append(function)
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            raise TypeError(f"lifespan({function!r:.80}): give an `async def` with one `yield`, or a function that gives an "
+                            "async context manager")
+        around = contextlib.asynccontextmanager(function) if inspect.isasyncgenfunction(function) else function
+        self._lifespans.insert(0 if outermost else len(self._lifespans), around)
         return function
 
     def on_startup(self, function):
@@ -6444,7 +6518,8 @@ class HttpServer(Router):
             return openapi(self, **options)
 
         async def for_people(request):
-            return Response(200, openapi_page(openapi(self, **options), url=path), media_type="text/html; charset=utf-8")
+            return Response(200, openapi_page(openapi(self, **options), url=path), [("Content-Security-Policy", _CSP_OF_PAGES)],
+                            media_type="text/html; charset=utf-8")
 
         self.add(path, document, documented=False)
         if page is not None:
@@ -6472,13 +6547,19 @@ class HttpServer(Router):
 
     def run(self, host="127.0.0.1", port=8000, *, processes=None, drain_timeout=DRAIN_TIMEOUT, max_connections=math.inf,
             workers=None, **options):
-        """Serve until Ctrl-C or SIGTERM: listen() and serve(), and what they take."""
+        """Serve until Ctrl-C or SIGTERM: listen() and serve(), and what they take. A second Ctrl-C ends at once."""
+        ours = (threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+                and signal.getsignal(signal.SIGINT) == signal.default_int_handler)
+
         async def main():
             async with await self.listen(host, port, **options) as server:
                 print(f"serving on {server.url}  (Ctrl-C ends it)", file=sys.stderr, flush=True)
-                await server.serve(processes=processes, drain_timeout=drain_timeout, max_connections=max_connections)
+                with _asking_once() if ours else contextlib.nullcontext():
+                    await server.serve(processes=processes, drain_timeout=drain_timeout,
+                                       max_connections=max_connections)
         try:
-            flowcoro.run(main(), workers=workers, grace=drain_timeout + 5.0)
+            flowcoro.run(main(), workers=workers,
+                         grace=drain_timeout + 5.0 if isinstance(drain_timeout, (int, float)) else math.inf)
         except KeyboardInterrupt:
             pass
 
@@ -6497,6 +6578,23 @@ class HttpServer(Router):
     def statistics(self):
         """{"running": servers of this application in this process, "refused": what came and was no request}"""
         return {"running": self._runs, "refused": self._refused}
+
+
+@contextlib.contextmanager
+def _asking_once():
+    """Ctrl-C asks for a stop, as SIGTERM does; the next one is the kernel's, and cancels."""
+    kernels = signal.getsignal(signal.SIGINT)
+
+    def ask(number, frame):
+        signal.signal(signal.SIGINT, kernels)
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is ask:
+            signal.signal(signal.SIGINT, kernels)
 
 
 async def _called(function):
@@ -6522,7 +6620,8 @@ class HttpListener:
         it. Errors of lifespans are serve()'s, those of a start at once; in a worker process they end that process, which is
         replaced after a while, longer each time. Cancelled: all ends at once.
         """
-        options = {"lifespan": self._running, "drain_timeout": drain_timeout, "max_connections": max_connections}
+        options = {"lifespan": self._running, "drain_timeout": drain_timeout, "max_connections": max_connections,
+                   "handshake_timeout": self._app.head_timeout}
         if processes is not None:
             options |= {"processes": processes, "reload": functools.partial(self._reload, reload)}
         elif reload is not None:
@@ -7177,7 +7276,7 @@ def _listing_page(path, entries, more, has_parent):
             + "\n".join(rows) + f"\n</table>{note}</body></html>\n")
     return Response(200, page.encode(), [
         ("Content-Type", "text/html; charset=utf-8"), ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-cache"),
-        ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'")])
+        ("Content-Security-Policy", _CSP_OF_PAGES)])
 
 
 def static_files(directory, *, listing=False, index="index.html", precompressed=True, max_age=None, follow_symlinks=False,
@@ -7937,9 +8036,6 @@ CONNECTIONS_PER_ORIGIN, KEPT_IDLE = 100, 30.0
 # Cookies that a client keeps, of one domain and altogether. Chrome keeps 180 and 3300.
 MAX_OF_DOMAIN, MAX_JAR = 180, 3000
 
-# Characters of a cookie's name and value, and of each attribute; longer ones are dropped (RFC 6265bis 5.6).
-MAX_COOKIE, MAX_COOKIE_ATTRIBUTE = 4096, 1024
-
 # Bytes of one server-sent event, and failures in a row after which EventStream gives up.
 MAX_EVENT, MAX_EVENT_FAILURES = 2**20, 10
 
@@ -8082,8 +8178,8 @@ class _Url:
         if self.scheme not in _PORTS:
             raise ValueError(f"{_shown(_shown_url('', text))}: http and https are spoken here, not {scheme}")
         if found := _is_ambiguous(host):
-            raise ValueError(f"{_shown(host)}: {found[0]!r} makes it one name by IDNA 2003 and another one by IDNA 2008; give the "
-                             "one that is meant, as xn--…")
+            raise ValueError(f"{_shown(host)}: {found[0]!r} makes it one name by IDNA 2003 and another one by IDNA 2008; "
+                             "give the one that is meant, as xn--…")
         try:
             host = (host if host.isascii() else host.encode("idna").decode()).lower()
         except UnicodeError as error:
@@ -8279,6 +8375,8 @@ class _Proxies:
             proxy = _environment_proxies(environ)
         elif isinstance(proxy, str):
             proxy = {"all": proxy}
+        if unknown := proxy.keys() - {"http", "https", "all", "no"}:        # what was left out would go past the proxy
+            raise ValueError(f"proxy: {sorted(unknown)} is none of \"http\", \"https\", \"all\" and \"no\"")
         self.no, self.all = proxy.get("no", ""), {}
         for scheme in proxy.keys() - {"no"}:
             text = proxy[scheme] if "://" in proxy[scheme] else "http://" + proxy[scheme]
@@ -8301,13 +8399,14 @@ class _CookiePolicy(http.cookiejar.DefaultCookiePolicy):
     """What RFC 6265 (and 6265bis for Secure and the prefixes of names) says, and http.cookiejar, which is older, does not."""
 
     def __init__(self):
-        # A cookie without Domain is for its host alone, not for those below it (RFC 6265 5.4); supercookies are of the list.
+        # A cookie without Domain is for its host alone, not for those below it (RFC 6265 5.4). There is no list of public
+        # suffixes here: co.uk and its like are known to http.cookiejar, github.io is a domain as any other.
         super().__init__(strict_domain=True, strict_ns_domain=self.DomainStrictNonDomain)
 
     def set_ok(self, cookie, request):
-        host = request.origin_req_host
-        if cookie.domain_specified and cookie.domain.lstrip(".") != host and not _is_name(host):    # 5.1.3: it has no domain
-            return False
+        host, domain = request.origin_req_host, cookie.domain.lstrip(".")
+        if cookie.domain_specified and domain != host and ("." not in domain or not _is_name(host)):
+            return False        # of a top level, as which http.cookiejar takes `local`; an address is in no domain (5.1.3)
         prefix = cookie.name[:9].lower()
         secure, own = prefix.startswith(("__secure-", "__host-")), prefix.startswith("__host-")
         if (secure and not cookie.secure or own and (cookie.domain_specified or cookie.path != "/")
@@ -8565,12 +8664,13 @@ class ClientResponse(Response):
     """
 
     __slots__ = ("status", "reason", "version", "headers", "request", "elapsed", "history", "trailers", "content",
-                 "_exchange", "_decoder", "_pieces")
+                 "_exchange", "_decoder", "_pieces", "_begun")
 
     def __init__(self, head, request, elapsed):
         self.status, self.reason, self.version, self.headers = head.status, head.reason, head.version, head.headers
         self.request, self.elapsed, self.history, self.trailers, self.content = request, elapsed, (), None, None
         self._exchange = self._decoder = self._pieces = None
+        self._begun = False             # some of the content was given away, and is not kept
 
     @property
     def url(self):
@@ -8635,6 +8735,7 @@ class ClientResponse(Response):
             try:
                 piece = next(self._pieces, None) if self._pieces is not None else None
                 if piece is not None:
+                    self._begun = True
                     return piece
                 exchange = self._exchange
                 if exchange is None:
@@ -8653,8 +8754,11 @@ class ClientResponse(Response):
                 raise self._bad(error.message) from error
 
     async def read(self):
-        """All of the content, which is kept in `content`. Errors as for a piece; ResponseError beyond max_bytes of the client."""
+        """All of the content, which is kept in `content`. Errors as for a piece; ResponseError beyond max_bytes of the client;
+        RuntimeError if some of it has been iterated."""
         if self.content is None:
+            if self._begun:
+                raise RuntimeError(f"{self!r}: some of its content was given in pieces already, and not kept; read() it instead")
             content, most = bytearray(), self._exchange.options.max_bytes if self._exchange else math.inf
             async for piece in self:
                 content += piece
@@ -8701,7 +8805,7 @@ class ClientResponse(Response):
 
     def _whole(self):
         if self.content is None:
-            raise RuntimeError(f"{self!r}: its content was not read; `await response.read()` first, or iterate it")
+            raise RuntimeError(f"{self!r}: its content was not read; `await response.read()` first, instead of iterating it")
         return self.content
 
     def _bad(self, message):
@@ -9230,8 +9334,9 @@ class _Sending:
                 headers.set("Cookie", "; ".join(pairs))
                 equipped.append("cookie")
         if options.auth is not None and "authorization" not in headers:
+            before = set(headers._entries)
             options.auth.authorize(request)
-            equipped.append("authorization")
+            equipped += {"authorization", *[entry[0] for entry in request.headers._entries if entry not in before]}
         request._equipped = equipped
 
     async def _follow(self, request, options, stream, known=None, response=None):
@@ -9412,7 +9517,7 @@ class HttpClient(_Sending):
         self._max_redirects, self._max_connections, self._keep_alive = max_redirects, max_connections, keep_alive
         self._limits = {"max_head": max_head, "max_field_line": max_head, "max_request_line": max_head}
         self._proxies = _Proxies({} if proxy is None and not trust_env else proxy, os.environ)
-        self._netrc_file, self._netrc = netrc, _CLIENTS
+        self._netrc_file, self._netrc, self._netrc_asked = netrc, _CLIENTS, netrc is not None
         if netrc is None:
             self._netrc_file = os.environ.get("NETRC") or os.path.expanduser("~/.netrc") if trust_env else False
         self._tls, self._decode = _client_tls(verify, cert), bool(decode)
@@ -9465,10 +9570,11 @@ class HttpClient(_Sending):
                       progress=None, upload_progress=None):
         """A ClientResponse with all of its content, whatever its status.
 
-        params: dict or pairs to add to the query; of a list each item; None is "". headers: dict or pairs, instead of the client's
-        of the same names. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async
-        iterable of bytes. json: a value. data: fields of a form, as params. files: {name: file, bytes, or (filename, file[, media type])}, sent with
-        data as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: instead of the client's.
+        params: dict or pairs to add to the query; of a list each item; None is "". headers: dict or pairs, in place of those of
+        the client. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async
+        iterable of bytes. json: a value. data: fields of a form, as params. files: {name: file, bytes, or (filename, file[, media
+        type])}, sent with data as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: in place
+        of the client's.
         progress, upload_progress: function (bytes so far, bytes in all or None), of the content as it travels. Errors, and what
         cancellation leaves: see HttpClient.
         """
@@ -9585,7 +9691,13 @@ class HttpClient(_Sending):
         found = url.credentials
         if found is None and self._netrc_file:
             if self._netrc is _CLIENTS:
-                self._netrc = _read_netrc(self._netrc_file)
+                try:
+                    self._netrc = _read_netrc(self._netrc_file)
+                except ValueError as error:
+                    if self._netrc_asked:
+                        raise
+                    self._netrc = None              # nobody has asked for it: it is told once, and done without
+                    flowcoro_net.report_error(error, "requests are made without it", "flowcoro_http")
             entry = self._netrc and self._netrc.authenticators(url.host)
             found = entry and (entry[0], entry[2])
         return BasicAuth(*found) if found else None
@@ -9849,7 +9961,7 @@ _SOFTWARE = f"FlowCoro/{__version__}"
 _WSGI_STATUS = re.compile(rf"([2-9][0-9][0-9]) ([{_VALUE_CHARS}]*)")
 
 
-@functools.lru_cache(1024)
+@_known
 def _environ_key(name):
     """What a field is called in an environ. "" for those that are left out: X_Y would pass for X-Y, which a proxy may have set;
     and HTTP_PROXY is taken for a setting (CVE-2016-5385)."""
@@ -10361,7 +10473,7 @@ _REACHES = ("no running event loop", "there is no current event loop", "no curre
 _REACHES_BY = frozenset(["AsyncLibraryNotFoundError", "NoEventLoopError"])      # sniffio's and anyio's, which are not here
 
 
-@functools.lru_cache(1024)
+@_known
 def _asgi_name(name):
     return name.lower().encode("latin-1")
 

@@ -110,7 +110,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def origin():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *args: None            # who cuts a connection is no surprise here
-    server.seen, server.etag, server.said, server.whole, server.conditional, server.most = [], ETAG, None, False, True, len(CONTENT)
+    server.seen, server.etag, server.said, server.whole = [], ETAG, None, False
+    server.conditional, server.most = True, len(CONTENT)
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -286,7 +287,8 @@ def test_a_file_is_written_as_it_comes(get, origin):
 
 def test_a_password_in_the_url_is_sent_and_nowhere_shown_or_written(get, origin):
     url = origin.url.replace("//", "//me:secret@")
-    for path, option, status in ("/cut", "-of", 18), ("/none", "-s", 22), ("/round", "-s", 47), ("/file", "-m1e-9", 28), ("/", "-O", 2):
+    for path, option, status in (
+            ("/cut", "-of", 18), ("/none", "-s", 22), ("/round", "-s", 47), ("/file", "-m1e-9", 28), ("/", "-O", 2)):
         found, _, err = get(url + path, option)
         assert found == status and "127.0.0.1" in err and "secret" not in err
     with open("f.part.info") as file:

@@ -11,10 +11,9 @@ import pytest
 
 import flowcoro
 from flowcoro_http import (
-    Auth, BasicAuth, BearerAuth, ConnectError, DigestAuth, Headers, HttpClient, HttpServer, ProxyError, RedirectError, RequestError,
-    RequestTimeout,
-    ResponseError, Retries, ServerSentEvent, StatusError, Timeouts, TransferError, _challenge, _CookieRequest, _CookieResponse,
-    _environment_proxies, _EventParser, _goes_without, _Jar, _parse_credentials, _Url)
+    Auth, BasicAuth, BearerAuth, ConnectError, DigestAuth, Headers, HttpClient, HttpServer, ProxyError, RedirectError,
+    RequestError, RequestTimeout, ResponseError, Retries, ServerSentEvent, StatusError, Timeouts, TransferError, _challenge,
+    _CookieRequest, _CookieResponse, _environment_proxies, _EventParser, _goes_without, _Jar, _parse_credentials, _Url)
 from flowcoro_net import Socket, TcpServer, client_tls, server_tls
 from flowcoro_testing import VirtualClock, memory_socket_pair
 from test_http_client import SEED, Origin, answer, given_back, scripted, serving, talk
@@ -194,6 +193,20 @@ def test_the_user_of_a_url_and_of_netrc(tmp_path):
     talk(lambda request: answer(), lambda client, origin: client.get(origin.url), netrc=str(tmp_path / "none"))
 
 
+def test_a_netrc_that_nobody_has_asked_for_is_told_and_done_without(tmp_path, monkeypatch, reports):
+    path = tmp_path / "netrc"
+    path.write_text("what is this")
+    monkeypatch.setenv("NETRC", str(path))
+
+    async def work(client, origin):
+        for _ in range(2):
+            assert (await client.get(origin.url)).status == 200
+
+    talk(lambda request: answer(), work, trust_env=True)
+    [(message, error)] = reports
+    assert "without it" in message and "netrc=False" in str(error)
+
+
 def digest_server(algorithm="SHA-256", uses=10**9, user="me", password="pass", scheme="Digest"):
     """A handler that asks for digest authentication; each nonce serves `uses` times."""
     state = {"nonce": 0, "count": 0}
@@ -275,11 +288,16 @@ def test_an_auth_of_ones_own():
         def authorize(self, request):
             request.headers.set("X-Signed", request.method + request.parsed.target)
 
-    async def work(client, origin):
-        await client.delete(origin.url + "/x")
-        assert origin.requests[0].headers["x-signed"] == "DELETE/x"
+    async def main():
+        async with serving(lambda request: answer()) as other:
+            there = f"http://127.0.0.1:{other.port}/"
+            async with serving(lambda request: redirect("/again" if request.target == "/x" else there)) as origin:
+                async with HttpClient(trust_env=False, auth=Signed()) as client:
+                    await client.delete(origin.url + "/x", headers={"X-Signed": "mine"})
+        assert [request.headers.get("x-signed") for request in origin.requests + other.requests] == [
+            "DELETE/x", "DELETE/again", None]
 
-    talk(lambda request: answer(), work, auth=Signed())
+    flowcoro.run(main())
 
 
 # ---- cookies ---------------------------------------------------------------------------------------------------
@@ -328,6 +346,8 @@ def cookie_for(jar, url):
     ("http://localhost/", "x=1", "http://localhost/", "http://b.localhost/"),
     ("http://a.example.com/", "x=1; Domain=example.com", "http://b.example.com/", "http://badexample.com/"),
     ("http://a.example.com/", "x=1; Domain=com", None, "http://com/"),
+    ("http://intranet/", "x=1; Domain=local", None, "http://other/"),
+    ("http://a.local/", "x=1; Domain=.local", None, "http://b.local/"),
     ("http://a.example.co.uk/", "x=1; Domain=co.uk", None, "http://b.co.uk/"),
     ("http://a.example.com/", "x=1; Domain=b.example.com", None, "http://b.example.com/"),
     ("http://127.0.0.1/", "x=1", "http://127.0.0.1:81/", "http://127.0.0.2/"),
@@ -349,8 +369,9 @@ def test_a_cookie_goes_nowhere_else(url, cookie, sent, kept):
     assert cookie_for(jar, kept) is None
 
 
-@pytest.mark.parametrize("cookie", ["x=" + "1" * 4095, "x=1; a=" + "1" * 1024, f"x=1; Expires=Wed, 09-Feb-{'9' * 5000} 00:00:00 GMT",
-                                    "x=1; Max-Age=" + "9" * 5000])
+@pytest.mark.parametrize("cookie", [
+    "x=" + "1" * 4095, "x=1; a=" + "1" * 1024, f"x=1; Expires=Wed, 09-Feb-{'9' * 5000} 00:00:00 GMT",
+    "x=1; Max-Age=" + "9" * 5000])
 def test_a_cookie_that_is_too_long_is_dropped(cookie):
     assert [cookie.name for cookie in jar_of("http://example.com/", cookie, "y=1")] == ["y"]
 
@@ -510,7 +531,8 @@ def test_what_goes_without_a_proxy(url, no_proxy, goes_without):
     assert _goes_without(_Url(url), no_proxy) is goes_without
 
 
-@pytest.mark.parametrize("proxy", ["socks5://a", "http://", {"http": "a b"}, "https://proxy:1"])
+@pytest.mark.parametrize("proxy", [
+    "socks5://a", "http://", {"http": "a b"}, "https://proxy:1", {"https://": "http://a"}, {"no_proxy": "a"}])
 def test_proxies_that_cannot_be_used(proxy):
     with pytest.raises(ValueError, match="prox"):
         HttpClient(proxy=proxy)

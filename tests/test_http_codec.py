@@ -586,6 +586,9 @@ def test_a_client_waits_for_100_until_it_is_sent_or_content_comes():
     assert connection.reusable
     connection, _ = server(expecting + b"h")
     assert not connection.expects_continue
+    connection, _ = server(expecting)
+    connection.send(InformationalResponse(103))         # says nothing about the content
+    assert connection.expects_continue
 
 
 @pytest.mark.parametrize("lines", [b"Expect: 100-continue\r\n", b"Expect: 100-continue\r\nContent-Length: 0\r\n",

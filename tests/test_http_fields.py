@@ -11,6 +11,7 @@ import urllib.parse
 
 import pytest
 
+import flowcoro_http
 from flowcoro_http import (
     _basic_credentials, _bearer_credentials, _best_challenge, cache_control, _challenge, content_disposition,
     _digest_credentials, entity_tag, Headers, http_date, negotiate_encoding, negotiate_language, negotiate_type,
@@ -488,3 +489,17 @@ def test_random_values_are_read_or_refused(seed):
                 read(value)
             except ProtocolError:
                 pass
+
+
+def test_an_offer_that_is_no_media_type_is_the_servers_fault():
+    with pytest.raises(ValueError, match="offer 'json'"):
+        negotiate_type("*/*", ["json", "text/html"])
+
+
+def test_what_is_remembered_of_texts_is_bounded():
+    remembering = flowcoro_http._known(str.upper)
+    for number in range(5000):
+        assert remembering(f"text {number}") == f"TEXT {number}"
+    assert remembering("x" * 1000) == "X" * 1000
+    table = remembering.__self__
+    assert 0 < len(table) <= flowcoro_http.KNOWN_LINES and max(map(len, table)) <= flowcoro_http.KNOWN_LINE

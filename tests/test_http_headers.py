@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowcoro_http import Headers, LocalProtocolError
+from flowcoro_http import Headers, HttpConnection, LocalProtocolError, ResponseHead
 
 PAIRS = [("Host", "h"), ("Set-Cookie", "a=b"), ("X-Empty", ""), ("set-cookie", "c=d")]
 
@@ -31,6 +31,12 @@ def test_a_name_that_is_not_there_is_a_key_error_or_the_default():
 def test_a_letter_that_only_lower_makes_ascii_finds_nothing():
     assert "\u212aey" not in Headers([("Key", "x")])
     assert Headers([("Key", "x")]).get_all("\u212aey") == []
+
+
+def test_a_dict_is_its_items_and_never_the_letters_of_its_names():
+    assert Headers({"TE": "trailers", "X-A": "b"}).items() == [("TE", "trailers"), ("X-A", "b")]
+    with pytest.raises(TypeError, match="TE"):
+        HttpConnection("server").send_message(ResponseHead(400, {"TE": "trailers"}))
 
 
 def test_lines_are_given_as_they_were_set():

@@ -135,6 +135,7 @@ async def test_a_form_of_texts_urlencoded_or_in_parts():
             with pytest.raises(HttpError) as caught:
                 await request.form(**limits)
             assert caught.value.status == status, content
+            assert status != 415 or "application/x-www-form-urlencoded" in caught.value.message
         if request._files:
             request._close()
 
@@ -339,9 +340,21 @@ def test_redirects():
     assert (response.status, response.headers["location"], response.headers["x-a"]) == (307, "/a%20b/%C3%A9?x=%20#y", "b")
     assert Response.redirect("https://[::1]:80/x").headers["location"] == "https://[::1]:80/x"
     assert Response.redirect("/").status == 303
+    assert Response.redirect("/", headers={"X-A": "b"}).headers["x-a"] == "b"
     for wrong in 200, 304, 300, "303":
         with pytest.raises(ValueError):
             Response.redirect("/", wrong)
+
+
+def test_a_content_that_was_not_awaited_is_named_as_that():
+    async def content():
+        return "x"
+
+    forgotten = content()
+    for wrong in forgotten, flowcoro.sleep(1):
+        with pytest.raises(TypeError, match="not awaited"):
+            Response(200, wrong)
+        wrong.close()
 
 
 def test_cookies_are_set_and_deleted():

@@ -581,7 +581,8 @@ def test_two_dataclasses_of_one_name_are_two_components():
         operation = openapi(router)["paths"][f"/{number}"]["post"]
         name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
         assert list(schemas[name]["properties"]) == [f"x{number}"]
-        assert operation["responses"]["422"]["content"]["application/json"]["schema"]["$ref"].endswith("/UnprocessableContent")
+        assert operation["responses"]["422"]["content"]["application/problem+json"]["schema"]["$ref"].endswith(
+            "/UnprocessableContent")
     assert "errors" in schemas["UnprocessableContent"]["properties"]
 
 

@@ -345,6 +345,7 @@ async def test_an_absolute_target_counts_for_more_than_host():
 
     @app.get("/who")
     async def who(request):
+        assert request.headers.get_all("host") == [request.host]        # whoever reads the field reads no other one
         return [request.host, request.path, request.query_string, request.url, request.target]
 
     @app.get("/")
@@ -654,6 +655,88 @@ async def test_all_that_a_handler_may_return():
         assert answer.content == b"" and answer.status == 200
 
 
+@simulated
+async def test_head_gets_the_error_that_get_would_get_before_the_first_piece():
+    app, ends = HttpServer(), []
+
+    @app.get("/{status:int}")
+    async def lines(request, status):
+        try:
+            if status != 200:
+                raise HttpError(status)
+            yield "one"
+            raise ValueError("this is asked of nobody who wants the head only")
+        finally:
+            ends.append(status)
+
+    async with serving(app) as world:
+        for status in 404, 200:
+            answer = await world.get(f"/{status}", method="HEAD")
+            assert answer.status == status and ends.pop() == status
+            assert ("content-length" in answer.headers) == (status == 404)
+
+
+def test_what_is_no_error_but_escapes_a_handler_ends_its_connection_alone(reports):
+    @simulated
+    async def test():
+        app = plain_app()
+
+        @app.get("/stray")
+        async def stray(request):
+            raise Stray
+
+        @app.get("/stream")
+        async def stream(request):
+            yield "one"
+            raise BaseExceptionGroup("several", [Stray()])
+
+        async with serving(app) as world:
+            async with await world.connect() as other:
+                for path in b"/stray", b"/stream":
+                    async with await world.connect() as sock:
+                        await sock.write(b"GET %s HTTP/1.1\r\n%s\r\n" % (path, HOST))
+                        with pytest.raises(BrokenError):
+                            await everything(sock)
+                await other.write(b"GET / HTTP/1.1\r\n%s\r\n" % HOST)
+                assert (await other.read()).endswith(b"hello")
+
+    test()
+    assert [type(error) for _, error in reports] == [Stray, BaseExceptionGroup]
+
+
+def test_an_option_that_the_server_has_not_is_said_to_be_none_of_the_server():
+    with pytest.raises(TypeError, match="HttpServer.*drain_timeout"):
+        HttpServer(drain_timeout=3)
+    app = HttpServer(prefix="/a", redirect_slashes=True, json_depth=3, max_errors=2)
+    assert app.redirect_slashes and app._limits == (3, 2)
+
+
+class Stray(BaseException):
+    """As asyncio.CancelledError, or what a library of tests gives up with."""
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_what_ends_the_program_ends_the_server(error):
+    app = HttpServer()
+
+    @app.get("/")
+    async def end(request):
+        raise error
+
+    async def main():
+        async with serving(app) as world:
+            async with await world.connect() as sock:
+                await sock.write(b"GET / HTTP/1.1\r\n%s\r\n" % HOST)
+                await flowcoro.Event().wait()
+
+    with pytest.raises(BaseException) as caught:
+        simulated(main)()
+    found = caught.value
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert type(found) is error
+
+
 class Strange(Response):
     def __init__(self, **attributes):
         super().__init__(200, "x")
@@ -673,7 +756,7 @@ WRONG = {
     "pairs for headers": Strange(headers={"a": "b"}), "a status of text": Strange(status="200"),
     "a reason beyond latin-1": Response(200, "x", reason="\u20ac"), "headers of three": (200, "x", [("a", "b", "c")]),
     "headers of no text": (200, "x", [("a", 1)]), "a header with a line break": (200, "x", [("a", "b\r\nX: y")]),
-    "a dict of headers": (200, "x", {"abc": "d"}), "a set of objects": {object()},
+    "a set of objects": {object()},
 }
 
 OF_NO_CONCERN_TO_HEAD = {"content with 204", "content with 304", "a wrong length", "no content at all"}
@@ -1626,6 +1709,30 @@ async def test_a_body_has_a_least_rate_after_a_while():
                     group.cancel()
 
 
+def test_a_client_that_is_too_slow_or_sends_too_much_fills_no_log(reports):
+    @simulated
+    async def test():
+        app = plain_app(body_timeout=5.0)
+
+        @app.post("/repeat")
+        async def repeat(request):
+            request.max_body = 10
+            async for piece in request.stream():
+                yield piece
+
+        async with serving(app) as world:
+            for more in b"", b"x" * 10:
+                async with await world.connect() as sock:
+                    await sock.write(b"POST /repeat HTTP/1.1\r\nHost: a\r\nContent-Length: 20\r\n\r\nx")
+                    await sock.read_until(b"x\r\n")
+                    await sock.write(more)
+                    with pytest.raises(BrokenError):
+                        await everything(sock)
+
+    test()
+    assert reports == []
+
+
 @simulated
 async def test_what_came_with_the_head_counts_for_the_rate():
     async with serving(plain_app(min_body_rate=100)) as world, await world.connect() as sock:
@@ -1875,7 +1982,7 @@ def upgrading_app(then=None):
 
     @app.route("/up", methods=["GET", "POST"])
     async def up(request):
-        sock = await request.upgrade("shout", [("X-A", "b")])
+        sock = await request.upgrade("shout", {"X-A": "b"})
         if then is not None:
             return await then(request, sock)
         while data := await sock.read():
@@ -1980,7 +2087,7 @@ async def test_informational_responses_before_the_answer():
 
     @app.route("/", methods=["POST", "GET"])
     async def hints(request):
-        await request.inform(103, [("Link", "</style.css>; rel=preload")])
+        await request.inform(103, {"Link": "</style.css>; rel=preload"})
         await request.inform(103)
         for wrong in 101, 200, 99:
             with pytest.raises(ValueError):
@@ -2282,6 +2389,21 @@ def test_http_client_and_urllib_are_served():
     run(main)
 
 
+def test_a_handshake_of_tls_has_as_long_as_a_head(certificates):  # noqa: F811
+    async def main():
+        app = plain_app(head_timeout=0.05)
+        tls = server_tls(*certificates.good)
+        async with await app.listen("127.0.0.1", 0, tls=tls) as listener, flowcoro.TaskGroup() as group:
+            group.spawn(listener.serve())
+            async with await Socket.connect(*listener.local) as sock:
+                with flowcoro.timeout(PATIENCE / 2):
+                    assert await everything(sock) == b""
+            assert listener.statistics()["handshakes_failed"] == 1
+            listener.close()
+
+    run(main)
+
+
 def test_tls_and_reload_of_its_certificate(certificates, tmp_path):  # noqa: F811
     pair = tmp_path / "cert.pem", tmp_path / "key.pem"
 
@@ -2338,6 +2460,7 @@ def test_tls_and_reload_of_its_certificate(certificates, tmp_path):  # noqa: F81
 
 @pytest.mark.parametrize("how", ["tls", "without epoll"])
 def test_a_handler_is_cancelled_when_such_a_client_is_gone(how, certificates, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(flowcoro_http, "SWEEP", 0.05)
     if how != "tls":
         monkeypatch.setattr(flowcoro, "_new_poller", lambda: flowcoro._LevelPoller(selectors.PollSelector()))
 
@@ -2348,7 +2471,7 @@ def test_a_handler_is_cancelled_when_such_a_client_is_gone(how, certificates, mo
             sock = await Socket.connect(*listener.local, tls=context, server_name="localhost" if context else None)
             await sock.write(b"GET /wait HTTP/1.1\r\nHost: a\r\n\r\n")
             connection = None
-            while connection is None or connection.since < 1:       # it is looked after, and not taken for one that is gone
+            while connection is None or connection.since < 0.1:     # it is looked after, and not taken for one that is gone
                 connection = next(iter(listener._run.connections.values()), None)
                 await flowcoro.sleep(0.01)
             assert ended == []
@@ -2570,6 +2693,58 @@ def test_run_serves_until_it_is_told_to_stop():
                 assert process.stdout.read() == "ended\n" and process.stderr.read() == "" and process.wait(PATIENCE) == 0
             finally:
                 process.kill()
+
+
+def test_what_is_no_lifespan_is_refused_where_it_is_added():
+    async def without_yield():
+        pass
+
+    def without_async():
+        yield
+
+    for wrong in without_yield, without_async:
+        with pytest.raises(TypeError, match="lifespan.*yield"):
+            HttpServer().lifespan(wrong)
+
+
+@pytest.mark.parametrize("options", ["", "processes=1", "workers=2", "drain_timeout=None"])
+def test_the_first_ctrl_c_has_what_is_under_way_answered(options):
+    code = ("import flowcoro\nfrom flowcoro_http import HttpServer\napp = HttpServer()\n@app.get('/')\nasync def slow(request):\n"
+            "    print('here', flush=True)\n    await flowcoro.stop_requested()\n    await flowcoro.checkpoint()\n"
+            "    return 'slow'\n"
+            f"app.run('127.0.0.1', 0, {options})\nprint('ended')")
+    with subprocess.Popen([sys.executable, "-W", "error", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          cwd=ROOT, text=True) as process:
+        try:
+            port = int(re.search("serving on http://127.0.0.1:([0-9]+) ", process.stderr.readline())[1])
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+            connection.request("GET", "/")
+            assert process.stdout.readline() == "here\n"
+            process.send_signal(signal.SIGINT)
+            response = connection.getresponse()
+            assert response.read() == b"slow" and response.headers["connection"] == "close"
+            connection.close()
+            assert process.stdout.read() == "ended\n" and process.stderr.read() == "" and process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+
+
+def test_the_second_ctrl_c_ends_at_once():
+    code = ("import flowcoro\nfrom flowcoro_http import HttpServer\napp = HttpServer()\n@app.get('/')\nasync def slow(request):\n"
+            "    print('here', flush=True)\n    await flowcoro.stop_requested()\n    print('asked', flush=True)\n"
+            "    await flowcoro.Event().wait()\napp.run('127.0.0.1', 0, drain_timeout=1000)\nprint('ended')")
+    with subprocess.Popen([sys.executable, "-W", "error", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          cwd=ROOT, text=True) as process:
+        try:
+            port = int(re.search("serving on http://127.0.0.1:([0-9]+) ", process.stderr.readline())[1])
+            with socket.create_connection(("127.0.0.1", port), PATIENCE) as sock:
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+                for line in "here\n", "asked\n":
+                    assert process.stdout.readline() == line
+                    process.send_signal(signal.SIGINT)
+                assert process.stdout.read() == "ended\n" and process.stderr.read() == "" and process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
 
 
 def test_reload_gives_new_processes_another_application():
