@@ -6356,8 +6356,8 @@ class HttpServer(Router):
         decorator: an `async def` with one `yield` does too. In each process that serves. Its errors end the serving.
         """
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-            raise TypeError(f"lifespan({function!r:.80}): give an `async def` with one `yield`, or a function that gives an async "
-                            "context manager")
+            raise TypeError(f"lifespan({function!r:.80}): give an `async def` with one `yield`, or a function that gives an "
+                            "async context manager")
         if inspect.isasyncgenfunction(function):
             self._lifespans.append(contextlib.asynccontextmanager(function))
         else:
