@@ -136,6 +136,7 @@ READERS = 4             # files read at the same time; a disk seldom gains from 
 CLIENTS = 1_000
 MESSAGES = 10           # per client: 10,000 round trips, about a second
 REQUESTS = 10_000       # of the scene http: about a second, too
+HEAD_SECONDS = 1.0      # that the head of a request may take there
 SPARE_FILES = 64        # descriptors the process needs besides the sockets of the clients
 
 MODULE = r"flowcoro(?:_\w+)?"
@@ -651,7 +652,7 @@ class _Visit:
     """What the clients of the teahouse see, good ones and bad ones."""
 
     CONNECTIONS = 64
-    SLOW, HEAD_TIMEOUT = 50, 1.0        # connections that never finish a request's head, and the seconds that it may take
+    SLOW = 50                   # connections that never finish a request's head
 
     def __init__(self, http, net, screen):
         self.http, self.net, self.screen = http, net, screen
@@ -661,7 +662,7 @@ class _Visit:
         self.over = False               # from now on Ctrl-C is the way to end
 
     async def run(self):
-        app = _teahouse(self.http, self.HEAD_TIMEOUT)
+        app = _teahouse(self.http, HEAD_SECONDS)
         try:
             listener = await app.listen("127.0.0.1", 0)
         except OSError as error:
@@ -677,7 +678,7 @@ class _Visit:
                     await self.crowd(client)
             seconds = max([await task for task in slow])
             self.screen.say(f"{self.slow} that sent a line of a head each 0.1 s: cut off with 408 after {seconds:.1f} s "
-                            f"(head_timeout={self.HEAD_TIMEOUT:g})")
+                            f"(head_timeout={HEAD_SECONDS:g})")
             if self.screen.keep:
                 self.over = True
                 self.screen.say(f"It stays until Ctrl-C. Open {server.url}/ in a browser, or try:\n"
@@ -740,7 +741,7 @@ class _Visit:
     async def dawdle(self, server):
         """Send a head that never ends: the seconds until the server has had enough."""
         start, answer = time.perf_counter(), None
-        with flowcoro.timeout(10 * self.HEAD_TIMEOUT):
+        with flowcoro.timeout(10 * HEAD_SECONDS):
             async with await self.net.Socket.connect(*server.local) as sock:
                 await sock.write(b"GET / HTTP/1.1\r\n")
                 while answer is None:

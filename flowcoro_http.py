@@ -2571,8 +2571,8 @@ class _Received:
         return buffer[start:cr].decode("latin-1")
 
 
-# Requests that have come more than once, as they came: bytes -> _KnownRequest. Clients that ask for the same again and again (they
-# poll, they check whether we are well) send the same bytes each time: one look instead of 2.5 µs. What has secrets in it is not
+# Requests that have come more than once, as they came: bytes -> _KnownRequest. Clients that ask for the same again and
+# again (they poll, they check whether we are well) send the same bytes each time: one look instead of 2.5 µs. What has secrets in it is not
 # kept, nor what has come once; limits differ, so each set of them has a table.
 _SEEN = [None] * 1024           # hashes of what has come
 _RECEIVED_KNOWN = (_TRANSITIONS[SERVER][IDLE][_REQUEST], _TRANSITIONS[CLIENT][_TRANSITIONS[CLIENT][IDLE][_REQUEST]][_END])
@@ -5909,6 +5909,8 @@ class _Answering(_Exchange):
             self._cut()
             raise
         finally:
+            if type(response) is Response:
+                response.stream = _SPENT
             await _close_stream(stream)
 
     def _is_the_peers(self, error):
@@ -5976,6 +5978,18 @@ class _Answering(_Exchange):
             raise OSError(f"{stream.file!r} has become shorter while it was sent: {count - stream.sent} bytes are missing")
         http._out_left -= count                         # the content went by another way
         http.send(EndOfMessage())
+
+
+class _Spent:
+    """What a Response has instead of the stream that was sent: again it would be an empty answer that looks like a good one."""
+
+    __slots__ = ()
+
+    def __aiter__(self):
+        raise RuntimeError("the stream of this Response has been sent, and can be once: make a Response for each request")
+
+
+_SPENT = _Spent()
 
 
 def _piece(piece):
@@ -6357,9 +6371,9 @@ class HttpServer(Router):
     def middleware(self, function, *, outermost=False):
         """Have `async def function(request, call_next)` stand between the server and the handlers; may be used as a decorator.
 
-        It returns what `await call_next(request)` gives, a Response, or another one, or what handlers may return. The first that
-        is added is the outermost, unless a later one says outermost=True. Errors of handlers are answers already when they come
-        to it; what it raises itself becomes one.
+        It returns what `await call_next(request)` gives, a Response, or another one, or what handlers may return, but not None.
+        The first that is added is the outermost, unless a later one says outermost=True. Errors of handlers are answers already
+        when they come to it; what it raises itself becomes one.
         """
         if not callable(function):
             raise TypeError(f"middleware({function!r}): give an async function of request and call_next")
@@ -6504,7 +6518,11 @@ class HttpServer(Router):
         """A middleware and what comes after it, as one function that gives the Response to a request; never an Exception."""
         async def call(request):
             try:
-                return _as_response(await function(request, call_next))
+                result = await function(request, call_next)
+                if result is None and (request._source is None or not request._source.upgraded):
+                    raise TypeError(f"the middleware {getattr(function, '__name__', function)!s:.80} returned None; it returns "
+                                    "what call_next(request) gives, or another answer")
+                return _as_response(result)
             except Exception as error:
                 return await self._respond_to_error(request, error)
         return call

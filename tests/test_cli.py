@@ -24,7 +24,7 @@ import flowcoro_net
 ROOT = pathlib.Path(flowcoro_cli.__file__).resolve().parent
 PATIENCE = 120              # seconds until a program counts as hanging; the slowest needs about ten
 
-SMALL = {"COROUTINES": 2_000, "THREADS": 20, "ROUNDS": 1, "CLIENTS": 30, "MESSAGES": 3, "REQUESTS": 200}
+SMALL = {"COROUTINES": 2_000, "THREADS": 20, "ROUNDS": 1, "CLIENTS": 30, "MESSAGES": 3, "REQUESTS": 200, "HEAD_SECONDS": 0.2}
 
 
 def environment(**more):
@@ -444,7 +444,7 @@ def test_the_http_scene_fails_in_one_line_if_its_connections_break(cli, small, m
 def test_the_http_scene_fails_if_slow_heads_are_not_cut_off(cli, small, monkeypatch):
     patient = flowcoro_cli._teahouse
     monkeypatch.setattr(flowcoro_cli, "_teahouse", lambda http, head_timeout: patient(http, 60.0))
-    monkeypatch.setattr(flowcoro_cli._Visit, "HEAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(flowcoro_cli, "HEAD_SECONDS", 0.1)
     status, out, _ = cli("demo", "http")
     assert status == 1 and "FAILED: timeout(1)" in out
 

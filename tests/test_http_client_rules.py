@@ -198,11 +198,12 @@ def test_a_netrc_that_nobody_has_asked_for_is_told_and_done_without(tmp_path, mo
     path.write_text("what is this")
     monkeypatch.setenv("NETRC", str(path))
 
-    async def work(client, origin):
-        for _ in range(2):
-            assert (await client.get(origin.url)).status == 200
+    async def main():
+        async with serving(lambda request: answer()) as origin, HttpClient() as client:
+            for _ in range(2):
+                assert (await client.get(origin.url)).status == 200
 
-    talk(lambda request: answer(), work, trust_env=True)
+    flowcoro.run(main())
     [(message, error)] = reports
     assert "without it" in message and "netrc=False" in str(error)
 

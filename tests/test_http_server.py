@@ -737,6 +737,39 @@ def test_what_ends_the_program_ends_the_server(error):
     assert type(found) is error
 
 
+def test_a_stream_is_sent_once(reports):
+    @simulated
+    async def test():
+        app, kept = HttpServer(), Response(200, pieces(b"a"))
+
+        @app.get("/")
+        async def again(request):
+            return kept
+
+        async with serving(app) as world:
+            for method, status in ("GET", 200), ("GET", 500), ("HEAD", 500):
+                assert (await world.get("/", method=method)).status == status
+
+    test()
+    assert [str(error)[:28] for _, error in reports] == ["the stream of this Response "] * 2
+
+
+def test_a_middleware_that_forgets_to_return_is_reported(reports):
+    @simulated
+    async def test():
+        app = plain_app()
+
+        @app.middleware
+        async def forgetful(request, call_next):
+            await call_next(request)
+
+        async with serving(app) as world:
+            assert (await world.get()).status == 500
+
+    test()
+    assert ["forgetful" in str(error) for _, error in reports] == [True]
+
+
 class Strange(Response):
     def __init__(self, **attributes):
         super().__init__(200, "x")
