@@ -2571,8 +2571,8 @@ class _Received:
         return buffer[start:cr].decode("latin-1")
 
 
-# Requests that have come more than once, as they came: bytes -> _KnownRequest. Clients that ask for the same again and
-# again (they poll, they check whether we are well) send the same bytes each time: one look instead of 2.5 µs. What has secrets in it is not
+# Requests that have come more than once, as they came: bytes -> _KnownRequest. Clients that ask for the same again and again, as
+# those that poll, or check whether we are well, send the same bytes: one look instead of 2.5 µs. What has secrets in it is not
 # kept, nor what has come once; limits differ, so each set of them has a table.
 _SEEN = [None] * 1024           # hashes of what has come
 _RECEIVED_KNOWN = (_TRANSITIONS[SERVER][IDLE][_REQUEST], _TRANSITIONS[CLIENT][_TRANSITIONS[CLIENT][IDLE][_REQUEST]][_END])

@@ -1,9 +1,14 @@
-"""What several test files use."""
+"""What several test files use; and how the whole suite is run by two processes."""
 
 import gc
+import json
 import os
+import pathlib
+import subprocess
 import sys
+import tempfile
 import threading
+import time
 
 import pytest
 
@@ -102,3 +107,121 @@ async def parked(group, *coros):
         await wait_all_tasks_parked()
         assert tasks[-1].state == "parked"
     return tasks
+
+
+# ---- two processes --------------------------------------------------------------------------------------------
+#
+# All tests take a processor two and a half minutes. So where there are two, a second pytest helps: it goes through the files from
+# the last to the first, and who comes to a file that the other has begun passes it over. What the helper reports is told here at
+# the end, as if it had happened here. It is no child of this process, since tests ask whether there are any, and it has no
+# thread here, since a thread might yet wake a task. FLOWCORO_PROCESSES=1 goes without.
+
+# Tests from which on it pays; and arguments with which it is clear what the helper has to do: none that name files or a choice.
+MANY = int(os.environ.get("FLOWCORO_MANY", 2000))
+PATIENCE = 240          # seconds until the helper is given up, once there is nothing left to do but wait for it
+HARMLESS = ("-q", "-v", "-W", "-p", "-r", "--durations", "--color", "--tb", "no:", "error")
+
+START = """
+import subprocess, sys
+with open(sys.argv[1], "wb") as output:
+    subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+"""
+
+
+class Half:
+    """One of the two: which files it has begun, and, of the helper, what it reports."""
+
+    def __init__(self, folder):
+        self.folder, self.files, self.reports = pathlib.Path(folder), {}, None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item):
+        if item.path not in self.files:
+            try:
+                os.close(os.open(self.folder / f"begun-{item.path.name}", os.O_CREAT | os.O_EXCL))
+                self.files[item.path] = True
+            except FileExistsError:
+                self.files[item.path] = False
+        return None if self.files[item.path] else True
+
+
+    def is_helped(self):
+        """Whether the helper is there, or on its way."""
+        try:
+            os.kill(int((self.folder / "helper").read_text() or os.getpid()), 0)
+        except FileNotFoundError:
+            pass
+        except ProcessLookupError:
+            return (self.folder / "all-reports").exists()
+        return True
+
+
+class Helper(Half):
+    """The second process."""
+
+    def __init__(self, config):
+        super().__init__(os.environ.pop("FLOWCORO_HELPER"))
+        self.config, self.helped = config, int((self.folder / "pid").read_text())
+        self.reports = open(self.folder / "reports", "w")
+        (self.folder / "helper").write_text(str(os.getpid()))
+
+    def pytest_collection_modifyitems(self, items):
+        files = {}
+        for item in items:
+            files.setdefault(item.path, []).append(item)
+        items[:] = [item for path in reversed(files) for item in files[path]]
+
+    def pytest_runtest_logstart(self):
+        os.kill(self.helped, 0)             # ProcessLookupError: nobody waits for this any more
+
+    def pytest_runtest_logreport(self, report):
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        self.reports.write(json.dumps(data) + "\n")
+
+    def pytest_unconfigure(self):
+        self.reports.close()
+        (self.folder / "reports").rename(self.folder / "all-reports")
+
+
+def pytest_configure(config):
+    if "FLOWCORO_HELPER" in os.environ:
+        config.pluginmanager.register(Helper(config))
+
+
+def pays(session):
+    """Whether this is the whole suite, on a machine with two processors."""
+    arguments, config = session.config.invocation_params.args, session.config
+    return (len(session.items) >= MANY and len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0]) > 1
+            and os.environ.get("FLOWCORO_PROCESSES") != "1"
+            and not any(isinstance(plugin, Helper) for plugin in config.pluginmanager.get_plugins())
+            and all(argument.startswith(HARMLESS) for argument in arguments))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtestloop(session):
+    if not pays(session):
+        yield
+        return
+    config = session.config
+    with tempfile.TemporaryDirectory() as folder:
+        half = Half(folder)
+        (half.folder / "pid").write_text(str(os.getpid()))
+        command = [sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-m", "pytest",
+                   *config.invocation_params.args, "-p", "no:cacheprovider"]
+        subprocess.run([sys.executable, "-c", START, half.folder / "output", *command], check=True,
+                       env=os.environ | {"FLOWCORO_HELPER": folder}, cwd=config.invocation_params.dir)
+        config.pluginmanager.register(half)
+        yield
+        config.pluginmanager.unregister(half)
+        told, begun = half.folder / "all-reports", time.monotonic()
+        while not told.exists() and half.is_helped() and time.monotonic() < begun + PATIENCE:
+            time.sleep(0.02)
+        for line in told.read_text().splitlines() if told.exists() else ():
+            data = json.loads(line)
+            if isinstance(data["longrepr"], list):          # of a test that was skipped: JSON has no tuples
+                data["longrepr"] = tuple(data["longrepr"])
+            report = config.hook.pytest_report_from_serializable(config=config, data=data)
+            config.hook.pytest_runtest_logreport(report=report)
+        if not told.exists():
+            session.testsfailed += 1
+            print(f"\nthe second process has not come to its end:\n{(half.folder / 'output').read_text()}")

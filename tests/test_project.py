@@ -19,6 +19,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -833,3 +834,67 @@ def test_the_header_is_read_as_a_person_would():
         """)
     assert copy_list(docstring) == {"flowcoro.py", "flowcoro_net.py"}
     assert header_example(docstring) == "import flowcoro_net\n\nprint(1)"
+
+
+# ---- how the tests are run ---------------------------------------------------------------------------------
+
+SUITE = {"test_a.py": """
+def test_one():
+    note("a1")
+
+def test_two():
+    note("a2")
+    assert 0, "as it should"
+""", "test_b.py": """
+import pytest
+
+@pytest.mark.parametrize("number", range(30))
+def test_many(number):
+    note(f"b{number}")
+    time.sleep(0.01)
+""", "test_c.py": """
+import pytest
+
+def test_skipped():
+    pytest.skip("as it should")
+
+def test_last():
+    note("c")
+"""}
+
+NOTE = """
+import os, time
+
+def note(text):
+    with open("notes", "a") as file:
+        file.write(f"{os.getpid()} {text}\\n")
+"""
+
+
+def suite(folder, files, **environment):
+    """Run a suite with our conftest.py: the exit status, the output, and what its tests noted, as {text: process}."""
+    shutil.copy(ROOT / "tests" / "conftest.py", folder)
+    for name, text in files.items():
+        (folder / name).write_text(NOTE + text)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=folder, timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "FLOWCORO_MANY": "2", **environment}, capture_output=True, text=True)
+    notes = [line.split() for line in (folder / "notes").read_text().splitlines()]
+    assert len({text for _, text in notes}) == len(notes), "a test has run twice"
+    return done.returncode, done.stdout + done.stderr, {text: process for process, text in notes}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_two_processes_run_each_test_once_and_tell_as_one(tmp_path, processes):
+    if processes == 2 and len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("this machine has one processor")
+    status, output, notes = suite(tmp_path, SUITE, FLOWCORO_PROCESSES=str(processes))
+    assert status == 1 and "1 failed, 32 passed, 1 skipped" in output and "as it should" in output, output
+    assert len(notes) == 33 and len(set(notes.values())) == processes
+
+
+def test_a_second_process_that_dies_is_a_failure(tmp_path):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("this machine has one processor")
+    status, output, notes = suite(tmp_path, {**SUITE, "test_d.py": "def test_end():\n    note('d')\n    os._exit(3)\n"})
+    assert status == 1 and "the second process has not come to its end" in output and "d" in notes, output
