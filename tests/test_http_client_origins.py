@@ -6,6 +6,7 @@ import http.server
 import io
 import os
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -43,6 +44,12 @@ http {
 """
 
 
+def listens(path):
+    """Whether somebody listens on a Unix socket: its file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(str(path)) == 0
+
+
 @pytest.fixture(scope="module")
 def nginx(tmp_path_factory):
     """A folder where nginx serves `files` at the Unix socket nginx.sock."""
@@ -58,7 +65,7 @@ def nginx(tmp_path_factory):
     with subprocess.Popen([NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf")], stderr=subprocess.PIPE) as program:
         try:
             deadline = time.monotonic() + 30
-            while not (folder / "nginx.sock").exists():
+            while not listens(folder / "nginx.sock"):
                 assert program.poll() is None and time.monotonic() < deadline, program.stderr.read()
                 time.sleep(0.01)
             yield folder

@@ -841,6 +841,8 @@ def test_the_header_is_read_as_a_person_would():
 SUITE = {"test_a.py": """
 def test_one():
     note("a1")
+    while os.environ["FLOWCORO_PROCESSES"] != "1" and not re.search(" [cd]", pathlib.Path("notes").read_text()):
+        time.sleep(0.01)
 
 def test_two():
     note("a2")
@@ -863,7 +865,7 @@ def test_last():
 """}
 
 NOTE = """
-import os, time
+import os, pathlib, re, time
 
 def note(text):
     with open("notes", "a") as file:
@@ -878,7 +880,8 @@ def suite(folder, files, **environment):
         (folder / name).write_text(NOTE + text)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=folder, timeout=60,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "FLOWCORO_MANY": "2", **environment}, capture_output=True, text=True)
+        env=os.environ | {"PYTHONPATH": str(ROOT), "FLOWCORO_MANY": "2", "FLOWCORO_PROCESSES": "", **environment},
+        capture_output=True, text=True)
     notes = [line.split() for line in (folder / "notes").read_text().splitlines()]
     assert len({text for _, text in notes}) == len(notes), "a test has run twice"
     return done.returncode, done.stdout + done.stderr, {text: process for process, text in notes}
