@@ -879,8 +879,8 @@ def suite(folder, files, **environment):
     for name, text in files.items():
         (folder / name).write_text(NOTE + text)
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=folder, timeout=60,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "FLOWCORO_MANY": "2", "FLOWCORO_PROCESSES": "", **environment},
+        [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"], cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "FLOWCORO_MANY": "2", "FLOWCORO_PROCESSES": "", **environment}, timeout=60,
         capture_output=True, text=True)
     notes = [line.split() for line in (folder / "notes").read_text().splitlines()]
     assert len({text for _, text in notes}) == len(notes), "a test has run twice"
