@@ -10298,14 +10298,14 @@ class _WsgiThreads:
     """The threads of one hosted application in one kernel."""
 
     def __init__(self, most):
-        self.most, self.count = most, 0             # threads; the count changes in the kernel only
+        self.most, self.count = most, 0             # threads; the count changes on one worker, whose pinned tasks do it
         self.limiter = flowcoro.Semaphore(most)
         self.waiting = collections.deque()          # calls that no thread has taken yet
         self.idle = []                              # locks of threads that wait for one
         self.token = [None]                         # of the thread that is about to look for one
         self.rung, self.bells = collections.deque(), []         # calls with news, and the Promise that somebody waits for
         self.starting = False
-        flowcoro.spawn(self._listen(), name="hear WSGI threads")
+        flowcoro.spawn(self._listen(), name="hear WSGI threads", pinned=True)
 
     # -- in the kernel
 
@@ -10328,7 +10328,7 @@ class _WsgiThreads:
                     call.wake()
                 elif self.waiting and self.count < self.most:
                     self.count += 1
-                    flowcoro.spawn(self._thread(), name="a WSGI thread")
+                    flowcoro.spawn(self._thread(), name="a WSGI thread", pinned=True)
                 else:
                     self._give_back()
             bell = flowcoro.Promise()
@@ -10440,13 +10440,16 @@ def wsgi_app(application, *, threads=WSGI_THREADS):
         raise TypeError(f"wsgi_app({application!r}): give the application, a callable that takes environ and start_response")
     if type(threads) is not int or threads < 1:
         raise ValueError(f"wsgi_app(threads={threads!r}): give a number of threads, 1 or more")
-    pools = weakref.WeakKeyDictionary()             # kernel -> _WsgiThreads
+    pools, making = weakref.WeakKeyDictionary(), threading.Lock()       # kernel -> _WsgiThreads, of which each gets one
 
     async def handler(request, rest=None):
         kernel = flowcoro.current_kernel()
         pool = pools.get(kernel)
         if pool is None:
-            pool = pools[kernel] = _WsgiThreads(threads)
+            with making:
+                pool = pools.get(kernel)
+                if pool is None:
+                    pool = pools[kernel] = _WsgiThreads(threads)
         call = _WsgiCall(pool, application, request)
         call.environ = _wsgi_environ(request, rest, await _wsgi_content(request, call))
         try:
