@@ -1130,7 +1130,7 @@ def test_a_dump_tells_for_whom_a_task_waits():
     (lambda: flowcoro.sleep(1000), "sleep"),
     (lambda: flowcoro.sleep(math.inf), "sleep"),
     (lambda: flowcoro.stop_requested(), "wait for a request to stop"),
-    (lambda: flowcoro.to_thread(time.sleep, 0.003), "wait for a thread"),
+    (lambda: flowcoro.to_thread(time.sleep, 0.1), "wait for a thread"),
     (lambda: flowcoro.Condition().acquire(), None),
     (lambda: flowcoro.spawn(forever()), "wait for a task"),
     (lambda: flowcoro.when_any(forever(), forever()), "wait for the tasks of a group"),
