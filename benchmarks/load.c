@@ -17,6 +17,7 @@
             websocket=PATH   echo, paced, broadcast: the peer speaks WebSocket at this path. What is sent are binary messages, in
                              one masked frame each; no extension is offered. The first answer is that to the handshake
             text=1           the messages are text: the pattern has to be
+            burst=N          broadcast: the first connection sends so many messages at once
             warm=S           seconds that are not counted, at the start
             think=US         echo: microseconds between an answer and the next request, for a single connection; else the next
                              one is there before a slow server has gone to sleep, and the fast one pays for waking up
@@ -82,8 +83,8 @@ static char *http;              /* the request; NULL where the peer echoes */
 static char *websocket;         /* the path; NULL where it is not spoken */
 static char handshake[HEAD];    /* the request for it */
 static int message_type = BINARY;
-static uint32_t said;           /* broadcast: how many messages have been sent, */
-static int waiting;             /* and how many connections have not got the last one */
+static uint32_t burst = 1, said;    /* broadcast: messages at once; how many have been sent, */
+static int waiting;                 /* and how many connections have not got the last of them */
 static int64_t bytes = 1 << 30;
 static double seconds = 1, warm = 0.2, rate;
 static long pid;
@@ -250,32 +251,44 @@ static const unsigned char KEY[4] = {0x37, 0xfa, 0x21, 0x3d};
 
 static uint32_t size_of_head(uint32_t count) { return count < 126 ? 6 : count < 65536 ? 8 : FRAME_HEAD; }
 
-static const unsigned char *write_frame(int first, const unsigned char *payload, uint32_t count, size_t from) {
-    unsigned char *end = frame;
+static unsigned char *write_frame(unsigned char *end, int first, const unsigned char *payload, uint32_t count, size_t from) {
     int digits = count < 126 ? 0 : count < 65536 ? 2 : 8;
     *end++ = first;
     *end++ = 0x80 | (digits == 0 ? count : digits == 2 ? 126 : 127);
     while (digits--) *end++ = (uint64_t)count >> 8 * digits & 255;
     for (int i = 0; i < 4; i++) *end++ = KEY[(from + i) % 4];
     memcpy(end, payload, count);
-    return frame;
+    return end + count;
 }
 
 /* The bytes of the request that is under way: others for each connection and each turn, so that an answer which belongs to
    another connection, or to an earlier request, is not taken for the right one. */
 static size_t place(Connection *c) {
-    return is_broadcast ? said * 104729ULL % PATTERN : (c->id * 7919ULL + c->turn * 104729ULL) % PATTERN;
+    return (is_broadcast ? (said + c->turn) * 104729ULL : c->id * 7919ULL + c->turn * 104729ULL) % PATTERN;
+}
+
+/* Broadcast: the messages of the burst that is under way, in a frame each. */
+static const unsigned char *write_burst(void) {
+    unsigned char *end = frame;
+    for (uint32_t i = 0; i < burst; i++) {
+        size_t from = (said + i) * 104729ULL % PATTERN;
+        end = write_frame(end, 0x80 | message_type, masked + from, size, from);
+    }
+    return frame;
 }
 
 static const unsigned char *request(Connection *c) {
     if (http) return (const unsigned char *)http;
     if (!websocket) return pattern + place(c);
-    return c->upgraded ? write_frame(0x80 | message_type, masked + place(c), size, place(c)) : (const unsigned char *)handshake;
+    if (!c->upgraded) return (const unsigned char *)handshake;
+    if (is_broadcast) return write_burst();
+    write_frame(frame, 0x80 | message_type, masked + place(c), size, place(c));
+    return frame;
 }
 
 static uint32_t size_of_request(Connection *c) {
     if (http) return http_size;
-    return !websocket ? size : c->upgraded ? size_of_head(size) + size : strlen(handshake);
+    return !websocket ? size : c->upgraded ? burst * (size_of_head(size) + size) : strlen(handshake);
 }
 
 static void go_on_sending(Connection *c) {
@@ -334,11 +347,11 @@ static void open_more(void) {
     }
 }
 
-/* Broadcast: the next message, which all are to get. */
+/* Broadcast: the next messages, which all are to get. */
 static void say(int64_t due) {
-    said++;
+    said += burst;
     waiting = number;
-    for (int i = 0; i < number; i++) all[i].received = 0, all[i].busy = 1;
+    for (int i = 0; i < number; i++) all[i].received = all[i].turn = 0, all[i].busy = 1;
     all->sent = 0;
     all->due = due;
     go_on_sending(all);
@@ -363,9 +376,11 @@ static void answered(Connection *c, int64_t at) {
         }
         return;
     }
-    if (is_broadcast) {
+    if (is_broadcast && waiting) {
         if (counting) count_answer(at - all->due);
-        if (waiting && !--waiting && at < stop_at) say(at);
+        c->received = 0;
+        c->busy = ++c->turn < burst;
+        if (!c->busy && !--waiting && at < stop_at) say(at);
         return;
     }
     if (counting && c->turn) count_answer(at - c->due);
@@ -421,7 +436,8 @@ static void on_control(Connection *c, int opcode, const unsigned char *payload, 
     if (opcode == PONG || c->sent < size_of_request(c)) return;
     for (uint32_t i = 0; i < count; i++) answer[i] = payload[i] ^ KEY[i % 4];
     uint32_t whole = size_of_head(count) + count;
-    if (give(c, write_frame(0x80 | PONG, answer, count, 0), whole) != whole) fail("no room for a pong");
+    write_frame(frame, 0x80 | PONG, answer, count, 0);
+    if (give(c, frame, whole) != whole) fail("no room for a pong");
 }
 
 /* Another byte of a frame's head, and with control frames of the payload. Whether more of them are wanted. */
@@ -695,6 +711,7 @@ static void read_option(char *option) {
     else if (!strcmp(option, "http")) read_request(value);
     else if (!strcmp(option, "websocket")) websocket = value;
     else if (!strcmp(option, "text")) message_type = atoi(value) ? TEXT : BINARY;
+    else if (!strcmp(option, "burst")) burst = atoi(value);
     else if (!strcmp(option, "warm")) warm = atof(value);
     else if (!strcmp(option, "pid")) pid = atol(value);
     else if (!strcmp(option, "spin")) spin = atoi(value);
@@ -717,6 +734,8 @@ int main(int count, char **words) {
     if (websocket && !is_broadcast && strcmp(mode, "echo") && strcmp(mode, "paced"))
         fail("websocket=PATH: only for echo, paced and broadcast");
     if (is_broadcast && !websocket) fail("broadcast needs websocket=PATH");
+    if (burst < 1 || (burst > 1 && !is_broadcast) || burst > LARGEST / (size + FRAME_HEAD))
+        fail("burst=%u: at least 1 is wanted, only for broadcast, and a MiB in all at most", burst);
     if (websocket) prepare_websocket();
     if (use_tls) {
 #ifdef TLS

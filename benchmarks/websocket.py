@@ -9,11 +9,11 @@
 environment for the peers is that of kernel.py.
 
 What is compared: `websocket_cases/` has one file for each contender, as its own manual would write it. Read them side by side
-before you believe a ratio. websockets runs on asyncio, with its speed-up in C; aiohttp's parser of frames and its masking are in C,
-and it runs on asyncio and on uvloop.
+before you believe a ratio. websockets runs on asyncio, with its speed-up in C; aiohttp's parser of frames and its masking are in
+C too, and it runs on asyncio and on uvloop.
 
 Compression is off: load.c offers none, and the servers would decline it. Keep-alive is as each has it by default: FlowCoro and
-websockets ping every 20 seconds, aiohttp does not. FlowCoro's and aiohttp's server route the request for the handshake; the one of
+websockets ping every 20 seconds, aiohttp does not. FlowCoro's and aiohttp's servers route the request for the handshake; that of
 websockets does nothing else but speak WebSocket.
 
 How it is measured: as in net.py. A server has a processor to itself, and load.c another one: it masks what it sends, and compares
@@ -55,7 +55,8 @@ class Scale:
 
 
 QUICK = Scale(0.1, 4, 10, 20)
-SECONDS_OF_CROWD = 1.0          # in which each of them says something once: before that many a buffer is not there yet
+BURST = 8                       # messages
+CROWD_SECONDS = 1.0             # in which each of them says something once: before that many a buffer is not there yet
 
 
 def words(scale, mode, connections, size, *further):
@@ -79,8 +80,13 @@ CASES = [
         1,000 clients; one sends a text of 100 bytes, which the server sends to all of them; when all have it, the next. What is
         counted are the messages that have arrived, and a time is that from the sending to the arrival at one of them.""",
              net.rows_of("broadcast", "broadcast to 1,000", *net.both_rates({"websockets": 2}), P50, P99)),
+    net.Case("burst", "broadcast", CONTENDERS,
+             lambda scale: words(scale, "broadcast", min(scale.members, scale.crowd), 100, "text=1", f"burst={BURST}"), """
+        As broadcast, with 8 messages that come at once, as they do where several speak; when all have all, the next.""",
+             net.rows_of("burst", "broadcast of 8", *net.both_rates({"websockets": 2}), P50, P99)),
     net.Case("idle", "echo", CONTENDERS,
-             lambda scale: ["paced", f"connections={scale.crowd}", "size=100", f"seconds={SECONDS_OF_CROWD}", "warm=0", "text=1"], """
+             lambda scale: ["paced", f"connections={scale.crowd}", "size=100", f"seconds={CROWD_SECONDS}", "warm=0", "text=1"],
+             """
         2,000 connections, of which each has had one text of 100 bytes back. Memory: growth of the server (its resident set) from
         20 connections to all, divided by their number; what the system keeps for a socket is not in it.""",
              net.rows_of("idle", "2,000 connections", ("lost", "lost", "", {"limit": 0}),
@@ -146,7 +152,7 @@ def main(argv=None):
         return 0
     net.needs_linux()
     cases = [case for case in CASES if not options.case or case.name in options.case]
-    scale = net.with_room(QUICK if options.quick else Scale(), any(case.name in ("broadcast", "idle") for case in cases))
+    scale = net.with_room(QUICK if options.quick else Scale(), any(case.name in ("broadcast", "burst", "idle") for case in cases))
 
     with tempfile.TemporaryDirectory(prefix="flowcoro-bench-") as folder:
         python, left_out = sys.executable, {}
@@ -159,6 +165,8 @@ def main(argv=None):
         if "uvloop" in left_out:
             left_out["aiohttp_uvloop"] = left_out["uvloop"]
         versions = kernel.versions_of(lab.python, "websocket_cases", CONTENDERS if options.peers else OURS, left_out)
+        if not versions:
+            return 1
         results = {}
         for case in cases:
             results |= net.run_case(lab, case, list(versions), options.repeat)
