@@ -22,15 +22,15 @@ The *codec*, WebSocketConnection, is one end of a connection after the handshake
 out; messages go in, and bytes come out. Who owns the socket reads, writes, and waits.
 
     receive_data(data), receive_end()   what the peer has sent
-    next_event()                        a message (str: text, bytes: binary), or Piece after Piece of one where they are asked for;
-                                        Ping, Pong, Close; NEED_DATA while there is too little; CLOSED when no more will come
+    next_event()                        a message (str: text, bytes: binary), or Piece after Piece of one where that is asked
+                                        for; Ping, Pong, Close; NEED_DATA while there is too little; CLOSED at the end
     send_message(), send_piece(), send_ping(), send_pong(), send_close(), send_failure()        what to write
 
 It answers nothing by itself: who gets a Ping sends the Pong, who gets a Close sends one back. What the peer sends is taken as it
 is or refused with RemoteProtocolError, whose code belongs into the Close that says so; there is no middle way. W1 to W5, in the
 section "codec", hold however the bytes were split, and the messages fragmented and compressed.
 
-The *handshake* is pure, too: what a request has to say and what answers it, which origins may ask, which extension is agreed upon.
+The *handshake* is pure, too: what a request has to say and what answers it, which origins may ask, what extension is agreed on.
 
 Errors:
 
@@ -96,8 +96,8 @@ COMPRESSION_THRESHOLD = 1024
 # not used.
 INFLATED_PIECE, DEFLATED_PIECE = 64 * 2**10, 16 * 2**10
 
-# Of the answer to a handshake: bytes of a line and lines at most (the whole is limited by who reads it). Those of flowcoro_http.
-MAX_FIELD_LINE, MAX_FIELDS = 16 * 2**10, 100
+# Of the answer to a handshake: bytes of a line, lines, and bytes of the whole head at most. flowcoro_http has the same.
+MAX_FIELD_LINE, MAX_FIELDS, MAX_ANSWER_HEAD = 16 * 2**10, 100, 64 * 2**10
 
 # ---- errors ---------------------------------------------------------------------------------------------------
 
@@ -125,9 +125,9 @@ class LocalProtocolError(ProtocolError):
 
 
 class HandshakeError(WebSocketError):
-    """There is no WebSocket. `status`, `headers` (pairs), `body` (bytes): of the answer, to be given (server) or received (client).
+    """There is no WebSocket. `status`, `headers` (pairs), `body` (bytes) of the answer: to be given (server), or received.
 
-    On the client's side `status` is 0 if what came is no answer at all.
+    A client's `status` is 502 if what came is no HTTP; it is 101 if that is what came, and was wrong in itself.
     """
 
     def __init__(self, status, message, headers=(), body=b""):
@@ -145,14 +145,14 @@ class ConnectionClosed(WebSocketError, flowcoro_net.BrokenError):
 
 # ---- masking --------------------------------------------------------------------------------------------------
 #
-# What a client sends is xored with four bytes, over and over (RFC 6455 5.3). Python has no xor of bytes. Two ways round that, in µs
-# on CPython 3.11 and 3.13 (which hardly differ):
+# What a client sends is xored with four bytes, over and over (RFC 6455 5.3). Python has no xor of bytes. Two ways round that, in
+# µs on CPython 3.11 and 3.13 (which hardly differ):
 #
 #     bytes                                    10     100     1 Ki    64 Ki     1 Mi
 #     as two large integers                  0.20    0.34     1.7      150    2,600
 #     each fourth byte by a table            0.60    0.90     1.5       51      850
 #
-# (An integer takes its time by the digit, to make and to write; translate() is one loop in C, and slices with a step are another.)
+# (An integer takes its time by the digit, to make and to write; translate() is a loop in C, and slices with a step are another.)
 # Pieces of 16 KiB, which stay in the cache, are no faster.
 
 _TRANSLATED = 1024          # bytes from which tables are faster
@@ -205,10 +205,10 @@ _LAST_BLOCK = b"\x03\x00"       # an empty block that is the last: after it zlib
 class Deflate:
     """permessage-deflate (RFC 7692): what may be used, or what has been agreed upon. Immutable.
 
-    server_max_window_bits, client_max_window_bits: how far back what that side sends may refer, 8 to 15 (2**bits bytes). zlib cannot
-    compress with 8: a side that has to will send everything uncompressed.
-    server_no_context_takeover, client_no_context_takeover: whether what that side sends never refers to the message before. It saves
-    memory between messages, and compresses short ones badly.
+    server_max_window_bits, client_max_window_bits: how far back what that side sends may refer, 8 to 15 (2**bits bytes). zlib
+    cannot compress with 8: a side that has to will send everything uncompressed.
+    server_no_context_takeover, client_no_context_takeover: whether what that side sends never refers to the message before. It
+    saves memory between messages, and compresses short ones badly.
     threshold: bytes below which a message goes uncompressed.
 
     Do not compress what holds a secret next to something that an attacker can choose: the length tells (CRIME).
@@ -246,8 +246,8 @@ class Deflate:
     def negotiate(self, offers):
         """(server) Choose from a client's Sec-WebSocket-Extensions. -> (Deflate, the one to answer with), or (None, "").
 
-        The first offer is taken that has no parameter that is unknown, repeated, or without the value it needs (RFC 7692 7.1); its
-        limits and ours both hold. HandshakeError (400) if `offers` is no list of extensions.
+        The first offer is taken that has no parameter that is unknown, repeated, or without a value it can have (RFC 7692 7.1);
+        its limits and ours both hold. HandshakeError (400) if `offers` is no list of extensions.
         """
         for name, parameters in _parse_extensions(offers):
             if name != "permessage-deflate":
@@ -279,7 +279,7 @@ class Deflate:
         HandshakeError if it is no answer to offer(): another extension, one twice, a parameter that is unknown, repeated, without
         a value it can have, or beyond what was offered.
         """
-        extensions = _parse_extensions(answer, status=0)
+        extensions = _parse_extensions(answer, status=502)
         if not extensions:
             return None
         problem = "is more than one extension" if len(extensions) > 1 else None
@@ -291,7 +291,7 @@ class Deflate:
         if problem is None and given.get("client_max_window_bits", 0) > self.client_max_window_bits:
             problem = f"has a client_max_window_bits above the {self.client_max_window_bits} that were offered"
         if problem:
-            raise HandshakeError(0, f"the server's Sec-WebSocket-Extensions {answer!r:.100} {problem}")
+            raise HandshakeError(502, f"the server's Sec-WebSocket-Extensions {answer!r:.100} {problem}")
         return Deflate(given.get("server_max_window_bits", 15),
                        min(self.client_max_window_bits, given.get("client_max_window_bits", 15)),
                        "server_no_context_takeover" in given,
@@ -302,7 +302,7 @@ _is_bits = re.compile("8|9|1[0-5]").fullmatch
 
 
 def _deflate_parameters(parameters, ask=False):
-    """({name: bits, or None}, what is wrong with them or None). `ask`: of an offer, where client_max_window_bits needs no value."""
+    """({name: bits or None}, what is wrong with them or None). `ask`: an offer, where client_max_window_bits needs no value."""
     found = {}
     for name, value in parameters:
         if name in found:
@@ -345,8 +345,8 @@ class _Inflater:
     """Inflates what the peer sends.
 
     A block may call itself the last one (BFINAL, RFC 7692 7.2.3.4): what follows begins anew, and refers to nothing before it, as
-    zlib can neither send it otherwise nor read it. One for each frame is enough for whoever flushes that way; of an endless row of
-    them each would cost a new decompressor.
+    zlib can neither send it otherwise nor read it. One for each frame is enough for whoever flushes that way; of an endless row
+    of them each would cost a new decompressor.
     """
 
     __slots__ = ("_bits", "_takeover", "_zlib", "_held", "_again", "_may_end")
@@ -409,22 +409,22 @@ class _Inflater:
 
 # ---- handshake ------------------------------------------------------------------------------------------------
 #
-# RFC 6455 chapter 4, without I/O. Names of fields are compared in lower case; a value that may be a list can come in several lines,
-# which are one list (RFC 9110 5.3); one that may not is refused if it comes twice.
+# RFC 6455 chapter 4, without I/O. Names of fields are compared in lower case; a value that may be a list can come in several
+# lines, which are one list (RFC 9110 5.3); one that may not is refused if it comes twice.
 
 _TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 _is_token = re.compile(_TOKEN).fullmatch
 _is_value = re.compile(r"[\t\x20-\x7e\x80-\xff]*+").fullmatch
 
-# An element of a list of extensions, and the comma or the end after it; elements may be empty (RFC 9110 5.6.1). A quoted value has
-# to be a token as well (RFC 6455 9.1), so there is nothing to escape in it.
+# An element of a list of extensions, and the comma or the end after it; elements may be empty (RFC 9110 5.6.1). A quoted value
+# has to be a token as well (RFC 6455 9.1), so there is nothing to escape in it.
 _PARAMETER = re.compile(rf'[ \t]*+;[ \t]*+({_TOKEN})(?:[ \t]*+=[ \t]*+(?:({_TOKEN})|"({_TOKEN})"))?')
 _NAME, _GAP = re.compile(rf"[ \t]*+({_TOKEN})"), re.compile(r"[ \t]*+(?:,|\Z)")
 
-_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*+))?").fullmatch
-_FIELD_LINE = re.compile(rf"({_TOKEN}):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)").fullmatch
-_TARGET = re.compile(r"[/?][!$-;=?-~]*+").fullmatch
-_ORIGIN = re.compile(r"([a-z][a-z0-9+.\-]*+)://(\*\.)?([^/?#@\s*,]++)").fullmatch
+_status_line = re.compile(r"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*+))?").fullmatch
+_field_line = re.compile(rf"({_TOKEN}):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)").fullmatch
+_is_target = re.compile(r"/[!$-;=?-~]*+").fullmatch
+_origin = re.compile(r"([a-z][a-z0-9+.\-]*+)://(\*\.)?([^/?#@\s*,]++)").fullmatch
 
 # What the handshake says by itself, or what would say something else about the message: not for headers= of anybody.
 _OURS = frozenset(["host", "upgrade", "connection", "sec-websocket-key", "sec-websocket-version", "sec-websocket-accept",
@@ -451,6 +451,11 @@ def _is_key(key):
     except ValueError:
         return False
     return len(data) == 16 and base64.b64encode(data).decode("ascii") == key
+
+
+def _values(pairs, name):
+    """The values of all lines with this name (in lower case)."""
+    return [value for other, value in pairs if other.lower() == name]
 
 
 def _tokens(values):
@@ -482,7 +487,7 @@ def _parse_extensions(text, status=400):
             found.append((name[1], parameters))
         gap = _GAP.match(text, at)
         if gap is None:
-            raise HandshakeError(status, f"Sec-WebSocket-Extensions: {text!r:.100} is no list of extensions, from character {at} on")
+            raise HandshakeError(status, f"Sec-WebSocket-Extensions: {text!r:.100} is no list of them, from character {at} on")
         at = gap.end()
     return found
 
@@ -497,18 +502,18 @@ def _check_origins(origins):
     if isinstance(origins, (str, bytes)):
         raise TypeError(f'origins={origins!r:.60}: a list of them, like ["https://example.com"]')
     for origin in origins or ():
-        if origin not in ("*", "null") and not _ORIGIN(origin):
-            raise ValueError(f'the origin {origin!r:.60} is not like "https://example.com", "https://*.example.com", "null" or "*"')
+        if origin not in ("*", "null") and not _origin(origin):
+            raise ValueError(f'origins: {origin!r:.60} is not like "https://example.com", "https://*.example.com", "null" or "*"')
 
 
 def _origin_problem(values, hosts, origins):
     """Why a request must not come from there: None, or a sentence. `values`, `hosts`: of its Origin and Host lines.
 
     A browser lets any page open a WebSocket to anywhere, with the cookies of there; but it says where the page is from. So a page
-    from another origin than Host is refused unless `origins` lists it: "https://example.com", "https://*.example.com" for all hosts
-    below it, "null" (a page without an origin: a file, a sandbox), "*" for all. With `origins` it is the list alone that counts. No
-    Origin at all is let pass: it is no browser, and carries nobody else's cookies. The scheme is not compared with our own, which
-    a proxy before us may have changed.
+    from another origin than Host is refused unless `origins` lists it: "https://example.com", "https://*.example.com" for all
+    hosts below it, "null" (a page without an origin: a file, a sandbox), "*" for all. With `origins` the list alone counts. No
+    Origin at all is let pass: that is no browser, and carries nobody else's cookies. The scheme is not compared with our own,
+    which a proxy before us may have changed.
     """
     if not values or (origins is not None and "*" in origins):
         return None
@@ -516,16 +521,16 @@ def _origin_problem(values, hosts, origins):
         return "there is more than one Origin"
     origin = values[0].lower()
     if origins is None:
-        found = _ORIGIN(origin)
+        found = _origin(origin)
         if found and len(hosts) == 1 and _authority(found[1], found[3]) == _authority(found[1], hosts[0]):
             return None
     elif origin == "null":
         if "null" in origins:
             return None
-    elif found := _ORIGIN(origin):
+    elif found := _origin(origin):
         host = _authority(found[1], found[3])
         for allowed in origins:
-            other = _ORIGIN(allowed.lower())
+            other = _origin(allowed.lower())
             if other and other[1] == found[1] and not found[2]:
                 name = _authority(other[1], other[3])
                 if host.endswith(f".{name}") if other[2] else host == name:
@@ -533,57 +538,52 @@ def _origin_problem(values, hosts, origins):
     return f"pages from {values[0]!r:.100} may not connect here; origins= of accept() says which may"
 
 
-class _Agreed(typing.NamedTuple):
-    """What a handshake has come to: `headers` of the answer (pairs), the subprotocol or None, a Deflate or None."""
+def _check_request(method, version, pairs, *, subprotocols=(), origins=None, host="", deflate=None):
+    """(server) Whether a request opens a WebSocket. -> (pairs of the answer's headers, but for Upgrade and Connection, the
+    subprotocol or None, a Deflate or None). HandshakeError 400, 403, 405, 426.
 
-    headers: list
-    subprotocol: str | None
-    deflate: Deflate | None
-
-
-def _check_request(method, version, get_all, *, subprotocols=(), origins=None, deflate=None):
-    """(server) Whether a request opens a WebSocket, and how it is answered. -> _Agreed, for 101. HandshakeError 400, 403, 405, 426.
-
-    `get_all(name)`: list of the values of a header; `subprotocols`: ours, the best first; `deflate`: Deflate, or None for none.
+    `pairs`: the request's headers; `host`: what it is for, "" for what Host says; `subprotocols`: ours, best first; `deflate`:
+    a Deflate, or None for none.
     """
+    def values(name):
+        return _values(pairs, name)
     if method != "GET":
         raise HandshakeError(405, f"a WebSocket is opened by GET, and not by {method:.20}", [("Allow", "GET")])
-    upgrade, connection = _tokens(get_all("upgrade")) or (), _tokens(get_all("connection")) or ()
+    switch = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
+    upgrade, connection = _tokens(values("upgrade")) or (), _tokens(values("connection")) or ()
     if version == "1.0" or "websocket" not in map(str.lower, upgrade) or "upgrade" not in map(str.lower, connection):
-        raise HandshakeError(426, "here a WebSocket is spoken: HTTP/1.1, Connection: Upgrade and Upgrade: websocket are needed",
-                             [("Upgrade", "websocket"), ("Connection", "Upgrade")])
-    if get_all("sec-websocket-version") != ["13"]:
-        raise HandshakeError(426, f"Sec-WebSocket-Version: {', '.join(get_all('sec-websocket-version'))!r:.40}; 13 is spoken here",
-                             [("Sec-WebSocket-Version", "13"), ("Upgrade", "websocket"), ("Connection", "Upgrade")])
-    keys = get_all("sec-websocket-key")
+        raise HandshakeError(426, "WebSocket is spoken here: it needs HTTP/1.1, Connection: Upgrade, Upgrade: websocket", switch)
+    if values("sec-websocket-version") != ["13"]:
+        raise HandshakeError(426, f"Sec-WebSocket-Version: {', '.join(values('sec-websocket-version'))!r:.40}; 13 is spoken here",
+                             [("Sec-WebSocket-Version", "13"), *switch])
+    keys = values("sec-websocket-key")
     if len(keys) != 1 or not _is_key(keys[0]):
         raise HandshakeError(400, f"Sec-WebSocket-Key: {', '.join(keys)!r:.60} is not base64 of 16 bytes, once")
-    if get_all("transfer-encoding") or any(length != "0" for length in get_all("content-length")):
+    if values("transfer-encoding") or any(length != "0" for length in values("content-length")):
         raise HandshakeError(400, "a request that opens a WebSocket has no content")
-    if problem := _origin_problem(get_all("origin"), get_all("host"), origins):
+    if problem := _origin_problem(values("origin"), [host] if host else values("host"), origins):
         raise HandshakeError(403, problem)
-    asked = _tokens(get_all("sec-websocket-protocol"))
+    asked = _tokens(values("sec-websocket-protocol"))
     if asked is None or len(set(asked)) < len(asked):
         raise HandshakeError(400, "Sec-WebSocket-Protocol is a list of tokens, each of them once")
-    answer = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept_key(keys[0]))]
+    answer = [("Sec-WebSocket-Accept", accept_key(keys[0]))]
     subprotocol = next((name for name in subprotocols if name in asked), None)
     if subprotocol is not None:
         answer.append(("Sec-WebSocket-Protocol", subprotocol))
-    offers = ", ".join(get_all("sec-websocket-extensions"))
-    agreed, extensions = (deflate or Deflate()).negotiate(offers)
+    agreed, extensions = (deflate or Deflate()).negotiate(", ".join(values("sec-websocket-extensions")))
     if agreed is None or deflate is None:
-        return _Agreed(answer, subprotocol, None)
-    answer.append(("Sec-WebSocket-Extensions", extensions))
-    return _Agreed(answer, subprotocol, agreed)
+        return answer, subprotocol, None
+    return [*answer, ("Sec-WebSocket-Extensions", extensions)], subprotocol, agreed
 
 
-def _request_head(target, host, key, *, origin=None, subprotocols=(), deflate=None, headers=()):
-    """(client) The bytes that ask for a WebSocket. LocalProtocolError if a part of it would not be HTTP.
+def _request_head(target, host, key, *, pairs=(), origin=None, subprotocols=(), deflate=None):
+    """(client) The bytes that ask for a WebSocket. ValueError, TypeError for what HTTP does not have, or the handshake says.
 
-    `target`: path and query, `host`: host[:port]; `headers`: pairs, none of them the handshake's own.
+    `target`: path and query; `host`: host[:port]; `pairs`: further headers.
     """
-    if not _TARGET(target):
-        raise LocalProtocolError(f"{target!r:.100} is no path of a URL: encode what is not ASCII, and leave #fragments out")
+    if not _is_target(target):
+        raise ValueError(f"{target!r:.100} is no path of a URL: encode what is not ASCII, and leave #fragments out")
+    _check_subprotocols(subprotocols)
     fields = [("Host", host), ("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Key", key),
               ("Sec-WebSocket-Version", "13")]
     if origin is not None:
@@ -592,78 +592,82 @@ def _request_head(target, host, key, *, origin=None, subprotocols=(), deflate=No
         fields.append(("Sec-WebSocket-Protocol", ", ".join(subprotocols)))
     if deflate is not None:
         fields.append(("Sec-WebSocket-Extensions", deflate.offer()))
-    for name, value in headers:
+    for name, value in pairs:
         if name.lower() in _OURS:
-            raise LocalProtocolError(f"the header {name} is the handshake's own: it cannot be given")
+            raise ValueError(f"the header {name} is the handshake's own: it cannot be given")
         fields.append((name, value))
     for name, value in fields:
         if not _is_token(name) or not _is_value(value):
-            raise LocalProtocolError(f"the header {name!r:.60} has characters that none can have: controls, or beyond U+00FF")
+            raise ValueError(f"the header {name!r:.60} has characters that none can have: controls, or beyond U+00FF")
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
-    return f"GET {target if target[0] == '/' else '/' + target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
+    return f"GET {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
 
 
-def _parse_answer(head):
-    """(client) The head of an answer, bytes up to and with its empty line. -> (status, headers: pairs). HandshakeError (0)."""
-    lines = head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
-    found = _STATUS_LINE(lines[0])
+def _response_head(buffer, limit=MAX_ANSWER_HEAD):
+    """(client) The head of an answer at the beginning of `buffer`, bytes or a bytearray: None while it is not complete, else
+    (status, reason, headers: pairs, bytes of the head). `limit`: bytes it may have. HandshakeError (502) for what is no HTTP.
+    """
+    if not buffer.startswith(b"HTTP/1."[:len(buffer)]):
+        raise HandshakeError(502, f"{bytes(buffer[:40])!r} is no HTTP/1.1: is that an HTTP server? Does it want TLS (wss)?")
+    end = buffer.find(b"\r\n\r\n", 0, limit)
+    if end < 0:
+        if len(buffer) >= limit:
+            raise HandshakeError(502, f"the head of an answer with more than {limit} bytes")
+        return None
+    lines = buffer[:end].decode("latin-1").split("\r\n")
+    found = _status_line(lines[0])
     if found is None:
-        raise HandshakeError(0, f"{lines[0]!r:.60} is no status line: is that an HTTP server?")
+        raise HandshakeError(502, f"{lines[0]!r:.60} is no status line")
     if len(lines) > MAX_FIELDS + 1 or max(map(len, lines)) > MAX_FIELD_LINE:
-        raise HandshakeError(0, f"more than {MAX_FIELDS} header lines, or one of more than {MAX_FIELD_LINE} bytes")
-    headers = []
+        raise HandshakeError(502, f"an answer with more than {MAX_FIELDS} lines, or one of more than {MAX_FIELD_LINE} bytes")
+    pairs = []
     for line in lines[1:]:
-        field = _FIELD_LINE(line)
+        field = _field_line(line)
         if field is None:
-            raise HandshakeError(0, f"{line!r:.60} is no header line")
-        headers.append((field[1], field[2].rstrip(" \t")))
+            raise HandshakeError(502, f"{line!r:.60} is no header line")
+        pairs.append((field[1], field[2].rstrip(" \t")))
     if found[2] == "101" and found[1] == "0":
-        raise HandshakeError(0, "an answer by HTTP/1.0, which cannot switch protocols", headers)
-    return int(found[2]), headers
+        raise HandshakeError(502, "an answer by HTTP/1.0, which cannot switch protocols", pairs)
+    return int(found[2]), found[3] or "", pairs, end + 4
 
 
-def _values(headers, name):
-    """The values of all lines with this name (in lower case)."""
-    return [value for other, value in headers if other.lower() == name]
+def _check_response(status, pairs, key, *, subprotocols=(), deflate=None):
+    """(client) Whether an answer opens the WebSocket that was asked for. -> (the subprotocol or None, a Deflate or None).
 
-
-def _check_answer(status, headers, key, *, subprotocols=(), deflate=None):
-    """(client) Whether an answer, already parsed, opens the WebSocket that was asked for. -> _Agreed. HandshakeError.
-
-    Its `status` is what came, also where a 101 is wrong in itself.
+    HandshakeError, with the `status` that came, also where a 101 is wrong in itself.
     """
     problem = None
     if status != 101:
         problem = f"the server has answered with {status}, and not with 101"
-    elif [value.lower() for value in _values(headers, "upgrade")] != ["websocket"]:
+    elif [value.lower() for value in _values(pairs, "upgrade")] != ["websocket"]:
         problem = "the answer has no Upgrade: websocket"
-    elif "upgrade" not in map(str.lower, _tokens(_values(headers, "connection")) or ()):
+    elif "upgrade" not in map(str.lower, _tokens(_values(pairs, "connection")) or ()):
         problem = "the answer has no Connection: Upgrade"
-    elif _values(headers, "sec-websocket-accept") != [accept_key(key)]:
+    elif _values(pairs, "sec-websocket-accept") != [accept_key(key)]:
         problem = "the answer's Sec-WebSocket-Accept is not that of our key: it is of another request, or of no WebSocket server"
-    chosen = _values(headers, "sec-websocket-protocol")
+    chosen = _values(pairs, "sec-websocket-protocol")
     if problem is None and chosen and (len(chosen) > 1 or chosen[0] not in subprotocols):
         problem = f"the server has chosen the subprotocol {', '.join(chosen)!r:.60}, and was offered {list(subprotocols)!r:.100}"
-    extensions = ", ".join(_values(headers, "sec-websocket-extensions"))
+    extensions = ", ".join(_values(pairs, "sec-websocket-extensions"))
     if problem is None and extensions and deflate is None:
         problem = f"the server has chosen the extension {extensions!r:.60}, and was offered none"
     if problem:
-        raise HandshakeError(status, problem, headers)
+        raise HandshakeError(status, problem, pairs)
     try:
         agreed = deflate and deflate.check_answer(extensions)
     except HandshakeError as error:
-        raise HandshakeError(status, str(error), headers) from None
-    return _Agreed(headers, chosen[0] if chosen else None, agreed)
+        raise HandshakeError(status, str(error), pairs) from None
+    return chosen[0] if chosen else None, agreed
 
 
 # ---- codec ----------------------------------------------------------------------------------------------------
 #
-# RFC 6455 chapter 5 without I/O. A frame is read in one of two ways. The short way is for a whole message in one frame, uncompressed,
-# that is all there: it only ever *accepts*, and leaves what it does not like to the long way, which takes frames as their bytes come
-# and is the one place that says what is wrong.
+# RFC 6455 chapter 5 without I/O. A frame is read in one of two ways. The short way is for a whole message in one frame,
+# uncompressed, that is all there: it only ever *accepts*, and leaves what it does not like to the long way, which takes frames as
+# their bytes come and is the one place that says what is wrong.
 #
-#     W1  an error depends on the bytes up to the one that makes it one, never on how many more are there: a text fails at the first
-#         byte that no UTF-8 can have there, also inside of a frame that is not complete (but zlib says what is corrupt when it likes)
+#     W1  an error depends on the bytes up to the one that makes it one, never on how many more are there: a text fails at the
+#         first byte that no UTF-8 can have there, also in a frame that is not complete (but zlib says "corrupt" when it likes)
 #     W2  what is before an error is delivered first: one event at a time, so the answer to message N can leave before N + 1 fails
 #     W3  every byte is looked at a bounded number of times, and at most the message under way is held, in about twice its size
 #     W4  of a compressed message never more is inflated than max_message and one byte, or than a piece
@@ -671,27 +675,28 @@ def _check_answer(status, headers, key, *, subprotocols=(), deflate=None):
 #
 # Both sides' states change by one table, _TRANSITIONS: (whose state, state, what happens) -> state. Nothing else sets them.
 
-_OPEN, _CLOSING, _CLOSED, _FAILED = "OPEN", "CLOSING", "CLOSED", "FAILED"
+# The states of each side. (CLOSED is a sign of next_event().)
+OPEN, CLOSING, SHUT, FAILED = "OPEN", "CLOSING", "CLOSED", "FAILED"
 
-# What happens: a message begins or a further piece of it follows, a Ping or Pong, a Close, the end of the bytes, an error; and the
-# other side's being through.
+# What happens: a message begins or a further piece of it follows, a Ping or Pong, a Close, the end of the bytes, an error; and
+# the other side's being through.
 _MESSAGE, _FURTHER, _CONTROL, _CLOSE, _END, _FAIL, _OTHER = (
     "message", "further piece", "ping or pong", "close", "end", "error", "the other side's end")
 
 _TRANSITIONS = {
     "our": {
-        _OPEN: {_MESSAGE: _OPEN, _FURTHER: _OPEN, _CONTROL: _OPEN, _CLOSE: _CLOSED, _OTHER: _CLOSING},
+        OPEN: {_MESSAGE: OPEN, _FURTHER: OPEN, _CONTROL: OPEN, _CLOSE: SHUT, _OTHER: CLOSING},
         # The peer has closed, ended, or failed. RFC 6455 5.5.1: a message under way may be finished before the Close is answered.
-        _CLOSING: {_FURTHER: _CLOSING, _CONTROL: _CLOSING, _CLOSE: _CLOSED, _OTHER: _CLOSING},
-        _CLOSED: {_OTHER: _CLOSED},
+        CLOSING: {_FURTHER: CLOSING, _CONTROL: CLOSING, _CLOSE: SHUT, _OTHER: CLOSING},
+        SHUT: {_OTHER: SHUT},
     },
     "their": {
-        _OPEN: {_MESSAGE: _OPEN, _FURTHER: _OPEN, _CONTROL: _OPEN, _CLOSE: _CLOSED, _END: _CLOSED, _FAIL: _FAILED,
-                _OTHER: _CLOSING},
+        OPEN: {_MESSAGE: OPEN, _FURTHER: OPEN, _CONTROL: OPEN, _CLOSE: SHUT, _END: SHUT, _FAIL: FAILED,
+                _OTHER: CLOSING},
         # We have closed; what they sent before they saw that still comes.
-        _CLOSING: {_MESSAGE: _CLOSING, _FURTHER: _CLOSING, _CONTROL: _CLOSING, _CLOSE: _CLOSED, _END: _CLOSED, _FAIL: _FAILED},
-        _CLOSED: {_OTHER: _CLOSED},
-        _FAILED: {_OTHER: _FAILED},
+        CLOSING: {_MESSAGE: CLOSING, _FURTHER: CLOSING, _CONTROL: CLOSING, _CLOSE: SHUT, _END: SHUT, _FAIL: FAILED},
+        SHUT: {_OTHER: SHUT},
+        FAILED: {_OTHER: FAILED},
     },
 }
 
@@ -715,8 +720,7 @@ NEED_DATA, CLOSED = _Sign("NEED_DATA"), _Sign("CLOSED")
 class Piece(typing.NamedTuple):
     """Some of a message: `data` (str of a text, else bytes), and whether it is the `first` and the `last` piece of it.
 
-    Pieces are as they came, which says nothing about frames; text is never cut inside a character. Only a first or a last piece can
-    be empty.
+    Pieces are as they came, which says nothing about frames; text is not cut inside a character. Only a last piece can be empty.
     """
 
     data: str | bytes
@@ -737,7 +741,7 @@ class Pong(typing.NamedTuple):
 
 
 class Close(typing.NamedTuple):
-    """The peer sends nothing more: send_close(code, reason) answers it, unless ours has been sent. `code`: 1005 if it gave none."""
+    """The peer sends nothing more: send_close(code, reason) answers it, unless ours is out. `code`: 1005 if it gave none."""
 
     code: int = 1005
     reason: str = ""
@@ -747,7 +751,7 @@ _TEXT, _BINARY, _CLOSE_FRAME, _PING, _PONG = 0x81, 0x82, 0x88, 0x89, 0x8a       
 _FIN, _RSV1 = 0x80, 0x40
 _NAMES = {0: "continuation", 1: "text", 2: "binary", 8: "close", 9: "ping", 10: "pong"}
 
-# The codes a Close may have on the wire (RFC 6455 7.4, and the IANA's registry); the others are reserved, or for within a program.
+# The codes a Close may have on the wire (RFC 6455 7.4, the IANA's registry); the others are reserved, or for within a program.
 _CODES = frozenset([1000, 1001, 1002, 1003, *range(1007, 1015), *range(3000, 5000)])
 
 # The first bytes of frames of up to 125 bytes, by their first byte: 0.05 µs less than to make them.
@@ -858,9 +862,9 @@ class _Message:
 class _Incoming:
     """What the peer sends: bytes to events."""
 
-    __slots__ = ("role", "deflate", "max_message", "max_frame", "pieces", "our_state", "their_state", "close_code", "close_reason",
-                 "_buffer", "_at", "_ended", "_error", "_limit", "_bit", "_head", "_message", "_left", "_final", "_mask",
-                 "_inflater", "_compressor", "_sending")
+    __slots__ = ("role", "deflate", "max_frame", "pieces", "our_state", "their_state", "close_code", "close_reason",
+                 "_buffer", "_at", "_ended", "_error", "_max_message", "_limit", "_bit", "_head",
+                 "_message", "_left", "_final", "_mask", "_inflater", "_compressor", "_sending")
 
     def receive_data(self, data):
         """What the peer has sent next, bytes-like, at least one. Call next_event() until it gives NEED_DATA or CLOSED.
@@ -881,12 +885,22 @@ class _Incoming:
                 del self._buffer[:self._at]
                 self._at = 0
             self._buffer += data
-        if self.their_state is _CLOSED or self.their_state is _FAILED:
+        if self.their_state is SHUT or self.their_state is FAILED:
             self._buffer, self._at = b"", 0
 
     def receive_end(self):
         """The peer will send no more."""
         self._ended = True
+
+    @property
+    def max_message(self):
+        """Bytes of a message that the peer may send; it can be changed at any time."""
+        return self._max_message
+
+    @max_message.setter
+    def max_message(self, most):
+        self._max_message = most
+        self._limit = most if self.max_frame is None else min(self.max_frame, most)
 
     def next_event(self):
         """The next event of what has been received: a message (str or bytes), Piece, Ping, Pong, Close; or NEED_DATA, CLOSED.
@@ -926,7 +940,7 @@ class _Incoming:
         if self._error is not None:
             raise self._error.with_traceback(None)
         try:
-            while self.their_state is not _CLOSED:
+            while self.their_state is not SHUT:
                 event = self._frame_begins() if self._left < 0 else self._frame_goes_on()
                 if event is not None:
                     return event
@@ -939,7 +953,7 @@ class _Incoming:
     def _their(self, what):
         """A step of theirs; also of ours, if it was their last."""
         self.their_state = _TRANSITIONS["their"][self.their_state][what]
-        if self.their_state is _CLOSED or self.their_state is _FAILED:
+        if self.their_state is SHUT or self.their_state is FAILED:
             self.our_state = _TRANSITIONS["our"][self.our_state][_OTHER]
             self._buffer, self._at, self._message, self._inflater = b"", 0, None, None
 
@@ -995,7 +1009,7 @@ class _Incoming:
         if kind not in _NAMES:
             raise RemoteProtocolError(1002, f"a frame with the opcode {kind}, which means nothing")
         if first & 0x70 and (first & 0x30 or control or not kind or self._inflater is None):
-            raise RemoteProtocolError(1002, f"a {_NAMES[kind]} frame with reserved bits set ({first >> 4 & 7:03b}), which nobody agreed")
+            raise RemoteProtocolError(1002, f"a {_NAMES[kind]} with reserved bits ({first >> 4 & 7:03b}) that mean nothing here")
         if control:
             if not first & _FIN:
                 raise RemoteProtocolError(1002, f"a {_NAMES[kind]} in fragments")
@@ -1016,8 +1030,8 @@ class _Incoming:
         if packed:
             most = _PACKED_TIMES * most + _PACKED_MORE
         if before + size > most:
-            raise RemoteProtocolError(1009, f"a message of {before + size} bytes or more{' compressed' if packed else ''}; {most} are "
-                                            "allowed (max_message=)")
+            raise RemoteProtocolError(1009, f"a message of {before + size} bytes{' compressed' if packed else ''}; {most} "
+                                            "are allowed (max_message=)")
 
     def _take_control(self, kind, start, end, mask):
         """A control frame that is complete. -> its event."""
@@ -1073,7 +1087,7 @@ class _Incoming:
         return _masked(data, mask)
 
     def _frame_ends(self, message, event, ends):
-        """After some data, of which an event has come or None; `ends`: the frame is complete. Raises what is wrong, if it is due."""
+        """After some data, of which an event has come or None; `ends`: the frame is complete. Raises what is wrong, once due."""
         if message.bad:
             if event is None:
                 raise message.bad
@@ -1111,12 +1125,12 @@ class WebSocketConnection(_Incoming):
     deflate: the Deflate that the handshake has agreed upon; None: nothing is compressed.
     max_message: bytes of a message that the peer may send, inflated; beyond it 1009. A text counts as UTF-8.
     max_frame: bytes of one frame's payload; None: as many as a message may have.
-    pieces: an attribute, looked at where a message begins: False, and messages come whole; True, and they come as Piece after Piece,
-    of any length: max_message does not count for them, and what is held is what one receive_data() has brought.
+    pieces: an attribute, looked at where a message begins: False, and messages come whole; True, and they come as Piece after
+    Piece, of any length: max_message does not count for them, and what is held is what one receive_data() has brought.
 
-    our_state, their_state: "OPEN"; "CLOSING" when the other side has closed; "CLOSED" when that side has; "FAILED" of them, after a
-    RemoteProtocolError. close_code, close_reason: None and "" until their side is through; then what their Close says, 1006 if they
-    ended without one, or the code of the error. ValueError for arguments that make no sense.
+    our_state, their_state: "OPEN"; "CLOSING" when the other side has closed; "CLOSED" when that side has; "FAILED" of them, after
+    a RemoteProtocolError. close_code, close_reason: None and "" until their side is through; then what their Close says, 1006 if
+    they ended without one, or the code of the error. ValueError for arguments that make no sense.
     """
 
     __slots__ = ()
@@ -1127,12 +1141,11 @@ class WebSocketConnection(_Incoming):
         if max_message < 0 or (max_frame is not None and max_frame < 0):
             raise ValueError(f"max_message={max_message!r:.40}, max_frame={max_frame!r:.40}: bytes, 0 or more")
         server = role == "server"
-        self.role, self.deflate, self.max_message, self.max_frame, self.pieces = role, deflate, max_message, max_frame, False
-        self.our_state = self.their_state = _OPEN
+        self.role, self.deflate, self.max_frame, self.pieces, self.max_message = role, deflate, max_frame, False, max_message
+        self.our_state = self.their_state = OPEN
         self.close_code, self.close_reason = None, ""
         self._buffer, self._at, self._ended, self._error = b"", 0, False, None
-        self._limit = max_message if max_frame is None else min(max_frame, max_message)
-        self._bit, self._head = (128, 6) if server else (0, 2)         # of a frame that comes: masked or not, bytes of a short head
+        self._bit, self._head = (128, 6) if server else (0, 2)         # of what comes: masked or not, bytes of a short head
         self._message = self._mask = self._inflater = self._compressor = self._sending = None
         self._left, self._final = -1, 0                                 # -1: between two frames of data
         if deflate is not None:
@@ -1148,7 +1161,7 @@ class WebSocketConnection(_Incoming):
 
         LocalProtocolError after a Close of either side, in the middle of another message, for half a character (a surrogate).
         """
-        if self.our_state is not _OPEN or self._sending is not None:        # (the table has OPEN: it stays so)
+        if self.our_state is not OPEN or self._sending is not None:        # (the table has OPEN: it stays so)
             self._our(_MESSAGE)
         kind, data = (_BINARY, message) if type(message) is bytes else _encoded(message)
         if self._compressor is not None and len(data) >= self.deflate.threshold and data:
@@ -1158,7 +1171,7 @@ class WebSocketConnection(_Incoming):
         return _frame(kind, data, not self._bit)
 
     def send_piece(self, data, first, last):
-        """A piece of a message, the `first` of it, the `last`, or both: the bytes to write. All pieces are str, or all bytes-like.
+        """A piece of a message, the `first` of it, the `last`, or both: the bytes to write. All are str, or all are bytes-like.
 
         Where compression was agreed they are compressed, whatever their length, and each can be read when it has come.
         LocalProtocolError as send_message(), and for a piece in the wrong place or of the other type.
@@ -1177,7 +1190,7 @@ class WebSocketConnection(_Incoming):
         return _frame(bits, data, not self._bit)
 
     def send_ping(self, payload=b""):
-        """A Ping: the bytes to write. It may stand between two pieces. `payload`: bytes, at most 125; it comes back in the Pong."""
+        """A Ping: the bytes to write, also between two pieces. `payload`: bytes, at most 125; it comes back in the Pong."""
         return self._send_control(_PING, payload)
 
     def send_pong(self, payload=b""):
@@ -1187,25 +1200,25 @@ class WebSocketConnection(_Incoming):
     def send_close(self, code=1000, reason=""):
         """A Close: the bytes to write. Nothing may be sent after it; what the peer still sends is received until its own Close.
 
-        It may come in the middle of a message, which then remains incomplete. `code`: 1000 to 1003, 1007 to 1014, 3000 to 4999; or
-        1005 for none. `reason`: at most 123 bytes of UTF-8. LocalProtocolError for others, and for a second Close.
+        It may come in the middle of a message, which then remains incomplete. `code`: 1000 to 1003, 1007 to 1014, 3000 to 4999;
+        or 1005 for none. `reason`: at most 123 bytes of UTF-8. LocalProtocolError for others, and for a second Close.
         """
         if code != 1005 and code not in _CODES:
-            raise LocalProtocolError(f"a Close with the code {code!r:.40}: 1000 to 1003, 1007 to 1014, or 3000 to 4999 (4000 to 4999 "
-                                     "are yours); 1005 for none")
+            raise LocalProtocolError(f"the code {code!r:.40} for a Close: 1000 to 1003, 1007 to 1014, 3000 to 4999 (from 4000 on "
+                                     "yours); 1005 for none")
         reason = _encoded(reason)[1]
         if len(reason) > 123 or (reason and code == 1005):
             raise LocalProtocolError(f"a reason of {len(reason)} bytes; at most 123, and none without a code")
         self._our(_CLOSE)
-        if self.their_state is _OPEN:
-            self.their_state = _TRANSITIONS["their"][_OPEN][_OTHER]
+        if self.their_state is OPEN:
+            self.their_state = _TRANSITIONS["their"][OPEN][_OTHER]
         return _frame(_CLOSE_FRAME, b"" if code == 1005 else code.to_bytes(2, "big") + reason, not self._bit)
 
     def send_failure(self):
         """After a RemoteProtocolError: the Close that tells the peer, the bytes to write; b"" if ours has been sent already."""
         if self._error is None:
             raise LocalProtocolError("send_failure() without a RemoteProtocolError; send_close() is for the rest")
-        if self.our_state is _CLOSED:
+        if self.our_state is SHUT:
             return b""
         reason = str(self._error).encode("utf-8", "replace")[:123].decode("utf-8", "ignore")
         return self.send_close(self._error.code, reason)
@@ -1222,7 +1235,7 @@ class WebSocketConnection(_Incoming):
         state = _TRANSITIONS["our"][self.our_state].get(what)
         if state is None:
             raise LocalProtocolError(f"no {what} may be sent any more: " + (
-                "our Close has been sent" if self.our_state is _CLOSED else
+                "our Close has been sent" if self.our_state is SHUT else
                 f"the peer is through ({self.close_code} {self.close_reason})"))
         if what is _MESSAGE and self._sending is not None:
             raise LocalProtocolError("another message is under way: its last piece needs last=True")
