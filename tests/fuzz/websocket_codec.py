@@ -2,10 +2,11 @@
 
     python tests/fuzz/websocket_codec.py --seconds 600
 
-Each input goes in whole, byte by byte and at random splits, to a server or a client, with and without compression, whole messages
-or pieces. Each time it has to give the events, and the error, that a second reader of RFC 6455 gives, which is below: slow, simple,
-and written for nothing else. Nothing but RemoteProtocolError may be raised; each call has to get on; and the messages have to be the
-same when the other role sends them again. A failure prints the seed of the input, which repeats it with --seed, and the input.
+Each input goes in whole, byte by byte and at random splits, to a server or a client, with and without compression, as whole
+messages or in pieces. Each time it has to give the events, and the error, that a second reader of RFC 6455 gives, which is below:
+slow, simple, and written for nothing else. Nothing but RemoteProtocolError may be raised; each call has to get on; the messages
+have to be the same when the other role sends them again. A failure prints the seed of the input, which repeats it with --seed,
+and the input.
 """
 
 import argparse
@@ -34,7 +35,7 @@ class Wrong(Exception):
 
 
 def first_wrong_byte(data):
-    """(the place of the first byte that no UTF-8 has there, or None; whether it ends between two characters). RFC 3629 section 4."""
+    """(the place of the first byte that no UTF-8 has there, or None; whether it ends between characters). RFC 3629 section 4."""
     at = 0
     while at < len(data):
         lead = data[at]
@@ -263,9 +264,10 @@ def events_of(role, pieces, *, ask_for_pieces=False, **options):
 # ---- inputs ------------------------------------------------------------------------------------------------
 
 TEXTS = ["", "a", "hello", "äöü€", "😀" * 3, "x" * 125, "x" * 126, "é" * 300, "\ud7ff\ue000\uffff\U0010ffff", "ab" * 700]
-BAD_TEXTS = [b"\xff", b"a\xc0\xaf", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"ok\xe2\x82", b"\xf0\x9f\x98", b"\xc3(", b"\xf8\x88\x80\x80\x80",
-             "κόσμε".encode() + b"\xed\xa0\x80edited", b"\xe0\x80\x80", b"\xef\xbf", b"x" * 40 + b"\xfe"]
-CLOSES = [b"", b"\x03\xe8", b"\x03\xe9bye", b"\x0b\xb8", b"\x03", b"\x03\xed", b"\x00\x00", b"\x03\xe8\xff", b"\xff\xff", b"\x03\xe8" + b"x" * 123]
+BAD_TEXTS = [b"\xff", b"a\xc0\xaf", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"ok\xe2\x82", b"\xf0\x9f\x98", b"\xc3(",
+             b"\xf8\x88\x80\x80\x80", "κόσμε".encode() + b"\xed\xa0\x80edited", b"\xe0\x80\x80", b"\xef\xbf", b"x" * 40 + b"\xfe"]
+CLOSES = [b"", b"\x03\xe8", b"\x03\xe9bye", b"\x0b\xb8", b"\x03", b"\x03\xed", b"\x00\x00", b"\x03\xe8\xff", b"\xff\xff",
+          b"\x03\xe8" + b"x" * 123]
 
 
 def frame(opcode, payload, masks, *, fin=True, rsv=0, form=None, claimed=None, mask=None):
@@ -286,18 +288,25 @@ def cut(payload, chance):
     return [payload[a:b] for a, b in itertools.pairwise([*cuts, len(payload)])] or [payload]
 
 
+def compressed(chance, deflater, payload):
+    """The payload of a compressed message, one way or another."""
+    if chance.random() < 0.1:                       # blocks that call themselves the last ones
+        deflater = deflater.copy()
+        return deflater.compress(payload) + deflater.flush(zlib.Z_FINISH) + chance.choice([b"\0", b"\0", b"", b"\x03\0\0"])
+    how = chance.choice([zlib.Z_SYNC_FLUSH] * 6 + [zlib.Z_FULL_FLUSH] * 2 + [zlib.Z_BLOCK])
+    packed = deflater.compress(payload) + deflater.flush(how)
+    return packed.removesuffix(TAIL) if chance.random() < 0.95 else packed
+
+
 def message_frames(chance, masks, packer):
     """The frames of a message, some of it wrong; control frames in between."""
     text = chance.random() < 0.6
-    payload = chance.choice(TEXTS).encode("utf-8", "surrogatepass") if text else chance.randbytes(chance.choice([0, 1, 5, 130, 700]))
+    payload = chance.choice(TEXTS).encode() if text else chance.randbytes(chance.choice([0, 1, 5, 130, 700]))
     if text and chance.random() < 0.2:
         payload += chance.choice(BAD_TEXTS) + chance.choice([b"", b"more"])
     packed = packer is not None and chance.random() < 0.6
     if packed:
-        deflater = packer()
-        payload = deflater.compress(payload * chance.choice([1, 1, 30])) + deflater.flush(
-            chance.choice([zlib.Z_SYNC_FLUSH] * 6 + [zlib.Z_FULL_FLUSH] * 2 + [zlib.Z_BLOCK]))
-        payload = payload.removesuffix(TAIL) if chance.random() < 0.95 else payload
+        payload = compressed(chance, packer(), payload * chance.choice([1, 1, 30]))
     parts = cut(payload, chance)
     for n, part in enumerate(parts):
         while chance.random() < 0.15:
@@ -320,8 +329,12 @@ def stream(chance, masks, packer):
     for _ in range(chance.choice([1, 1, 2, 4])):
         if chance.random() < 0.2:
             data += wrong_frame(chance, masks)
+        elif chance.random() < 0.05:                # a text that goes wrong in a frame that is not complete
+            wrong = chance.choice(BAD_TEXTS)
+            return bytes(data + frame(1, wrong[:chance.randrange(len(wrong) + 1)], masks, claimed=100))
         elif chance.random() < 0.05:
-            data += frame(1, b"", masks, fin=False) + frame(0, b"", masks, fin=False) * chance.choice([3, 99, 100]) + frame(0, b"", masks)
+            data += frame(1, b"", masks, fin=False) + frame(0, b"", masks, fin=False) * chance.choice([3, 99, 100])
+            data += frame(0, b"", masks)
         else:
             data += b"".join(message_frames(chance, masks, packer))
     for _ in range(chance.choice([0, 0, 0, 1, 1, 3])):
@@ -338,7 +351,8 @@ def stream(chance, masks, packer):
     return bytes(data)
 
 
-DEFLATES = [None, None, Deflate(threshold=0), Deflate(15, 15, True, True, 0), Deflate(9, 9, threshold=30), Deflate(12, 12, False, True, 1)]
+DEFLATES = [None, None, Deflate(threshold=0), Deflate(15, 15, True, True, 0), Deflate(9, 9, threshold=30),
+            Deflate(12, 12, False, True, 1)]
 LIMITS = [{}, {}, {}, dict(max_message=100), dict(max_message=0), dict(max_frame=60), dict(max_message=1500, max_frame=200)]
 
 
@@ -353,8 +367,8 @@ def again(role, messages, deflate):
 
 
 def comparable(events, pieces, deflate):
-    """What has to be the same. zlib says when it likes that data are corrupt: what it would have given before may be lost, and the
-    byte that is one too many. In pieces a message begins before what comes in between, and ends after it.
+    """What has to be the same. zlib says when it likes that data are corrupt: what it would have given before may be lost, as may
+    the byte that is one too many. In pieces a message begins before what comes in between, and ends after it.
     """
     corrupt = deflate and events[-1] in (("error", 1007), ("error", 1009))
     events = [event for event in events if not (corrupt and type(event) is tuple)] + [corrupt]
