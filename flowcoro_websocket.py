@@ -2068,8 +2068,8 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
                  ping_interval=PING_INTERVAL, ping_timeout=PING_TIMEOUT):
     """Accept the WebSocket that a request asks for (RFC 6455 section 4.2). -> WebSocket
 
-    request: a flowcoro_http.Request, or what has its method, version, headers, host and upgrade(). HttpServer(websocket=accept)
-    calls this; the options are those of @app.websocket(path).
+    request: a flowcoro_http.Request, or what has its method, version, headers, host and upgrade(); it gets the attribute
+    `websocket`. HttpServer(websocket=accept) calls this; the options are those of @app.websocket(path).
     subprotocols: those that are spoken here, the best first; the first that the client offers is taken, or none.
     origins: pages of which origins may connect: ["https://example.com"], "https://*.example.com" for all below it, "null", "*" for
     all; None: those of the host that is asked for. Browsers send cookies along whatever the page; who is no browser passes.
@@ -2081,12 +2081,15 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
     """
     _check_origins(origins)
     _check_subprotocols(subprotocols)
+    ping_interval, ping_timeout = _seconds(ping_interval, "ping_interval"), _seconds(ping_timeout, "ping_timeout")
     pairs, subprotocol, agreed = _check_request(
         request.method, request.version, request.headers.items(), subprotocols=subprotocols, origins=origins, host=request.host,
         deflate=_as_deflate(deflate))
     sock = await request.upgrade("websocket", [*pairs, *headers])
-    return WebSocket(sock, "server", deflate=agreed, max_message=max_message, max_frame=max_frame, ping_interval=ping_interval,
-                     ping_timeout=ping_timeout, subprotocol=subprotocol, request=request)
+    ws = WebSocket(sock, "server", deflate=agreed, max_message=max_message, max_frame=max_frame, ping_interval=ping_interval,
+                   ping_timeout=ping_timeout, subprotocol=subprotocol, request=request)
+    request.websocket = ws              # whoever serves the request closes it in the end
+    return ws
 
 
 def _as_deflate(deflate):
