@@ -2132,7 +2132,7 @@ class _Target:
         if not isinstance(text, str):
             raise TypeError(f"{what}={text!r:.60}: give a str")
         if any(not "!" <= letter <= "~" and letter < "\x80" for letter in text):
-            raise ValueError(f"{what}={text!r:.200}: a URL has no blanks and no control characters")
+            raise ValueError(f"{what}={_without_password(text)!r:.200}: a URL has no blanks and no control characters")
         parts = urllib.parse.urlsplit(text)
         if parts.scheme not in schemes:
             raise ValueError(f"{what}={_without_password(text)!r:.200}: it begins with "
@@ -2210,6 +2210,8 @@ class connect:
         _check_subprotocols(subprotocols)
         self._subprotocols, self._origin, self._deflate = tuple(subprotocols), origin, _as_deflate(deflate)
         self._tls, self._proxy, self._redirects = tls, proxy, redirects
+        if not isinstance(redirects, int) or redirects < 0:
+            raise ValueError(f"redirects={redirects!r}: give how many are followed, 0 or more")
         self._open_timeout = _seconds(open_timeout, "open_timeout")
         if isinstance(proxy, str):
             self._proxy = self._as_proxy(proxy)
@@ -2217,8 +2219,9 @@ class connect:
             raise TypeError(f"proxy={proxy!r:.60}: give a URL, True for the environment's, or None")
         if tls is not None and not self._target.tls:
             raise ValueError(f"tls= is for wss://, and {self._target.text!r:.200} has none")
-        self._options = {"max_message": max_message, "max_frame": max_frame, "ping_interval": ping_interval,
-                         "ping_timeout": ping_timeout}
+        self._options = {"max_message": max_message, "max_frame": max_frame,
+                         "ping_interval": _seconds(ping_interval, "ping_interval"),
+                         "ping_timeout": _seconds(ping_timeout, "ping_timeout")}
         self._socket, self._on_retry, self._ws = socket, on_retry, None
 
     def __await__(self):
