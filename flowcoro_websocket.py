@@ -2199,7 +2199,7 @@ class connect:
     The iterator tries again after BrokenError, ResolveError, TimeoutError and statuses that may change (429, 5xx …), each time
     later, up to a minute, with some chance in it; Retry-After is heeded. Other errors are raised. on_retry(error, seconds) is called
     before it waits (error None: the connection has ended). What is wrong in the block is yours to catch: ConnectionClosed, and
-    `continue`. The WebSocket of a block is closed when the next one begins.
+    `continue`. The WebSocket of a block is closed when the block ends, also by `break`.
     """
 
     def __init__(self, url, *, headers=(), subprotocols=(), origin=None, tls=None, proxy=None, redirects=MAX_REDIRECTS,
@@ -2252,8 +2252,10 @@ class connect:
                 error, asked = raised, _retry_after(raised.headers)
             else:
                 began = flowcoro.now()
-                async with ws:
+                try:
                     yield ws
+                finally:                # also when the loop was left: the kernel closes a generator that nobody has any more
+                    await ws.close()
             lasted = error is None and flowcoro.now() - began >= LASTING
             failures = 0 if lasted else failures + 1
             if failures:
