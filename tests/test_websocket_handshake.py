@@ -37,7 +37,8 @@ def test_the_example_of_the_rfc():
 
 @pytest.mark.parametrize("fields", [
     {"upgrade": "WebSocket"}, {"upgrade": "h2c, websocket"}, {"upgrade": ["h2c", "websocket"]},
-    {"connection": "keep-alive, Upgrade"}, {"connection": ["keep-alive", "upgrade"]}, {"content_length": "0"}, {"origin": "https://EXAMPLE.com"}, {"x_other": "\xe4"},
+    {"connection": "keep-alive, Upgrade"}, {"connection": ["keep-alive", "upgrade"]}, {"content_length": "0"},
+    {"origin": "https://EXAMPLE.com"}, {"x_other": "\xe4"},
     {"sec_websocket_protocol": "a, b"}, {"sec_websocket_extensions": "foo; bar=1"}, {"connection": ", upgrade,,"}])
 def test_what_may_be_written_otherwise_is_taken(fields):
     assert _check_request("GET", "1.1", changed(REQUEST, **fields)) == ([("Sec-WebSocket-Accept", ACCEPT)], None, None)
@@ -45,7 +46,8 @@ def test_what_may_be_written_otherwise_is_taken(fields):
 
 REFUSED = {
     400: [{"sec_websocket_key": None}, {"sec_websocket_key": ""}, {"sec_websocket_key": "short"},
-          {"sec_websocket_key": [KEY, KEY]}, {"sec_websocket_key": KEY[:-1]}, {"sec_websocket_key": KEY + "="}, {"sec_websocket_key": "!" + KEY[1:]},
+          {"sec_websocket_key": [KEY, KEY]}, {"sec_websocket_key": KEY[:-1]}, {"sec_websocket_key": KEY + "="},
+          {"sec_websocket_key": "!" + KEY[1:]},
           {"sec_websocket_key": KEY[:-3] + "R=="}, {"sec_websocket_key": "\xe4" * 24}, {"sec_websocket_key": KEY + "AAAA"},
           {"content_length": "5"}, {"transfer_encoding": "chunked"}, {"sec_websocket_protocol": "a, a"},
           {"sec_websocket_protocol": ["a", "b, a"]}, {"sec_websocket_protocol": "a b"}, {"sec_websocket_protocol": "\"a\""},
@@ -108,7 +110,8 @@ def test_a_server_answers_an_offer_of_compression_if_it_may():
     ("http://localhost:8000", "localhost:8001", None, False), ("http://[::1]:8000", "[::1]:8000", None, True),
     ("https://a.example", "b.example", ["https://a.example"], True), ("https://A.example", "b", ["https://a.EXAMPLE:443"], True),
     ("http://a.example", "b.example", ["https://a.example"], False),
-    ("https://b.example", "b.example", ["https://a.example"], False), ("https://a.example:444", "b", ["https://a.example"], False), ("https://x.a.example", "b", ["https://*.a.example"], True),
+    ("https://b.example", "b.example", ["https://a.example"], False),
+    ("https://a.example:444", "b", ["https://a.example"], False), ("https://x.a.example", "b", ["https://*.a.example"], True),
     ("https://y.x.a.example", "b", ["https://*.a.example"], True), ("https://a.example", "b", ["https://*.a.example"], False),
     ("https://xa.example", "b", ["https://*.a.example"], False), ("https://*.a.example", "b", ["https://*.a.example"], False),
     ("null", "b", ["null"], True), ("null", "b", ["https://a.example"], False), ("https://c", "b", ["https://a", "*"], True),
@@ -163,7 +166,8 @@ def test_a_request_is_what_the_http_codec_reads_and_our_server_takes():
     {"target": "chat"}, {"target": ""}, {"target": "/a b"}, {"target": "/\xe4"}, {"target": "/a#b"}, {"target": "/a\r\nX: y"},
     {"host": "a\r\nX: y"}, {"pairs": [("X", "a\r\nY: b")]}, {"pairs": [("X:", "a")]}, {"pairs": [("", "a")]},
     {"pairs": [("X", "€")]}, {"pairs": [("X", "\0")]}, {"pairs": [("hOST", "a")]}, {"pairs": [("Sec-WebSocket-Key", KEY)]},
-    {"pairs": [("Upgrade", "h2c")]}, {"pairs": [("Content-Length", "5")]}, {"origin": "a\n"}, {"subprotocols": ["a b"]}, {"subprotocols": ["a", "a"]}])
+    {"pairs": [("Upgrade", "h2c")]}, {"pairs": [("Content-Length", "5")]}, {"origin": "a\n"}, {"subprotocols": ["a b"]},
+    {"subprotocols": ["a", "a"]}])
 def test_nothing_that_is_no_http_gets_into_a_request(arguments):
     with pytest.raises(ValueError):
         _request_head(**{"target": "/", "host": "h", "key": KEY, **arguments})
@@ -191,7 +195,8 @@ def test_an_answer_is_read_when_it_is_complete():
 
 @pytest.mark.parametrize("raw", [
     b"\x16\x03\x01", b"SSH-2.0-x\r\n", b"\r\nHTTP/1.1 101", b"HTTP/2 200\r\n\r\n", b"http/1.1 200\r\n\r\n",
-    b"HTTP/1.1 20 OK\r\n\r\n", b"HTTP/1.1 099 X\r\n\r\n", b"HTTP/1.1  200 OK\r\n\r\n", b"HTTP/1.1 2000 OK\r\n\r\n", b"HTTP/1.2 200 OK\r\n\r\n",
+    b"HTTP/1.1 20 OK\r\n\r\n", b"HTTP/1.1 099 X\r\n\r\n", b"HTTP/1.1  200 OK\r\n\r\n", b"HTTP/1.1 2000 OK\r\n\r\n",
+    b"HTTP/1.2 200 OK\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nA: b\r\n c\r\n\r\n", b"HTTP/1.1 200 OK\r\nA : b\r\n\r\n", b"HTTP/1.1 200 OK\r\n: b\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nA\r\n\r\n", b"HTTP/1.1 200 OK\r\nA: \0\r\n\r\n", b"HTTP/1.1 200 OK\r\nA: b\nB: c\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nA: b\rB: c\r\n\r\n", b"HTTP/1.1 200 O\0\r\n\r\n", b"HTTP/1.0 101 X\r\n\r\n",
@@ -217,7 +222,8 @@ def test_a_head_without_an_end_is_refused_at_its_limit():
     (101, {"sec_websocket_accept": None}), (101, {"sec_websocket_accept": ACCEPT.lower()}),
     (101, {"sec_websocket_accept": ACCEPT[:-1]}), (101, {"sec_websocket_accept": [ACCEPT, ACCEPT]}),
     (101, {"sec_websocket_accept": KEY}), (101, {"sec_websocket_protocol": "c"}), (101, {"sec_websocket_protocol": "A"}),
-    (101, {"sec_websocket_protocol": "a, b"}), (101, {"sec_websocket_protocol": ["a", "b"]}), (101, {"sec_websocket_protocol": ""}),
+    (101, {"sec_websocket_protocol": "a, b"}), (101, {"sec_websocket_protocol": ["a", "b"]}),
+    (101, {"sec_websocket_protocol": ""}),
     (101, {"sec_websocket_extensions": "foo"}), (101, {"sec_websocket_extensions": "permessage-deflate; unknown"}),
     (101, {"sec_websocket_extensions": "permessage-deflate;"}),
     (101, {"sec_websocket_extensions": ["permessage-deflate", "permessage-deflate"]})])
