@@ -528,7 +528,7 @@ def _origin_problem(values, hosts, origins):
     origin = values[0].lower()
     if origins is None:
         found = _origin(origin)
-        if found and len(hosts) == 1 and _authority(found[1], found[3]) == _authority(found[1], hosts[0]):
+        if found and not found[2] and len(hosts) == 1 and _authority(found[1], found[3]) == _authority(found[1], hosts[0]):
             return None
     elif origin == "null":
         if "null" in origins:
