@@ -5182,6 +5182,19 @@ class Part:
         return f"<Part {self.name!r}{'' if self.filename is None else f' {self.filename!r}'}>"
 
 
+def _its_websocket(request):
+    """The WebSocket that its connection has become, or None. Who makes one of it sets this: then it is closed when the server
+    ends, by its close_nowait(1001), and that a handler fails because it was closed is not reported."""
+    return None if request._source is None else request._source.websocket
+
+
+def _becomes_websocket(request, ws):
+    if request._source is not None:
+        request._source.websocket = ws
+        if request.closing.is_set():
+            ws.close_nowait(1001)
+
+
 class Request:
     """A request, as a handler gets it.
 
@@ -5285,19 +5298,6 @@ class Request:
         return flowcoro.Event() if self._source is None else self._source.run.closing
 
     @property
-    def websocket(self):
-        """The WebSocket that its connection has become, or None. Who makes one of it sets this: then it is closed when the server
-        ends, by its close_nowait(1001), and that a handler fails because it was closed is not reported."""
-        return None if self._source is None else self._source.websocket
-
-    @websocket.setter
-    def websocket(self, ws):
-        if self._source is not None:
-            self._source.websocket = ws
-            if self.closing.is_set():
-                ws.close_nowait(1001)
-
-    @property
     def host(self):
         """The host that is asked for, name[:port]: the Host field, or that of an absolute target; "" if there is none."""
         return self.headers.get("host", "") if self._host is None else self._host
@@ -5305,6 +5305,8 @@ class Request:
     @host.setter
     def host(self, host):
         self._host = host
+
+    websocket = property(_its_websocket, _becomes_websocket)
 
     @property
     def url(self):
@@ -5781,7 +5783,7 @@ class _Exchange:
         self.tls = sock.tls.version() if sock.tls else None
         self.scheme = "https" if sock.tls else "http"
         self.trailers = self.fault = None
-        self.websocket = self.speaker = None        # what it has become; and (handler, arguments) of that, where _speak() calls it
+        self.websocket = self.speaker = None        # what it has become; (handler, arguments) of that, for _speak()
         self.with_files = None              # a Request whose files are to be closed
         self.phase, self.turn = _IDLE, 0
         self.seen = None                    # the sweep's: (turn, phase) when it looked last,
@@ -6639,7 +6641,8 @@ class HttpServer(Router):
 
         The app runs while the client is open, with startup and shutdown; connections are in memory, and URLs may begin with their
         path. options: HttpClient's. An https URL says so to the app's URLs, but there is no TLS. `await client.socket()` is a
-        connection of its own: `connect("ws://testserver/…", socket=await client.socket())`, of flowcoro_websocket, is a WebSocket.
+        connection of its own: `connect("ws://testserver/…", socket=await client.socket())`, of flowcoro_websocket, is a
+        WebSocket.
         """
         return _test_client(self, **options)
 
@@ -11080,8 +11083,8 @@ def asgi_app(application, *, websocket=None, disconnect_timeout=ASGI_DISCONNECT)
     BrokenError, an OSError; after `disconnect_timeout` seconds it is cancelled. What the specification forbids raises
     RuntimeError, TypeError or ValueError in send(); an error is reported and answered with 500, or by cutting the connection.
 
-    websocket: what speaks WebSocket, flowcoro_websocket.accept (functools.partial(accept, origins=…) gives it options); without it
-    such requests are answered with 501, and the application never sees them. A handshake that is none is answered when the
+    websocket: what speaks WebSocket, flowcoro_websocket.accept (functools.partial(accept, origins=…) gives it options); without
+    it such requests are answered with 501, and the application never sees them. A handshake that is none is answered when the
     application accepts it, whose send() raises an OSError then. When the server ends it receives websocket.disconnect, 1001.
     """
     if not callable(application):

@@ -1,4 +1,4 @@
-"""flowcoro_websocket 0.1.0: WebSocket, strict to the last case: a codec without I/O (RFC 6455, RFC 7692).
+"""flowcoro_websocket 0.1.0: WebSocket, strict to the last case: a codec without I/O, a server's end and a client's.
 
 To vendor, copy: flowcoro.py, flowcoro_net.py, flowcoro_websocket.py
 
@@ -14,7 +14,7 @@ Example:
             client.receive_data(server.send_close(event.code, event.reason))
             break
 
-Contents: constants · errors · masking · compression · handshake · codec
+Contents: constants · errors · masking · compression · handshake · codec · the WebSocket · server end · client end · broadcast
 
 How it works:
 
@@ -32,6 +32,15 @@ section "codec", hold however the bytes were split, and the messages fragmented 
 
 The *handshake* is pure, too: what a request has to say and what answers it, which origins may ask, what extension is agreed on.
 
+A *WebSocket* is either end with its socket. Who waits in receive() reads the socket himself: there is no task for a connection
+but its handler, no queue, and one read and one write for a message. One sweep for all WebSockets of a kernel sends the Pings,
+ends what is dead, and has a task read for a handler that does not. What is sent are whole frames, whoever is cancelled; who sends
+to a peer that does not read waits, and broadcast() keeps a bounded amount for it. E1 to E4, in the section "the WebSocket", say
+what holds.
+
+accept() makes one of a request of an HTTP server that it is given (it knows no server; HttpServer(websocket=accept) knows it),
+and connect() one of a URL.
+
 Errors:
 
     FlowCoroError
@@ -42,8 +51,9 @@ Errors:
         HandshakeError          there is no WebSocket: status, headers and body of the answer
         ConnectionClosed        there is none any more: code, reason; also a flowcoro_net.BrokenError
 
-Sources: RFC 6455 (WebSocket), RFC 7692 (permessage-deflate), RFC 3629 (UTF-8), RFC 6454 (origins), the IANA's registry of close
-codes; the Autobahn test suite (what implementations get wrong); wsproto and websockets (the idea of a codec by itself); zlib.h.
+Sources: RFC 6455 (WebSocket), RFC 7692 (permessage-deflate), RFC 9110 (CONNECT, redirects), RFC 3629 (UTF-8), RFC 6454 (origins),
+the IANA's registry of close codes; the Autobahn test suite (what implementations get wrong); wsproto and websockets (the idea of
+a codec by itself; the defaults of the keep-alive, and a loop that connects again); zlib.h.
 
 What it does not do: the drafts before RFC 6455; HTTP/2 and HTTP/3 (RFC 8441, RFC 9220); other extensions than permessage-deflate.
 
@@ -72,8 +82,8 @@ import flowcoro_net
 __version__ = "0.1.0"
 
 __all__ = ["WebSocketConnection", "Piece", "Ping", "Pong", "Close", "NEED_DATA", "CLOSED", "Deflate", "encode_message",
-           "accept_key", "WebSocketError", "ProtocolError", "RemoteProtocolError", "LocalProtocolError", "HandshakeError",
-           "ConnectionClosed"]
+           "accept_key", "WebSocket", "accept", "connect", "broadcast", "WebSocketError", "ProtocolError",
+           "RemoteProtocolError", "LocalProtocolError", "HandshakeError", "ConnectionClosed"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -1475,7 +1485,8 @@ class _Sender:
 
     async def send(self, message):
         """Send a message: str (text), bytes-like (binary), or an iterable, async or not, of pieces of one of these, which leave
-        as fragments of one message as they come. Returns when the system has all of it: who sends faster than the peer reads waits.
+        as fragments of one message as they come. Returns when the system has all of it: who sends faster than the peer reads
+        waits.
 
         Several tasks may send at a time; messages do not mix. Cancelled: the message was not sent, or it will leave as a whole
         (the socket goes on with it). Of an iterable that fails or is cancelled a part was sent, which has no end: the WebSocket
@@ -1607,7 +1618,7 @@ class _Receiver(_Sender):
         super().__init__(sock, codec, several)
         self._special = several
         self._receiving, self._background = False, None     # E1
-        self._queue, self._queued = None, 0                 # messages and pieces that were received in the background, their length
+        self._queue, self._queued = None, 0     # messages and pieces that were received in the background, and their length
         self._unread = False            # a message of receive_pieces() was not received to its end
         self._idle = 0                  # looks of the sweep that have found nobody who reads
         self._chunk = CHUNK
@@ -1813,7 +1824,7 @@ class _Receiver(_Sender):
         self._wake()
 
     def _take_pong(self, payload):
-        """A Pong answers the Pings before that one, too (RFC 6455 5.5.3). One that nobody has asked for is none of our business."""
+        """A Pong answers the Pings before that one, too (RFC 6455 5.5.3). One that nobody has asked for says nothing."""
         pings, now = self._pings, flowcoro.now()
         if pings and payload in pings:
             for sent in list(pings):
@@ -1870,9 +1881,9 @@ class WebSocket(_Receiver):
     """A WebSocket, either end: what accept() and connect() give.
 
     `request`: of a server, the request; `response_headers`: of a client, [(name, value)] of the answer; `subprotocol`: the one
-    that was agreed on, or None; `close_code`, `close_reason`: of the peer's Close, once it is closed: 1005 if it gave no code, 1006
-    if there was no Close, and what we have found if the peer has broken the protocol; `latency`: seconds that the last Ping of
-    the keep-alive took, or None; `state`: whatever you like to keep here.
+    that was agreed on, or None; `close_code`, `close_reason`: of the peer's Close, once it is closed: 1005 if it gave no code,
+    1006 if there was no Close, and what we have found if the peer has broken the protocol; `latency`: seconds that the last Ping
+    of the keep-alive took, or None; `state`: whatever you like to keep here.
 
     One task receives at a time; any number may send. `async with ws:` closes it in the end: with 1000, or 1011 after an error.
     `async for message in ws` gives the messages until the peer has closed normally (1000, 1001, or without a code).
@@ -1883,7 +1894,7 @@ class WebSocket(_Receiver):
 
     def __init__(self, sock, role, *, deflate=None, max_message=MAX_MESSAGE, max_frame=None, ping_interval=PING_INTERVAL,
                  ping_timeout=PING_TIMEOUT, subprotocol=None, request=None, response_headers=()):
-        """By hand, where the handshake was made elsewhere, as in tests: `sock` a flowcoro_net.Socket, `role` "server" or "client"."""
+        """By hand, where the handshake was made elsewhere: `sock` a flowcoro_net.Socket, `role` "server" or "client"."""
         keeper = _Keeper.of_kernel()
         super().__init__(sock, WebSocketConnection(role, deflate=deflate, max_message=max_message, max_frame=max_frame),
                          keeper.several)
@@ -2071,8 +2082,8 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
     request: a flowcoro_http.Request, or what has its method, version, headers, host and upgrade(); it gets the attribute
     `websocket`. HttpServer(websocket=accept) calls this; the options are those of @app.websocket(path).
     subprotocols: those that are spoken here, the best first; the first that the client offers is taken, or none.
-    origins: pages of which origins may connect: ["https://example.com"], "https://*.example.com" for all below it, "null", "*" for
-    all; None: those of the host that is asked for. Browsers send cookies along whatever the page; who is no browser passes.
+    origins: pages of which origins may connect: ["https://example.com"], "https://*.example.com" for all below it, "null", "*"
+    for all; None: those of the host that is asked for. Browsers send cookies along whatever the page; who is no browser passes.
     headers: pairs for the answer. deflate: True, False, or a Deflate: whether messages may be compressed. max_message: bytes of a
     message, inflated, beyond which it is refused with 1009; max_frame: those of one frame. ping_interval: seconds between Pings;
     ping_timeout: seconds after one without any sign of life, and the connection counts as lost; None: no Pings, no limit.
@@ -2138,7 +2149,7 @@ class _Target:
             raise ValueError(f"{what}={_without_password(text)!r:.200}: it begins with "
                              f"{' or '.join(f'{scheme}://' for scheme in schemes)}")
         if "#" in text:
-            raise ValueError(f"{what}={_without_password(text)!r:.200}: what follows \"#\" is never sent; leave it out (RFC 6455 3)")
+            raise ValueError(f"{what}={_without_password(text)!r:.200}: what follows \"#\" is never sent; leave it out")
         host, self.tls = parts.hostname, parts.scheme in ("wss", "https")
         if not host:
             raise ValueError(f"{what}={_without_password(text)!r:.200}: it has no host")
@@ -2186,8 +2197,8 @@ class connect:
         ws = await connect(…)                                    close it yourself
         async for ws in connect(…):                              again and again, as connections get lost
 
-    headers: pairs or a mapping, for the request; subprotocols: those that are spoken, the best first; origin: an Origin. A user and
-    a password in the URL are sent (Basic). tls: an ssl.SSLContext instead of the usual one for wss. proxy: the URL of an HTTP
+    headers: pairs or a mapping, for the request; subprotocols: those that are spoken, the best first; origin: an Origin. A user
+    and a password in the URL are sent (Basic). tls: an ssl.SSLContext instead of the usual one for wss. proxy: the URL of an HTTP
     proxy (http://user:password@host:port, or https://), True for what the environment says (https_proxy, no_proxy …), None: none.
     redirects: how many are followed, 0 for none; what is for one origin (Authorization, Cookie) is not sent to another, and from
     wss to ws none leads. open_timeout: seconds for all of it. socket: a flowcoro_net.Socket that is connected already, instead of
@@ -2197,9 +2208,9 @@ class connect:
     Socket.connect(): BrokenError, ResolveError, TlsError; ValueError, TypeError. Cancelled: nothing is left behind.
 
     The iterator tries again after BrokenError, ResolveError, TimeoutError and statuses that may change (429, 5xx …), each time
-    later, up to a minute, with some chance in it; Retry-After is heeded. Other errors are raised. on_retry(error, seconds) is called
-    before it waits (error None: the connection has ended). What is wrong in the block is yours to catch: ConnectionClosed, and
-    `continue`. The WebSocket of a block is closed when the block ends, also by `break`.
+    later, up to a minute, with some chance in it; Retry-After is heeded. Other errors are raised. on_retry(error, seconds) is
+    called before it waits (error None: the connection has ended). What is wrong in the block is yours to catch: ConnectionClosed,
+    and `continue`. The WebSocket of a block is closed when the block ends, also by `break`.
     """
 
     def __init__(self, url, *, headers=(), subprotocols=(), origin=None, tls=None, proxy=None, redirects=MAX_REDIRECTS,
@@ -2404,7 +2415,8 @@ def _retry_after(pairs):
 
 # ---- broadcast ------------------------------------------------------------------------------------------------
 
-# Bytes that are kept for a member before it counts as slow: some seconds of a busy room, and a tenth of a gigabyte for 100 of them.
+# Bytes that are kept for a member before it counts as slow: some seconds of a busy room, and a tenth of a gigabyte for 100 of
+# them.
 MAX_BACKLOG = 2**20
 
 
@@ -2450,8 +2462,8 @@ def broadcast(websockets, message, *, slow="skip", max_backlog=MAX_BACKLOG):
 
     It leaves at the end of the turn, when the tasks that are ready have run: several messages together. What the system does not
     take then is kept for the member, and sent when it reads. A member for which more than `max_backlog` bytes are kept is slow:
-    "skip": it does not get this message; "close": it is closed, with 1013 (try again later). Those that are closed are in the list,
-    too. The message is encoded once for all servers' ends, and never compressed there. TypeError, ValueError.
+    "skip": it does not get this message; "close": it is closed, with 1013 (try again later). Those that are closed are in the
+    list, too. The message is encoded once for all servers' ends, and never compressed there. TypeError, ValueError.
     """
     if slow not in ("skip", "close"):
         raise ValueError(f"slow={slow!r}: give \"skip\" or \"close\"")

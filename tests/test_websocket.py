@@ -1,4 +1,4 @@
-"""Both ends of a WebSocket: messages, back-pressure, cancellation, keep-alive, closing, broadcast. In memory, on a virtual clock."""
+"""Both ends of a WebSocket: messages, back-pressure, cancellation, keep-alive, closing, broadcast. In memory, in no time."""
 
 import contextlib
 import functools
@@ -61,7 +61,8 @@ def readers():
 # ---- messages --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("deflate", [None, Deflate(threshold=0)])
-@pytest.mark.parametrize("message", ["", "text", "ünï 🎉", b"", b"\0\xff", bytearray(b"array"), memoryview(b"view"), "long" * 50_000])
+@pytest.mark.parametrize("message", [
+    "", "text", "ünï 🎉", b"", b"\0\xff", bytearray(b"array"), memoryview(b"view"), "long" * 50_000])
 @simulated
 async def test_messages_go_both_ways_as_what_they_are(message, deflate):
     async with pair(deflate=deflate) as ends:
@@ -240,7 +241,8 @@ async def numbers(count, fail=None):
 @simulated
 async def test_an_iterable_is_sent_as_fragments_of_one_message(deflate):
     async with pair(deflate=deflate) as (server, client):
-        for pieces, whole in ((["a", "ü"], "aü"), ([b"1", bytearray(b"2")], b"12"), ([], ""), (iter(["x"]), "x"), (numbers(4), "0123")):
+        for pieces, whole in ((["a", "ü"], "aü"), ([b"1", bytearray(b"2")], b"12"), ([], ""), (iter(["x"]), "x"),
+                              (numbers(4), "0123")):
             await server.send(pieces)
             assert await client.receive() == whole
 
@@ -323,7 +325,8 @@ async def _receive_all(ws, count):
 
 
 @pytest.mark.parametrize("make, error", [
-    (lambda: numbers(2, ZeroDivisionError("mine")), ZeroDivisionError), (lambda: ["a", b"b"], TypeError), (lambda: ["a", 7], TypeError)])
+    (lambda: numbers(2, ZeroDivisionError("mine")), ZeroDivisionError), (lambda: ["a", b"b"], TypeError),
+    (lambda: ["a", 7], TypeError)])
 @simulated
 async def test_a_message_that_breaks_off_closes_the_websocket(make, error):
     async with pair() as (server, client):
@@ -585,7 +588,8 @@ async def test_intervals_that_are_none_are_refused(options):
 # ---- closing ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("code, reason, seen, error", [
-    (1000, "bye", (1000, "bye"), False), (1001, "", (1001, ""), False), (1005, "", (1005, ""), False), (4000, "ü", (4000, "ü"), True)])
+    (1000, "bye", (1000, "bye"), False), (1001, "", (1001, ""), False), (1005, "", (1005, ""), False),
+    (4000, "ü", (4000, "ü"), True)])
 @simulated
 async def test_the_close_handshake(code, reason, seen, error):
     for ends in (0, 1):

@@ -1,5 +1,5 @@
-"""WebSockets on the HTTP server: the handshake, routes, middleware, handlers that fail, the end, ASGI. On a simulated network, but
-for what is the system's."""
+"""WebSockets on the HTTP server: the handshake, routes, middleware, handlers that fail, the end, ASGI. On a simulated network,
+but for what is the system's."""
 
 import contextlib
 import functools
@@ -71,8 +71,9 @@ async def test_the_answer_to_a_handshake_is_that_of_the_rfc():
     ({"Sec_WebSocket_Version": None}, 426, {"sec-websocket-version": "13"}),
     ({"Upgrade": None}, 426, {"upgrade": "websocket"}), ({"Upgrade": "h2c"}, 426, {"upgrade": "websocket"}),
     ({"Connection": "keep-alive"}, 426, {"upgrade": "websocket"}), ({"version": "1.0"}, 426, {"upgrade": "websocket"}),
-    ({"Sec_WebSocket_Key": None}, 400, {}), ({"Sec_WebSocket_Key": "c2hvcnQ="}, 400, {}), ({"Sec_WebSocket_Key": "*" * 24}, 400, {}),
-    ({"Origin": "https://evil.example"}, 403, {}), ({"method": "POST", "Content_Length": "0"}, 405, {"allow": "GET, HEAD, OPTIONS"}),
+    ({"Sec_WebSocket_Key": None}, 400, {}), ({"Sec_WebSocket_Key": "c2hvcnQ="}, 400, {}),
+    ({"Sec_WebSocket_Key": "*" * 24}, 400, {}), ({"Origin": "https://evil.example"}, 403, {}),
+    ({"method": "POST", "Content_Length": "0"}, 405, {"allow": "GET, HEAD, OPTIONS"}),
     ({"Sec_WebSocket_Protocol": "a, a"}, 400, {})])
 @simulated
 async def test_what_is_no_handshake_is_answered_so_and_the_server_goes_on(changes, status, headers):
@@ -109,7 +110,8 @@ async def test_a_handshake_that_drips_is_cut_after_head_timeout():
 
 
 @pytest.mark.parametrize("origins, origin, passes", [
-    (None, None, True), (None, "http://server", True), (None, "http://other", False), (["https://a.example"], "https://a.example", True),
+    (None, None, True), (None, "http://server", True), (None, "http://other", False),
+    (["https://a.example"], "https://a.example", True),
     (["https://a.example"], "http://server", False), (["*"], "https://x.example", True), (["https://a.example"], None, True)])
 @simulated
 async def test_who_may_connect_from_a_browser(origins, origin, passes):
