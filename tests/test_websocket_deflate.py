@@ -324,6 +324,8 @@ def test_the_cap_is_exact_over_all_fragments(role):
         half = len(data) // 2
         parts = [(2, data[:half], PACKED | PART), (0, data[half:])]
         assert code_of(role, frames(role, *parts), deflate=ALL, max_message=1000) == code
+    for size, code in ((9, 1007), (10, 1009)):          # what is first in the message counts
+        assert code_of(role, packed(role, pack(b"a" * size + b"\xff" * 9), 1), deflate=ALL, max_message=10) == code
 
 
 @both_roles
