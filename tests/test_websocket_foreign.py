@@ -1,14 +1,14 @@
 """WebSocket against what others have written: the libraries websockets and aiohttp, as client and as server, and Node's client.
 
-The libraries need not be in the environment of the tests: FLOWCORO_PEERS names an interpreter that has them.
+The libraries need not be in the environment of the tests: FLOWCORO_PEERS names a Python that has them.
 """
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
 import pathlib
-import re
 import select
 import shutil
 import subprocess
@@ -29,8 +29,18 @@ FOREIGN = pathlib.Path(__file__).resolve().parent / "foreign"
 PEERS = os.environ.get("FLOWCORO_PEERS") or sys.executable
 
 needs_openssl = pytest.mark.skipif(OPENSSL is None, reason="the openssl command, which makes the certificates, is not installed")
-websockets_only = pytest.mark.parametrize("peer", ["websockets"], indirect=True)
-aiohttp_only = pytest.mark.parametrize("peer", ["aiohttp"], indirect=True)
+
+
+def library(name):
+    """The parameter of tests that need it."""
+    if PEERS == sys.executable and importlib.util.find_spec(name) is None:
+        return pytest.param(name, marks=pytest.mark.skip(f"no {name} is installed here: name a Python that has it in FLOWCORO_PEERS"))
+    return name
+
+
+WEBSOCKETS, AIOHTTP = library("websockets"), library("aiohttp")
+websockets_only = pytest.mark.parametrize("peer", [WEBSOCKETS], indirect=True)
+aiohttp_only = pytest.mark.parametrize("peer", [AIOHTTP], indirect=True)
 
 
 class Peer:
@@ -57,12 +67,11 @@ class Peer:
         return self.process.communicate(timeout=PATIENCE)[1]
 
 
-@pytest.fixture(scope="module", params=["websockets", "aiohttp"])
+@pytest.fixture(scope="module", params=[WEBSOCKETS, AIOHTTP])
 def peer(request):
     peer = Peer(request.param)
     if not peer.is_there:
-        reason = peer.end().strip().splitlines()[-1]
-        pytest.skip(f"{reason}: name an interpreter that has {peer.library} in FLOWCORO_PEERS")
+        pytest.skip(f"FLOWCORO_PEERS={PEERS}: {peer.end().strip().splitlines()[-1]}")
     yield peer
     assert peer.end() == ""
 
@@ -248,7 +257,7 @@ def test_a_close_of_the_server_is_told_and_given_back(peer):
 
     told, codes = [], [*CODES, (1012, "back soon"), (1013, "")]
     assert run(main) == [[*code] for code in codes]
-    assert [code for code, _ in told] == [code for code, _ in codes]
+    assert told == (codes if peer.library == "websockets" else [(1000, "")] * len(codes))        # aiohttp answers all with that
 
 
 def test_the_first_subprotocol_of_the_server_that_a_client_offers_is_taken(peer):
@@ -265,12 +274,13 @@ def test_the_first_subprotocol_of_the_server_that_a_client_offers_is_taken(peer)
 def test_clients_are_told_why_they_are_refused(peer):
     async def main():
         async with served(echo, origins=["https://good.example"]) as url:
-            for target, origin, status in ((url, "https://evil.example", 403), (url, None, 403), (url + "x", None, 404)):
+            for target, origin, status in ((url, "https://evil.example", 403), (url + "x", None, 404)):
                 answer = await flowcoro.to_thread(peer.ask, "talk", target, {"origin": origin}, [])
                 assert answer["status"] == status
-            answer = await flowcoro.to_thread(peer.ask, "talk", url, {"origin": "https://good.example"}, [
-                ["send", "hello"], ["receive"], ["close", 1000, ""]])
-            assert answer["steps"][1] == "hello"
+            for origin in "https://good.example", None:
+                answer = await flowcoro.to_thread(peer.ask, "talk", url, {"origin": origin}, [
+                    ["send", "hello"], ["receive"], ["close", 1000, ""]])
+                assert answer["steps"][1] == "hello"
 
     run(main)
 
@@ -455,8 +465,8 @@ def test_node_talks_closes_is_closed_and_is_refused(node):
         return json.loads(done.stdout)
 
     found = run(main)
-    assert found["protocol"] == "chat" and found["extensions"] in ("", "permessage-deflate")
+    assert found["protocol"] == "chat" and found["extensions"].partition(";")[0] in ("", "permessage-deflate")
     assert found["echoes"] == [[0, ""], [5, "hello"], [8, "größe 𝄞"], [70_000, "x" * 10], [0, 255, 128, 3], [0, 0, 0, 200_000]]
     assert found["ours"] == {"code": 3001, "reason": "enough, größe", "wasClean": True}
     assert found["theirs"] == {"code": 4000, "reason": "größe", "wasClean": True}
-    assert found["refused"]["code"] == 1006
+    assert "non-101" in found["refused"]

@@ -29,7 +29,7 @@ async function main() {
     found.theirs = await closed(ws);
 
     ws = new WebSocket(url + "/nowhere");
-    found.refused = await closed(ws);
+    found.refused = (await event(ws, "error")).message;
     console.log(JSON.stringify(found));
 }
 

@@ -74,7 +74,10 @@ class Websockets:
 
     async def serve(self, options, steps, outcome):
         async def handler(ws):
-            outcome.set_result(await self.take(ws, steps))
+            try:
+                outcome.set_result(await self.take(ws, steps))
+            except Exception as error:
+                outcome.set_exception(error)
 
         def refuse(ws, request):
             if "refuse" in options:
@@ -152,9 +155,12 @@ class Aiohttp:
             ws = web.WebSocketResponse(protocols=options.get("subprotocols", ()), compress="deflate" in options,
                                        autoping=options.get("autoping", True))
             await ws.prepare(request)
-            gave = [await self.step(ws, *step) for step in steps]
-            outcome.set_result({"subprotocol": ws.ws_protocol, "extensions": ws.headers.get("Sec-WebSocket-Extensions"),
-                                "steps": gave})
+            try:
+                gave = [await self.step(ws, *step) for step in steps]
+                outcome.set_result({"subprotocol": ws.ws_protocol, "extensions": ws.headers.get("Sec-WebSocket-Extensions"),
+                                    "steps": gave})
+            except Exception as error:
+                outcome.set_exception(error)
             return ws
 
         app = web.Application()
