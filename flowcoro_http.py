@@ -5748,11 +5748,16 @@ class _Clock:
 _CLOCK = _Clock()
 
 
+# What a connection has instead of its codec when another protocol is spoken on it.
+_UPGRADED = types.SimpleNamespace(our_state=SWITCHED)
+
+
 class _Exchange:
     """What a Request asks of its connection."""
 
     __slots__ = ("run", "app", "sock", "http", "client", "server", "scheme", "tls", "trailers", "with_files", "phase", "turn",
-                 "seen", "since", "waited", "lasted", "received", "progress", "scope", "part", "events", "fault", "websocket")
+                 "seen", "since", "waited", "lasted", "received", "progress", "scope", "part", "events", "fault", "websocket",
+                 "speaker")
 
     def __init__(self, run, sock):
         self.run, self.app, self.sock = run, run.app, sock
@@ -5763,7 +5768,7 @@ class _Exchange:
         self.tls = sock.tls.version() if sock.tls else None
         self.scheme = "https" if sock.tls else "http"
         self.trailers = self.fault = None
-        self.websocket = None               # what speaks on it once it was upgraded
+        self.websocket = self.speaker = None        # what it has become; and (handler, arguments) of that, where _speak() calls it
         self.with_files = None              # a Request whose files are to be closed
         self.phase, self.turn = _IDLE, 0
         self.seen = None                    # the sweep's: (turn, phase) when it looked last,
@@ -6022,12 +6027,20 @@ class _Connection(_Answering):
             with contextlib.suppress(flowcoro_net.BrokenError, flowcoro.ClosedError):       # the client has gone; it was cut
                 with flowcoro.CancelScope() as self.scope:
                     await self._serve()
+                if self.speaker is not None:
+                    return await self._speak()
                 if self.fault is not None and self.http.our_state is IDLE:      # a head that has taken too long
                     with flowcoro.move_on_after(LINGER):
                         await self._refuse(self.fault)
         finally:
             if self.with_files is not None:
                 self.with_files._close()
+
+    def _speak(self):
+        """To be awaited: the handler of a WebSocket. _serve() has returned, and HTTP is over: neither is on the way of a message,
+        and what they held is given back, half a KiB in a coroutine and as much in a codec."""
+        self.http, (handler, arguments) = _UPGRADED, self.speaker
+        return _spoken(handler, self.websocket, arguments)
 
     async def _serve(self):
         app, sock, http, find, now = self.app, self.sock, self.http, self.app.find, _CLOCK.now
@@ -6629,13 +6642,22 @@ def _websocket_handler(accept, handler, options):
     @functools.wraps(handler)
     async def serve(request, **arguments):
         ws = await _accepted(accept, request, options)
-        try:
-            async with ws:
-                await handler(ws, **arguments)
-        except Exception as error:
-            if not _is_its_end(error, ws):
-                raise
+        if request._source is not None and not request.app._middleware:         # that may want to know how it ends
+            request._source.speaker = handler, arguments
+        else:
+            await _spoken(handler, ws, arguments)
     return serve
+
+
+async def _spoken(handler, ws, arguments):
+    """Have a handler speak, and close its WebSocket."""
+    try:
+        async with ws:
+            await handler(ws, **arguments)
+    except Exception as error:
+        if not _is_its_end(error, ws):
+            flowcoro_net.report_error(error, f"{ws.request!r} was upgraded, and its handler failed; its WebSocket is closed",
+                                      "flowcoro_http")
 
 
 async def _accepted(accept, request, options):
@@ -6749,8 +6771,8 @@ class HttpListener:
             if heard and signal.getsignal(signal.SIGHUP) is reload:
                 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-    async def _serve_one(self, sock):
-        await self._run.serve(sock)
+    def _serve_one(self, sock):
+        return self._run.serve(sock)
 
     def close(self):
         """Accept no more, and end as serve() says. Twice is once. Never blocks."""

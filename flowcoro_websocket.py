@@ -1292,6 +1292,7 @@ _NORMAL = (1000, 1001, 1005)
 _current_task = flowcoro.current_task
 _NO_LOCK = contextlib.nullcontext()
 _GONE = flowcoro_net.NetworkError, flowcoro.ClosedError
+_ENDS = RemoteProtocolError, *_GONE         # (a ConnectionClosed is a NetworkError)
 _SENDABLE = str, bytes, bytearray, memoryview
 
 
@@ -1618,31 +1619,18 @@ class _Receiver(_Sender):
         ConnectionClosed once the peer has closed, or the connection is lost (code 1006), or nothing came in answer to a Ping. The
         messages that came before are given first. BusyError while another task receives.
         """
-        task = _current_task()
-        if task.budget > 0:
-            task.budget -= 1
-        else:
-            await flowcoro.checkpoint()
-        if self._special or self._receiving:
-            return await self._receive_otherwise()
         codec = self._codec
-        self._receiving, self._idle = True, 0
+        if self._special or self._receiving or codec._at != len(codec._buffer) or codec._message is not None:
+            return await self._receive_otherwise()
+        self._receiving, self._idle = True, 0           # and all of this is written out in __anext__(), too
         try:
-            if codec._at == len(codec._buffer) and codec._message is None:      # next_event() would only say so: 0.6 µs
-                data = await self._sock.read(self._chunk)
-                if data:
-                    codec.receive_data(data)
-                    if len(data) == CHUNK:
-                        self._chunk = LARGE_CHUNK
-                else:
-                    codec.receive_end()
+            data = await self._sock.read(self._chunk)
+            codec.receive_data(data) if data else codec.receive_end()
             event = codec.next_event()
-            if event.__class__ is str or event.__class__ is bytes:
-                return event
-            return await self._next(event)
-        except ConnectionClosed:
-            raise
-        except (RemoteProtocolError, *_GONE) as error:
+            if event.__class__ is not str and event.__class__ is not bytes:
+                event = await self._next(event)
+            return event
+        except _ENDS as error:
             raise await self._failed(error)
         finally:
             self._receiving = False
@@ -1650,6 +1638,7 @@ class _Receiver(_Sender):
                 self._lot.unpark_all()
 
     async def _receive_otherwise(self):
+        await _turn()
         self._codec.pieces = False
         while self._unread:                     # the rest of a message that nobody wanted
             await self._receive_event()
@@ -1731,12 +1720,12 @@ class _Receiver(_Sender):
                 if event is NEED_DATA:
                     data = await self._sock.read(self._chunk)
                     codec.receive_data(data) if data else codec.receive_end()
+                    if len(data) == CHUNK:
+                        self._chunk = LARGE_CHUNK
                 else:
                     await self._control(event)
                 event = None
-        except ConnectionClosed:
-            raise
-        except (RemoteProtocolError, *_GONE) as error:
+        except _ENDS as error:
             raise await self._failed(error)
 
     # -- what is no message
@@ -1763,6 +1752,8 @@ class _Receiver(_Sender):
 
     async def _failed(self, error):
         """The ConnectionClosed for an error of the peer or the network, after the peer was told."""
+        if isinstance(error, ConnectionClosed):
+            return error
         if isinstance(error, RemoteProtocolError):
             self.close_code, self.close_reason = error.code, str(error)
             with self._lock:
@@ -2008,12 +1999,28 @@ class WebSocket(_Receiver):
         return self
 
     async def __anext__(self):
+        # receive() written out: one coroutine less for each message, 0.2 µs, and 250 bytes less while it waits.
+        codec = self._codec
         try:
-            return await self.receive()
-        except ConnectionClosed as error:
+            if self._special or self._receiving or codec._at != len(codec._buffer) or codec._message is not None:
+                return await self._receive_otherwise()
+            self._receiving, self._idle = True, 0
+            try:
+                data = await self._sock.read(self._chunk)
+                codec.receive_data(data) if data else codec.receive_end()
+                event = codec.next_event()
+                if event.__class__ is not str and event.__class__ is not bytes:
+                    event = await self._next(event)
+                return event
+            finally:
+                self._receiving = False
+                if self._lot is not None:
+                    self._lot.unpark_all()
+        except _ENDS as error:
+            error = await self._failed(error)
             if error.code in _NORMAL:
                 raise StopAsyncIteration from None
-            raise
+            raise error
 
     # -- about it
 
