@@ -1,4 +1,4 @@
-"""WebSocket against what others have written: the libraries websockets and aiohttp, as client and as server, and Node's client.
+"""WebSocket against what others have written: the libraries websockets and aiohttp, on both ends, Node's client, a browser.
 
 The libraries need not be in the environment of the tests: FLOWCORO_PEERS names a Python that has them.
 """
@@ -17,6 +17,8 @@ import sys
 import pytest
 
 import flowcoro
+import flowcoro_cli
+import flowcoro_http
 import flowcoro_net
 import flowcoro_websocket
 from flowcoro_http import HttpServer
@@ -34,7 +36,7 @@ needs_openssl = pytest.mark.skipif(OPENSSL is None, reason="the openssl command,
 def library(name):
     """The parameter of tests that need it."""
     if PEERS == sys.executable and importlib.util.find_spec(name) is None:
-        return pytest.param(name, marks=pytest.mark.skip(f"no {name} is installed here: name a Python that has it in FLOWCORO_PEERS"))
+        return pytest.param(name, marks=pytest.mark.skip(f"{name} is not installed: name a Python that has it in FLOWCORO_PEERS"))
     return name
 
 
@@ -470,3 +472,68 @@ def test_node_talks_closes_is_closed_and_is_refused(node):
     assert found["ours"] == {"code": 3001, "reason": "enough, größe", "wasClean": True}
     assert found["theirs"] == {"code": 4000, "reason": "größe", "wasClean": True}
     assert "non-101" in found["refused"]
+
+
+# ---- a browser -------------------------------------------------------------------------------------------------
+
+# A browser that is to dump a page does so when all of it has been loaded: an image, which is answered when the page says that it
+# is ready. The script does what a person would: enter, await the others, say something, and see it.
+VISITOR = b"""<img src="/ready"><script>
+const fill = (form, id, value) => { part(id).value = value; part(form).requestSubmit() };
+fill("door", "name", "Eve <b>");
+let told = false;
+const watch = setInterval(() => {
+    if (!told && part("said").textContent.includes("Welcome")) {
+        told = true;
+        fill("speak", "text", "<i>gr\xc3\xbc\xc3\x9fe</i> \xf0\x9d\x84\x9e");
+    } else if (told && part("said").textContent.includes("Eve") && part("state").textContent == "Connected") {
+        clearInterval(watch);
+        fetch("/ready", {method: "POST"});
+    }
+}, 10);
+</script>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_enters_the_chat_of_the_demo_hears_and_speaks(tmp_path, monkeypatch):
+    name, policy = flowcoro_cli.CHAT_POLICY
+    monkeypatch.setattr(flowcoro_cli, "CHAT_POLICY", (name, policy.replace("img-src", "img-src 'self'")))
+
+    async def main():
+        ready, heard = flowcoro.Event(), []
+        app = flowcoro_cli._chat(flowcoro_http, flowcoro_websocket, lambda *said: heard.append(said))
+
+        @app.middleware
+        async def visit(request, call_next):
+            response = await call_next(request)
+            if request.path == "/":
+                response.content += VISITOR
+            return response
+
+        @app.route("/ready", ["GET", "POST"])
+        async def become_ready(request):
+            if request.method == "POST":
+                ready.set()
+            await ready.wait()
+
+        async def welcome(url):
+            async with connect(url + "/room?name=Ada") as ws:
+                async for message in ws:
+                    if "Eve" in str(json.loads(message).get("here")):
+                        await ws.send("Welcome")
+
+        async with await app.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
+            group.spawn(server.serve())
+            host = group.spawn(welcome(server.url.replace("http", "ws")))
+            done = await run_process([
+                "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+                f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", server.url + "/"],
+                env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LC_ALL": "C"}, timeout=PATIENCE, group=True)
+            host.cancel()
+            server.close()
+        return done.stdout.decode(), heard
+
+    page, heard = run(main)
+    assert heard == [("Ada", "Welcome"), ("Eve <b>", "<i>grüße</i> 𝄞")]
+    assert "<b>Eve &lt;b&gt;:</b> &lt;i&gt;grüße&lt;/i&gt; 𝄞" in page                   # a text, not HTML
+    assert '<b id="here">Ada, Eve &lt;b&gt;</b>' in page and "Connected" in page

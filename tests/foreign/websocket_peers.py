@@ -47,7 +47,7 @@ def server_tls(options):
 # ---- websockets ------------------------------------------------------------------------------------------------
 
 class Websockets:
-    """Options: subprotocols, origin, headers; deflate: the settings of its PerMessageDeflateFactory, or nothing; refuse: a status."""
+    """Options: subprotocols, origin, headers; deflate: settings of its PerMessageDeflateFactory, or nothing; refuse: a status."""
 
     def __init__(self):
         import websockets.asyncio.client
@@ -122,8 +122,8 @@ class Websockets:
 # ---- aiohttp ---------------------------------------------------------------------------------------------------
 
 class Aiohttp:
-    """Options: subprotocols, origin, headers; deflate: window bits that a client asks for, or nothing; autoping; refuse: a status;
-    redirect: a path, from which it serves."""
+    """Options: subprotocols, origin, headers; deflate: window bits that a client asks for, or nothing; autoping: whether pings are
+    answered unasked; refuse: a status; redirect: the path at which it serves, and all others lead there."""
 
     def __init__(self):
         import aiohttp
