@@ -122,8 +122,8 @@ class Websockets:
 # ---- aiohttp ---------------------------------------------------------------------------------------------------
 
 class Aiohttp:
-    """Options: subprotocols, origin, headers; deflate: window bits that a client asks for, or nothing; autoping: whether pings are
-    answered unasked; refuse: a status; redirect: the path at which it serves, and all others lead there."""
+    """Options: subprotocols, origin, headers; deflate: window bits that a client asks for, or nothing; autoping: whether it
+    answers pings unasked; refuse: a status; redirect: the path at which it serves, and all others lead there."""
 
     def __init__(self):
         import aiohttp
