@@ -400,10 +400,10 @@ async def _drop(ws):
         await ws.receive()
 
 
-@pytest.mark.parametrize("message, most", [("x", 16), ("x" * 400_000, 3)])
+@pytest.mark.parametrize("message, most, capacity", [("x", 16, 10), ("x" * 400_000, 3, 100_000)])
 @simulated
-async def test_no_more_is_read_than_a_short_queue_takes(message, most):
-    async with pair(ping_interval=None, capacity=10) as (server, client):
+async def test_no_more_is_read_than_a_short_queue_takes(message, most, capacity):
+    async with pair(ping_interval=None, capacity=capacity) as (server, client):
         async with flowcoro.TaskGroup() as group:
             async def send():
                 for _ in range(30):
