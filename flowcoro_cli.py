@@ -786,7 +786,7 @@ CHAT_PAGE = """<!DOCTYPE html>
 <link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; font: 1.1em sans-serif }
-main { max-width: 40em; margin: 2em auto; padding: 0 1em }
+main { max-width: 40em; margin: 2em auto; padding: 0 1em; overflow-wrap: anywhere }
 #said { height: 20em; overflow-y: auto; border: 1px solid; padding: 0 1em }
 label, input, button { font: inherit; margin: .2em 0 } #text { width: 25em; max-width: 100% }
 </style>
