@@ -5285,6 +5285,19 @@ class Request:
         return flowcoro.Event() if self._source is None else self._source.run.closing
 
     @property
+    def websocket(self):
+        """The WebSocket that its connection has become, or None. Who makes one of it sets this: then it is closed when the server
+        ends, by its close_nowait(1001), and that a handler fails because it was closed is not reported."""
+        return None if self._source is None else self._source.websocket
+
+    @websocket.setter
+    def websocket(self, ws):
+        if self._source is not None:
+            self._source.websocket = ws
+            if self.closing.is_set():
+                ws.close_nowait(1001)
+
+    @property
     def host(self):
         """The host that is asked for, name[:port]: the Host field, or that of an absolute target; "" if there is none."""
         return self.headers.get("host", "") if self._host is None else self._host
@@ -6287,6 +6300,7 @@ class _Run:
             flowcoro_net.report_error(error, f"a handler failed; its connection, {sock!r}, is cut", "flowcoro_http")
         finally:
             del self.connections[sock]
+            connection.websocket = connection.speaker = None        # it knows its request, which knows this
 
     async def sweep(self):
         last = flowcoro.now()
@@ -6500,7 +6514,7 @@ class HttpServer(Router):
     async def _respond_to_error(self, request, error):
         """The Response that an error is answered with; never an Exception."""
         source, of_http = request._source, isinstance(error, HttpError)
-        gone = source is not None and source.sock.caused(error)
+        gone = source is not None and (source.sock.caused(error) or _is_its_end(error, source.websocket))
         if source is not None and source.upgraded:
             if not gone:
                 flowcoro_net.report_error(error, f"{request!r} was upgraded, and its handler failed; its connection is closed",
@@ -6670,15 +6684,15 @@ async def _accepted(accept, request, options):
         if type(getattr(error, "status", None)) is not int:
             raise
         raise HttpError(error.status, str(error), error.headers) from error
-    if request._source is not None:
-        request._source.websocket = ws
-        if request.closing.is_set():
-            ws.close_nowait(1001)
+    if request.websocket is not ws:
+        request.websocket = ws
     return ws
 
 
 def _is_its_end(error, ws):
-    """Whether an error, or all of a group, says that this WebSocket was closed."""
+    """Whether an error, or all of a group, says that this WebSocket (if it is one) was closed."""
+    if ws is None:
+        return False
     if isinstance(error, BaseExceptionGroup):
         return all(_is_its_end(each, ws) for each in error.exceptions)
     return isinstance(error, flowcoro_net.BrokenError) and getattr(error, "code", None) == ws.close_code is not None

@@ -528,7 +528,7 @@ def _origin_problem(values, hosts, origins):
     origin = values[0].lower()
     if origins is None:
         found = _origin(origin)
-        if found and len(hosts) == 1 and _authority(found[1], found[3]) == _authority(found[1], hosts[0]):
+        if found and not found[2] and len(hosts) == 1 and _authority(found[1], found[3]) == _authority(found[1], hosts[0]):
             return None
     elif origin == "null":
         if "null" in origins:
@@ -2068,8 +2068,8 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
                  ping_interval=PING_INTERVAL, ping_timeout=PING_TIMEOUT):
     """Accept the WebSocket that a request asks for (RFC 6455 section 4.2). -> WebSocket
 
-    request: a flowcoro_http.Request, or what has its method, version, headers, host and upgrade(). HttpServer(websocket=accept)
-    calls this; the options are those of @app.websocket(path).
+    request: a flowcoro_http.Request, or what has its method, version, headers, host and upgrade(); it gets the attribute
+    `websocket`. HttpServer(websocket=accept) calls this; the options are those of @app.websocket(path).
     subprotocols: those that are spoken here, the best first; the first that the client offers is taken, or none.
     origins: pages of which origins may connect: ["https://example.com"], "https://*.example.com" for all below it, "null", "*" for
     all; None: those of the host that is asked for. Browsers send cookies along whatever the page; who is no browser passes.
@@ -2081,12 +2081,15 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
     """
     _check_origins(origins)
     _check_subprotocols(subprotocols)
+    ping_interval, ping_timeout = _seconds(ping_interval, "ping_interval"), _seconds(ping_timeout, "ping_timeout")
     pairs, subprotocol, agreed = _check_request(
         request.method, request.version, request.headers.items(), subprotocols=subprotocols, origins=origins, host=request.host,
         deflate=_as_deflate(deflate))
     sock = await request.upgrade("websocket", [*pairs, *headers])
-    return WebSocket(sock, "server", deflate=agreed, max_message=max_message, max_frame=max_frame, ping_interval=ping_interval,
-                     ping_timeout=ping_timeout, subprotocol=subprotocol, request=request)
+    ws = WebSocket(sock, "server", deflate=agreed, max_message=max_message, max_frame=max_frame, ping_interval=ping_interval,
+                   ping_timeout=ping_timeout, subprotocol=subprotocol, request=request)
+    request.websocket = ws              # whoever serves the request closes it in the end
+    return ws
 
 
 def _as_deflate(deflate):
@@ -2129,7 +2132,7 @@ class _Target:
         if not isinstance(text, str):
             raise TypeError(f"{what}={text!r:.60}: give a str")
         if any(not "!" <= letter <= "~" and letter < "\x80" for letter in text):
-            raise ValueError(f"{what}={text!r:.200}: a URL has no blanks and no control characters")
+            raise ValueError(f"{what}={_without_password(text)!r:.200}: a URL has no blanks and no control characters")
         parts = urllib.parse.urlsplit(text)
         if parts.scheme not in schemes:
             raise ValueError(f"{what}={_without_password(text)!r:.200}: it begins with "
@@ -2196,7 +2199,7 @@ class connect:
     The iterator tries again after BrokenError, ResolveError, TimeoutError and statuses that may change (429, 5xx …), each time
     later, up to a minute, with some chance in it; Retry-After is heeded. Other errors are raised. on_retry(error, seconds) is called
     before it waits (error None: the connection has ended). What is wrong in the block is yours to catch: ConnectionClosed, and
-    `continue`. The WebSocket of a block is closed when the next one begins.
+    `continue`. The WebSocket of a block is closed when the block ends, also by `break`.
     """
 
     def __init__(self, url, *, headers=(), subprotocols=(), origin=None, tls=None, proxy=None, redirects=MAX_REDIRECTS,
@@ -2207,6 +2210,8 @@ class connect:
         _check_subprotocols(subprotocols)
         self._subprotocols, self._origin, self._deflate = tuple(subprotocols), origin, _as_deflate(deflate)
         self._tls, self._proxy, self._redirects = tls, proxy, redirects
+        if not isinstance(redirects, int) or redirects < 0:
+            raise ValueError(f"redirects={redirects!r}: give how many are followed, 0 or more")
         self._open_timeout = _seconds(open_timeout, "open_timeout")
         if isinstance(proxy, str):
             self._proxy = self._as_proxy(proxy)
@@ -2214,8 +2219,9 @@ class connect:
             raise TypeError(f"proxy={proxy!r:.60}: give a URL, True for the environment's, or None")
         if tls is not None and not self._target.tls:
             raise ValueError(f"tls= is for wss://, and {self._target.text!r:.200} has none")
-        self._options = {"max_message": max_message, "max_frame": max_frame, "ping_interval": ping_interval,
-                         "ping_timeout": ping_timeout}
+        self._options = {"max_message": max_message, "max_frame": max_frame,
+                         "ping_interval": _seconds(ping_interval, "ping_interval"),
+                         "ping_timeout": _seconds(ping_timeout, "ping_timeout")}
         self._socket, self._on_retry, self._ws = socket, on_retry, None
 
     def __await__(self):
@@ -2246,8 +2252,10 @@ class connect:
                 error, asked = raised, _retry_after(raised.headers)
             else:
                 began = flowcoro.now()
-                async with ws:
+                try:
                     yield ws
+                finally:                # also when the loop was left: the kernel closes a generator that nobody has any more
+                    await ws.close()
             lasted = error is None and flowcoro.now() - began >= LASTING
             failures = 0 if lasted else failures + 1
             if failures:
