@@ -160,8 +160,8 @@ def test_a_message_that_is_sent_in_pieces_is_one_to_a_client(peer):
         assert "".join(third) == "onetwo" and (isinstance(third, str) or third[:2] == ["one", "two"])
 
 
-# Without a pattern, and said again and again: who compresses refers to the message before, if that is allowed and in the window; where
-# it is not, the other side cannot inflate it.
+# Without a pattern, and said again and again: who compresses refers to the message before, if that is allowed and in the window;
+# where it is not, the other side cannot inflate it.
 LONG = "".join(random.Random(1).choices(string.ascii_letters, k=3000))
 
 
