@@ -734,8 +734,8 @@ int main(int count, char **words) {
     if (websocket && !is_broadcast && strcmp(mode, "echo") && strcmp(mode, "paced"))
         fail("websocket=PATH: only for echo, paced and broadcast");
     if (is_broadcast && !websocket) fail("broadcast needs websocket=PATH");
-    if (burst < 1 || (burst > 1 && !is_broadcast) || burst > LARGEST / (size + FRAME_HEAD))
-        fail("burst=%u: at least 1 is wanted, only for broadcast, and a MiB in all at most", burst);
+    if (burst != 1 && (!is_broadcast || burst < 1 || burst > LARGEST / (size + FRAME_HEAD)))
+        fail("burst=%u: at least 1 is wanted, for broadcast alone, and a MiB in all at most", burst);
     if (websocket) prepare_websocket();
     if (use_tls) {
 #ifdef TLS

@@ -83,7 +83,8 @@ def load(tmp_path_factory):
     return run
 
 
-ACCEPT = b"HTTP/1.1 101 x\r\nUpgrade: websocket\r\nConnection: upgrade\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+ACCEPT = (b"HTTP/1.1 101 x\r\nUpgrade: websocket\r\nConnection: upgrade\r\n"
+          b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n")
 
 
 def read_head(sock):
@@ -195,5 +196,6 @@ def test_a_burst_is_as_many_messages_each_another_one_and_all_have_to_come_back(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["operations"] % 3 == 0 and len(set(bursts[:3])) == 3
     bursts.clear()
-    done = load(echoing(lambda first, payload: frame(first, bursts.append(payload) or bursts[0])), "broadcast", "size=10", "burst=3")
+    first_again = echoing(lambda first, payload: frame(first, bursts.append(payload) or bursts[0]))
+    done = load(first_again, "broadcast", "size=10", "burst=3")
     assert done.returncode == 1 and "differs" in done.stderr

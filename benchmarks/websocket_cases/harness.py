@@ -13,7 +13,7 @@ What a server does with the messages of a WebSocket at /, as ../load.c expects i
 `client` is the other way round: 64 tasks, each with a WebSocket of its own to the URL of the option `url`, send TEXT and await it
 again and again, and the last line says how often.
 
-No contender compresses, and each keeps its connections alive as it does unless told otherwise. The options: `core` is the processor
+No contender compresses, and each keeps its connections alive as it does unless told otherwise. The option `core` is the processor
 to stay on.
 
 SPDX-License-Identifier: MIT
@@ -57,7 +57,7 @@ def free_port():
 
 
 async def measure_client(connect, gather):
-    """`async with connect(url) as talk` and `await talk(text)` is the answer; `await gather(*coroutines)` runs them all at once."""
+    """`async with connect(url) as talk`, and `await talk(text)` is the answer; `await gather(*coroutines)` runs all at once."""
     async def talk_again_and_again():
         async with connect(OPTIONS["url"]) as talk:
             while (began := clock()) < end:
