@@ -15,6 +15,7 @@ from flowcoro_net import Socket
 from flowcoro_testing import explore, memory_socket_pair, run_in_kernel, wait_all_tasks_parked
 from flowcoro_websocket import (Close, ConnectionClosed, Deflate, LocalProtocolError, NEED_DATA, Ping, WebSocket,
                                 WebSocketConnection, broadcast)
+from test_net_cancel import cancelled_at
 
 simulated = functools.partial(run_in_kernel, timeout=100_000)       # seconds of the virtual clock: a test that hangs fails
 SEEDS = range(int(os.environ.get("FLOWCORO_SEEDS", 30)))
@@ -94,14 +95,14 @@ async def test_what_is_no_message_is_refused_and_nothing_sent():
 async def test_each_operation_is_a_checkpoint():
     async with pair() as (server, client):
         for number, make in enumerate((lambda: server.send("x"), lambda: server.receive(), lambda: server.ping(),
-                                       lambda: server.send(["x"]), lambda: server.close(), lambda: anext(server),
-                                       lambda: anext(server.receive_pieces()), lambda: server.wait_closed())):
+                                       lambda: server.send(["x"]), lambda: anext(server), lambda: server.wait_closed(),
+                                       lambda: anext(server.receive_pieces()), lambda: client.close())):
             with flowcoro.CancelScope() as scope:
                 scope.cancel()
                 await make()
             assert scope.cancelled_caught, number
-        await client.send("still open")
-        assert await server.receive() == "still open"
+            assert not server.closed
+        assert client.closed
 
 
 @simulated
@@ -891,6 +892,68 @@ async def test_what_cannot_be_broadcast_is_refused(arguments, error):
     with pytest.raises(error):
         members, message, *slow = arguments
         broadcast(members, message, **{"slow": slow[0]} if slow else {})
+
+
+# ---- cancelled wherever it waits -------------------------------------------------------------------------------
+
+async def _ask(ws):
+    await ws.send("z" * 300)
+    assert await ws.receive() == "z" * 300
+
+
+async def _take_pieces(ws):
+    await ws.send("p" * 300)
+    async with contextlib.aclosing(ws.receive_pieces()) as pieces:
+        async for _ in pieces:
+            pass
+
+
+OPERATIONS = {                      # name -> (the operation, whether the WebSocket is still to be used when it was cancelled)
+    "send": (lambda ws: ws.send("x" * 300), True), "receive": (_ask, True), "ping": (lambda ws: ws.ping(), True),
+    "pieces": (_take_pieces, True), "fragments": (lambda ws: ws.send(["x" * 100] * 3), None),
+    "next": (lambda ws: _ask_next(ws), True), "close": (lambda ws: ws.close(), False),
+    "wait_closed": (lambda ws: _close_and_wait(ws), None)}
+
+
+async def _ask_next(ws):
+    await ws.send("n")
+    assert await anext(ws) == "n"
+
+
+async def _close_and_wait(ws):
+    ws.close_nowait()
+    await ws.wait_closed()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@simulated
+async def test_cancelled_at_each_point(name):
+    operation, usable = OPERATIONS[name]
+    number, cancelled = 0, True
+    while cancelled:
+        number += 1
+        async with pair(capacity=50, ping_interval=None) as (server, client):
+            async def echo():
+                with contextlib.suppress(ConnectionClosed):
+                    async for message in client:
+                        await client.send(message)
+
+            async with flowcoro.TaskGroup() as group:
+                group.spawn(echo())
+                with flowcoro.CancelScope() as scope:
+                    await cancelled_at(scope, number, operation(server))
+                cancelled = scope.cancelled_caught
+                if usable:
+                    await server.send("after")
+                    while await server.receive() != "after":
+                        pass
+                elif usable is False:
+                    assert server.closed
+                with contextlib.suppress(ConnectionClosed):
+                    await server.close()
+                assert server.closed
+                group.cancel()
+    assert number > 1
 
 
 # ---- all of it -------------------------------------------------------------------------------------------------
