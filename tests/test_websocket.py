@@ -493,11 +493,15 @@ async def test_ping_gives_the_seconds_of_the_way():
 async def test_a_pong_answers_the_pings_before_it():
     async with served(ping_interval=None) as (ws, peer):
         async with flowcoro.TaskGroup() as group:
-            first, second = group.spawn(ws.ping()), group.spawn(ws.ping())
-            pings = [await peer.next(), await peer.next()]
+            first, second, third = (group.spawn(ws.ping()) for _ in range(3))
+            pings = [await peer.next() for _ in range(3)]
             await peer.write(peer.codec.send_pong(b"unasked"))
             await peer.write(peer.codec.send_pong(pings[1].payload))
             assert await first >= 0 and await second >= 0
+            await flowcoro.sleep(1)
+            assert not third.done()
+            await peer.write(peer.codec.send_pong(pings[2].payload))
+            assert await third == 1
 
 
 @simulated
@@ -655,6 +659,25 @@ async def test_close_while_another_task_receives_and_others_close():
             for _ in range(3):
                 group.spawn(server.close())
         assert server.close_code == client.close_code == 1000
+
+
+@pytest.mark.parametrize("queued", [False, True])
+@simulated
+async def test_close_reads_on_when_the_receiver_leaves(queued):
+    async with served() as (ws, peer):
+        if queued:                                      # so that receive() goes the longer way
+            await peer.write(peer.codec.send_message("x"))
+            await flowcoro.sleep(2)
+        async with flowcoro.TaskGroup() as group:
+            receiving = group.spawn(_drop_quietly(ws))
+            await wait_all_tasks_parked()
+            group.spawn(ws.close(4000))
+            await wait_all_tasks_parked()
+            receiving.cancel()
+            assert (await peer.next()).code == 4000
+            began = flowcoro.now()
+            await peer.write(peer.codec.send_close(4000))
+        assert ws.close_code == 4000 and flowcoro.now() == began
 
 
 @simulated
@@ -852,6 +875,14 @@ async def test_a_slow_member_holds_nobody_up_and_is_skipped():
         assert missed > 100 and slow.statistics()["bytes_unsent"] <= 5200
         assert list(map(int, await _receive_all(others[1], 200 - missed))) == list(range(200 - missed))
         assert broadcast(members, "again", max_backlog=5000) == []
+
+
+@simulated
+async def test_messages_of_one_turn_are_kept_within_the_limit_too():
+    async with room(1) as (members, others):
+        missed = sum(len(broadcast(members, f"{number:0100}", max_backlog=1000)) for number in range(100))
+        assert 85 <= missed <= 90
+        assert list(map(int, await _receive_all(others[0], 100 - missed))) == list(range(100 - missed))
 
 
 @simulated

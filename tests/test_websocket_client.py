@@ -449,6 +449,7 @@ async def test_the_iterator_connects_again_and_waits_longer_each_time():
         for number, (_, seconds) in enumerate(waits):
             most = min(flowcoro_websocket.MAX_BACKOFF, flowcoro_websocket.BACKOFF * 2**number)
             assert most / 2 <= seconds <= most
+        assert any(seconds != flowcoro_websocket.BACKOFF * 2**number for number, (_, seconds) in enumerate(waits))
 
 
 @simulated

@@ -424,8 +424,9 @@ async def test_a_handshake_while_the_server_ends_is_accepted_and_closed():
             await flowcoro.sleep(1)
             world.listener.close()
             await wait_all_tasks_parked()
+            began = flowcoro.now()
             go_on.set()
-            assert await task == 1001
+            assert await task == 1001 and flowcoro.now() - began < 1
 
 
 # ---- ASGI ------------------------------------------------------------------------------------------------------
