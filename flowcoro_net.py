@@ -946,6 +946,8 @@ class _Tls:
         """All of it. Cancelled: an unknown number of whole records was written, and no part of one is lost."""
         if not self.is_done:
             await sock.handshake()
+        if not view:
+            await self.flush(sock)
         while view:
             if self.failure is not None:
                 raise self.error(sock)
@@ -959,6 +961,24 @@ class _Tls:
             await self.flush(sock)
             if view:
                 await _turn()
+
+    def write_nowait(self, sock, view):
+        """As write(), as far as it goes at once: how many bytes are encrypted. For the writer."""
+        count = 0
+        while self.is_done and count < len(view):
+            if self.failure is not None:
+                raise self.error(sock)
+            if self.said_goodbye:
+                raise sock._shut_error()
+            self.flush_nowait(sock, True)
+            if self.unsent or self.outgoing.pending:
+                break
+            try:
+                count += self.alone(self.object.write, view[count:count + TLS_CHUNK])
+            except ssl.SSLError as error:
+                raise self.failed(sock, error) from error
+        self.flush_nowait(sock, True)
+        return count
 
     def _take_unsent(self):
         if not self.unsent:
@@ -1170,8 +1190,9 @@ class _Stream(_Owner):
         await self._write_rest(_as_bytes(data, "write()"))
 
     def write_nowait(self, data):
-        """Write what the system takes at once of `data` (bytes-like); returns how many bytes: 0 while a task writes, while the
-        peer does not read, and with TLS, whose records write() makes. The rest is yours to write. Never blocks: no checkpoint.
+        """Write what the system takes at once of `data` (bytes-like); returns how many bytes: 0 while a task writes, or the peer
+        does not read. The rest is yours to write. With TLS how many are encrypted: `unsent` says whether the system has all of
+        that. Never blocks: no checkpoint.
         """
         pollable = self._pollable
         if self._special or self._writer is not None or data.__class__ is not bytes or not pollable.writable:
@@ -1195,7 +1216,9 @@ class _Stream(_Owner):
             return 0
         pollable = self._pollable
         try:
-            if self._tls is not None or not pollable.writable:
+            if self._tls is not None:
+                return self._tls.write_nowait(self, view)
+            if not pollable.writable:
                 return 0
             pollable.writable = False           # first this, then try: no edge is lost
             sent = self._send(view, _NO_SIGNAL)
@@ -1242,6 +1265,11 @@ class _Stream(_Owner):
         self._begin_read()
         self._buffer[:0] = view
         self._end_read()
+
+    @property
+    def unsent(self):
+        """Bytes that write_nowait() has encrypted, and that wait for the next write, of b"" at least; 0 without TLS."""
+        return 0 if self._tls is None else len(self._tls.unsent) + self._tls.outgoing.pending
 
     @property
     def hung_up(self):

@@ -1396,11 +1396,12 @@ class _Keeper:
 class _Sender:
     """How a WebSocket sends."""
 
-    __slots__ = ("_sock", "_codec", "_lock", "_lot", "_ready", "_unsent", "_kept", "_flushed", "_flushing", "_fragmenting",
-                 "_deferred", "_batched", "_shares", "_lost", "_closed", "_close_by", "close_code", "close_reason", "__weakref__")
+    __slots__ = ("_sock", "_secure", "_codec", "_lock", "_lot", "_ready", "_unsent", "_kept", "_flushed", "_flushing",
+                 "_fragmenting", "_deferred", "_batched", "_shares", "_lost", "_closed", "_close_by", "close_code", "close_reason",
+                 "__weakref__")
 
     def __init__(self, sock, codec, several):
-        self._sock, self._codec = sock, codec
+        self._sock, self._codec, self._secure = sock, codec, sock.tls is not None
         self._lock = threading.Lock() if several else _NO_LOCK      # over a step of the codec with the write of what it gives
         self._lot = flowcoro.ParkingLot("wait for a WebSocket") if several else None        # of all who wait for a change
         self._unsent = None             # frames that the system has not taken
@@ -1458,7 +1459,7 @@ class _Sender:
                 self._lost = error
                 self._mark()
                 return
-            if sent == len(data):
+            if sent == len(data) and not (self._secure and self._sock.unsent):
                 return
             data = memoryview(data)[sent:]
         self._keep(data)
@@ -1488,6 +1489,8 @@ class _Sender:
         try:
             while pieces := self._take_unsent():
                 await self._sock.write_many(pieces)
+                if self._secure:
+                    await self._sock.write(b"")     # what was encrypted before
                 self._flushed += sum(map(len, pieces))
                 self._wake()
         except _GONE as error:
@@ -1528,7 +1531,7 @@ class _Sender:
             self._lost = error
             self._mark()
             raise self._closed_error() from error
-        if sent != len(data):
+        if sent != len(data) or self._secure and self._sock.unsent:
             self._keep(memoryview(data)[sent:])
             await self._sent()
 
@@ -2472,7 +2475,7 @@ class _Batch:
             except _GONE as error:
                 ws._lost, sent = error, len(data)
             ws._flushed += sent
-            if sent == len(data):
+            if sent == len(data) and not (ws._secure and ws._lost is None and ws._sock.unsent):
                 ws._unsent, ws._flushing = None, False
                 ws._mark()
                 ws._wake()

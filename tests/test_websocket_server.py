@@ -549,6 +549,36 @@ def test_over_tls_with_real_sockets(certificates):  # noqa: F811
     run(main)
 
 
+@simulated
+async def test_over_tls_who_does_not_read_is_waited_for_and_gets_all(certificates):  # noqa: F811
+    one, other = memory_socket_pair(Socket, capacity=20_000)
+    async with one, other:
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(one.start_tls(server_tls(*certificates.good), server_side=True))
+            await other.start_tls(client_tls(ca=certificates.ca), server_name="localhost")
+        server, client = WebSocket(one, "server", ping_interval=None), WebSocket(other, "client")
+        sent = 0
+
+        async def send():
+            nonlocal sent
+            for number in range(50):
+                await server.send(f"{number:01000}")
+                broadcast([server], f"{number}", max_backlog=10**9)
+                sent += 1
+            await server.send("z" * 300_000)
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(send())
+            await wait_all_tasks_parked()
+            assert sent < 40
+            for number in range(50):
+                assert int(await client.receive()) == number and int(await client.receive()) == number
+            assert await client.receive() == "z" * 300_000
+            group.spawn(server.close())
+            with pytest.raises(ConnectionClosed):
+                await client.receive()
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_many_clients_with_real_sockets(workers):
     async def main():
@@ -619,26 +649,6 @@ def test_accept_that_is_cancelled_leaves_nothing():
         assert await at_each_point(once) >= 1
 
     run(main)
-
-
-@simulated
-async def test_write_nowait_takes_what_there_is_room_for():
-    one, other = memory_socket_pair(Socket, capacity=10)
-    async with one, other:
-        assert one.write_nowait(b"12345678") == 8 and one.write_nowait(memoryview(b"abcdef")) == 2 and one.write_nowait(b"x") == 0
-        assert await other.read() == b"12345678ab"
-        await flowcoro.sleep(0)
-        async with flowcoro.TaskGroup() as group:
-            group.spawn(one.write(b"y" * 20))
-            await wait_all_tasks_parked()
-            assert one.write_nowait(b"z") == 0          # another task is at it
-            assert await other.read_exactly(20) == b"y" * 20
-        for wrong in ("text", 7):
-            with pytest.raises(TypeError):
-                one.write_nowait(wrong)
-        await one.close()
-        with pytest.raises(flowcoro.ClosedError):
-            one.write_nowait(b"late")
 
 
 @simulated
