@@ -4564,6 +4564,19 @@ class Router:
         """@router.delete(path): route() for DELETE."""
         return self.route(path, ("DELETE",), **options)
 
+    def websocket(self, path, *, name=None, host=None, **options):
+        """A decorator: `async def handler(ws, …)` gets the WebSocket of whoever asks for one at `path`, whose parameters it names
+        as other handlers do. It is closed when the handler returns, with 1011 if that fails, and with 1001 when the server ends.
+
+        `options` are those of flowcoro_websocket.accept(): origins, subprotocols, max_message … The handshake goes through the
+        middleware; `ws.request` is its request. A handler that lets the ConnectionClosed of its client go on is not reported.
+        It is for an HttpServer(websocket=flowcoro_websocket.accept), which this is or is included in.
+        """
+        def decorate(handler):
+            self.add(path, _websocket_handler(handler, options), name=name, host=host, documented=False)
+            return handler
+        return decorate
+
     def include(self, router, *, prefix="", host=None, name=None):
         """Have this router answer what another one does, now and later, below `prefix`, and for `host` only.
 
@@ -6577,22 +6590,11 @@ class HttpServer(Router):
         if page is not None:
             self.add(page, for_people, documented=False)
 
-    def websocket(self, path, *, name=None, host=None, **options):
-        """A decorator: `async def handler(ws, …)` gets the WebSocket of whoever asks for one at `path`, whose parameters it names
-        as other handlers do. It is closed when the handler returns, with 1011 if that fails, and with 1001 when the server ends.
-
-        `options` are those of flowcoro_websocket.accept(): origins, subprotocols, max_message … The handshake goes through the
-        middleware; `ws.request` is its request. A handler that lets the ConnectionClosed of its client go on is not reported.
-        RuntimeError without HttpServer(websocket=).
-        """
+    def websocket(self, path, **options):
+        """As Router's. RuntimeError without HttpServer(websocket=)."""
         if self._accept_websocket is None:
-            raise RuntimeError(f"@app.websocket({path!r}): say what speaks it: HttpServer(websocket=flowcoro_websocket.accept)")
-
-        def decorate(handler):
-            serve = _websocket_handler(self._accept_websocket, handler, options)
-            self.add(path, serve, name=name, host=host, documented=False)
-            return handler
-        return decorate
+            raise RuntimeError(_SILENT)
+        return super().websocket(path, **options)
 
     # -- serving
 
@@ -6651,13 +6653,19 @@ class HttpServer(Router):
         return {"running": self._runs, "refused": self._refused}
 
 
-def _websocket_handler(accept, handler, options):
+_SILENT = "this server speaks no WebSocket: say what does: HttpServer(websocket=flowcoro_websocket.accept)"
+
+
+def _websocket_handler(handler, options):
     """The handler of a route for what websocket() decorates."""
     if not inspect.iscoroutinefunction(handler):
         raise TypeError(f"{_shown_handler(handler)}: a handler of a WebSocket is `async def handler(ws)`")
 
     @functools.wraps(handler)
     async def serve(request, **arguments):
+        accept = request.app._accept_websocket
+        if accept is None:
+            raise RuntimeError(_SILENT)
         ws = await _accepted(accept, request, options)
         if request._source is not None and not request.app._middleware:         # that may want to know how it ends
             request._source.speaker = handler, arguments

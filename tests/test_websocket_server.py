@@ -12,7 +12,7 @@ import pytest
 import flowcoro
 import flowcoro_http
 import flowcoro_websocket
-from flowcoro_http import HttpServer, Request, asgi_app
+from flowcoro_http import HttpServer, Request, Router, asgi_app
 from flowcoro_net import BrokenError, Socket, client_tls, server_tls
 from flowcoro_testing import SimulatedNetwork, memory_socket_pair, run_in_kernel, wait_all_tasks_parked
 from flowcoro_websocket import ConnectionClosed, HandshakeError, WebSocket, WebSocketConnection, accept, broadcast, connect
@@ -195,6 +195,25 @@ async def test_a_handler_gets_what_its_path_and_its_query_have():
             async with client_of(world, "/rooms/a/b"):
                 pass
         assert caught.value.status == 404
+
+
+@simulated
+async def test_a_router_that_is_included_has_websockets_too(reports):
+    router = Router()
+
+    @router.websocket("/ws/{name}")
+    async def hello(ws, name):
+        await ws.send(f"hello, {name}")
+
+    app = HttpServer(websocket=accept)
+    app.include(router, prefix="/api")
+    async with serving(app) as world, client_of(world, "/api/ws/Ada") as ws:
+        assert await ws.receive() == "hello, Ada"
+    silent = HttpServer()
+    silent.include(router)
+    async with serving(silent) as world:
+        [answer] = await world.talk(asking("/ws/x"))
+        assert answer.status == 500 and "HttpServer(websocket=" in str(reports[0][1])
 
 
 def test_without_what_speaks_it_and_with_what_is_not_async_the_decorator_says_so():
