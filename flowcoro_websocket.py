@@ -858,7 +858,7 @@ class _Message:
         except UnicodeDecodeError as error:
             text, used, wrong = str(data[:error.start], "utf-8"), error.start, error.reason
         else:
-            self._rest = rest = bytes(data[used:])
+            self._rest = rest = data[used:]
             if len(rest) < 2 or rest[0] != 0xed or rest[1] < 0xa0:
                 return text
             wrong = "surrogates not allowed"        # which utf_8_decode() would say one byte later
