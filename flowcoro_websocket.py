@@ -27,7 +27,7 @@ out; messages go in, and bytes come out. Who owns the socket reads, writes, and 
     send_message(), send_piece(), send_ping(), send_pong(), send_close(), send_failure()        what to write
 
 It answers nothing by itself: who gets a Ping sends the Pong, who gets a Close sends one back. What the peer sends is taken as it
-is or refused with RemoteProtocolError, whose code belongs into the Close that says so; there is no middle way. W1 to W5, in the
+is or refused with RemoteProtocolError, whose code belongs into the Close that says so; there is no middle way. C1 to C5, in the
 section "codec", hold however the bytes were split, and the messages fragmented and compressed.
 
 The *handshake* is pure, too: what a request has to say and what answers it, which origins may ask, what extension is agreed on.
@@ -666,12 +666,12 @@ def _check_response(status, pairs, key, *, subprotocols=(), deflate=None):
 # uncompressed, that is all there: it only ever *accepts*, and leaves what it does not like to the long way, which takes frames as
 # their bytes come and is the one place that says what is wrong.
 #
-#     W1  an error depends on the bytes up to the one that makes it one, never on how many more are there: a text fails at the
+#     C1  an error depends on the bytes up to the one that makes it one, never on how many more are there: a text fails at the
 #         first byte that no UTF-8 can have there, also in a frame that is not complete (but zlib says "corrupt" when it likes)
-#     W2  what is before an error is delivered first: one event at a time, so the answer to message N can leave before N + 1 fails
-#     W3  every byte is looked at a bounded number of times, and at most the message under way is held, in about twice its size
-#     W4  of a compressed message never more is inflated than max_message and one byte, or than a piece
-#     W5  the peer can make no message longer than max_message, and no endless one of frames or blocks without data
+#     C2  what is before an error is delivered first: one event at a time, so the answer to message N can leave before N + 1 fails
+#     C3  every byte is looked at a bounded number of times, and at most the message under way is held, in about twice its size
+#     C4  of a compressed message never more is inflated than max_message and one byte, or than a piece
+#     C5  the peer can make no message longer than max_message, and no endless one of frames or blocks without data
 #
 # Both sides' states change by one table, _TRANSITIONS: (whose state, state, what happens) -> state. Nothing else sets them.
 
@@ -1111,7 +1111,7 @@ class _Incoming:
                 return self._more()
             if not self._left and self._final:
                 data = data + _TAIL
-        most = self.max_message - message.inflated
+        most = max(0, self.max_message - message.inflated)
         out = inflater.inflate(data, INFLATED_PIECE if message.pieces else most + 1)
         message.inflated += len(out)
         over = len(out) > most and not message.pieces

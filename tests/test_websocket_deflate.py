@@ -292,6 +292,15 @@ def test_a_last_block_in_each_fragment_is_taken_and_a_thousand_in_one_are_not(ro
     assert code_of(role, packed(role, b"\x03\x00" * 1000 + b"\0"), deflate=ALL) == 1007
 
 
+@both_roles
+def test_a_limit_that_is_lowered_in_the_middle_of_a_message_holds_from_then_on(role):
+    end, data = WebSocketConnection(role, deflate=ALL), pack(random.Random(1).randbytes(3000))
+    receive(end, frames(role, (2, data[:2000], PACKED | PART)))
+    end.max_message = 900
+    with pytest.raises(RemoteProtocolError, match="more than 900 bytes"):
+        receive(end, frames(role, (0, data[2000:])))
+
+
 # ---- bombs -------------------------------------------------------------------------------------------------
 
 def bomb(size):
