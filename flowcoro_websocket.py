@@ -691,8 +691,7 @@ _TRANSITIONS = {
         SHUT: {_OTHER: SHUT},
     },
     "their": {
-        OPEN: {_MESSAGE: OPEN, _FURTHER: OPEN, _CONTROL: OPEN, _CLOSE: SHUT, _END: SHUT, _FAIL: FAILED,
-                _OTHER: CLOSING},
+        OPEN: {_MESSAGE: OPEN, _FURTHER: OPEN, _CONTROL: OPEN, _CLOSE: SHUT, _END: SHUT, _FAIL: FAILED, _OTHER: CLOSING},
         # We have closed; what they sent before they saw that still comes.
         CLOSING: {_MESSAGE: CLOSING, _FURTHER: CLOSING, _CONTROL: CLOSING, _CLOSE: SHUT, _END: SHUT, _FAIL: FAILED},
         SHUT: {_OTHER: SHUT},
@@ -877,7 +876,7 @@ class _Incoming:
         What comes after a Close or an error is dropped. LocalProtocolError for nothing, and after receive_end().
         """
         if type(data) is not bytes:
-            data = bytes(data)
+            data = memoryview(data).tobytes()
         if self._ended or not data:
             raise LocalProtocolError("receive_data() after receive_end()" if self._ended else
                                      "receive_data() without data; receive_end() says that there is no more")
@@ -965,6 +964,8 @@ class _Incoming:
     def _more(self):
         """NEED_DATA, unless there will be none."""
         if not self._ended:
+            if self._at == len(self._buffer):           # who waits keeps nothing of what has been read
+                self._buffer, self._at = b"", 0
             return NEED_DATA
         self.close_code, self.close_reason = 1006, ""
         self._their(_END)

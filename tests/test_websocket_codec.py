@@ -434,6 +434,9 @@ def test_arguments_that_make_no_sense_are_refused():
     assert "a surrogate" in refused(end, end.send_message, "ab\ud800")
     assert end.send_message(memoryview(b"abcd")[::2]) == b"\x82\x02ac" and end.send_message(bytearray(b"x")) == b"\x82\x01x"
     assert "without data" in refused(end, end.receive_data, b"")
+    for data in (5, "text", None):
+        with pytest.raises(TypeError):
+            end.receive_data(data)
 
 
 def test_pieces_are_sent_in_their_order_and_of_one_type():
@@ -513,6 +516,7 @@ def test_what_has_been_read_is_not_kept():
     for at in range(0, len(data), 1077):                # which always cuts a frame's head, or its payload
         receive(end, data[at:at + 1077])
         assert len(end._buffer) <= 1077 + 6
+    assert end._buffer == b""
 
 
 def spent(role, data, piece):
