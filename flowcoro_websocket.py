@@ -1155,9 +1155,9 @@ class WebSocketConnection(_Incoming):
         self._message = self._mask = self._inflater = self._compressor = self._sending = None
         self._left, self._final = -1, 0                                 # -1: between two frames of data
         if deflate is not None:
-            bits, keep = (deflate.server_max_window_bits, not deflate.server_no_context_takeover), (
-                deflate.client_max_window_bits, not deflate.client_no_context_takeover)
-            ours, theirs = (bits, keep) if server else (keep, bits)
+            servers = deflate.server_max_window_bits, not deflate.server_no_context_takeover
+            clients = deflate.client_max_window_bits, not deflate.client_no_context_takeover
+            ours, theirs = (servers, clients) if server else (clients, servers)
             self._inflater = _Inflater(*theirs)
             if ours[0] > 8:
                 self._compressor = _Compressor(*ours)
