@@ -667,7 +667,9 @@ def _check_response(status, pairs, key, *, subprotocols=(), deflate=None):
 # their bytes come and is the one place that says what is wrong.
 #
 #     C1  an error depends on the bytes up to the one that makes it one, never on how many more are there: a text fails at the
-#         first byte that no UTF-8 can have there, also in a frame that is not complete (but zlib says "corrupt" when it likes)
+#         first byte that no UTF-8 can have there, also in a frame that is not complete. (But zlib says "corrupt" when it likes,
+#         and of what refers beyond the agreed window only where it has forgotten that; a window of 32 KiB always would forget
+#         nothing, and take 28 KiB more than the usual one for each connection.)
 #     C2  what is before an error is delivered first: one event at a time, so the answer to message N can leave before N + 1 fails
 #     C3  every byte is looked at a bounded number of times, and at most the message under way is held, in about twice its size
 #     C4  of a compressed message never more is inflated than max_message and one byte, or than a piece

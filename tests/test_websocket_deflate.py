@@ -276,6 +276,23 @@ def test_corrupt_data_are_1007(role, name):
 
 
 @both_roles
+def test_what_refers_beyond_the_agreed_window_is_refused(role):
+    block = random.Random(1).randbytes(1000)
+    payload = pack(block * 2)
+    assert len(payload) < 1100
+    data = packed(role, payload)
+    for bits, error in ((15, None), (10, None), (9, 1007)):
+        end = WebSocketConnection(role, deflate=Deflate(bits, bits))
+        try:
+            for n in range(len(data)):                  # zlib forgets between two calls
+                receive(end, data[n:n + 1])
+            code = None
+        except RemoteProtocolError as caught:
+            code = caught.code
+        assert code == error
+
+
+@both_roles
 def test_a_text_is_checked_as_it_is_inflated(role):
     data = packed(role, pack(b"right \xed\xa0\x80 and more" * 9), 1)
     assert code_of(role, data, deflate=ALL) == 1007
