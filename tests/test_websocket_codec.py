@@ -319,6 +319,7 @@ def test_a_code_that_may_not_be_sent_is_refused_both_ways(role, code):
     end = WebSocketConnection(role)
     if code != 1005:
         assert f"{code}" in refused(end, end.send_close, code)
+    assert "of 124 bytes; at most 123" in refused(end, end.send_close, 1000, "ä" * 62)
 
 
 @both_roles
@@ -333,10 +334,10 @@ def test_a_close_without_a_code_is_1005_and_echoed_without_one(role):
 @both_roles
 def test_what_comes_after_a_close_is_dropped(role):
     end = WebSocketConnection(role)
-    assert receive(end, frames(role, (8, b""), (1, b"late"), (9, b""))) == [Close()]
+    assert receive(end, frames(role, (1, b"begun", PART), (8, b""), (1, b"late"), (9, b""))) == [Close()]
     end.receive_data(b"\xff" * 1000)
     assert end.next_event() is CLOSED and end.next_event() is CLOSED
-    assert end._buffer == b""
+    assert end._buffer == b"" and end._message is None
 
 
 @both_roles
@@ -433,6 +434,9 @@ def test_arguments_that_make_no_sense_are_refused():
     assert "a surrogate" in refused(end, end.send_message, "ab\ud800")
     assert end.send_message(memoryview(b"abcd")[::2]) == b"\x82\x02ac" and end.send_message(bytearray(b"x")) == b"\x82\x01x"
     assert "without data" in refused(end, end.receive_data, b"")
+    for data in (5, "text", None):
+        with pytest.raises(TypeError):
+            end.receive_data(data)
 
 
 def test_pieces_are_sent_in_their_order_and_of_one_type():
@@ -505,6 +509,14 @@ def test_a_message_in_small_pieces_holds_about_twice_its_size(opcode, payload, f
     held, event = held_at_most("client", data, 3)
     assert event is NEED_DATA or len(event) == (size if payload == b"ab" or opcode == 2 else size // 2)
     assert held < 4 * size + 20_000
+
+
+def test_what_has_been_read_is_not_kept():
+    end, data = WebSocketConnection("server"), frames("server", (2, b"x" * 100)) * 500
+    for at in range(0, len(data), 1077):                # which always cuts a frame's head, or its payload
+        receive(end, data[at:at + 1077])
+        assert len(end._buffer) <= 1077 + 6
+    assert end._buffer == b""
 
 
 def spent(role, data, piece):
