@@ -126,6 +126,8 @@ class Lab:
         load = case.load(self.scale)
         pattern = self.letters if "text=1" in load else self.bytes
         with net.serving(self.command(contender, case.server, 0)) as (process, port):
+            # The first connection of all is this one. Where the first are those of the load, asyncio's buffers of 256 KiB may be
+            # given back to the system at each read, by malloc, and a message then costs it twice as much: to its advantage.
             net.await_server(port)
             return net.run_load(self.load, self.cores, [*load, f"port={port}", f"pid={process.pid}", f"pattern={pattern}",
                                                         "websocket=/"])

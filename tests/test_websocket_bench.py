@@ -55,7 +55,7 @@ def test_list_names_every_case():
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """load(server, *words): run the generator against `server(sock)`, called with each connection: the CompletedProcess."""
+    """load(server, *words): run load.program against `server(sock)`, called with each connection: the CompletedProcess."""
     folder = tmp_path_factory.mktemp("load")
     subprocess.run(["cc", "-O1", "-o", folder / "load", ROOT / "benchmarks" / "load.c"], check=True)
     (folder / "pattern").write_bytes(bytes(range(64, 128)) * 2**14)
@@ -80,6 +80,7 @@ def load(tmp_path_factory):
                 socket.create_connection(listener.getsockname()).close()
                 thread.join()
 
+    run.program = folder / "load"
     return run
 
 
@@ -182,6 +183,15 @@ def test_a_wrong_handshake_ends_it(load, answer, said):
         sock.sendall(answer)
 
     done = load(serve, "echo", "size=10")
+    assert done.returncode == 1 and said in done.stderr
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["connect", "websocket=/"], "only for echo, paced and broadcast"), (["broadcast"], "needs websocket=PATH"),
+    (["echo", "websocket=/", "burst=2"], "for broadcast alone"), (["broadcast", "websocket=/", "burst=0"], "at least 1"),
+    (["broadcast", "websocket=/", "burst=20000"], "a MiB in all")])
+def test_the_generator_says_what_it_cannot_do(load, words, said):
+    done = subprocess.run([load.program, *words, "port=1", "size=100"], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1 and said in done.stderr
 
 
