@@ -1087,6 +1087,19 @@ async def test_one_that_is_closed_is_no_garbage_that_only_a_collector_finds():
 
 
 @simulated
+async def test_who_waits_keeps_nothing_of_what_was_read():
+    async with served(capacity=2**20) as (ws, peer):
+        async with flowcoro.TaskGroup() as group:
+            receiving = group.spawn(_receive_all(ws, 3))
+            for message in ("x" * 50_000, b"y" * 50_000):
+                await peer.write(peer.codec.send_message(message))
+                await wait_all_tasks_parked()
+                assert len(ws._codec._buffer) == 0
+            await peer.write(peer.codec.send_message("end"))
+            assert len(await receiving) == 3
+
+
+@simulated
 async def test_it_tells_what_it_is():
     async with pair() as (server, client):
         assert repr(server).startswith("<WebSocket server open <Socket") and server.peer == server._sock.peer
