@@ -1321,23 +1321,27 @@ async def _turn():
         await flowcoro.checkpoint()
 
 
+# The first two bytes of a short text of a server, as characters.
+_TEXT_HEADS = [chr(_TEXT) + chr(size) for size in range(126)]
+
+
 def _short_message(codec, data):
     """The message, if `data` is one short frame that is a whole one, and nothing more; else None, and it is for the codec. It
-    only accepts, as the codec's own short way: 0.6 µs, where receive_data() and next_event() take 1.2."""
-    if len(data) < 7:
+    only accepts, as the codec's own short way: 0.5 µs, where receive_data() and next_event() take 1.2."""
+    size = len(data) - codec._head
+    if not 0 < size < 126 or data[1] != size | codec._bit or size > codec._limit:
         return None
-    kind, size, start = data[0], data[1] - codec._bit, codec._head
-    if size != len(data) - start or not 0 < size < 126 or size > codec._limit or kind != _TEXT and kind != _BINARY:
-        return None
-    content = data[start:]
     if codec._bit:
-        content = (_from_bytes(content, "little") ^ _from_bytes((data[2:6] * 32)[:size], "little")).to_bytes(size, "little")
-    if kind == _BINARY:
-        return content
-    try:
-        return str(content, "utf-8")
-    except UnicodeDecodeError:
-        return None
+        content = (_from_bytes(data[6:], "little") ^ _from_bytes((data[2:6] * 32)[:size], "little")).to_bytes(size, "little")
+    else:
+        content = data[2:]
+    kind = data[0]
+    if kind == _TEXT:
+        try:
+            return str(content, "utf-8")
+        except UnicodeDecodeError:
+            return None
+    return content if kind == _BINARY else None
 
 
 class _Keeper:
@@ -1396,7 +1400,7 @@ class _Sender:
     """How a WebSocket sends."""
 
     __slots__ = ("_sock", "_secure", "_codec", "_lock", "_lot", "_ready", "_unsent", "_kept", "_flushed", "_flushing",
-                 "_fragmenting", "_deferred", "_batched", "_shares", "_lost", "_closed", "_close_by", "close_code",
+                 "_fragmenting", "_deferred", "_batched", "_shares", "_short", "_lost", "_closed", "_close_by", "close_code",
                  "close_reason", "__weakref__")
 
     def __init__(self, sock, codec, several):
@@ -1409,6 +1413,7 @@ class _Sender:
         self._deferred = None           # messages of broadcast() that wait for the end of a fragmented one
         self._batched = False           # what is kept is from broadcast(), and is sent at the end of the turn, by _Batch
         self._shares = codec.role == "server" and not several       # whether it can send the same bytes as others
+        self._short = self._shares and (codec.deflate is None or codec.deflate.threshold > 125)     # … and short ones uncompressed
         self._lost = None               # the error of a write: nothing more can be sent, and something may still be read
         self._close_by = None           # when the sweep closes
         self.close_code, self.close_reason = None, ""
@@ -1523,7 +1528,10 @@ class _Sender:
             await flowcoro.checkpoint()
         if not self._ready or message.__class__ is not str and message.__class__ is not bytes:
             return await self._send_otherwise(message)
-        data = self._codec.send_message(message)
+        if self._short and message.__class__ is str and len(message) < 126 and message.isascii():
+            data = (_TEXT_HEADS[len(message)] + message).encode("latin-1")          # 0.2 µs instead of 0.4
+        else:
+            data = self._codec.send_message(message)
         try:
             sent = self._sock.write_nowait(data)
         except _GONE as error:
@@ -1661,9 +1669,8 @@ class _Receiver(_Sender):
         messages that came before are given first. BusyError while another task receives.
         """
         codec = self._codec
-        if self._special or self._receiving or codec._at != len(codec._buffer) or codec._message is not None:
+        if self._special or self._receiving or codec._buffer or codec._message is not None:
             return await self._receive_otherwise()
-        codec._buffer, codec._at = b"", 0               # who waits keeps nothing of what was read
         self._receiving, self._idle = True, 0           # and all of this is written out in __anext__(), too
         try:
             data = await self._sock.read(CHUNK)
@@ -1673,6 +1680,8 @@ class _Receiver(_Sender):
                 event = codec.next_event()
                 if event.__class__ is not str and event.__class__ is not bytes:
                     event = await self._next(event)
+                if codec._at == len(codec._buffer):         # what was read is not kept
+                    codec._buffer, codec._at = b"", 0
             return event
         except _ENDS as error:
             raise await self._failed(error)
@@ -2048,9 +2057,8 @@ class WebSocket(_Receiver):
         # receive() written out: one coroutine less for each message, 0.2 µs, and 250 bytes less while it waits.
         codec = self._codec
         try:
-            if self._special or self._receiving or codec._at != len(codec._buffer) or codec._message is not None:
+            if self._special or self._receiving or codec._buffer or codec._message is not None:
                 return await self._receive_otherwise()
-            codec._buffer, codec._at = b"", 0
             self._receiving, self._idle = True, 0
             try:
                 data = await self._sock.read(CHUNK)
@@ -2060,6 +2068,8 @@ class WebSocket(_Receiver):
                     event = codec.next_event()
                     if event.__class__ is not str and event.__class__ is not bytes:
                         event = await self._next(event)
+                    if codec._at == len(codec._buffer):         # what was read is not kept
+                        codec._buffer, codec._at = b"", 0
                 return event
             finally:
                 self._receiving = False
