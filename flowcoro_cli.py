@@ -2012,7 +2012,7 @@ def _served_app(options):
                 raise UsageError(f"{options.target} is an HttpServer: --wsgi, --asgi and --threads are for other applications")
             app = found
         elif isinstance(found, http.Router):
-            app = http.HttpServer()
+            app = http.HttpServer(websocket=_speaker())
             app.include(found)
         else:
             app = http.HttpServer()
@@ -2022,6 +2022,14 @@ def _served_app(options):
     return app
 
 
+def _speaker():
+    """What speaks WebSocket, if its file is there."""
+    try:
+        return _load("flowcoro_websocket").accept
+    except UsageError:
+        return None
+
+
 def _hosted(http, app, found, options):
     """The handler of a WSGI or an ASGI application."""
     kind = "wsgi" if options.wsgi else "asgi" if options.asgi else _kind_of(found, options.target)
@@ -2029,7 +2037,7 @@ def _hosted(http, app, found, options):
         return http.wsgi_app(found, **({"threads": options.threads} if options.threads else {}))
     if options.threads:
         raise UsageError(f"{options.target} is an ASGI application: --threads is for WSGI")
-    host = http.asgi_app(found)
+    host = http.asgi_app(found, websocket=_speaker())
 
     @contextlib.asynccontextmanager
     async def lifespan():

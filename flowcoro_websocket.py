@@ -1413,7 +1413,7 @@ class _Sender:
         self._deferred = None           # messages of broadcast() that wait for the end of a fragmented one
         self._batched = False           # what is kept is from broadcast(), and is sent at the end of the turn, by _Batch
         self._shares = codec.role == "server" and not several       # whether it can send the same bytes as others
-        self._short = self._shares and (codec.deflate is None or codec.deflate.threshold > 125)     # … and short ones uncompressed
+        self._short = self._shares and (codec.deflate is None or codec.deflate.threshold > 125)     # … short ones as they are
         self._lost = None               # the error of a write: nothing more can be sent, and something may still be read
         self._close_by = None           # when the sweep closes
         self.close_code, self.close_reason = None, ""

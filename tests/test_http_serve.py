@@ -19,6 +19,7 @@ import pytest
 
 import flowcoro
 import flowcoro_cli
+import flowcoro_websocket
 
 ROOT = pathlib.Path(flowcoro_cli.__file__).resolve().parent
 PATIENCE = 30               # seconds until a process counts as hanging; each takes a second
@@ -49,6 +50,20 @@ APPLICATIONS = """
     @router.get("/")
     async def routed(request):
         return "router"
+
+    speaking_router = flowcoro_http.Router()
+
+    @speaking_router.websocket("/ws")
+    async def echo(ws):
+        async for message in ws:
+            await ws.send(message)
+
+    async def speaking_asgi(scope, receive, send):
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.accept"})
+            await receive()
+            while (message := await receive())["type"] == "websocket.receive":
+                await send({"type": "websocket.send", "text": message["text"]})
 
     def wsgi(environ, start_response):
         start_response("200 OK", [("Content-Type", "text/plain")])
@@ -239,6 +254,21 @@ def test_an_application_is_told_apart_and_served(here, capfd, target, answer):
 
     got = flowcoro.run(main())
     assert got.status == 200 and got.text.startswith(answer) and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("target", ["apps:speaking_router", "apps:speaking_asgi"])
+def test_applications_speak_websocket_if_its_file_is_there(here, target, monkeypatch):
+    app = flowcoro_cli._served_app(flowcoro_cli._serve_options([target]))
+
+    async def main():
+        async with app.test_client() as client:
+            async with flowcoro_websocket.connect("ws://testserver/ws", socket=await client.socket()) as ws:
+                await ws.send("hello")
+                return await ws.receive()
+
+    assert flowcoro.run(main()) == "hello"
+    monkeypatch.setitem(sys.modules, "flowcoro_websocket", None)
+    assert flowcoro_cli._speaker() is None
 
 
 @pytest.mark.skipif(CURL is None, reason="curl is not installed")
