@@ -2659,15 +2659,14 @@ def _recover(worker, error):
                     task._resume = task._step_then_cancel
             elif task.abort_function is None or _is_lost(task):
                 _reschedule(task, error=error)
-        elif task._worker is worker:
-            if task._state == READY and task not in placed:
-                # It was about to be stepped, or has been: then it has ended, or yielded and is stepped once more.
-                if _has_ended(task.coro):
-                    worker._finish(task, None, error)
-                else:
-                    worker.ready.append(task)
-            if task._state != DONE and task._resume is task._send and _is_cancelled(task, task._scope):
-                task._interrupt()               # struck while a scope around it was being cancelled
+        elif task._state == READY and task._worker is worker and task not in placed:
+            # It was about to be stepped, or has been: then it has ended, or yielded and is stepped once more.
+            if _has_ended(task.coro):
+                worker._finish(task, None, error)
+            else:
+                worker.ready.append(task)
+        if task._state != DONE and task._resume is task._send and _is_cancelled(task, task._scope):
+            task._interrupt()               # struck while a scope around it was being cancelled
         deadline, task._timer = timers._nearest(task), _INF
         if deadline < _INF:
             timers.set(task, deadline)
