@@ -2645,12 +2645,14 @@ class _Worker:
 def _recover(worker, error):
     """The worker's work() was left by `error` in the middle of anything: give each task its place again (I1), and go on."""
     struck, worker.task, worker.call, kernel = worker.task, None, None, worker.kernel
-    placed, timers = set(worker.ready), worker.timers
+    tasks, placed, timers = list(kernel.all_tasks()), set(worker.ready), worker.timers
+    homeless = {task for task in tasks          # first this: below some are woken by the end or the cancellation of others
+                if task._state == READY and task._worker is worker and task not in placed}
     worker.poller.rearm_all()           # the last events may be lost
     timers.heap.clear()                 # what it had taken out is found again below
     timers.tasks.clear()
     timers.entries = 0
-    for task in list(kernel.all_tasks()):
+    for task in tasks:
         if task._state == PARKED:           # of any worker: each can wake those of all
             if task._resume is not task._send and task._resume == task._deliver:
                 if _abort_again(task):              # struck while it was cancelled
@@ -2659,7 +2661,7 @@ def _recover(worker, error):
                     task._resume = task._step_then_cancel
             elif task.abort_function is None or _is_lost(task):
                 _reschedule(task, error=error)
-        elif task._state == READY and task._worker is worker and task not in placed:
+        elif task in homeless:
             # It was about to be stepped, or has been: then it has ended, or yielded and is stepped once more.
             if _has_ended(task.coro):
                 worker._finish(task, None, error)

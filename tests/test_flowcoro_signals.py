@@ -1460,6 +1460,56 @@ def test_a_scope_that_is_struck_as_it_expires_is_cancelled_all_the_same_under_a_
     assert log == ["after the bounded cleanup"]
 
 
+def test_who_is_woken_by_an_end_that_was_struck_is_woken_once(nobody_sees_a_deadlock, reports):
+    async def ends():
+        await flowcoro.checkpoint()                     # until the other one waits for this
+        strike_once(flowcoro._Worker._finish, "work")
+
+    async def joins(task):
+        with flowcoro.CancelScope(shield=True):
+            try:
+                await task
+            except Struck:
+                pass
+            began = flowcoro.now()
+            await flowcoro.sleep(0.05)
+            slept.append(flowcoro.now() - began)
+
+    async def main():
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(joins(group.spawn(ends())))
+
+    slept = []
+    with pytest.raises(Struck):
+        flowcoro.run(main())
+    assert slept[0] >= 0.05 and reports == []
+
+
+def test_who_is_let_in_as_another_is_told_of_a_struck_cancel_is_woken_once(nobody_sees_a_deadlock, reports):
+    async def writes(rwlock):
+        with flowcoro.CancelScope(shield=True), flowcoro.move_on_after(0.01):
+            await rwlock.write.acquire()
+
+    async def reads(rwlock):
+        with flowcoro.CancelScope(shield=True):
+            async with rwlock.read:
+                began = flowcoro.now()
+                await flowcoro.sleep(0.05)
+                slept.append(flowcoro.now() - began)
+
+    async def main():
+        rwlock = flowcoro.RWLock()
+        async with rwlock.read, flowcoro.TaskGroup() as group:
+            group.spawn(writes(rwlock))
+            group.spawn(reads(rwlock))
+            strike_once(flowcoro._interrupt_inside, "cancel")
+
+    slept = []
+    with pytest.raises(Struck):
+        flowcoro.run(main())
+    assert slept[0] >= 0.05 and reports == []
+
+
 def test_a_call_from_a_thread_that_is_struck_as_it_answers_is_made_once(nobody_sees_a_deadlock, reports):
     calls = []
 
