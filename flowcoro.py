@@ -4679,8 +4679,9 @@ class _Case:
     def __init__(self, index, item, lot, siblings):
         self.task, self.index, self._item, self.lot, self.siblings = None, index, item, lot, siblings
 
-    def withdraw(self):
-        for case in self.siblings:
+    @staticmethod
+    def withdraw(cases):
+        for case in cases:
             case.lot._tasks.pop(case, None)
 
     def waits(self):
@@ -4691,10 +4692,11 @@ class _Case:
         siblings = self.siblings[:]         # the task clears them when it goes on: at once, on another worker
         try:
             _reschedule(self.task, (self.index, value), error)
-        finally:                            # also when a signal handler strikes, if it is woken by then
+            self.withdraw(siblings)
+        except BaseException:               # a signal handler has struck, here or there
             if self.task._state != PARKED:
-                for case in siblings:
-                    case.lot._tasks.pop(case, None)
+                self.withdraw(siblings)
+            raise
 
 
 def _cases(cases):
@@ -4742,7 +4744,7 @@ async def select(*cases):
         waiting.append(_Case(index, item, channel._senders if sends else channel._receivers, waiting))
 
     def abort(task):
-        waiting[0].withdraw()
+        _Case.withdraw(waiting)
         return True
 
     def park_in_all(task):

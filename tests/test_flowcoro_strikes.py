@@ -297,6 +297,31 @@ def test_who_is_being_woken_when_a_handler_strikes_is_woken_or_has_his_place_sti
     assert sweep(scene) >= 2
 
 
+@pytest.mark.parametrize("operation", ["send", "receive"])
+def test_a_select_that_is_being_woken_when_a_handler_strikes_leaves_all_channels_or_none(operation):
+    """What it left behind would be taken for one that waits there, and fail who comes, or end another wait of the task."""
+    async def scene(strike):
+        first, second, third = channels = [flowcoro.Channel() for _ in range(3)]
+        lots = [channel._receivers if operation == "send" else channel._senders for channel in channels]
+
+        async def selects():
+            cases = channels if operation == "send" else ((first, 0), (second, 1), (third, 2))
+            await flowcoro.select(*cases)
+
+        async with flowcoro.TaskGroup(pinned=True) as group:
+            task = group.spawn(selects())
+            while task.state != "parked":
+                await flowcoro.checkpoint()
+            with strike(before_the_guard(flowcoro.ParkingLot.unpark), before_the_guard(flowcoro.Channel._put),
+                        before_the_guard(flowcoro.Channel._get), flowcoro.Channel._take, flowcoro._reschedule,
+                        flowcoro._Case.commit, flowcoro._Case.withdraw):
+                second.send_nowait("item") if operation == "send" else second.receive_nowait()
+            assert [len(lot) for lot in lots] == [task.state == "parked"] * 3
+            group.cancel()
+
+    assert sweep(scene) >= 8
+
+
 def test_a_channel_keeps_the_item_of_a_sender_that_was_woken_when_a_handler_struck():
     async def scene(strike):
         channel, got, sent = flowcoro.Channel(), [], []
