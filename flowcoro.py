@@ -973,7 +973,7 @@ class Task(_Unique):
                     _reschedule(self)
                 except BaseException as error:  # it has no place to go back to
                     here = _local.worker
-                    if self._state == PARKED and here.task is not None:     # else it comes out of the loop
+                    if self._state is PARKED and here.task is not None:     # else it comes out of the loop
                         here.inbox.append(functools.partial(reschedule, self))
                     if not isinstance(error, RecursionError) or here.task is None:
                         raise
@@ -1241,8 +1241,8 @@ class ParkingLot(_Unique):
                     _reschedule(parked, value, error)
                 else:
                     parked.commit(value, error)
-            except BaseException as struck:  # the stack ends here, or a signal handler has struck
-                if (parked._state == PARKED if parked.__class__ is Task
+            except BaseException as struck:  # a signal handler struck, or the stack ends here: == may need some, `is` does not
+                if (parked._state is PARKED if parked.__class__ is Task
                         else struck.__class__ is RecursionError or parked.waits()):
                     self._tasks[parked] = None
                     for other in [*self._tasks][:-1]:     # to the front, without a call: there may be no stack for one
@@ -1630,7 +1630,7 @@ class Pollable(_Unique):
         try:
             _reschedule(task, None, error)
         except BaseException:
-            if task._state == PARKED:               # the stack ended
+            if task._state is PARKED:               # the stack ended
                 self._reader = task
             raise
         self._worker.io_parked -= 1
@@ -1640,7 +1640,7 @@ class Pollable(_Unique):
         try:
             _reschedule(task, None, error)
         except BaseException:
-            if task._state == PARKED:
+            if task._state is PARKED:
                 self._writer = task
             raise
         self._worker.io_parked -= 1
@@ -4062,7 +4062,7 @@ class Lock(_AsyncWith):
         try:
             _reschedule(heir)
         except BaseException:
-            if heir._state == PARKED:
+            if heir._state is PARKED:
                 lot._tasks[heir] = None
                 for other in [*lot._tasks][:-1]:
                     del lot._tasks[other]
@@ -4372,7 +4372,7 @@ class RWLock(_Unique):
             try:
                 _reschedule(task)
             except BaseException:
-                if task._state == PARKED:
+                if task._state is PARKED:
                     del self._holders[task]
                     self._writing = before
                     tasks[task] = writing
@@ -4501,7 +4501,7 @@ class Channel(_Unique):
                 else:
                     receiver.commit(item)
             except BaseException as struck:
-                if (receiver._state == PARKED if receiver.__class__ is Task
+                if (receiver._state is PARKED if receiver.__class__ is Task
                         else struck.__class__ is RecursionError or receiver.waits()):
                     receivers[receiver] = None
                     for other in [*receivers][:-1]:
@@ -4616,7 +4616,7 @@ class Channel(_Unique):
                 else:
                     sender.commit(None)
             except BaseException as struck:
-                if (sender._state == PARKED if sender.__class__ is Task
+                if (sender._state is PARKED if sender.__class__ is Task
                         else struck.__class__ is RecursionError or sender.waits()):
                     senders[sender] = None
                     for other in [*senders][:-1]:
@@ -4685,7 +4685,7 @@ class _Case:
             case.lot._tasks.pop(case, None)
 
     def waits(self):
-        return self.task._state == PARKED
+        return self.task._state is PARKED
 
     def commit(self, value, error=None):
         """This case it is: exactly one, for the others leave their lots before anybody else can find them."""
@@ -4694,7 +4694,7 @@ class _Case:
             _reschedule(self.task, (self.index, value), error)
             self.withdraw(siblings)
         except BaseException:               # a signal handler has struck, here or there
-            if self.task._state != PARKED:
+            if self.task._state is not PARKED:
                 self.withdraw(siblings)
             raise
 
