@@ -4811,11 +4811,17 @@ class Broadcast(_Unique):
     def _publish(self, item):
         self._ring[self._sent % self.capacity] = item
         self._sent += 1
+        try:
+            self._wake_all()
+        except BaseException as struck:         # a signal handler's, or the stack ends; sent it is, and the loop wakes who waits
+            _local.worker.inbox.append(self._wake_all)
+            if struck.__class__ is not RecursionError:
+                raise
+
+    @atomic
+    def _wake_all(self):
         for subscription in list(self._subscriptions):
-            try:
-                subscription._wake()
-            except RecursionError:              # where the stack ends; sent it is, and the loop wakes who waits
-                _local.worker.inbox.append(subscription._wake)
+            subscription._wake()
 
     async def send(self, item):
         """Send to all subscribers, waiting for those that block. ClosedError. Cancelled or failed: nobody got it."""
@@ -4854,10 +4860,19 @@ class Broadcast(_Unique):
             task = next(iter(self._senders._tasks))
             item = task._item
             try:
-                self._senders.unpark()
-            finally:                            # also when a signal handler strikes, if it is woken by then
-                if task not in self._senders._tasks:
-                    self._publish(item)
+                try:
+                    self._senders.unpark()
+                finally:                        # also when a signal handler strikes, if it is woken by then
+                    if task not in self._senders._tasks:        # _publish() written out: a call might be struck first
+                        self._ring[self._sent % self.capacity] = item
+                        self._sent += 1
+                self._wake_all()
+            except BaseException as struck:
+                if task in self._senders._tasks:
+                    raise
+                _local.worker.inbox.append(self._wake_all)
+                if struck.__class__ is not RecursionError:
+                    raise
 
     @atomic
     def close(self):
@@ -4901,11 +4916,12 @@ class Subscription(_Unique):
         """Those who wait here have read all that was sent before."""
         broadcast = self._broadcast
         while self._lot._tasks and self._next < broadcast._sent:
-            waiting = len(self._lot._tasks)
+            task = next(iter(self._lot._tasks))
             try:
                 self._lot.unpark(1, broadcast._ring[self._next % broadcast.capacity])
             finally:                    # as in Broadcast
-                self._next += waiting - len(self._lot._tasks)
+                if task not in self._lot._tasks:
+                    self._next += 1
 
     def _end(self):
         return EndOfChannel("the Broadcast is closed and all its items have been received", self)

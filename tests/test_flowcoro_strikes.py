@@ -348,6 +348,59 @@ def test_a_channel_keeps_the_item_of_a_sender_that_was_woken_when_a_handler_stru
     assert outcomes.count((1, 0)) <= 1, "an item is lost at one place only: where it has been taken out for good"
 
 
+BROADCAST = [flowcoro.Broadcast._let_senders_in, flowcoro.Broadcast._publish, flowcoro.Broadcast._has_room,
+             flowcoro.Broadcast._put, flowcoro.Broadcast._wake_all, flowcoro.Subscription._wake, flowcoro.ParkingLot.unpark,
+             flowcoro._reschedule]
+
+
+async def the_loop_has_made_its_calls():
+    while flowcoro.current_task()._worker.inbox:
+        await flowcoro.checkpoint()
+    for _ in range(3):
+        await flowcoro.checkpoint()
+
+
+def test_a_broadcast_sends_what_a_sender_had_to_send_who_is_let_in_when_a_handler_strikes():
+    async def scene(strike):
+        broadcast = flowcoro.Broadcast(1)
+        slow, other = broadcast.subscribe(), broadcast.subscribe("lag")
+        broadcast.send_nowait(0)
+        other.receive_nowait()
+        async with flowcoro.TaskGroup(pinned=True) as group:
+            sender = group.spawn(broadcast.send(1))
+            waits = group.spawn(other.receive())
+            while {sender.state, waits.state} != {"parked"}:
+                await flowcoro.checkpoint()
+            with strike(*map(before_the_guard, BROADCAST)):
+                slow.receive_nowait()
+            await the_loop_has_made_its_calls()
+            assert sender.done() == (broadcast._sent == 2) == waits.done()
+            group.cancel()
+
+    assert sweep(scene) > 10
+
+
+def test_a_subscriber_that_is_being_woken_when_a_handler_strikes_gets_each_item_once():
+    async def scene(strike):
+        async def receive():
+            async for item in subscription:
+                got.append(item)
+
+        broadcast, got = flowcoro.Broadcast(4), []
+        subscription = broadcast.subscribe()
+        async with flowcoro.TaskGroup(pinned=True) as group:
+            task = group.spawn(receive())
+            while task.state != "parked":
+                await flowcoro.checkpoint()
+            with strike(*map(before_the_guard, BROADCAST)):
+                broadcast.send_nowait(0)
+            await the_loop_has_made_its_calls()
+            assert got == [*range(broadcast._sent)]
+            group.cancel()
+
+    assert sweep(scene) > 5
+
+
 @pytest.mark.parametrize("struck", ["as it was woken", "as it was cancelled"])
 def test_a_task_of_another_worker_that_is_in_no_place_when_the_loop_is_struck_goes_on(struck):
     """Who struck may have been waking it, or cancelling it: it is under a shield, and nobody else would look for it."""
