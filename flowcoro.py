@@ -973,8 +973,8 @@ class Task(_Unique):
                     _reschedule(self)
                 except BaseException as error:  # it has no place to go back to
                     here = _local.worker
-                    if self._state is PARKED and here.task is not None:     # else it comes out of the loop
-                        here.inbox.append(functools.partial(reschedule, self))
+                    if self._state is PARKED:
+                        here.inbox.append(self._go_on)
                     if not isinstance(error, RecursionError) or here.task is None:
                         raise
             else:
@@ -987,6 +987,12 @@ class Task(_Unique):
         elif self._resume != self._step_then_cancel:
             self._resume = self._deliver
         self.budget = 0
+
+    @atomic
+    def _go_on(self):
+        """Who cancelled it was struck when it was in no place any more. If he was the loop itself, _recover() came first."""
+        if self._state == PARKED and self._resume == self._deliver:
+            _reschedule(self)
 
     @atomic
     def cancel(self):

@@ -348,6 +348,47 @@ def test_a_channel_keeps_the_item_of_a_sender_that_was_woken_when_a_handler_stru
     assert outcomes.count((1, 0)) <= 1, "an item is lost at one place only: where it has been taken out for good"
 
 
+@pytest.mark.parametrize("who", ["task", "call from a thread", "hook", "park function"])
+def test_a_task_that_is_being_cancelled_when_a_handler_strikes_is_cancelled_whoever_cancels_it(who):
+    async def scene(strike):
+        async def wait():
+            with flowcoro.CancelScope(shield=True), scope:
+                await lot.park()
+            ended.append(True)
+
+        class Hooks:
+            def task_spawned(self, task):
+                cancels()
+
+        def cancels():
+            with strike(before_the_guard(flowcoro.CancelScope.cancel), flowcoro._interrupt_inside, flowcoro.Task._interrupt,
+                        flowcoro.ParkingLot._abort, flowcoro._reschedule):
+                scope.cancel()
+
+        lot, scope, ended, worker = flowcoro.ParkingLot(), flowcoro.CancelScope(), [], flowcoro.current_task()._worker
+        async with flowcoro.TaskGroup(pinned=True) as group:
+            task = group.spawn(wait())
+            while task.state != "parked":
+                await flowcoro.checkpoint()
+            if who == "task":
+                cancels()
+            elif who == "call from a thread":
+                worker.post(flowcoro._CallFromThread(cancels))
+            elif who == "hook":
+                hooks = Hooks()
+                flowcoro.add_hooks(hooks)
+                group.spawn(flowcoro.checkpoint())
+                flowcoro.remove_hooks(hooks)
+            else:
+                await flowcoro.ParkingLot().park_unless(lambda: cancels() or True)
+            await the_loop_has_made_its_calls()
+            assert task.done() or task in lot._tasks
+            lot.unpark_all()
+        assert ended
+
+    assert sweep(scene) >= 7
+
+
 BROADCAST = [flowcoro.Broadcast._let_senders_in, flowcoro.Broadcast._publish, flowcoro.Broadcast._has_room,
              flowcoro.Broadcast._put, flowcoro.Broadcast._wake_all, flowcoro.Subscription._wake, flowcoro.ParkingLot.unpark,
              flowcoro._reschedule]
