@@ -16,6 +16,7 @@ from collections import Counter
 import pytest
 
 import flowcoro
+import flowcoro_net
 from conftest import MARKED, PLAIN
 from test_flowcoro_signals import Child
 from test_flowcoro_workers import PATIENCE, descriptors, pipe, run, wait_until
@@ -479,6 +480,44 @@ def test_a_task_of_another_worker_that_is_in_no_place_when_the_loop_is_struck_go
     finally:
         signal.signal(signal.SIGALRM, before)
     assert ended == [True] and caught.type is Struck
+
+
+@pytest.mark.parametrize("waits_for", ["a connection", "the right to connect"])
+def test_a_connection_that_is_being_handed_on_when_a_handler_strikes_is_lent_once(waits_for):
+    async def connect():
+        made.append(object())
+        return made[-1]
+
+    async def scene(strike):
+        async def borrow():
+            async with pool.acquire() as connection:
+                assert connection not in used
+                used.append(connection)
+                await flowcoro.checkpoint()
+                await flowcoro.checkpoint()
+                assert len(used) <= 1
+                used.remove(connection)
+
+        made.clear()
+        used, pool = [], flowcoro_net.ConnectionPool(connect, max_connections=1)
+        connection = await pool.acquire()
+        async with flowcoro.TaskGroup(pinned=True) as group:
+            tasks = [group.spawn(borrow()), group.spawn(borrow())]
+            while {task.state for task in tasks} != {"parked"}:
+                await flowcoro.checkpoint()
+            with strike(flowcoro_net._PoolMoves.serve, before_the_guard(flowcoro.ParkingLot.unpark), flowcoro._reschedule):
+                if waits_for == "a connection":
+                    pool.release(connection)
+                else:
+                    pool.set_max_connections(2)
+            group.spawn(borrow())                       # whoever comes next serves
+            for _ in range(10):
+                await flowcoro.checkpoint()
+            group.cancel()
+        pool.close_nowait()
+
+    made = []
+    assert sweep(scene) >= 4
 
 
 def test_who_is_struck_while_it_spawns_has_spawned_or_has_not():
