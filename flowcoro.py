@@ -1638,6 +1638,8 @@ class Pollable(_Unique):
         except BaseException:
             if task._state is PARKED:               # the stack ended
                 self._reader = task
+            else:
+                self._worker.io_parked -= 1
             raise
         self._worker.io_parked -= 1
 
@@ -1648,6 +1650,8 @@ class Pollable(_Unique):
         except BaseException:
             if task._state is PARKED:
                 self._writer = task
+            else:
+                self._worker.io_parked -= 1
             raise
         self._worker.io_parked -= 1
 
@@ -1659,8 +1663,8 @@ class Pollable(_Unique):
         if not self._worker.kernel.ended:
             self._wake(READ | WRITE, lambda: ClosedError(
                 f"file descriptor {self.fd} was closed here while this task waited for it"))
-            self._worker.descriptors -= 1
             self._worker.poller.remove(self)
+            self._worker.descriptors -= 1       # after the last call: who is struck before may close it again
         self._closed = True
 
     def __repr__(self):
@@ -3721,11 +3725,10 @@ class _Kernel:
 
     @atomic
     def request_stop(self):
-        if not self.stop_asked:
-            self.stop_asked = True
-            self.stop_lot.unpark_all()
-            if self.grace < _INF and not self.root._doomed:
-                self.root.spawn(self._end_of_grace(), name="end of grace")
+        first, self.stop_asked = not self.stop_asked, True
+        self.stop_lot.unpark_all()          # also the second time: the first may have been struck in the middle
+        if first and self.grace < _INF and not self.root._doomed:
+            self.root.spawn(self._end_of_grace(), name="end of grace")
 
     async def _end_of_grace(self):
         await sleep(self.grace)
@@ -4451,7 +4454,7 @@ class _Side(_AsyncWith):
         del lock._holders[task]
         try:
             lock._admit()
-        except RecursionError:          # as in ParkingLot.unpark(); if anybody was let in, his release does the rest
+        except BaseException:           # as in ParkingLot.unpark(); if anybody was let in, his release does the rest
             if not lock._holders:
                 lock._holders[task] = None
             raise
@@ -4640,16 +4643,15 @@ class Channel(_Unique):
     @atomic
     def close(self):
         """Nothing more will be sent. Parked senders get ClosedError, parked receivers EndOfChannel. Twice is once."""
-        if not self._closed:
-            self._closed = True                 # first this: those on other workers go on at once
-            try:
-                while self._receivers._tasks:   # each its own error: a traceback belongs to one task
-                    self._receivers.unpark(error=self._end())
-                while self._senders._tasks:
-                    self._senders.unpark(error=ClosedError("the Channel was closed while this task waited to send"))
-            except RecursionError:              # where the stack ends; it is not done
-                self._closed = False
-                raise
+        before, self._closed = self._closed, True   # first this: those on other workers go on at once
+        try:                                # also the second time: the first may have been struck in the middle
+            while self._receivers._tasks:   # each its own error: a traceback belongs to one task
+                self._receivers.unpark(error=self._end())
+            while self._senders._tasks:
+                self._senders.unpark(error=ClosedError("the Channel was closed while this task waited to send"))
+        except RecursionError:              # where the stack ends; it is not done
+            self._closed = before
+            raise
 
     @property
     def closed(self):
@@ -4883,17 +4885,16 @@ class Broadcast(_Unique):
     @atomic
     def close(self):
         """Nothing more will be sent: subscribers get what is left, then EndOfChannel; parked senders ClosedError."""
-        if not self._closed:
-            self._closed = True                 # as in Channel.close()
-            try:
-                while self._senders._tasks:
-                    self._senders.unpark(error=ClosedError("the Broadcast was closed while this task waited to send"))
-                for subscription in list(self._subscriptions):
-                    while subscription._lot._tasks:
-                        subscription._lot.unpark(error=subscription._end())
-            except RecursionError:
-                self._closed = False
-                raise
+        before, self._closed = self._closed, True   # as in Channel.close()
+        try:
+            while self._senders._tasks:
+                self._senders.unpark(error=ClosedError("the Broadcast was closed while this task waited to send"))
+            for subscription in list(self._subscriptions):
+                while subscription._lot._tasks:
+                    subscription._lot.unpark(error=subscription._end())
+        except RecursionError:
+            self._closed = before
+            raise
 
     def statistics(self):
         """{"capacity", "sent", "subscribers", "senders_waiting": int, "closed": bool}"""
@@ -4983,17 +4984,16 @@ class Subscription(_Unique):
     @atomic
     def close(self):
         """Unsubscribe: nobody waits for it any more; tasks that receive here get ClosedError."""
-        if self._closed:
-            return
-        self._closed = True
+        before, self._closed = self._closed, True   # as in Channel.close()
         self._broadcast._subscriptions.pop(self, None)
         try:
             while self._lot._tasks:
                 self._lot.unpark(error=ClosedError("the Subscription was closed while this task waited"))
             self._broadcast._let_senders_in()
         except RecursionError:          # where the stack ends; to be done again
-            self._broadcast._subscriptions[self] = None
-            self._closed = False
+            if not before:
+                self._broadcast._subscriptions[self] = None
+                self._closed = False
             raise
 
     def __enter__(self):
@@ -5064,6 +5064,9 @@ class Promise(_Unique):
             if failure is not None:
                 failure.seen = True
             self._unset += [None]
+            raise
+        except BaseException:           # a signal handler's: it cannot be set again, so those who are left are woken now
+            self._wake_all()
             raise
 
     @atomic
@@ -5217,13 +5220,13 @@ class as_completed(_Unique):
     @atomic
     def _ended(self, task):
         del self._left[task]
+        self._finished += (task,)       # no call: no signal handler strikes between
         try:
-            self._finished.append(task)
-        finally:                        # also when a signal handler strikes
-            try:
-                self._lot.unpark(1 if self._left else _INF)     # several tasks may wait for the last one
-            except RecursionError:      # where the stack ends; the loop has enough of it
-                _local.worker.inbox.append(self._lot.unpark_all)
+            self._lot.unpark(1 if self._left else _INF)     # several tasks may wait for the last one
+        except BaseException as struck:         # or the stack ends; the loop has enough of it
+            _local.worker.inbox.append(self._lot.unpark_all)
+            if struck.__class__ is not RecursionError:
+                raise
 
     def _park(self, task):
         if self._finished:

@@ -1510,6 +1510,26 @@ def test_who_is_let_in_as_another_is_told_of_a_struck_cancel_is_woken_once(nobod
     assert slept[0] >= 0.05 and reports == []
 
 
+@pytest.mark.parametrize("function, caller", [(flowcoro.ParkingLot.unpark, "_ended"), (flowcoro.as_completed._ended, "commit"),
+                                              (flowcoro._reschedule, "unpark")])
+def test_who_waits_for_the_next_task_to_end_is_woken_though_the_end_was_struck(function, caller, nobody_sees_a_deadlock):
+    async def main():
+        with flowcoro.CancelScope(shield=True), flowcoro.move_on_after(PATIENCE):
+            async for task in flowcoro.as_completed(flowcoro.sleep(0.01)):
+                done.append(task.done())
+                return
+            raise AssertionError("nothing came")
+
+    async def begin():
+        strike_once(function, caller)
+        await main()
+
+    done = []
+    with pytest.raises(Struck):
+        flowcoro.run(begin())
+    assert done == [True]
+
+
 def test_a_call_from_a_thread_that_is_struck_as_it_answers_is_made_once(nobody_sees_a_deadlock, reports):
     calls = []
 

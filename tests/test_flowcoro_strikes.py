@@ -4,6 +4,7 @@ The interpreter calls handlers in the main thread, as a function begins, after a
 that raises at the first, the second, … of those places finds each of them, in one thread and in the same order every time.
 """
 
+import contextlib
 import dis
 import os
 import signal
@@ -120,6 +121,13 @@ def sweep(scene):
                 return number - 1
 
     return run(main, workers=2)
+
+
+async def the_loop_has_made_its_calls():
+    while flowcoro.current_task()._worker.inbox:
+        await flowcoro.checkpoint()
+    for _ in range(3):
+        await flowcoro.checkpoint()
 
 
 @pytest.mark.parametrize("pinned", ["", "p", "pp", "pppp", "p.p.", ".pp.", "....p", "......"])
@@ -323,6 +331,115 @@ def test_a_select_that_is_being_woken_when_a_handler_strikes_leaves_all_channels
     assert sweep(scene) >= 8
 
 
+def receivers_of_a_channel_that_is_closed():
+    channel = flowcoro.Channel()
+    return channel.receive, channel.close, [flowcoro.Channel.close, flowcoro.Channel._end]
+
+
+def senders_to_a_channel_that_is_closed():
+    channel = flowcoro.Channel()
+    return lambda: channel.send(1), channel.close, [flowcoro.Channel.close]
+
+
+def receivers_of_a_broadcast_that_is_closed():
+    broadcast = flowcoro.Broadcast(1)
+    return broadcast.subscribe().receive, broadcast.close, [flowcoro.Broadcast.close]
+
+
+def senders_to_a_broadcast_that_is_closed():
+    broadcast = flowcoro.Broadcast(1)
+    broadcast.subscribe()
+    broadcast.send_nowait(0)
+    return lambda: broadcast.send(1), broadcast.close, [flowcoro.Broadcast.close]
+
+
+def receivers_of_a_subscription_that_is_closed():
+    subscription = flowcoro.Broadcast(1).subscribe()
+    return subscription.receive, subscription.close, [flowcoro.Subscription.close]
+
+
+def those_who_wait_for_a_request_to_stop():
+    kernel = flowcoro.current_kernel()
+    kernel.stop_asked, kernel.grace = False, flowcoro._INF
+    return flowcoro.stop_requested, flowcoro.request_stop, [flowcoro._Kernel.request_stop]
+
+
+def readers_who_wait_for_a_writer():
+    rwlock = flowcoro.RWLock()
+    rwlock.write.acquire_nowait()
+
+    async def read():
+        async with rwlock.read:         # who is let in lets in the others as he leaves
+            pass
+
+    def release():
+        if rwlock._writing:
+            rwlock.write.release()
+
+    return read, release, [flowcoro._Side.release, flowcoro.RWLock._admit]
+
+
+def those_who_wait_for_a_promise():
+    promise = flowcoro.Promise()
+
+    async def wait():
+        await promise
+
+    def keep():
+        if not promise.done():
+            promise.set_result(1)
+
+    return wait, keep, [flowcoro.Promise._wake_all, flowcoro.Promise._wake]
+
+
+@pytest.mark.parametrize("make", [
+    receivers_of_a_channel_that_is_closed, senders_to_a_channel_that_is_closed, receivers_of_a_broadcast_that_is_closed,
+    senders_to_a_broadcast_that_is_closed, receivers_of_a_subscription_that_is_closed, those_who_wait_for_a_request_to_stop,
+    readers_who_wait_for_a_writer, those_who_wait_for_a_promise])
+def test_who_is_left_when_the_end_of_his_wait_is_struck_in_the_middle_is_woken_by_the_second_attempt(make):
+    async def scene(strike):
+        async def ends(wait):
+            with contextlib.suppress(flowcoro.ClosedError):
+                await wait()
+
+        wait, wake, functions = make()
+        async with flowcoro.TaskGroup(pinned=True) as group:
+            tasks = [group.spawn(ends(wait)) for _ in range(3)]
+            while {task.state for task in tasks} != {"parked"}:
+                await flowcoro.checkpoint()
+            with strike(*map(before_the_guard, functions + [flowcoro.ParkingLot.unpark]), flowcoro._reschedule):
+                wake()
+            wake()
+            await the_loop_has_made_its_calls()
+            assert {task.state for task in tasks} == {"done"}
+
+    assert sweep(scene) >= 8
+
+
+def test_a_pollable_whose_close_is_struck_can_be_closed_again_and_the_worker_counts_right():
+    async def scene(strike):
+        async def read():
+            with pytest.raises(flowcoro.ClosedError):
+                await pollable.wait_readable()
+
+        worker = flowcoro.current_task()._worker
+        before = worker.io_parked, worker.descriptors
+        with pipe() as (near, far):
+            pollable = flowcoro.Pollable(near)
+            pollable.readable = False
+            async with flowcoro.TaskGroup(pinned=True) as group:
+                task = group.spawn(read())
+                while task.state != "parked":
+                    await flowcoro.checkpoint()
+                with strike(before_the_guard(flowcoro.Pollable.close), flowcoro.Pollable._wake, flowcoro.Pollable._wake_reader,
+                            flowcoro._reschedule, worker.poller.remove.__func__):
+                    pollable.close()
+                pollable.close()
+            assert (worker.io_parked, worker.descriptors) == before
+
+    assert sweep(scene) >= 8
+
+
 def test_a_channel_keeps_the_item_of_a_sender_that_was_woken_when_a_handler_struck():
     async def scene(strike):
         channel, got, sent = flowcoro.Channel(), [], []
@@ -393,13 +510,6 @@ def test_a_task_that_is_being_cancelled_when_a_handler_strikes_is_cancelled_whoe
 BROADCAST = [flowcoro.Broadcast._let_senders_in, flowcoro.Broadcast._publish, flowcoro.Broadcast._has_room,
              flowcoro.Broadcast._put, flowcoro.Broadcast._wake_all, flowcoro.Subscription._wake, flowcoro.ParkingLot.unpark,
              flowcoro._reschedule]
-
-
-async def the_loop_has_made_its_calls():
-    while flowcoro.current_task()._worker.inbox:
-        await flowcoro.checkpoint()
-    for _ in range(3):
-        await flowcoro.checkpoint()
 
 
 def test_a_broadcast_sends_what_a_sender_had_to_send_who_is_let_in_when_a_handler_strikes():
