@@ -702,10 +702,12 @@ class CancelScope(_Unique):
             if self._task is not None:
                 try:
                     _interrupt_inside(self._task, self)
-                except RecursionError:      # as in Task.cancel()
+                except BaseException as struck:     # as in Task.cancel()
                     self._cancelled = False
                     self._task._worker.inbox.append(self._interrupt)
                     self._cancelled = True
+                    if struck.__class__ is not RecursionError:
+                        raise
 
     def _interrupt(self):
         if self._task is not None:
@@ -1001,10 +1003,12 @@ class Task(_Unique):
             self._cancel_called = True
             try:
                 _interrupt_inside(self, None)
-            except RecursionError:          # where the caller's stack ends; the loop has enough of it
+            except BaseException as struck:     # where the caller's stack ends; the loop has enough of it, and tells the rest
                 self._cancel_called = False     # should there be no room even for this
                 self._worker.inbox.append(functools.partial(_interrupt_inside, self, None))
                 self._cancel_called = True
+                if struck.__class__ is not RecursionError:      # a signal handler's
+                    raise
 
     # -- the outcome
 

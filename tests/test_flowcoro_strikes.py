@@ -466,28 +466,40 @@ def test_a_channel_keeps_the_item_of_a_sender_that_was_woken_when_a_handler_stru
     assert outcomes.count((1, 0)) <= 1, "an item is lost at one place only: where it has been taken out for good"
 
 
+@pytest.mark.parametrize("what", ["scope", "task"])
 @pytest.mark.parametrize("who", ["task", "call from a thread", "hook", "park function"])
-def test_a_task_that_is_being_cancelled_when_a_handler_strikes_is_cancelled_whoever_cancels_it(who):
+def test_tasks_that_are_being_cancelled_when_a_handler_strikes_are_cancelled_whoever_cancels_them(who, what):
     async def scene(strike):
         async def wait():
-            with flowcoro.CancelScope(shield=True), scope:
+            try:
                 await lot.park()
-            ended.append(True)
+            finally:
+                left.append(True)
+
+        async def waits():
+            nonlocal inner
+            with flowcoro.CancelScope(shield=True), scope:
+                async with flowcoro.TaskGroup() as inner:
+                    for _ in range(3):
+                        inner.spawn(wait(), pinned=True)
+                    await lot.park()
 
         class Hooks:
             def task_spawned(self, task):
                 cancels()
 
         def cancels():
-            with strike(before_the_guard(flowcoro.CancelScope.cancel), flowcoro._interrupt_inside, flowcoro.Task._interrupt,
-                        flowcoro.ParkingLot._abort, flowcoro._reschedule):
-                scope.cancel()
+            with strike(*map(before_the_guard, [
+                    flowcoro.CancelScope.cancel, flowcoro.Task.cancel, flowcoro.Task._interrupt, flowcoro.ParkingLot._abort,
+                    flowcoro._interrupt_inside, flowcoro._reschedule])):
+                scope.cancel() if what == "scope" else next(iter(inner._tasks)).cancel()
 
-        lot, scope, ended, worker = flowcoro.ParkingLot(), flowcoro.CancelScope(), [], flowcoro.current_task()._worker
+        lot, scope, left, worker, inner = flowcoro.ParkingLot(), flowcoro.CancelScope(), [], flowcoro.current_task()._worker, None
         async with flowcoro.TaskGroup(pinned=True) as group:
-            task = group.spawn(wait())
-            while task.state != "parked":
+            task = group.spawn(waits())
+            while len(lot) < 4:
                 await flowcoro.checkpoint()
+            first = next(iter(inner._tasks))
             if who == "task":
                 cancels()
             elif who == "call from a thread":
@@ -500,9 +512,11 @@ def test_a_task_that_is_being_cancelled_when_a_handler_strikes_is_cancelled_whoe
             else:
                 await flowcoro.ParkingLot().park_unless(lambda: cancels() or True)
             await the_loop_has_made_its_calls()
-            assert task.done() or task in lot._tasks
+            if what == "scope":
+                assert task.done() == scope.cancel_called and len(left) == 3 * scope.cancel_called
+            else:
+                assert first.done() == first._cancel_called == len(left)
             lot.unpark_all()
-        assert ended
 
     assert sweep(scene) >= 7
 
