@@ -4316,12 +4316,20 @@ class Barrier(_Unique):
         arrived = len(self._lot)
         if arrived + 1 < self.parties:
             return None
-        for index in range(arrived):
+        try:
+            self._let_go(arrived)
+        except BaseException:               # a signal handler's: all have come, so those who are left are woken now
+            self._let_go(arrived)
+            raise
+        return arrived
+
+    def _let_go(self, count):
+        """Wake those of the `count` who are left, each with the order of his arrival."""
+        for index in range(count - len(self._lot), count):
             try:
                 self._lot.unpark(1, index)
-            except RecursionError:          # where the stack ends; all have come, and the loop wakes who waits
+            except RecursionError:          # where the stack ends; the loop wakes who waits
                 _local.worker.inbox.append(functools.partial(self._lot.unpark, 1, index))
-        return arrived
 
     def _park(self, task):
         arrived = self._complete()

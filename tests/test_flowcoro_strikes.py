@@ -379,6 +379,11 @@ def readers_who_wait_for_a_writer():
     return read, release, [flowcoro._Side.release, flowcoro.RWLock._admit]
 
 
+def those_who_wait_at_a_barrier():
+    barrier = flowcoro.Barrier(4)
+    return barrier.wait, barrier._complete, [flowcoro.Barrier._complete, flowcoro.Barrier._let_go]
+
+
 def those_who_wait_for_a_promise():
     promise = flowcoro.Promise()
 
@@ -395,7 +400,7 @@ def those_who_wait_for_a_promise():
 @pytest.mark.parametrize("make", [
     receivers_of_a_channel_that_is_closed, senders_to_a_channel_that_is_closed, receivers_of_a_broadcast_that_is_closed,
     senders_to_a_broadcast_that_is_closed, receivers_of_a_subscription_that_is_closed, those_who_wait_for_a_request_to_stop,
-    readers_who_wait_for_a_writer, those_who_wait_for_a_promise])
+    readers_who_wait_for_a_writer, those_who_wait_at_a_barrier, those_who_wait_for_a_promise])
 def test_who_is_left_when_the_end_of_his_wait_is_struck_in_the_middle_is_woken_by_the_second_attempt(make):
     async def scene(strike):
         async def ends(wait):
