@@ -2223,9 +2223,9 @@ class _Timers:
     @atomic
     def set(self, task, deadline):
         """Look at `task` at `deadline`, which is earlier than its entry that counts so far."""
-        task._timer = deadline
+        there = self.tasks.get(deadline)        # a call: it may be struck, and then nothing is done. After it there is one that
+        task._timer = deadline                  # enters the deadline, which is done when that is struck (I6)
         self.entries += 1
-        there = self.tasks.get(deadline)
         if there is None:
             self.tasks[deadline] = task
             heapq.heappush(self.heap, deadline)
@@ -4404,11 +4404,10 @@ class RWLock(_Unique):
                 raise
 
     def _abort(self, task):
-        undone = task in self._lot._tasks
-        if undone:
+        if task in self._lot._tasks:    # else who took it out before was struck
             self._admit(task)           # a writer that gives up lets the readers behind it in
             del self._lot._tasks[task]
-        return undone
+        return task not in self._holders
 
     def statistics(self):
         """{"readers": int, "writer": Task or None, "tasks_waiting": int}"""

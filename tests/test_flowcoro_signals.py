@@ -1460,6 +1460,27 @@ def test_a_scope_that_is_struck_as_it_expires_is_cancelled_all_the_same_under_a_
     assert log == ["after the bounded cleanup"]
 
 
+def test_a_writer_whose_wait_was_struck_as_its_time_was_up_goes_on(nobody_sees_a_deadlock):
+    async def main():
+        rwlock = flowcoro.RWLock()
+        rwlock.read.acquire_nowait()
+        async with flowcoro.TaskGroup() as group:
+            group.scope.deadline = flowcoro.now() + PATIENCE
+            group.spawn(waits(rwlock))
+            strike_once(flowcoro._reschedule, "_interrupt")
+
+    async def waits(rwlock):
+        with flowcoro.CancelScope(shield=True) as shield, flowcoro.move_on_after(0.01):
+            shield.deadline = flowcoro.now() + PATIENCE
+            await rwlock.write.acquire()
+        left.append(True)
+
+    left = []
+    with pytest.raises(Struck):
+        flowcoro.run(main())
+    assert left
+
+
 def test_who_is_woken_by_an_end_that_was_struck_is_woken_once(nobody_sees_a_deadlock, reports):
     async def ends():
         await flowcoro.checkpoint()                     # until the other one waits for this

@@ -649,6 +649,23 @@ def test_a_connection_that_is_being_handed_on_when_a_handler_strikes_is_lent_onc
     assert sweep(scene) >= 4
 
 
+def test_who_is_struck_as_he_goes_to_sleep_wakes_from_his_next_sleep():
+    async def scene(strike):
+        async def sleeps():
+            with strike(before_the_guard(flowcoro._Timers.set)):
+                await flowcoro.sleep(0.001)
+            await flowcoro.sleep(0.002)
+
+        async with flowcoro.TaskGroup(pinned=True) as group:
+            task = group.spawn(sleeps())
+            with flowcoro.move_on_after(PATIENCE):
+                await task
+            assert task.done()
+            group.cancel()
+
+    assert sweep(scene) >= 3
+
+
 def test_who_is_struck_while_it_spawns_has_spawned_or_has_not():
     async def scene(strike):
         async def note():
