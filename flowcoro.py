@@ -2676,10 +2676,14 @@ def _recover(worker, error):
             elif task.abort_function is None or _is_lost(task):
                 _reschedule(task, error=error)
         elif task in homeless:
-            # It was about to be stepped, or has been: then it has ended, or yielded and is stepped once more.
+            # It was about to be stepped, or has been: then it has ended, or yielded.
             if _has_ended(task.coro):
                 worker._finish(task, None, error)
             else:
+                if task is struck and worker.others:    # as it was to be parked, which has not begun: this is the answer
+                    task._value, task._error = None, error
+                    if task._resume is task._send:
+                        task._resume = task._raise_error
                 worker.ready.append(task)
         if task._state != DONE and task._resume is task._send and _is_cancelled(task, task._scope):
             task._interrupt()               # struck while a scope around it was being cancelled

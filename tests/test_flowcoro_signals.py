@@ -1481,6 +1481,21 @@ def test_a_writer_whose_wait_was_struck_as_its_time_was_up_goes_on(nobody_sees_a
     assert left
 
 
+def test_a_task_that_is_struck_on_its_way_to_its_park_does_not_come_back_as_if_it_had_been_woken(nobody_sees_a_deadlock):
+    async def main():
+        with flowcoro.CancelScope(shield=True):
+            strike_once(flowcoro._OneOfSeveral._park_among_others, "work")
+            try:
+                got.append(await flowcoro.Channel().receive())
+            except Struck:
+                got.append("struck")
+
+    got = []
+    with pytest.raises(Struck):
+        flowcoro.run(main(), workers=2)
+    assert got == ["struck"]
+
+
 def test_who_is_woken_by_an_end_that_was_struck_is_woken_once(nobody_sees_a_deadlock, reports):
     async def ends():
         await flowcoro.checkpoint()                     # until the other one waits for this
