@@ -399,6 +399,10 @@ class Headers:
         lower = _lower(name)
         return [pair[1] for other, pair in self._entries if other == lower]
 
+    def _combined(self, name):
+        """All values of that name as one list (RFC 9110 5.3); "" if there are none."""
+        return ", ".join(self.get_all(name))
+
     def items(self):
         """All (name, value) in order, a new list."""
         return [entry[1] for entry in self._entries]
@@ -1244,11 +1248,11 @@ class TrustedProxies:
         if not self.trusts(peer):
             return Forwarding(peer, None, None)
         if self._forwarded:
-            hops = _parse_forwarded(", ".join(headers.get_all("forwarded")))
+            hops = _parse_forwarded(headers._combined("forwarded"))
         else:
-            hops = [{"for": hop} for hop in _parse_list(", ".join(headers.get_all("x-forwarded-for")))]
+            hops = [{"for": hop} for hop in _parse_list(headers._combined("x-forwarded-for"))]
             for name, key in (("x-forwarded-proto", "proto"), ("x-forwarded-host", "host")):
-                said = _parse_list(", ".join(headers.get_all(name)))
+                said = _parse_list(headers._combined(name))
                 if said:                    # most proxies overwrite it; if each adds its own, the nearest one's is last
                     hops = hops or [{}]
                     for hop in hops:
@@ -1983,7 +1987,7 @@ def _evaluate(method, headers, *, now, etag=None, last_modified=None, size=None,
     modified = None if last_modified is None else math.floor(last_modified)
     reading = method in ("GET", "HEAD")
     if "if-match" in headers:
-        tags = _parse_entity_tags(", ".join(headers.get_all("if-match")))
+        tags = _parse_entity_tags(headers._combined("if-match"))
         if not (exists if tags == "*" else etag is not None and exists and any(_strong_match(etag, tag) for tag in tags)):
             return _Decision(412)
     elif modified is not None and "if-unmodified-since" in headers:
@@ -1991,7 +1995,7 @@ def _evaluate(method, headers, *, now, etag=None, last_modified=None, size=None,
         if date is not None and modified > date:
             return _Decision(412)
     if "if-none-match" in headers:
-        tags = _parse_entity_tags(", ".join(headers.get_all("if-none-match")))
+        tags = _parse_entity_tags(headers._combined("if-none-match"))
         if exists if tags == "*" else etag is not None and exists and any(_weak_match(etag, tag) for tag in tags):
             return _Decision(304 if reading else 412)
     elif reading and modified is not None and "if-modified-since" in headers:
@@ -2226,7 +2230,7 @@ def _choose_compression(accept_encoding, status, headers, length=None, *, min_by
     try:
         if not _is_compressible(parse_media_type(headers.get("content-type", "")).essence):
             return None, False
-        if "no-transform" in _parse_cache_control(", ".join(headers.get_all("cache-control"))):
+        if "no-transform" in _parse_cache_control(headers._combined("cache-control")):
             return None, False
     except ProtocolError:               # what a handler has written is not ours to repair
         return None, False
@@ -2738,13 +2742,13 @@ class _Heads(_Received):
         if content:
             self._frame(index, minor)
             self.expects_continue = ("expect" in index and minor > 0 and (self._mode is _BY_CHUNKS or self._left > 0)
-                                     and "100-continue" in _option_set(", ".join(headers.get_all("expect"))))
+                                     and "100-continue" in _option_set(headers._combined("expect")))
         if "connection" in index:
             options = _option_set(index["connection"][1] if len(index) == len(entries) else
-                                  ", ".join(headers.get_all("connection")))
+                                  headers._combined("connection"))
             keep_alive = "close" not in options and (minor > 0 or "keep-alive" in options)
             if "upgrade" in options and minor and "upgrade" in index:
-                self.upgrade = tuple(_split_list(", ".join(headers.get_all("upgrade"))))
+                self.upgrade = tuple(_split_list(headers._combined("upgrade")))
         if self.upgrade or method == "CONNECT":
             if content and method == "CONNECT":
                 raise ProtocolError(400, "a CONNECT has no content, so neither Content-Length nor Transfer-Encoding")
@@ -2783,7 +2787,7 @@ class _Heads(_Received):
         options = _NO_OPTIONS
         if "connection" in index:
             options = _option_set(index["connection"][1] if len(index) == len(entries) else
-                                  ", ".join(headers.get_all("connection")))
+                                  headers._combined("connection"))
         if self._mode is _BY_CLOSE or "close" in options or (not minor and "keep-alive" not in options):
             self.keep_alive = False
         self._decline()
@@ -2793,7 +2797,7 @@ class _Heads(_Received):
     def _check_switch(self, headers):
         self._end_is_implied()
         offered = {protocol.lower() for protocol in self.upgrade}
-        chosen = _option_set(", ".join(headers.get_all("upgrade")))
+        chosen = _option_set(headers._combined("upgrade"))
         if self.our_state is not MIGHT_SWITCH or self.method == "CONNECT":
             raise ProtocolError(400, "the peer switches protocols, and was not asked to")
         if not chosen or not chosen <= offered:
@@ -5639,7 +5643,7 @@ class _Relay:
 
 def _relayed(response):
     """A ClientResponse as an answer of ours: without what is said there about its connection, and with its content as decoded."""
-    named = [option.lower() for value in response.headers.get_all("connection") for option in _split_list(value)]
+    named = _option_set(response.headers._combined("connection"))
     decoded = response._decoder is not None
     dropped = _HOP_BY_HOP.union(named, ("content-encoding", "content-length") if decoded else ())
     content = _Relay(response) if response.content is None else response.content
@@ -7164,7 +7168,7 @@ class _Folder:
         """The file itself, or the sibling that the client prefers."""
         if not found.siblings:
             return found
-        accepted = ", ".join(request.headers.get_all("accept-encoding"))
+        accepted = request.headers._combined("accept-encoding")
         return found.siblings.get(negotiate_encoding(accepted, found.siblings), found)
 
     # -- in a thread
@@ -7717,7 +7721,7 @@ def compress(*, min_bytes=MIN_COMPRESSED, level=COMPRESSION_LEVEL, flush=True):
         if response.status == 304:                          # it says what its 200 would have said, which is not known here:
             _add_vary(headers, "Accept-Encoding")           # the client knows which tag that had
             tag = headers.get("etag")
-            if tag is not None and f"W/{tag}" in ", ".join(request.headers.get_all("if-none-match")):
+            if tag is not None and f"W/{tag}" in request.headers._combined("if-none-match"):
                 headers.set("ETag", f"W/{tag}")
             return response
         length = int(headers.get("content-length", sys.maxsize if stream is not None else len(response.content)))
@@ -7754,7 +7758,7 @@ def etag(*, weak=False):
         response = await call_next(request)
         headers = response.headers
         if response.status != 200 or request.method not in ("GET", "HEAD") or not response.content or (
-                "no-store" in ", ".join(headers.get_all("cache-control")).lower()):
+                "no-store" in headers._combined("cache-control").lower()):
             return response
         tag = headers.get("etag")
         if tag is None:
@@ -9143,7 +9147,7 @@ class _ClientExchange:
         if "content-encoding" not in headers or not self.origin.client._decode:
             return None
         try:
-            return _Decoder(", ".join(headers.get_all("content-encoding")), max_bytes=max_bytes)
+            return _Decoder(headers._combined("content-encoding"), max_bytes=max_bytes)
         except ProtocolError as error:
             if error.status == 415:
                 return None
@@ -10563,7 +10567,7 @@ def _asgi_failure(application, error):
 
 def _listed(request, name):
     """The elements of all fields of that name."""
-    return _split_list(",".join(request.headers.get_all(name)))
+    return _split_list(request.headers._combined(name))
 
 
 def _is_gone():
