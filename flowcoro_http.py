@@ -5502,7 +5502,7 @@ class Response:
 
     The head of a stream is sent with its first piece (b"" will do): an error before that is still answered as any other, for HEAD
     too, which asks for no more; later the connection is cut. `trailers`: pairs to be sent after a stream, if it goes out in
-    chunks; it may be set while it lasts.
+    chunks and the request has `TE: trailers`, else they are dropped; it may be set while it lasts.
 
     A middleware may replace `content` and `stream`; one of them is None. `endless`: a stream that the server may end when it
     closes, such as of events; its head is sent at once.
@@ -5897,9 +5897,9 @@ class _Answering(_Exchange):
             elif type(stream) is _FileStream:
                 await self._send_file(stream, head)
             elif response.endless:
-                await self._send_events(response, head)
+                await self._send_events(request, response, head)
             else:
-                await self._send_pieces(response, head)
+                await self._send_pieces(request, response, head)
             return True
         except Exception as error:
             if http.our_state is SEND_RESPONSE:                 # nothing of it has been sent
@@ -5931,7 +5931,7 @@ class _Answering(_Exchange):
         finally:
             await _close_stream(pieces)
 
-    async def _send_pieces(self, response, head):
+    async def _send_pieces(self, request, response, head):
         http, pieces = self.http, aiter(response.stream)
         try:
             data = _piece(await anext(pieces, b""))             # before the head: an error can still be answered
@@ -5939,11 +5939,11 @@ class _Answering(_Exchange):
             async for piece in pieces:
                 if data := http.send(Data(_piece(piece))):
                     await self._write(data)
-            await self._end(response)
+            await self._end(request, response)
         finally:
             await _close_stream(pieces)
 
-    async def _send_events(self, response, head):
+    async def _send_events(self, request, response, head):
         """Send what has no end of its own: it is at one when the server closes."""
         http, pieces = self.http, aiter(response.stream)
         await self._write(http.send(head))
@@ -5959,14 +5959,16 @@ class _Answering(_Exchange):
                             piece = await anext(pieces, None)
                 finally:
                     self.events = None
-            await self._end(response)
+            await self._end(request, response)
         finally:
             await _close_stream(pieces)
 
-    async def _end(self, response):
-        """Send the end of a stream, with its trailers where they have a place."""
-        chunked = self.http._out_mode is _BY_CHUNKS
-        await self._write(self.http.send(EndOfMessage(response.trailers if chunked else None)))
+    async def _end(self, request, response):
+        """Send the end of a stream, with its trailers where they have a place, and somebody who takes them (RFC 9110 6.5.1)."""
+        trailers = response.trailers
+        if self.http._out_mode is not _BY_CHUNKS or trailers and "trailers" not in _option_set(request.headers._combined("te")):
+            trailers = None
+        await self._write(self.http.send(EndOfMessage(trailers)))
 
     async def _send_file(self, stream, head):
         http, count = self.http, stream.count
@@ -8682,7 +8684,8 @@ class ClientResponse(Response):
     """What HttpClient returns. `content` is there at once, but for stream(): then iterate the response, or read() it.
 
     status, reason, version; headers; request (the last one), url (its); elapsed (seconds from its begin to the end of this head);
-    history (the responses before: redirects, challenges); trailers (Headers, or None); content (bytes, decoded; None: not read).
+    history (the responses before: redirects, challenges); trailers (Headers, or None; whoever wants them sends `TE: trailers`);
+    content (bytes, decoded; None: not read).
     """
 
     __slots__ = ("status", "reason", "version", "headers", "request", "elapsed", "history", "trailers", "content",
@@ -10961,7 +10964,8 @@ def asgi_app(application, *, websocket=None, disconnect_timeout=ASGI_DISCONNECT)
 
     host = asgi_app(application); app.mount("/", host, encoded_slashes=True); app.lifespan(host.lifespan). One that reaches for
     asyncio's loop gets an error that says so, and 500 is answered. In its lifespan startup.failed ends the start (RuntimeError).
-    What it keeps in the lifespan's state is in each scope. Extensions: http.response.trailers, http.response.early_hint.
+    What it keeps in the lifespan's state is in each scope. Extensions: http.response.trailers (which go out as a Response's), and
+    http.response.early_hint.
 
     It runs in a task of its own, and may go on when its answer is complete, until the server ends and 5 s longer. send() returns
     when the server has taken what was sent before. When the client has gone, receive() gives http.disconnect and send() raises

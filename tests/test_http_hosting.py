@@ -1170,7 +1170,7 @@ def test_the_answer_to_head_has_the_length_if_it_is_known_and_no_content():
 
 def test_trailers_and_early_hints_are_sent():
     async def client(server):
-        return await exchange(server, request())
+        return await exchange(server, request(headers=[("TE", "trailers")]))
 
     steps = [{"type": "http.response.early_hint", "links": [b"</x.css>; rel=preload"]}, {**START, "trailers": True}, body(b"a"),
              {"type": "http.response.trailers", "headers": [(b"x-sum", b"1")], "more_trailers": True},
@@ -1178,6 +1178,7 @@ def test_trailers_and_early_hints_are_sent():
     raw = hosting(asgi_app(asgi(*steps)), client)
     assert raw.startswith(b"HTTP/1.1 103 ") and b"Link: </x.css>; rel=preload\r\n" in raw
     assert raw.endswith(b"0\r\nx-sum: 1\r\nx-end: 2\r\n\r\n")
+    assert hosting(asgi_app(asgi(*steps)), lambda server: exchange(server, request())).endswith(b"a\r\n0\r\n\r\n")
 
 
 def test_send_returns_when_the_client_has_taken_what_was_sent_before():

@@ -1404,7 +1404,7 @@ def test_a_stream_that_breaks_off_is_cut_so_that_the_client_can_tell(reports):
 
 
 @simulated
-async def test_trailers_go_out_after_chunks_and_nowhere_else():
+async def test_trailers_go_out_after_chunks_to_a_client_that_takes_them_and_nowhere_else():
     app = HttpServer()
 
     @app.get("/")
@@ -1417,8 +1417,12 @@ async def test_trailers_go_out_after_chunks_and_nowhere_else():
         return response
 
     async with serving(app) as world:
-        assert (await world.get("/")).trailers.items() == [("Sum", "7")]
-        [answer] = await world.talk(b"GET / HTTP/1.0\r\n\r\n")
+        for te in b"TE: trailers\r\n", b"TE: gzip;q=0.5\r\nTE: Trailers\r\n":
+            assert (await world.get("/", te)).trailers.items() == [("Sum", "7")]
+        for te in b"", b"TE: gzip, trailer\r\n":
+            answer = await world.get("/", te)
+            assert answer.content == b"content" and answer.trailers is None and answer.status == 200
+        [answer] = await world.talk(b"GET / HTTP/1.0\r\nTE: trailers\r\n\r\n")
         assert answer.content == b"content" and answer.trailers is None
 
 
