@@ -5500,8 +5500,9 @@ class Response:
     Headers takes them. `media_type`: a Content-Type instead of the usual one for the content. `reason`: instead of the usual one
     for the status. Content-Length, and chunks where there is none, are the server's to add.
 
-    The head of a stream is sent with its first piece (b"" will do): an error before that is still answered as any other, for HEAD
-    too, which asks for no more; later the connection is cut. `trailers`: pairs to be sent after a stream, if it goes out in
+    The head of a stream is sent with its first piece (b"" will do), which says the usual type: text/plain for str; unless it is
+    `endless`. An error before that is still answered as any other, for HEAD too, which asks for no more; later the connection is
+    cut. `trailers`: pairs to be sent after a stream, if it goes out in
     chunks and the request has `TE: trailers`, else they are dropped; it may be set while it lasts.
 
     A middleware may replace `content` and `stream`; one of them is None. `endless`: a stream that the server may end when it
@@ -5509,7 +5510,7 @@ class Response:
     """
 
     content = stream = request = reason = trailers = None
-    endless = False
+    endless = _guessed = False          # (whether the type is what a stream has before its first piece)
 
     def __init__(self, status=200, content=b"", headers=(), *, media_type=None, reason=None):
         if type(status) is not int:
@@ -5520,6 +5521,8 @@ class Response:
         usual = self._set(content)
         if media_type is not None or (usual is not None and "content-type" not in self.headers):
             self.headers.set("Content-Type", usual if media_type is None else str(media_type))
+            if media_type is None and self.stream is not None:
+                self._guessed = True
 
     def _set(self, content):
         """Take the content; the media type that goes without saying."""
@@ -5730,7 +5733,7 @@ _IDLE, _HEAD, _HANDLING, _BODY = "idle", "head", "handling", "body"
 _SENDING, _LINGERING, _SWITCHED_TO = "sending", "lingering", "switched"
 
 _CONTINUE = InformationalResponse(100)
-_PLAIN_TYPE, _JSON_TYPE = ("Content-Type", _TEXT), ("Content-Type", _JSON)
+_PLAIN_TYPE, _JSON_TYPE, _BINARY_TYPE = ("Content-Type", _TEXT), ("Content-Type", _JSON), ("Content-Type", _BINARY)
 
 
 class _Clock:
@@ -5892,7 +5895,7 @@ class _Answering(_Exchange):
         try:
             if request.method == "HEAD" or response.status in _STATELESS:
                 if response.status not in _STATELESS and type(stream) is not _FileStream and not response.endless:
-                    await self._try(stream)
+                    self._say_type(response, head, await self._try(stream))
                 await self._write(http.send(head) + http.send(EndOfMessage()))
             elif type(stream) is _FileStream:
                 await self._send_file(stream, head)
@@ -5924,17 +5927,27 @@ class _Answering(_Exchange):
 
     @staticmethod
     async def _try(stream):
-        """Have a stream that nobody gets fail as it would for GET: an error before the first piece is the answer."""
+        """Have a stream that nobody gets fail as it would for GET: an error before the first piece is the answer. -> the piece"""
         pieces = aiter(stream)
         try:
-            _piece(await anext(pieces, b""))
+            piece = await anext(pieces, b"")
+            _piece(piece)
+            return piece
         finally:
             await _close_stream(pieces)
+
+    @staticmethod
+    def _say_type(response, head, piece):
+        """Have the head of a stream say what its first piece is, if nobody else has said it."""
+        if response._guessed and isinstance(piece, str):
+            head.headers = tuple(_PLAIN_TYPE if pair == _BINARY_TYPE else pair for pair in head.headers)
 
     async def _send_pieces(self, request, response, head):
         http, pieces = self.http, aiter(response.stream)
         try:
-            data = _piece(await anext(pieces, b""))             # before the head: an error can still be answered
+            piece = await anext(pieces, b"")                    # before the head: an error can still be answered
+            data = _piece(piece)
+            self._say_type(response, head, piece)
             await self._write(http.send(head) + http.send(Data(data)))
             async for piece in pieces:
                 if data := http.send(Data(_piece(piece))):
@@ -6000,7 +6013,7 @@ _SPENT = _Spent()
 
 def _piece(piece):
     """A piece of a stream, bytes."""
-    if type(piece) is str:
+    if isinstance(piece, str):
         return piece.encode()
     if not isinstance(piece, (bytes, bytearray, memoryview)):
         raise TypeError(f"a stream has given {piece!r:.80}, and consists of bytes or str")
@@ -7494,7 +7507,7 @@ class _Through:
         if self._pieces is None:
             self._pieces = aiter(self._stream)
         async for piece in self._pieces:
-            if data := self._take(piece.encode() if type(piece) is str else piece):
+            if data := self._take(piece.encode() if isinstance(piece, str) else piece):
                 return data
         end, self._end = self._end, bytes
         if data := end():

@@ -627,17 +627,10 @@ async def test_all_that_a_handler_may_return():
             return result
         app.add(path, functools.partial(handler, result=result))
 
-    async def stream(request):
-        return pieces(b"a", "b\u00e9", b"", bytearray(b"c"))
-
-    async def generator(request):
-        yield b"a"
-
+    @app.get("/iterator")
     async def iterator(request):
         return iter(["a", b"b"])
 
-    for function in stream, generator, iterator:
-        app.add(f"/{function.__name__}", function)
     async with serving(app) as world:
         for _ in range(2):                      # the second time heads are known
             for path, (_, status, media_type, content) in results.items():
@@ -647,12 +640,34 @@ async def test_all_that_a_handler_may_return():
                     assert answer.content == (content if method == "GET" else b""), path
                     if status not in (204, 304):
                         assert answer.headers["content-length"] == str(len(content)), path
-        assert (await world.get("/stream")).content == "ab\u00e9c".encode()
-        assert (await world.get("/generator")).content == b"a"
         answer = await world.get("/iterator")
         assert answer.content == b"ab" and answer.headers["transfer-encoding"] == "chunked"
-        answer = await world.get("/stream", method="HEAD")
-        assert answer.content == b"" and answer.status == 200
+
+
+@simulated
+async def test_the_first_piece_of_a_stream_says_its_type_unless_the_handler_does():
+    binary, text, ours = "application/octet-stream", "text/plain; charset=utf-8", "text/csv"
+    answers = {
+        "/bytes": (lambda: pieces(b"a", "b\u00e9", b"", bytearray(b"c")), binary, "ab\u00e9c"),
+        "/str": (lambda: pieces("\u00e9", b"b"), text, "\u00e9b"),
+        "/markup": (lambda: iter([Text("a"), "b"]), text, "ab"),
+        "/nothing": (pieces, binary, ""),
+        "/empty": (lambda: pieces("", b"b"), text, "b"),
+        "/own": (lambda: Response(200, pieces("a"), media_type=ours), ours, "a"),
+        "/own2": (lambda: Response(200, pieces("a"), {"content-type": ours}), ours, "a"),
+        "/own3": (lambda: Response(200, pieces("a"), media_type=binary), binary, "a"),
+    }
+    app = HttpServer()
+    for path, (make, *_) in answers.items():
+        async def handler(request, make=make):
+            return make()
+        app.add(path, functools.partial(handler, make=make))
+    async with serving(app) as world:
+        for path, (_, media_type, content) in answers.items():
+            for method in "GET", "HEAD":
+                answer = await world.get(path, method=method)
+                assert answer.headers.get_all("content-type") == [media_type], path
+                assert answer.content.decode() == (content if method == "GET" else "") and answer.status == 200
 
 
 @simulated
