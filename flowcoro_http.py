@@ -3233,6 +3233,12 @@ class _Outgoing(_Incoming):
                 if left != 0:
                     raise LocalProtocolError("204 has no content, so neither Content-Length nor Transfer-Encoding")
                 lines.remove(index["content-length"])           # what nearly every framework adds, and RFC 9110 8.6 forbids
+        if status == 205 and not empty:                         # it has none either, but its framing says so (RFC 9110 15.3.6)
+            if size or left or mode is _BY_CHUNKS:
+                raise LocalProtocolError(f"205 has no content, and {size or left or 'chunks'} were given")
+            if left is None:
+                lines.append(b"Content-Length: 0\r\n")
+            left = 0
         keep_alive = self.keep_alive and self.their_state in _LIVELY and not self.expects_continue
         if empty:
             if size and method != "HEAD":
@@ -5071,7 +5077,7 @@ MAX_BODY = 16 * 2**20
 SPOOLED, SPOOLED_IN_ALL, MAX_FILES = 2**20, 4 * 2**20, 100
 
 _TEXT, _BINARY, _JSON = "text/plain; charset=utf-8", "application/octet-stream", "application/json"
-_STATELESS = frozenset([204, 304])
+_STATELESS = frozenset([204, 205, 304])
 _FORM_TYPES = "multipart/form-data", "application/x-www-form-urlencoded"
 
 

@@ -787,6 +787,24 @@ def test_204_and_304_have_no_content():
         assert connection.send(EndOfMessage()) == b"" and connection.reusable
 
 
+def test_205_has_no_content_and_says_so():
+    for headers in (), (("Content-Length", "0"),):
+        for _ in range(2):                      # the second head would be known
+            assert answered(server(request())[0], 205, headers) == b"HTTP/1.1 205 Reset Content\r\nContent-Length: 0\r\n\r\n"
+        with pytest.raises(LocalProtocolError):
+            answered(server(request())[0], 205, headers, body=b"x")
+    for headers in [("Content-Length", "1")], [("Transfer-Encoding", "chunked")]:
+        with pytest.raises(LocalProtocolError, match="205"):
+            server(request())[0].send(ResponseHead(205, headers))
+    connection, _ = server(request())
+    assert connection.send(ResponseHead(205)) == b"HTTP/1.1 205 Reset Content\r\nContent-Length: 0\r\n\r\n"
+    with pytest.raises(LocalProtocolError):
+        connection.send(Data(b"x"))
+    assert connection.send(EndOfMessage()) == b"" and connection.reusable
+    head = answered(server(request(first=b"HEAD / HTTP/1.1"))[0], 205)
+    assert head == b"HTTP/1.1 205 Reset Content\r\nContent-Length: 0\r\n\r\n"
+
+
 def test_an_informational_response_is_not_for_http_1_0_and_has_no_content():
     connection, _ = server(request())
     assert connection.send(InformationalResponse(103, [("Link", "</a>")])) == b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
