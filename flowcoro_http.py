@@ -5928,7 +5928,8 @@ class _Answering(_Exchange):
 
     def _is_the_peers(self, error):
         """Whether the client is why an answer broke off: nothing to report, or anybody could fill a log."""
-        return (isinstance(error, ProtocolError) or isinstance(error, HttpError) and error.status in (408, 413)
+        one = _only_of(error)
+        return (isinstance(one, ProtocolError) or isinstance(one, HttpError) and one.status in (408, 413)
                 or self.sock.caused(error))
 
     @staticmethod
@@ -6268,6 +6269,13 @@ def _is_an_end(error):
     return isinstance(error, ends) or isinstance(error, BaseExceptionGroup) and error.subgroup(ends) is not None
 
 
+def _only_of(error):
+    """What a group of one holds, also one in another; else the error itself."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
 class _Run:
     """One serve(): its connections, and who looks after them."""
 
@@ -6355,8 +6363,8 @@ class HttpServer(Router):
         app.run("127.0.0.1", 8000)
 
     Routes are a Router's, which it is. A handler returns str (text/plain), bytes, dict or list (JSON), a Response, an async
-    iterator (streamed), (status, content), (status, content, headers), or None (204). HttpError raised in it is its answer; what
-    else it raises is reported to sys.unraisablehook, and answered with 500.
+    iterator (streamed), (status, content), (status, content, headers), or None (204). HttpError raised in it is its answer, also
+    out of a TaskGroup; what else it raises is reported to sys.unraisablehook, and answered with 500.
 
     Limits, in seconds (None: no limit): head_timeout, for the handshake of TLS, and from the first byte of a head; body_timeout,
     for all of a body; idle_timeout, between requests; send_timeout, for a client that does not read. min_body_rate, bytes a
@@ -6412,7 +6420,7 @@ class HttpServer(Router):
         It returns what handlers may return; a content alone keeps the status of an HttpError, or 500. The class that is nearest
         to the exception's counts, before that a status. An HttpError that it raises is the answer. That for 500 is asked, after
         the error has been reported, about all that no class is there for. What is no request (400, 408, 414, 431) is answered
-        without.
+        without. Of an exception group that holds one error alone that error counts, unless a class of groups is given here.
         """
         if not (isinstance(kind, int) and 400 <= kind <= 599 or isinstance(kind, type) and issubclass(kind, Exception)):
             raise TypeError(f"error_handler({kind!r}): give a status from 400 to 599, or a class of exceptions")
@@ -6506,6 +6514,8 @@ class HttpServer(Router):
 
     async def _respond_to_error(self, request, error):
         """The Response that an error is answered with; never an Exception."""
+        if isinstance(error, ExceptionGroup):
+            error = self._of_group(error)
         source, of_http = request._source, isinstance(error, HttpError)
         gone = source is not None and source.sock.caused(error)
         if source is not None and source.upgraded:
@@ -6530,6 +6540,12 @@ class HttpServer(Router):
         except Exception as another:
             flowcoro_net.report_error(another, f"what was to answer an error of {request!r} failed", "flowcoro_http")
             return Response(500, "Internal Server Error")
+
+    def _of_group(self, group):
+        """The error that is answered: the only one of a group, if an answer to it is known and none to groups."""
+        handlers, error = self._error_handlers, _only_of(group)
+        for_groups = any(issubclass(kind, ExceptionGroup) for kind in type(group).__mro__ if kind in handlers)
+        return group if for_groups or not isinstance(error, HttpError) and self._error_handler_of(error) is None else error
 
     def _error_handler_of(self, error):
         """The handler for the status of an HttpError, or else of the class that is nearest to the exception's."""

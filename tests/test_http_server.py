@@ -946,10 +946,72 @@ def test_error_handlers_by_status_and_by_the_nearest_class(reports):
             for path, status, content in [
                     ("/teapot", 418, b"a teapot: short and stout"), ("/nowhere", 404, b'{"status":404}'),
                     ("/wrong", 409, b"wrong"),
-                    ("/very", 409, b"wrong"), ("/recursion", 503, b"RecursionError"), ("/group", 503, b"ExceptionGroup")]:
+                    ("/very", 409, b"wrong"), ("/recursion", 503, b"RecursionError"), ("/group", 409, b"wrong")]:
                 answer = await world.get(path)
                 assert (answer.status, answer.content) == (status, content), path
             assert (await world.get("/echo")).status == 405
+
+    test()
+    assert reports == []
+
+
+@simulated
+async def in_groups(handled, *errors):
+    """The answer when a handler has tasks, in two groups, which fail so at the same time; `handled`: {kind of error: status}."""
+    async def fail(error):
+        raise error
+
+    app = HttpServer()
+    for kind, status in handled.items():
+        app.error_handler(kind)(named(status))
+
+    @app.get("/groups")
+    async def groups(request):
+        async with flowcoro.TaskGroup():
+            async with flowcoro.TaskGroup() as group:
+                for error in errors:
+                    group.spawn(fail(error))
+                await flowcoro.sleep(1)
+
+    async with serving(app) as world:
+        return await world.get("/groups")
+
+
+def test_the_only_error_of_a_group_is_answered_as_it_would_be_alone(reports):
+    answer = in_groups({}, HttpError(404, "gone", [("X-A", "b")]))
+    assert (answer.status, answer.content, answer.headers["x-a"]) == (404, b"gone", "b")
+    known = {Wrong: 409, 418: 418}
+    answer = in_groups(known, VeryWrong())
+    assert (answer.status, answer.content) == (409, b"VeryWrong")
+    assert in_groups(known, HttpError(418)).content == b"HttpError" and reports == []
+    assert in_groups(known, KeyError()).status == 500 and [type(error) for _, error in reports] == [ExceptionGroup]
+    assert in_groups(known, VeryWrong(), HttpError(404)).status == 500 and len(reports) == 2      # which one, nobody can say
+    answer = in_groups({**known, ExceptionGroup: 502}, VeryWrong())
+    assert (answer.status, answer.content) == (502, b"ExceptionGroup") and len(reports) == 2
+
+
+def named(status):
+    async def handler(request, error):
+        return status, type(error).__name__
+    return handler
+
+
+def test_a_stream_that_breaks_off_in_a_group_for_what_its_client_sends_is_not_reported(reports):
+    @simulated
+    async def test():
+        app = HttpServer()
+
+        @app.post("/")
+        async def back(request):
+            async with flowcoro.TaskGroup():
+                yield b"begun"
+                async for data in request.stream():
+                    yield data
+
+        async with serving(app) as world, await world.connect() as sock:
+            await sock.write(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nno chunk\r\n")
+            with pytest.raises(BrokenError):
+                await everything(sock)
 
     test()
     assert reports == []
