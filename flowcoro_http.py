@@ -1535,8 +1535,9 @@ _form_parameter_at = re.compile(
 _form_escape = re.compile(r'\\(["\\])|%(22|0[dDaA])')
 
 
-def _parse_urlencoded(data, *, max_fields=MAX_FORM_FIELDS, max_bytes=MAX_FORM_BYTES):
+def _parse_urlencoded(data, *, max_fields=MAX_FORM_FIELDS, max_bytes=MAX_FORM_BYTES, limit="max_fields"):
     """A query string (str), or a body of application/x-www-form-urlencoded (bytes). -> [(name, value)], text, as they come.
+    `limit`: the name of max_fields for those who are refused.
 
     A field without "=" has the value ""; empty ones are left out. ProtocolError: 413 for more fields or bytes than allowed, 400
     for a "%" without two hexadecimal digits or bytes that are no UTF-8.
@@ -1548,7 +1549,7 @@ def _parse_urlencoded(data, *, max_fields=MAX_FORM_FIELDS, max_bytes=MAX_FORM_BY
     if len(data) > max_bytes:
         raise ProtocolError(413, f"form of {len(data)} bytes, {max_bytes} are allowed (max_bytes)")
     if data.count(b"&") >= max_fields and len([None for field in data.split(b"&") if field]) > max_fields:
-        raise ProtocolError(413, f"form of more than {max_fields} fields (max_fields)")
+        raise ProtocolError(413, f"form of more than {max_fields} fields ({limit})")
     if _bad_escape(data):
         raise _refused("form", bytes(data[_bad_escape(data).start():][:3]), "a % is followed by two hexadecimal digits")
     try:
@@ -1974,11 +1975,11 @@ def _date_or_none(headers, name, now):
         return None
 
 
-def _evaluate(method, headers, *, now, etag=None, last_modified=None, size=None, exists=True, max_ranges=MAX_RANGES):
+def _evaluate(method, headers, *, now, etag=None, last_modified=None, size=None):
     """Which answer the conditions and ranges of a request ask for, where it would be 200 without them. -> _Decision
 
-    `etag` and `last_modified` (timestamp) are those of the representation as it is now, None if it has none; `exists`: whether
-    there is one at all (for PUT); `size`: its bytes, None if ranges are not offered. `now`: the timestamp of the answer.
+    `etag` and `last_modified` (timestamp) are those of the representation as it is now, None if it has none; `size`: its bytes,
+    None if ranges are not offered. `now`: the timestamp of the answer.
     Order and comparisons are those of RFC 9110 section 13.2.2. ProtocolError for entity tags that are malformed: what they
     should protect is better left as it is. Dates and ranges that are malformed are ignored, as it says.
     """
@@ -1988,7 +1989,7 @@ def _evaluate(method, headers, *, now, etag=None, last_modified=None, size=None,
     reading = method in ("GET", "HEAD")
     if "if-match" in headers:
         tags = _parse_entity_tags(headers._combined("if-match"))
-        if not (exists if tags == "*" else etag is not None and exists and any(_strong_match(etag, tag) for tag in tags)):
+        if tags != "*" and (etag is None or not any(_strong_match(etag, tag) for tag in tags)):
             return _Decision(412)
     elif modified is not None and "if-unmodified-since" in headers:
         date = _date_or_none(headers, "if-unmodified-since", now)
@@ -1996,15 +1997,15 @@ def _evaluate(method, headers, *, now, etag=None, last_modified=None, size=None,
             return _Decision(412)
     if "if-none-match" in headers:
         tags = _parse_entity_tags(headers._combined("if-none-match"))
-        if exists if tags == "*" else etag is not None and exists and any(_weak_match(etag, tag) for tag in tags):
+        if tags == "*" or etag is not None and any(_weak_match(etag, tag) for tag in tags):
             return _Decision(304 if reading else 412)
     elif reading and modified is not None and "if-modified-since" in headers:
         date = _date_or_none(headers, "if-modified-since", now)
         if date is not None and modified <= date:
             return _Decision(304)
-    if method == "GET" and size is not None and exists and "range" in headers:
+    if method == "GET" and size is not None and "range" in headers:
         if "if-range" not in headers or _if_range(headers, etag, modified, now):
-            return _ranges_asked(headers.get_all("range"), size, max_ranges)
+            return _ranges_asked(headers.get_all("range"), size)
     return _Decision(200)
 
 
@@ -2020,13 +2021,13 @@ def _if_range(headers, etag, modified, now):
     return modified is not None and modified < math.floor(now) and _date_or_none(headers, "if-range", now) == modified
 
 
-def _ranges_asked(values, size, max_ranges):
+def _ranges_asked(values, size):
     """The _Decision on Range: 206, 416, or 200 if it is to be ignored: another unit, malformed, too many, nothing to send."""
     found = _range_set(values[0]) if len(values) == 1 else None
-    if not found or not size or found[1].count(",") > 4 * max_ranges:
+    if not found or not size or found[1].count(",") > 4 * MAX_RANGES:
         return _Decision(200)
     wanted = _split_list(found[1])
-    if not 0 < len(wanted) <= max_ranges:
+    if not 0 < len(wanted) <= MAX_RANGES:
         return _Decision(200)
     ranges = []
     for element in wanted:
@@ -5229,17 +5230,21 @@ class Request:
 
     @property
     def query(self):
-        """The fields of the query: Fields. ProtocolError (400) for a bad "%" or what is no UTF-8; 413 for more than 1000."""
+        """The fields of the query: Fields. ProtocolError (400) for a bad "%" or what is no UTF-8; 413 for more than the server's
+        max_query_fields."""
         if self._query is None:
-            self._query = Fields(_parse_urlencoded(self.query_string) if self.query_string else ())
+            most = MAX_FORM_FIELDS if self.app is None else self.app.max_query_fields
+            self._query = Fields(_parse_urlencoded(self.query_string, max_fields=most, limit="max_query_fields")
+                                 if self.query_string else ())
         return self._query
 
     @property
     def cookies(self):
-        """{name: value} of the Cookie fields. ProtocolError (431) for more than 1000."""
+        """{name: value} of the Cookie fields. ProtocolError (431) for more than the server's max_cookies."""
         if self._cookies is None:
             values = self.headers.get_all("cookie")
-            self._cookies = _parse_cookies("; ".join(values)) if values else {}
+            most = MAX_COOKIES if self.app is None else self.app.max_cookies
+            self._cookies = _parse_cookies("; ".join(values), max_cookies=most) if values else {}
         return self._cookies
 
     @property
@@ -5376,15 +5381,16 @@ class Request:
         """The fields of a form: Fields, whose values are str, or FormFile for files. It may be called again.
 
         max_bytes: of all that is no file, together; max_file_bytes: of each file; of all files 4 MiB are kept in memory, the
-        others lie on disk. max_parts, max_files: how many there may be. HttpError: 415 for another Content-Type, 413 beyond a
-        limit, 400 for what is malformed or no UTF-8.
+        others lie on disk. max_parts: fields and files; max_files: of these, files. HttpError: 415 for another Content-Type, 413
+        beyond a limit, 400 for what is malformed or no UTF-8.
         """
         if self._form is None:
             media = self.media_type
             if media is None or media.essence not in _FORM_TYPES:
                 raise HttpError(415, f"a form is expected: {' or '.join(_FORM_TYPES)}")
             if media.essence == "application/x-www-form-urlencoded":
-                self._form = Fields(_parse_urlencoded(await self.body(max_bytes), max_bytes=max_bytes))
+                content = await self.body(max_bytes)
+                self._form = Fields(_parse_urlencoded(content, max_fields=max_parts, max_bytes=max_bytes, limit="max_parts"))
             else:
                 pairs = self._parts_kept(max_bytes, max_file_bytes, max_parts, max_files)
                 self._form = Fields([pair async for pair in pairs])
@@ -5719,8 +5725,9 @@ MIN_BODY_RATE, BODY_GRACE = 240, 5.0
 # Bytes of a body that nobody has asked for which are read, so that the connection can be used again; more, and it is closed.
 MAX_UNREAD = 256 * 2**10
 
-# Seconds, and bytes, for which a connection that we close is read on (H3). nginx lingering_time 30 s, lingering_timeout 5 s.
-LINGER, MAX_LINGER = 2.0, 4 * 2**20
+# Seconds, and bytes, for which a connection that we close is read on (H3): what is on its way to us comes within a round trip,
+# and who goes on sending for longer has been told. nginx lingering_time 30 s, lingering_timeout 5 s.
+LINGER_TIMEOUT, MAX_LINGER = 2.0, 4 * 2**20
 
 # Seconds between two sweeps, and so how late a deadline may be; how soon a handler is cancelled when its client has gone.
 SWEEP = 0.5
@@ -6048,7 +6055,7 @@ class _Connection(_Answering):
                 with flowcoro.CancelScope() as self.scope:
                     await self._serve()
                 if self.fault is not None and self.http.our_state is IDLE:      # a head that has taken too long
-                    with flowcoro.move_on_after(LINGER):
+                    with flowcoro.move_on_after(self.app.linger_timeout):
                         await self._refuse(self.fault)
         finally:
             if self.with_files is not None:
@@ -6109,7 +6116,7 @@ class _Connection(_Answering):
                 if not await self._stream(request, response, head):
                     return None
             else:
-                if http.their_state is SEND_BODY and http._left > MAX_UNREAD:       # then _rest() will not read it
+                if http.their_state is SEND_BODY and http._left > app.max_unread:       # then _rest() will not read it
                     http.keep_alive = False
                 try:
                     data = http.send_message(head, content)
@@ -6162,7 +6169,7 @@ class _Connection(_Answering):
         http = self.http
         if http.their_state is SEND_BODY and http.keep_alive and not http.expects_continue:
             try:                                        # a body that the handler did not want
-                left = MAX_UNREAD
+                left = self.app.max_unread
                 while left >= 0 and (data := await self.receive_body()):
                     left -= len(data)
             except HttpError:
@@ -6186,7 +6193,7 @@ class _Connection(_Answering):
         if self.http._ended:
             return
         self.phase = _LINGERING
-        with flowcoro.move_on_after(LINGER):
+        with flowcoro.move_on_after(self.app.linger_timeout):
             await self.sock.shutdown_write()
             left = MAX_LINGER
             while left > 0 and (data := await self.sock.read(CHUNK)):
@@ -6367,29 +6374,35 @@ class HttpServer(Router):
     out of a TaskGroup; what else it raises is reported to sys.unraisablehook, and answered with 500.
 
     Limits, in seconds (None: no limit): head_timeout, for the handshake of TLS, and from the first byte of a head; body_timeout,
-    for all of a body; idle_timeout, between requests; send_timeout, for a client that does not read. min_body_rate, bytes a
-    second, on average after 5 s. In bytes: max_body (413; None: no limit but that of body() and form()), max_request_line (414),
-    max_field_line, max_head, and max_fields, lines (431). They are looked at twice a second. The rest is Router's.
+    for all of a body; idle_timeout, between requests; send_timeout, for a client that takes nothing of an answer; linger_timeout,
+    for what still comes to a connection that the server ends. They are looked at twice a second. min_body_rate, bytes a second,
+    on average after 5 s. In bytes: max_body (413; None: no limit but that of body() and form()), max_request_line (414),
+    max_field_line, max_head, and max_fields, lines (431), max_chunk_line (400); max_unread, of a body that no handler has read: a
+    larger one ends the connection. max_cookies (431), max_query_fields (413): when they are asked for. The rest is Router's.
     """
 
     def __init__(self, *, head_timeout=HEAD_TIMEOUT, body_timeout=BODY_TIMEOUT, idle_timeout=IDLE_TIMEOUT,
                  send_timeout=SEND_TIMEOUT, min_body_rate=MIN_BODY_RATE, max_body=None, max_request_line=MAX_REQUEST_LINE,
-                 max_field_line=MAX_FIELD_LINE, max_fields=MAX_FIELDS, max_head=MAX_HEAD, prefix="", redirect_slashes=False,
-                 json_depth=JSON_DEPTH, max_errors=ERRORS):
+                 max_field_line=MAX_FIELD_LINE, max_fields=MAX_FIELDS, max_head=MAX_HEAD, max_chunk_line=MAX_CHUNK_LINE,
+                 max_unread=MAX_UNREAD, max_cookies=MAX_COOKIES, max_query_fields=MAX_FORM_FIELDS, linger_timeout=LINGER_TIMEOUT,
+                 prefix="", redirect_slashes=False, json_depth=JSON_DEPTH, max_errors=ERRORS):
         super().__init__(prefix, redirect_slashes, json_depth=json_depth, max_errors=max_errors)
         for name, seconds in (("head_timeout", head_timeout), ("body_timeout", body_timeout), ("idle_timeout", idle_timeout),
-                              ("send_timeout", send_timeout)):
+                              ("send_timeout", send_timeout), ("linger_timeout", linger_timeout)):
             if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds > 0):
                 raise ValueError(f"{name}={seconds!r}: give seconds, more than 0, or None for no limit")
         self.head_timeout, self.body_timeout = (math.inf if each is None else each for each in (head_timeout, body_timeout))
         self.idle_timeout, self.send_timeout = (math.inf if each is None else each for each in (idle_timeout, send_timeout))
+        self.linger_timeout = math.inf if linger_timeout is None else linger_timeout
+        self.max_unread, self.max_cookies, self.max_query_fields = max_unread, max_cookies, max_query_fields
         self.min_body_rate = 0 if min_body_rate is None else min_body_rate
         if not isinstance(self.min_body_rate, (int, float)) or not self.min_body_rate >= 0:
             raise ValueError(f"min_body_rate={min_body_rate!r}: give bytes a second, 0 or more, or None for no limit")
         self.state = types.SimpleNamespace()
         self._codec_limits = {"max_body": max_body, "max_request_line": max_request_line, "max_field_line": max_field_line,
-                              "max_fields": max_fields, "max_head": max_head}
-        for name, limit in self._codec_limits.items():
+                              "max_fields": max_fields, "max_head": max_head, "max_chunk_line": max_chunk_line}
+        for name, limit in [*self._codec_limits.items(), ("max_unread", max_unread), ("max_cookies", max_cookies),
+                            ("max_query_fields", max_query_fields)]:
             if (limit is not None or name != "max_body") and (type(limit) is not int or limit < 0):
                 raise ValueError(f"{name}={limit!r}: give a number, an int of 0 or more{', or None' * (name == 'max_body')}")
         self._middleware, self._chain = [], None

@@ -118,11 +118,12 @@ async def test_a_form_of_texts_urlencoded_or_in_parts():
     form = await request.form()
     assert form.items() == [("a", "1"), ("b", "\u00e9 x"), ("a", "2")] and await request.form() is form
     assert (await posted(b"", kind).form()).items() == []
+    assert len(await posted(b"a&b&c", kind).form(max_parts=3)) == 3
     form = await posted(multipart((b'name="a"', "\u00e9".encode()), (b'name="a"', b""))).form()
     assert form.get_all("a") == ["\u00e9", ""]
     for content, headers, limits, status in [
             (b"a=%zz", kind, {}, 400), (b"a=%ff", kind, {}, 400), (b"a=12345", kind, {"max_bytes": 5}, 413),
-            (b"&".join([b"a"] * 1001), kind, {}, 413), (b"x", (), {}, 415),
+            (b"&".join([b"a"] * 1001), kind, {}, 413), (b"a&b&c", kind, {"max_parts": 2}, 413), (b"x", (), {}, 415),
             (b"x", {"Content-Type": "text/plain"}.items(), {}, 415),
             (b"x", {"Content-Type": "multipart/form-data"}.items(), {}, 400), (b"x", FORM, {}, 400),
             (multipart((b'name="a"', b"\xff")), FORM, {}, 400), (multipart((b'name="a"', b"12345")), FORM, {"max_bytes": 4}, 413),

@@ -245,7 +245,7 @@ def test_what_follows_the_first_lines_of_a_head_is_no_known_request():
 @simulated
 async def test_a_body_that_nobody_read_and_that_is_large_ends_the_connection_with_the_answer_arriving():
     async with serving(plain_app()) as world:
-        answer = await world.post("/ignore", b"x" * (flowcoro_http.MAX_UNREAD + 100_000))
+        answer = await world.post("/ignore", b"x" * (flowcoro_http.MAX_UNREAD + 1))
         assert answer.content == b"ignored" and not answer.keep_alive
         assert answer.headers["connection"] == "close"
         # in chunks nobody knows before: the connection ends all the same, and the answer is there
@@ -255,6 +255,44 @@ async def test_a_body_that_nobody_read_and_that_is_large_ends_the_connection_wit
                              + b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
             [answer] = answers(await everything(sock), "POST")
             assert answer.content == b"ignored"
+
+
+@simulated
+async def test_limits_of_what_is_read_of_a_request_are_arguments():
+    app = plain_app(max_unread=10, max_cookies=3, max_query_fields=4, max_chunk_line=9)
+
+    @app.get("/read")
+    async def read(request):
+        return [len(request.cookies), len(request.query)]
+
+    async with serving(app) as world:
+        for size in 10, 11:
+            answer = await world.post("/ignore", b"x" * size)
+            assert answer.content == b"ignored" and answer.keep_alive == (size == 10)
+        for cookies, query, status, limit in [
+                (b"a=1; b=2; c=3", "a&b&c&d", 200, b""), (b"a=1; b=2; c=3; a=4", "", 431, b"max_cookies"),
+                (b"", "a&b&c&d&e", 413, b"max_query_fields")]:
+            answer = await world.get(f"/read?{query}", b"Cookie: %s\r\n" % cookies)
+            assert answer.status == status and limit in answer.content, (cookies, query)
+        for extension, status in (b";a=bcde", 200), (b";a=bcdef", 400):
+            [answer] = await world.talk(b"POST /echo HTTP/1.1\r\n%sTransfer-Encoding: chunked\r\n\r\n01%s\r\nx\r\n0\r\n\r\n"
+                                        % (HOST, extension), "POST")
+            assert answer.status == status, extension
+
+
+@simulated
+async def test_a_connection_that_the_server_ends_is_read_on_for_as_long_as_it_is_told():
+    for seconds in 2.0, 7.0:
+        app = plain_app(linger_timeout=seconds)
+        async with serving(app) as world, await world.connect() as sock:
+            await sock.write(b"nonsense\r\n\r\n")
+            assert answers(await everything(sock))[0].status == 400         # and their end, at once
+            began = flowcoro.now()
+            with pytest.raises(BrokenError):
+                while True:
+                    await sock.write(b"x")
+                    await flowcoro.sleep(0.1)
+            assert seconds - 0.1 <= flowcoro.now() - began <= seconds + 0.5
 
 
 @simulated
@@ -1077,14 +1115,17 @@ def test_what_is_no_error_to_handle_is_refused():
             app.error_handler(wrong)
     with pytest.raises(TypeError):
         app.middleware("name")
-    for name in "head_timeout", "body_timeout", "idle_timeout", "send_timeout":
+    for name in "head_timeout", "body_timeout", "idle_timeout", "send_timeout", "linger_timeout":
         for wrong in 0, -1, "5":
             with pytest.raises(ValueError, match=name):
                 HttpServer(**{name: wrong})
         HttpServer(**{name: None})
-    for options in {"max_body": -1}, {"max_head": None}, {"max_fields": "9"}, {"min_body_rate": -1}, {"min_body_rate": "x"}:
-        with pytest.raises(ValueError, match=next(iter(options))):
-            HttpServer(**options)
+    for name, wrong in {"max_unread": None, "max_cookies": -1, "max_query_fields": 1.5, "max_chunk_line": "1", "max_body": -1,
+                        "max_head": None, "max_fields": "9", "min_body_rate": -1}.items():
+        with pytest.raises(ValueError, match=name):
+            HttpServer(**{name: wrong})
+    with pytest.raises(ValueError, match="min_body_rate"):
+        HttpServer(min_body_rate="x")
 
 
 # ---- middleware ------------------------------------------------------------------------------------------------
