@@ -5729,15 +5729,16 @@ MAX_UNREAD = 256 * 2**10
 # and who goes on sending for longer has been told. nginx lingering_time 30 s, lingering_timeout 5 s.
 LINGER_TIMEOUT, MAX_LINGER = 2.0, 4 * 2**20
 
-# Seconds between two sweeps, and so how late a deadline may be; how soon a handler is cancelled when its client has gone.
-SWEEP = 0.5
+# Seconds between two sweeps, and so how late a deadline may be; how soon a handler is cancelled when its client has gone. And
+# connections that one looks at before it lets others run: a millisecond at most.
+SWEEP, SWEPT_A_TURN = 0.5, 1000
 
 # Seconds that the hooks of a shutdown have: longer than a flush takes, shorter than service managers wait (Docker 10, systemd
 # 90).
 SHUTDOWN_TIMEOUT = 8.0
 
-# Seconds that a server gives what is under way when it ends, as flowcoro_net.
-DRAIN_TIMEOUT = 8.0
+# Seconds that a server gives what is under way when it ends, as flowcoro_net; and beyond them run() to what is cancelled then.
+DRAIN_TIMEOUT, END_TIMEOUT = 8.0, 5.0
 
 # Bytes that one read asks for. A head is a few hundred; uploads want more.
 CHUNK = 64 * 2**10
@@ -6322,7 +6323,7 @@ class _Run:
                     connection.look(now - last)
                 except Exception as error:          # of one connection, and the sweep is for all
                     flowcoro_net.report_error(error, f"{connection.sock!r} could not be looked after", "flowcoro_http")
-                if not count % 1000:
+                if not count % SWEPT_A_TURN:
                     await flowcoro.checkpoint()
             last = now
 
@@ -6631,7 +6632,7 @@ class HttpServer(Router):
                                        max_connections=max_connections)
         try:
             flowcoro.run(main(), workers=workers,
-                         grace=drain_timeout + 5.0 if isinstance(drain_timeout, (int, float)) else math.inf)
+                         grace=drain_timeout + END_TIMEOUT if isinstance(drain_timeout, (int, float)) else math.inf)
         except KeyboardInterrupt:
             pass
 
@@ -8108,8 +8109,17 @@ CONNECTIONS_PER_ORIGIN, KEPT_IDLE = 100, 30.0
 # Cookies that a client keeps, of one domain and altogether. Chrome keeps 180 and 3300.
 MAX_OF_DOMAIN, MAX_JAR = 180, 3000
 
-# Bytes of one server-sent event, and failures in a row after which EventStream gives up.
-MAX_EVENT, MAX_EVENT_FAILURES = 2**20, 10
+# Bytes of one server-sent event, and of one line of a response; failures in a row after which EventStream gives up.
+MAX_EVENT, MAX_LINE, MAX_EVENT_FAILURES = 2**20, 2**20, 10
+
+# Seconds until it connects again, if the server names none (Chrome 3, Firefox 5), and at most after failures.
+EVENT_RETRY, MAX_EVENT_RETRY = 3.0, 60.0
+
+# What each response gives back of the budget that a client has for retries (gRPC: a tenth to all, as the server wants).
+RETRY_GIVEN_BACK = 0.1
+
+# Pieces of an inflated content from one checkpoint to the next: a MiB, which takes zlib one to three milliseconds.
+INFLATED_A_TURN = 16
 
 # What a retry can do no harm to, and what changes nothing at all. RFC 9110 9.2.
 _IDEMPOTENT = frozenset(["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"])
@@ -8841,21 +8851,25 @@ class ClientResponse(Response):
             self.content = bytes(content)
         return self.content
 
-    async def lines(self, limit=2**20):
-        """Iterate the lines of the text (UTF-8), without their ends (LF, CR LF). ResponseError beyond `limit` bytes."""
+    async def lines(self, limit=MAX_LINE):
+        """Iterate the lines of the text (UTF-8), without their ends (LF, CR LF). ResponseError for more than `limit` bytes."""
+        def text(line):
+            if len(line) > limit:
+                self._drop()
+                raise self._bad(f"a line of more than {limit} bytes (limit); iterate the response for pieces")
+            return line.decode("utf-8", "replace")
+
         rest = bytearray()
         async for piece in self:
-            begun = len(rest)
             rest += piece
             if b"\n" in piece:
                 *lines, rest = rest.split(b"\n")
                 for line in lines:
-                    yield line.removesuffix(b"\r").decode("utf-8", "replace")
-            elif begun + len(piece) > limit:
-                self._drop()
-                raise self._bad(f"a line of more than {limit} bytes")
+                    yield text(line.removesuffix(b"\r"))
+            if len(rest) > limit + 1:               # (one may be the CR of its end)
+                text(rest)
         if rest:
-            yield rest.decode("utf-8", "replace")
+            yield text(rest)
 
     async def close(self):
         """Give the connection back: to be used again, if all has come; else it is closed. Nothing, if that was done before."""
@@ -9265,7 +9279,7 @@ async def _inflated(decoder, data):
     out = bytearray()
     for number, piece in enumerate(decoder.decode(data), 1):
         out += piece
-        if not number % 16:
+        if not number % INFLATED_A_TURN:
             await flowcoro.checkpoint()
     return bytes(out)
 
@@ -9480,7 +9494,7 @@ class _Sending:
                 response = await self._once(request, options, stream, deadline, known)
                 if response.status not in retries.statuses or not retries.count:
                     if self._budget < retries.budget:
-                        self._budget = min(retries.budget, self._budget + 0.1)
+                        self._budget = min(retries.budget, self._budget + RETRY_GIVEN_BACK)
                     return response
                 error, safe = None, request.method in _IDEMPOTENT
             except RequestError as failure:
@@ -9868,7 +9882,7 @@ class EventStream:
     def __init__(self, client, method, url, last_event_id, reconnect, max_event, options):
         self._client, self._method, self._url, self._options = client, method, url, options
         self._reconnect, self._max = reconnect, max_event
-        self.last_event_id, self.retry, self.response = last_event_id, 3.0, None
+        self.last_event_id, self.retry, self.response = last_event_id, EVENT_RETRY, None
         self._events, self._failures, self._over = collections.deque(), 0, False
         self._context = self._parser = None
 
@@ -9909,7 +9923,7 @@ class EventStream:
                 self._over = True
                 said = f"{self._method} {self._url}: the event stream ended {self._failures} times in a row without an event"
                 raise error or TransferError(said)
-            await flowcoro.sleep(min(60.0, self.retry * 2**(self._failures - 1)))
+            await flowcoro.sleep(min(MAX_EVENT_RETRY, self.retry * 2**(self._failures - 1)))
         event = self._events.popleft()
         self.last_event_id, self._failures = event.id, 0
         return event
