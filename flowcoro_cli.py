@@ -1570,7 +1570,7 @@ def _get_command(arguments):
 KEPT = "FLOWCORO_KEPT_SOCKETS"          # environment: numbers of listening sockets that --reload hands to the next program
 TOLD = 4096                             # bytes of a message to the supervisor at most: what a pipe takes whole
 LOOK_AT_FILES = 0.25                    # seconds between two looks at the sources: a hundred take a millisecond
-DRAIN_TIMEOUT, END_TIMEOUT = 8.0, 5.0   # seconds for what is under way at the end, and for what is cancelled then: as flowcoro_http
+DRAIN_TIMEOUT, END_TIMEOUT = 8.0, 5.0   # seconds for what is under way at the end, and what is cancelled then: as flowcoro_http
 THREADS_OF_WSGI = 40                    # as flowcoro_http
 RELOAD_DRAIN = 2.0                      # seconds that requests have to end before the program is replaced: somebody is waiting
 

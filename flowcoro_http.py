@@ -709,7 +709,7 @@ def _choose_type(value, offers):
     return best
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(REMEMBERED)
 def _checked_offer(offer):
     try:
         return parse_media_type(offer)
@@ -820,11 +820,14 @@ _is_asctime_date = re.compile(
 
 _EPOCH = datetime.date(1970, 1, 1).toordinal()
 
+# Dates that are remembered, as they are written and as they are read: those of files that are asked for again and again.
+REMEMBERED_DATES = 512
+
 # Seconds at which the year 10000 begins, which has no date in HTTP.
 _END_OF_DATES = 253_402_300_800
 
 
-@functools.lru_cache(512)
+@functools.lru_cache(REMEMBERED_DATES)
 def _imf_fixdate(second):
     if not 0 <= second < _END_OF_DATES:
         raise ValueError(f"timestamp {second}: an HTTP date lies between 1970 and 9999")
@@ -853,7 +856,7 @@ def _timestamp(value, day_name, year, month, day, hours, minutes, seconds):
     return (date.toordinal() - _EPOCH) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
-@functools.lru_cache(512)
+@functools.lru_cache(REMEMBERED_DATES)
 def _imf_timestamp(value):
     """The timestamp of an IMF-fixdate; None if it has another form."""
     found = _is_imf_fixdate(value)
@@ -2583,7 +2586,7 @@ _SEEN = [None] * 1024           # hashes of what has come
 _RECEIVED_KNOWN = (_TRANSITIONS[SERVER][IDLE][_REQUEST], _TRANSITIONS[CLIENT][_TRANSITIONS[CLIENT][IDLE][_REQUEST]][_END])
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(8)                         # applications in one process, or sets of limits
 def _known_requests(*limits):
     return {}
 
@@ -7583,7 +7586,7 @@ def _log_word(text):
     return _log_text(str(text)).replace(" ", "\\x20") if text else "-"
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(8)                         # requests end in this second, or in one of the last
 def _log_date(second):
     year, month, day, hours, minutes, seconds = time.gmtime(second)[:6]
     return f"{day:02d}/{_MONTHS[month - 1]}/{year:04d}:{hours:02d}:{minutes:02d}:{seconds:02d} +0000"
@@ -10058,7 +10061,7 @@ def _environ_key(name):
     return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key
 
 
-@functools.lru_cache(256)
+@_known
 def _wsgi_status(text):
     """(status, reason or None for the usual one) of what an application calls its status."""
     if not isinstance(text, str):

@@ -562,6 +562,13 @@ def exiting(environ, start_response):
     raise SystemExit(3)
 
 
+def test_a_long_status_of_an_application_is_not_remembered():
+    for length in 10, 5000:
+        assert flowcoro_http._wsgi_status("200 " + "x" * length) == (200, "x" * length)
+    known = flowcoro_http._wsgi_status.__self__
+    assert 0 < max(map(len, known)) <= flowcoro_http.KNOWN_LINE
+
+
 def too_long(environ, start_response):
     start_response("200 OK", [("Content-Length", "2")])
     return [b"abc"]
