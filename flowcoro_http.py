@@ -636,6 +636,12 @@ def parse_media_type(value):
     return MediaType(found[1].lower(), found[2].lower(), _parameters(value, found.end(), "media type"))
 
 
+def _essence(headers):
+    """The type/subtype that Content-Type begins with, in lower case; "" if there is none."""
+    found = _media_type_at(headers.get("content-type", ""))
+    return found[0].lower() if found else ""
+
+
 # -- negotiation: weights are thousandths, so that 0.7 is 700 and nothing is rounded
 
 def _weight(text, value):
@@ -1196,7 +1202,6 @@ def _digest_credentials(asked, user, password, *, method, target, cnonce, count=
 _is_address = re.compile(r"[0-9A-Fa-f:.]{2,45}").fullmatch
 _is_node = re.compile(
     r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([0-9.]{7,15}))(?::[0-9]{1,5})?|([0-9A-Fa-f:.]{2,45})|unknown|_[0-9A-Za-z._-]++").fullmatch
-_is_host = re.compile(r"(?:[0-9A-Za-z._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?").fullmatch
 
 
 class Forwarding(typing.NamedTuple):
@@ -1273,8 +1278,8 @@ class TrustedProxies:
                 break
         if scheme is not None and scheme not in ("http", "https"):
             raise _refused("forwarded", scheme, "the scheme is http or https")
-        if host is not None and not _is_host(host):
-            raise _refused("forwarded", host, "no host")
+        if host is not None and (problem := _authority_problem(host)):
+            raise _refused("forwarded", host, f"as a host it {problem}")
         return Forwarding(address, scheme, host)
 
 
@@ -1528,7 +1533,8 @@ MAX_PREAMBLE, MAX_PADDING = 8 * 2**10, 256
 # Bytes of a content that is copied to its neighbours in a body that is made, so that they are sent together.
 SMALL_PIECE = 64 * 2**10
 
-_bad_escape = re.compile(rb"%(?![0-9A-Fa-f]{2})").search
+_BAD_ESCAPE = "%(?![0-9A-Fa-f]{2})"
+_bad_escape = re.compile(_BAD_ESCAPE.encode()).search
 _BOUNDARY = "1 to 70 letters, digits or '()+_,-./:=? and no blank at the end"
 _is_boundary = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]").fullmatch
 _padding_at = re.compile(rb"[ \t]*+").match
@@ -2231,9 +2237,9 @@ def _choose_compression(accept_encoding, status, headers, length=None, *, min_by
         return None, False
     if length is not None and length < min_bytes:
         return None, False
+    if not _is_compressible(_essence(headers)):
+        return None, False
     try:
-        if not _is_compressible(parse_media_type(headers.get("content-type", "")).essence):
-            return None, False
         if "no-transform" in _parse_cache_control(headers._combined("cache-control")):
             return None, False
     except ProtocolError:               # what a handler has written is not ours to repair
@@ -3427,9 +3433,7 @@ ERRORS, ERROR_PATH, ERROR_VALUE = 50, 200, 60
 DIGITS = 20
 
 _MISSING = object()
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]").search
-_IS_JSON = re.compile(r"application/(?:[0-9a-z!#$&^_.+-]+\+)?json[ \t]*(?:;|\Z)", re.IGNORECASE | re.ASCII).match
-_CHARSET = re.compile(r";[ \t]*charset=\"?([^\";, \t]*)", re.IGNORECASE | re.ASCII).search
+_surrogate = re.compile(r"\\u[dD][89a-fA-F]").search
 
 
 class UnprocessableContent(HttpError):
@@ -3529,7 +3533,7 @@ def _load_json(data, *, max_depth=JSON_DEPTH):
         value = _decode_json(text)
         if text.count("[") + text.count("{") > max_depth:           # else it cannot be that deep
             _check_depth(value, max_depth)
-        if "\\u" in text and _SURROGATE(text):
+        if "\\u" in text and _surrogate(text):
             json.dumps(value, ensure_ascii=False).encode()          # half of a pair cannot be encoded, here or by the handler
     except UnicodeEncodeError:
         raise HttpError(400, "the body is no JSON: a string has half of a surrogate pair") from None
@@ -3657,13 +3661,14 @@ def _one_of(values, converted):
                    lambda value: pick(table, (type(value), value)), lambda text: pick(texts, text))
 
 
-_DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
+_DATE, _UUID = r"[0-9]{4}-[0-9]{2}-[0-9]{2}", r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
+_INT, _FLOAT = rf"-?[0-9]{{1,{DIGITS}}}", rf"-?[0-9]{{1,{DIGITS}}}(?:\.[0-9]{{1,{DIGITS}}})?"
 _SCALARS = {
     str: _Scalar("a string", {"type": "string"}, {str}, order=2),
     bool: _Scalar("true or false", {"type": "boolean"}, {bool}, read=_matching("true|false", "true".__eq__)),
-    int: _Scalar("an integer", {"type": "integer"}, {int}, read=_matching(rf"-?[0-9]{{1,{DIGITS}}}", int)),
-    float: _Scalar("a number", {"type": "number"}, {int, float}, _finite, _matching(
-        rf"-?[0-9]{{1,{DIGITS}}}(?:\.[0-9]{{1,{DIGITS}}})?(?:[eE][+-]?[0-9]{{1,3}})?", float), order=1),
+    int: _Scalar("an integer", {"type": "integer"}, {int}, read=_matching(_INT, int)),
+    float: _Scalar("a number", {"type": "number"}, {int, float}, _finite,
+                   _matching(_FLOAT + "(?:[eE][+-]?[0-9]{1,3})?", float), order=1),
     type(None): _Scalar("null", {"type": "null"}, {type(None)}),
     datetime.datetime: _Scalar(
         "a date and time with its offset, such as 2024-02-29T12:30:00Z", {"type": "string", "format": "date-time"}, {str},
@@ -3671,8 +3676,7 @@ _SCALARS = {
                   datetime.datetime.fromisoformat)),
     datetime.date: _Scalar("a date, such as 2024-02-29", {"type": "string", "format": "date"}, {str},
                            _matching(_DATE, datetime.date.fromisoformat)),
-    uuid.UUID: _Scalar("a UUID", {"type": "string", "format": "uuid"}, {str},
-                       _matching(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", uuid.UUID)),
+    uuid.UUID: _Scalar("a UUID", {"type": "string", "format": "uuid"}, {str}, _matching(_UUID, uuid.UUID)),
     decimal.Decimal: _Scalar("a decimal number as a string, such as \"9.99\"",
                              {"type": "string", "pattern": r"^-?[0-9]{1,40}(\.[0-9]{1,40})?$"}, {str},
                              _matching(r"-?[0-9]{1,40}(?:\.[0-9]{1,40})?", decimal.Decimal)),
@@ -4085,10 +4089,14 @@ def _read_query(field, kind, many, texts, errors):
 
 
 @_known
-def _is_json(media_type):
+def _is_json(value):
     """Whether a Content-Type value says JSON in UTF-8."""
-    charset = _CHARSET(media_type)
-    return bool(_IS_JSON(media_type)) and (charset is None or charset[1].lower() in ("utf-8", "utf8"))
+    try:
+        media = parse_media_type(value)
+        return (media.type == "application" and (media.subtype == "json" or media.subtype.endswith("+json"))
+                and media.charset() == "utf-8")
+    except ProtocolError:
+        return False
 
 
 def _json_of(request, data, max_depth):
@@ -4125,13 +4133,10 @@ FOUND_PATHS, FOUND_PATH = 1024, 128
 # urllib.parse.quote() never encodes.
 _PCHAR = "!$&'()*+,;=:@"
 
-_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})").search
-_PARAMETER = re.compile(r"\{([^{}:]*)(?::([^{}:]*))?\}").fullmatch
-_IS_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?").fullmatch
-_HOST_OF = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::[0-9]{0,5})?").fullmatch
-_IS_INT = re.compile(rf"-?[0-9]{{1,{DIGITS}}}").fullmatch
-_IS_FLOAT = re.compile(rf"-?[0-9]{{1,{DIGITS}}}(?:\.[0-9]{{1,{DIGITS}}})?").fullmatch
-_IS_UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}").fullmatch
+_bad_escape_of_text = re.compile(_BAD_ESCAPE).search
+_is_parameter = re.compile(r"\{([^{}:]*)(?::([^{}:]*))?\}").fullmatch
+_is_label = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?").fullmatch
+_is_int, _is_float, _is_uuid = (re.compile(pattern).fullmatch for pattern in (_INT, _FLOAT, _UUID))
 
 # The parameters of all matches that have none: shared, so nobody may write into it. And the methods of a path that is not there.
 _NOTHING, _NO_METHODS = types.MappingProxyType({}), {}
@@ -4174,7 +4179,7 @@ class _Converter:
 def _parse_int(text):
     if text.isdecimal() and text.isascii() and len(text) <= DIGITS:        # half the time of the pattern
         return int(text)
-    return int(text) if _IS_INT(text) else None
+    return int(text) if _is_int(text) else None
 
 
 def _parse_rest(text):
@@ -4190,10 +4195,10 @@ def _format_float(value):
 _STR, _PATH = _Converter("str", None, type=str, rank=4), _Converter("path", _parse_rest, type=str, rank=5)
 
 _CONVERTERS = {converter.name: converter for converter in (
-    _Converter("uuid", lambda text: uuid.UUID(text) if _IS_UUID(text) else None,
+    _Converter("uuid", lambda text: uuid.UUID(text) if _is_uuid(text) else None,
                schema={"type": "string", "format": "uuid"}, type=uuid.UUID, rank=0),
     _Converter("int", _parse_int, schema={"type": "integer"}, type=int, rank=1),
-    _Converter("float", lambda text: float(text) if _IS_FLOAT(text) else None, _format_float,
+    _Converter("float", lambda text: float(text) if _is_float(text) else None, _format_float,
                schema={"type": "number"}, type=float, rank=2),
     _STR, _PATH)}
 
@@ -4266,7 +4271,7 @@ def _parse_pattern(path, converters, said):
 def _parse_part(segment, converters, said):
     if "{" not in segment and "}" not in segment:
         return segment
-    found = _PARAMETER(segment)
+    found = _is_parameter(segment)
     if not found:
         raise ValueError(f"{said}: {segment!r} is no parameter; one fills its whole segment: {{name}} or {{name:converter}}, "
                          "and a path has no other braces")
@@ -4287,7 +4292,7 @@ def _parse_host(host, converters, said):
         raise TypeError(f"{said}: host={host!r}: give a str, such as \"api.example.com\" or \"{{tenant}}.example.com\"")
     parts = [_parse_part(label, converters, f"{said}, host={host!r}") for label in host.split(".")]
     for part in parts:
-        if isinstance(part, tuple) and part[1] is _PATH or isinstance(part, str) and not _IS_LABEL(part):
+        if isinstance(part, tuple) and part[1] is _PATH or isinstance(part, str) and not _is_label(part):
             raise ValueError(f"{said}: host={host!r}: a host is labels with dots between, in lower case and without a port; a "
                              "label is text or a parameter")
     return parts
@@ -4360,7 +4365,7 @@ class Route:
         host = ""
         if self.host_parts is not None:
             labels = [self._part_text(part, params).lower() for part in self.host_parts]
-            if not all(map(_IS_LABEL, labels)):
+            if not all(map(_is_label, labels)):
                 raise ValueError(f"{self}: {'.'.join(labels)!r:.80} is no host")
             host = "//" + ".".join(labels)
         return host + (path or "/"), params
@@ -4725,7 +4730,7 @@ class Router:
 
     def _trees(self, host):
         """The trees for a host, the most specific first, each with the values of the host's parameters."""
-        found = _HOST_OF(host or "")
+        found = _AUTHORITY.fullmatch(host or "")
         labels = found[1].lower().removesuffix(".").split(".") if found else []
         pairs = [(tree, _host_values(parts, labels)) for parts, tree in self._hosts.items() if len(parts) == len(labels)]
         return [*(pair for pair in pairs if pair[1] is not None), (self._tree, ())]
@@ -4784,7 +4789,7 @@ def _host_values(parts, labels):
 def _decoded(path, segments):
     """The segments decoded, and which is the last that has a "/" of its own (0: none). No segments when that cannot be."""
     slash = 0
-    if _BAD_ESCAPE(path):
+    if _bad_escape_of_text(path):
         return (), 0
     try:
         for at, segment in enumerate(segments):
@@ -7151,15 +7156,15 @@ def _open_regular(path, **at):
 
 # -- folders
 
-_BAD_NAME = re.compile(r"[\x00\\]").search
-_BAD_ON_WINDOWS = re.compile(r'[\x00-\x1f<>:"|?*]|[ .]\Z').search
+_bad_name = re.compile(r"[\x00\\]").search
+_bad_on_windows = re.compile(r'[\x00-\x1f<>:"|?*]|[ .]\Z').search
 
 
 def _is_served(name, hidden, windows=os.name == "nt"):
     """Whether a file or folder of this name can be asked for; one that begins with a dot only if `hidden`."""
-    if not name or name in (".", "..") or _BAD_NAME(name) or name[0] == "." and not hidden:
+    if not name or name in (".", "..") or _bad_name(name) or name[0] == "." and not hidden:
         return False
-    return not (windows and (_BAD_ON_WINDOWS(name) or _is_device(name)))
+    return not (windows and (_bad_on_windows(name) or _is_device(name)))
 
 
 def _names(rest, hidden):
@@ -7387,9 +7392,9 @@ def static_files(directory, *, listing=False, index="index.html", precompressed=
 # 30), and only what is written tells that the client has gone.
 KEEP_ALIVE = 15.0
 
-_LINE_END = re.compile("\r\n|\r|\n").split
-_NOT_IN_A_FIELD = re.compile("[\r\n\0]").search
-_NO_CHARACTER = re.compile("[\0\ud800-\udfff]").sub
+_split_lines = re.compile("\r\n|\r|\n").split
+_not_in_a_field = re.compile("[\r\n\0]").search
+_replace_no_characters = re.compile("[\0\ud800-\udfff]").sub
 
 
 class ServerSentEvent:
@@ -7404,7 +7409,7 @@ class ServerSentEvent:
         for name, text in (("event", event), ("id", id)):
             if text is not None and not isinstance(text, str):
                 raise TypeError(f"ServerSentEvent({name}={text!r:.80}): give a str, or None")
-            if text is not None and _NOT_IN_A_FIELD(text):
+            if text is not None and _not_in_a_field(text):
                 raise ValueError(f"ServerSentEvent({name}={text!r:.80}): it is one line, so CR, LF and NUL have no place in it")
         if isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"ServerSentEvent(data={data!r:.80}): an event is text: decode it, or send base64")
@@ -7421,8 +7426,8 @@ class ServerSentEvent:
             lines.append(f"retry: {round(self.retry * 1000)}")
         if self.data is not None:
             text = self.data if isinstance(self.data, str) else _encode_json(self.data)
-            lines += [f"data: {line}" for line in _LINE_END(text)]
-        return (_NO_CHARACTER("\ufffd", "\n".join(lines)) + "\n\n").encode()
+            lines += [f"data: {line}" for line in _split_lines(text)]
+        return (_replace_no_characters("\ufffd", "\n".join(lines)) + "\n\n").encode()
 
     def __eq__(self, other):
         return (isinstance(other, ServerSentEvent) and (self.data, self.event, self.id, self.retry)
@@ -7573,12 +7578,12 @@ async def _drop_content(response):
 
 # -- the log
 
-_LOG_UNSAFE = re.compile(r'[^\x20-\x7e]|["\\]').sub
+_replace_unsafe = re.compile(r'[^\x20-\x7e]|["\\]').sub
 
 
 def _log_text(text):
     """For a quoted place in a line: no quotes, and nothing that could begin another line or speak to a terminal."""
-    return _LOG_UNSAFE(lambda found: "".join(f"\\x{byte:02x}" for byte in found[0].encode("utf-8", "surrogatepass")), text)
+    return _replace_unsafe(lambda found: "".join(f"\\x{byte:02x}" for byte in found[0].encode("utf-8", "surrogatepass")), text)
 
 
 def _log_word(text):
@@ -9870,9 +9875,6 @@ class _EventParser:
             self.retry = int(value)
 
 
-_is_event_stream = re.compile(r"text/event-stream[ \t]*(?:;.*)?", re.IGNORECASE).fullmatch
-
-
 class EventStream:
     """The events of a server, across connections: see HttpClient.events(). Use it by `async with`, and in that by `async for`.
 
@@ -9951,7 +9953,7 @@ class EventStream:
         try:
             if response.status not in (200, 204):
                 response.raise_for_status()
-            if not self._over and (response.status != 200 or not _is_event_stream(response.headers.get("content-type", ""))):
+            if not self._over and (response.status != 200 or _essence(response.headers) != "text/event-stream"):
                 raise response._bad(f"{response.status}, {response.headers.get('content-type')} is no event stream")
         except BaseException:
             await self._leave()
