@@ -1663,7 +1663,7 @@ class _MultipartParser:
         ProtocolError for what is malformed (400), beyond a limit (413), or broken off (400); again at every further call.
         """
         if self._error:
-            raise self._error
+            raise ProtocolError(*self._error)
         try:
             event = None
             while event is None:
@@ -1675,7 +1675,7 @@ class _MultipartParser:
                     raise ProtocolError(400, f"multipart: the body ends {self._where()}")
             return event
         except ProtocolError as error:
-            self._error = error
+            self._error = error.status, error.message
             raise
 
     def _where(self):
@@ -2876,7 +2876,7 @@ class _Incoming(_Heads):
     def _between(self, state):
         """next_event() where there is nothing to read."""
         if state is ERROR:
-            raise ProtocolError(self._error.status, self._error.message)
+            raise ProtocolError(*self._error)
         if state is MIGHT_SWITCH or state is SWITCHED:
             return PAUSED
         if state in _DEAF:
@@ -2892,7 +2892,7 @@ class _Incoming(_Heads):
 
     def _fail(self, error):
         self.their_state = self._their_moves[self.their_state][_FAIL]
-        self._error = error
+        self._error = error.status, error.message       # not the error: its frames have us, and it would be garbage of a cycle
         self._no_keep_alive()
         self._forget()
 
@@ -5688,8 +5688,6 @@ class _FileStream:
         file, offset, left = self.file, self.offset, self.count
         while left:
             data = await flowcoro.to_thread(_read_at, file, offset, min(left, CHUNK))
-            if not data:
-                raise OSError(f"{file!r} has become shorter while it was sent: {left} bytes are missing")
             offset, left = offset + len(data), left - len(data)
             self.sent += len(data)
             yield data
@@ -5704,8 +5702,15 @@ class _FileStream:
 
 
 def _read_at(file, offset, count):
+    """`count` bytes of a file. OSError if they are not there any more."""
     file.seek(offset)
-    return file.read(count)
+    pieces, left = [], count
+    while left:
+        pieces.append(piece := file.read(left))
+        if not piece:
+            raise OSError(f"{file!r} has become shorter while it was sent: {left} bytes are missing from {offset}")
+        left -= len(piece)
+    return b"".join(pieces)
 
 
 # ---- server ---------------------------------------------------------------------------------------------------
@@ -7084,14 +7089,12 @@ class _FileParts:
         step = next(self._steps, None)
         if step is None:
             raise StopAsyncIteration
-        if isinstance(step, bytes):
-            return step
-        piece = await flowcoro.to_thread(_read_at, self._file, *step)
-        if len(piece) < step[1]:
-            raise EOFError(f"{self._file.name}: the file has become shorter while it was sent")
-        return piece
+        return step if isinstance(step, bytes) else await flowcoro.to_thread(_read_at, self._file, *step)
 
     async def aclose(self):
+        self._file.close()
+
+    def __del__(self):                  # as _FileStream's
         self._file.close()
 
 
@@ -7491,9 +7494,8 @@ class _EventStream:
             try:
                 return await self._channel.receive()
             except flowcoro.EndOfChannel:
-                if self._error is not None:
-                    raise self._error from None
-                raise StopAsyncIteration from None
+                error, self._error = self._error, None          # (its frames have us)
+                raise error or StopAsyncIteration from None
         return b":\n\n"
 
     async def _pump(self):
@@ -9266,7 +9268,8 @@ class _ClientExchange:
     def failure(self, error, connection):
         """What the caller gets for an error of the network or the codec; None for others, which are its own."""
         if isinstance(error, ProtocolError):
-            kind = TransferError if connection.codec._ended and connection.codec._error is error else ResponseError
+            of_codec = connection.codec._error == (error.status, error.message)
+            kind = TransferError if connection.codec._ended and of_codec else ResponseError
             return _with(kind(f"{self.said}: {error.message}"), self.request)
         if isinstance(error, flowcoro_net.NetworkError):
             return _with(TransferError(f"{self.said}: {error.strerror}"), self.request)

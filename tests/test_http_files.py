@@ -644,6 +644,35 @@ def test_a_file_that_is_cut_while_it_is_sent_breaks_the_connection_off(site, mon
     assert any("become shorter" in str(error) for _, error in reports)
 
 
+@pytest.mark.parametrize("asked", ["", "Range: bytes=0-9,150000-\r\n"])
+def test_a_file_whose_answer_a_middleware_puts_another_in_place_of_is_closed(site, monkeypatch, asked):
+    opened, really = [], os.open
+
+    def noting(path, flags, *more, **options):
+        number = really(path, flags, *more, **options)
+        if path == "large.bin":
+            opened.append(number)
+        return number
+
+    async def main():
+        app = HttpServer()
+        app.mount("/", static_files(site))
+
+        @app.middleware
+        async def instead(request, call_next):
+            assert (await call_next(request)).stream is not None
+            return "another"
+        async with serving(app) as address:
+            monkeypatch.setattr(os, "open", noting)
+            request = f"GET /large.bin HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{asked}\r\n".encode()
+            assert (await exchange(address, request)).endswith(b"another")
+            for number in opened:
+                with pytest.raises(OSError):
+                    os.fstat(number)
+    flowcoro.run(main())
+    assert opened
+
+
 def test_a_file_that_is_replaced_while_it_is_sent_arrives_as_it_was(site):
     async def main():
         app = HttpServer()
