@@ -23,6 +23,7 @@ import flowcoro
 import flowcoro_http
 import flowcoro_net
 from flowcoro_http import HttpServer, Request, asgi_app, wsgi_app
+from http_helpers import serving
 
 PATIENCE = 10           # seconds until a test counts as hanging; each takes some hundredths
 
@@ -41,12 +42,8 @@ def hosting(handler, client, prefix="/"):
         if hasattr(handler, "lifespan"):
             app.lifespan(handler.lifespan)
         with flowcoro.timeout(PATIENCE):
-            async with await app.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
-                group.spawn(server.serve(drain_timeout=5))
-                try:
-                    return await client(server)
-                finally:
-                    server.close()
+            async with serving(app) as server:
+                return await client(server)
     return flowcoro.run(main())
 
 

@@ -32,6 +32,7 @@ from flowcoro_http import (Data, EndOfMessage, HttpConnection, HttpError, HttpSe
                            RequestHead, Response, ResponseHead)
 from flowcoro_net import BrokenError, Socket, client_tls, server_tls
 from flowcoro_testing import SimulatedNetwork, run_in_kernel
+from http_helpers import everything
 from test_net import PATIENCE, drain, nothing_is_left_behind, run  # noqa: F401  (a fixture)
 from test_net_cancel import at_each_point, cancelled_at
 from test_net_tls import certificates  # noqa: F401  (a fixture)
@@ -126,13 +127,6 @@ def answers(data, *methods):
         found.append(answer)
     assert data == b"", f"{data!r} after the last answer"
     return found
-
-
-async def everything(sock):
-    pieces = []
-    while data := await sock.read():
-        pieces.append(data)
-    return b"".join(pieces)
 
 
 async def one_answer(sock, method="GET", codec=None):
