@@ -7762,9 +7762,10 @@ def cors(origins, *, methods=("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"), 
 def compress(*, min_bytes=MIN_COMPRESSED, level=COMPRESSION_LEVEL, flush=True):
     """Compress answers for clients that accept it, by gzip or deflate; what that changes in the headers is done too.
 
-    Not what is smaller than `min_bytes`, compressed in itself or by the handler, partial, or forbids it (no-transform). level: 1
-    to 9. flush: whether each piece of a stream gets through at once, as its handler has meant it; False: when there is enough of
-    it, which makes many small pieces smaller. (Events always do; files never.)
+    Not what is smaller than `min_bytes`, compressed in itself or by the handler, partial, or forbids it (no-transform); nor a
+    stream without a media_type of the handler's, which its first piece says too late. level: 1 to 9. flush: whether each piece of
+    a stream gets through at once, as its handler has meant it; False: when there is enough of it, which makes many small pieces
+    smaller. (Events always do; files never.)
 
     An attacker who can make a browser ask, and sees how long the answers are, learns what a secret in them is if something of his
     own choice stands in them too (BREACH): keep this away from such routes, or have tokens masked.
