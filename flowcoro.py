@@ -972,9 +972,10 @@ class Task(_Unique):
                 try:
                     _reschedule(self)
                 except BaseException as error:  # it has no place to go back to
-                    if self._state == PARKED and self._worker.task is not None:     # else it comes out of the loop
-                        self._worker.inbox.append(functools.partial(_reschedule, self))
-                    if not isinstance(error, RecursionError) or self._worker.task is None:
+                    here = _local.worker
+                    if self._state == PARKED and here.task is not None:     # else it comes out of the loop
+                        here.inbox.append(functools.partial(reschedule, self))
+                    if not isinstance(error, RecursionError) or here.task is None:
                         raise
             else:
                 self._resume = self._step_then_cancel
@@ -1176,8 +1177,8 @@ class ParkingLot(_Unique):
     reason: what a dump says of those who wait here. holder: the task (or tasks) that could wake them, when known: a
     dump and the deadlock report follow it. A cancelled task leaves its place in O(1) and nothing else happens.
 
-    Besides tasks the lot may hold stand-ins with a method commit(value), which wake the task they stand for; that is
-    how one task waits in several places (select, as_completed).
+    Besides tasks the lot may hold stand-ins with a method commit(value), which wake the task they stand for, and waits(),
+    whether it is still to be woken; that is how one task waits in several places (select, as_completed).
 
     Atomic: unpark(); parking, together with the predicate of park_unless(); the leaving of a cancelled task.
     """
@@ -1232,16 +1233,21 @@ class ParkingLot(_Unique):
             raise TypeError(f"unpark({count!r}): it takes a number of tasks, an int, or math.inf")
         woken = 0
         while woken < count and self._tasks:
-            parked, _ = self._tasks.popitem(last=False)
+            for parked in self._tasks:      # popitem() is a call: a signal handler could strike while it is in neither place
+                break
+            del self._tasks[parked]
             try:
                 if parked.__class__ is Task:
                     _reschedule(parked, value, error)
                 else:
                     parked.commit(value, error)
-            except BaseException as error:  # the stack ends here, or a signal handler has struck (if before: _is_lost())
-                if parked._state == PARKED if parked.__class__ is Task else error.__class__ is RecursionError:
+            except BaseException as struck:  # the stack ends here, or a signal handler has struck
+                if (parked._state == PARKED if parked.__class__ is Task
+                        else struck.__class__ is RecursionError or parked.waits()):
                     self._tasks[parked] = None
-                    self._tasks.move_to_end(parked, last=False)         # back to the front
+                    for other in [*self._tasks][:-1]:     # to the front, without a call: there may be no stack for one
+                        del self._tasks[other]
+                        self._tasks[other] = None
                 raise
             woken += 1
         return woken
@@ -2645,23 +2651,22 @@ def _recover(worker, error):
     timers.tasks.clear()
     timers.entries = 0
     for task in list(kernel.all_tasks()):
-        if task._worker is worker:
-            if task._state == PARKED:
-                if task._resume is not task._send and task._resume == task._deliver:
-                    if _abort_again(task):          # struck while it was cancelled
-                        _reschedule(task)
-                    else:
-                        task._resume = task._step_then_cancel
-                elif task.abort_function is None or _is_lost(task):
-                    _reschedule(task, error=error)
-            elif task._state == READY and task not in placed:
-                # It was about to be stepped, or has been: then it has ended, or yielded and is stepped once more.
-                if _has_ended(task.coro):
-                    worker._finish(task, None, error)
+        if task._state == PARKED:           # of any worker: each can wake those of all
+            if task._resume is not task._send and task._resume == task._deliver:
+                if _abort_again(task):              # struck while it was cancelled
+                    _reschedule(task)
                 else:
-                    worker.ready.append(task)
-            if task._state != DONE and task._resume is task._send and _is_cancelled(task, task._scope):
-                task._interrupt()               # struck while a scope around it was being cancelled
+                    task._resume = task._step_then_cancel
+            elif task.abort_function is None or _is_lost(task):
+                _reschedule(task, error=error)
+        elif task._state == READY and task._worker is worker and task not in placed:
+            # It was about to be stepped, or has been: then it has ended, or yielded and is stepped once more.
+            if _has_ended(task.coro):
+                worker._finish(task, None, error)
+            else:
+                worker.ready.append(task)
+        if task._state != DONE and task._resume is task._send and _is_cancelled(task, task._scope):
+            task._interrupt()               # struck while a scope around it was being cancelled
         deadline, task._timer = timers._nearest(task), _INF
         if deadline < _INF:
             timers.set(task, deadline)
@@ -4048,13 +4053,19 @@ class Lock(_AsyncWith):
         if not lot._tasks:
             lot.holder = None
             return
-        holder, (lot.holder, _) = lot.holder, lot._tasks.popitem(last=False)
+        for heir in lot._tasks:         # as in ParkingLot.unpark()
+            break
+        holder, lot.holder = lot.holder, heir
+        del lot._tasks[heir]
         try:
-            _reschedule(lot.holder)
-        except RecursionError:          # as in ParkingLot.unpark()
-            lot._tasks[lot.holder] = None
-            lot._tasks.move_to_end(lot.holder, last=False)
-            lot.holder = holder
+            _reschedule(heir)
+        except BaseException:
+            if heir._state == PARKED:
+                lot._tasks[heir] = None
+                for other in [*lot._tasks][:-1]:
+                    del lot._tasks[other]
+                    lot._tasks[other] = None
+                lot.holder = holder
             raise
 
     def locked(self):
@@ -4247,7 +4258,9 @@ class Condition(_AsyncWith):
         if lock_lot.holder is not current_task():
             raise RuntimeError("Condition.notify() without holding its lock: use `async with condition:`")
         while count > 0 and self._lot._tasks:
-            task, _ = self._lot._tasks.popitem(last=False)
+            for task in self._lot._tasks:       # as in ParkingLot.unpark()
+                break
+            del self._lot._tasks[task]
             task.park_reason = "acquire the Lock of a Condition again"
             task.abort_function = lock_lot._stay    # it has been notified: that must not be lost
             lock_lot._tasks[task] = None
@@ -4351,10 +4364,21 @@ class RWLock(_Unique):
                 task, writing = next(first)
             if not self._admits(writing):
                 break
-            _reschedule(task)            # first what may find the end of the stack
-            del tasks[task]
-            self._writing = writing
+            del tasks[task]             # no call from here to _reschedule(): no signal handler strikes between
+            before, self._writing = self._writing, writing
             self._holders[task] = None
+            try:
+                _reschedule(task)
+            except BaseException:
+                if task._state == PARKED:
+                    del self._holders[task]
+                    self._writing = before
+                    tasks[task] = writing
+                    for other in [*tasks][:-1]:
+                        kind = tasks[other]
+                        del tasks[other]
+                        tasks[other] = kind
+                raise
 
     def _abort(self, task):
         undone = task in self._lot._tasks
@@ -4466,15 +4490,21 @@ class Channel(_Unique):
             raise ClosedError("send on a closed Channel")
         receivers = self._receivers._tasks
         if receivers:                   # unpark(), written out for the same reason
-            receiver, _ = receivers.popitem(last=False)
+            for receiver in receivers:
+                break
+            del receivers[receiver]
             try:
                 if receiver.__class__ is Task:
                     _reschedule(receiver, item)
                 else:
                     receiver.commit(item)
-            except RecursionError:
-                receivers[receiver] = None
-                receivers.move_to_end(receiver, last=False)
+            except BaseException as struck:
+                if (receiver._state == PARKED if receiver.__class__ is Task
+                        else struck.__class__ is RecursionError or receiver.waits()):
+                    receivers[receiver] = None
+                    for other in [*receivers][:-1]:
+                        del receivers[other]
+                        receivers[other] = None
                 raise
         elif len(self._items) < self.capacity:
             self._items.append(item)
@@ -4574,19 +4604,26 @@ class Channel(_Unique):
         """The oldest item; the sender that has waited longest comes up behind."""
         items, senders = self._items, self._senders._tasks
         if senders:
-            sender, _ = senders.popitem(last=False)     # unpark(), written out too
+            for sender in senders:              # unpark(), written out too
+                break
+            del senders[sender]
+            item = sender._item                 # first this: a pinned one goes on at once, on its own worker
             try:
                 if sender.__class__ is Task:
-                    item = sender._item         # first this: a pinned one goes on at once, on its own worker
                     _reschedule(sender)
-                    items.append(item)
                 else:
                     sender.commit(None)
-                    items.append(sender.item)
-            except RecursionError:
-                senders[sender] = None
-                senders.move_to_end(sender, last=False)
+            except BaseException as struck:
+                if (sender._state == PARKED if sender.__class__ is Task
+                        else struck.__class__ is RecursionError or sender.waits()):
+                    senders[sender] = None
+                    for other in [*senders][:-1]:
+                        del senders[other]
+                        senders[other] = None
+                else:
+                    items.append(item)
                 raise
+            items.append(item)
         return items.popleft()
 
     def _end(self):
@@ -4635,21 +4672,27 @@ class Channel(_Unique):
 class _Case:
     """One case of a select that waits; stands for its task in one lot of one channel."""
 
-    __slots__ = ("task", "index", "item", "lot", "siblings")
+    __slots__ = ("task", "index", "_item", "lot", "siblings")
 
     def __init__(self, index, item, lot, siblings):
-        self.task, self.index, self.item, self.lot, self.siblings = None, index, item, lot, siblings
+        self.task, self.index, self._item, self.lot, self.siblings = None, index, item, lot, siblings
 
     def withdraw(self):
         for case in self.siblings:
             case.lot._tasks.pop(case, None)
 
+    def waits(self):
+        return self.task._state == PARKED
+
     def commit(self, value, error=None):
         """This case it is: exactly one, for the others leave their lots before anybody else can find them."""
         siblings = self.siblings[:]         # the task clears them when it goes on: at once, on another worker
-        _reschedule(self.task, (self.index, value), error)
-        for case in siblings:
-            case.lot._tasks.pop(case, None)
+        try:
+            _reschedule(self.task, (self.index, value), error)
+        finally:                            # also when a signal handler strikes, if it is woken by then
+            if self.task._state != PARKED:
+                for case in siblings:
+                    case.lot._tasks.pop(case, None)
 
 
 def _cases(cases):
@@ -4806,8 +4849,11 @@ class Broadcast(_Unique):
         while self._senders._tasks and self._has_room():
             task = next(iter(self._senders._tasks))
             item = task._item
-            self._senders.unpark()
-            self._publish(item)
+            try:
+                self._senders.unpark()
+            finally:                            # also when a signal handler strikes, if it is woken by then
+                if task not in self._senders._tasks:
+                    self._publish(item)
 
     @atomic
     def close(self):
@@ -4851,8 +4897,11 @@ class Subscription(_Unique):
         """Those who wait here have read all that was sent before."""
         broadcast = self._broadcast
         while self._lot._tasks and self._next < broadcast._sent:
-            self._lot.unpark(1, broadcast._ring[self._next % broadcast.capacity])
-            self._next += 1
+            waiting = len(self._lot._tasks)
+            try:
+                self._lot.unpark(1, broadcast._ring[self._next % broadcast.capacity])
+            finally:                    # as in Broadcast
+                self._next += waiting - len(self._lot._tasks)
 
     def _end(self):
         return EndOfChannel("the Broadcast is closed and all its items have been received", self)
@@ -5139,6 +5188,17 @@ class as_completed(_Unique):
             raise StopAsyncIteration
         return None
 
+    @atomic
+    def _ended(self, task):
+        del self._left[task]
+        try:
+            self._finished.append(task)
+        finally:                        # also when a signal handler strikes
+            try:
+                self._lot.unpark(1 if self._left else _INF)     # several tasks may wait for the last one
+            except RecursionError:      # where the stack ends; the loop has enough of it
+                _local.worker.inbox.append(self._lot.unpark_all)
+
     def _park(self, task):
         if self._finished:
             _reschedule(task)
@@ -5170,12 +5230,14 @@ class _Watch:
     def __init__(self, completed, task):
         self._completed, self._task = weakref.ref(completed), task
 
+    def waits(self):
+        completed = self._completed()
+        return completed is not None and self._task in completed._left
+
     def commit(self, value, error=None):
         completed = self._completed()
         if completed is not None:
-            del completed._left[self._task]
-            completed._finished.append(self._task)
-            completed._lot.unpark(1 if completed._left else _INF)      # several tasks may wait for the last one
+            completed._ended(self._task)
 
 
 # ---- threads --------------------------------------------------------------------------------------------------
