@@ -82,7 +82,8 @@ class Strike:
 
 
 def before_the_guard(function):
-    """The function that did its work before it was to take the guard."""
+    """The function that did its work before it was to take the guard. To be asked in a run, when it has been made to."""
+    assert flowcoro._several
     return flowcoro._UNGUARDED.get(function.__qualname__, function)
 
 
@@ -282,11 +283,10 @@ def as_they_are_completed():
                                   a_semaphore, as_they_are_completed])
 def test_who_is_being_woken_when_a_handler_strikes_is_woken_or_has_his_place_still(make):
     """Struck in every function that wakes; the second attempt finds who was not woken by the first."""
-    functions = [before_the_guard(function) for function in (
-        flowcoro.ParkingLot.unpark, flowcoro.Channel._take, flowcoro.Channel._put, flowcoro.Lock._hand_over,
-        flowcoro.RWLock._admit, flowcoro.Condition.notify, flowcoro._Case.commit)] + [flowcoro._reschedule]
-
     async def scene(strike):
+        functions = [before_the_guard(function) for function in (
+            flowcoro.ParkingLot.unpark, flowcoro.Channel._take, flowcoro.Channel._put, flowcoro.Lock._hand_over,
+            flowcoro.RWLock._admit, flowcoro.Condition.notify, flowcoro._Case.commit)] + [flowcoro._reschedule]
         coros, wake = make()
         async with flowcoro.TaskGroup(pinned=True) as group:
             tasks = [group.spawn(coro) for coro in coros]
