@@ -946,6 +946,8 @@ class _Tls:
         """All of it. Cancelled: an unknown number of whole records was written, and no part of one is lost."""
         if not self.is_done:
             await sock.handshake()
+        if not view:
+            await self.flush(sock)
         while view:
             if self.failure is not None:
                 raise self.error(sock)
@@ -959,6 +961,24 @@ class _Tls:
             await self.flush(sock)
             if view:
                 await _turn()
+
+    def write_nowait(self, sock, view):
+        """As write(), as far as it goes at once: how many bytes are encrypted. For the writer."""
+        count = 0
+        while self.is_done and count < len(view):
+            if self.failure is not None:
+                raise self.error(sock)
+            if self.said_goodbye:
+                raise sock._shut_error()
+            self.flush_nowait(sock, True)
+            if self.unsent or self.outgoing.pending:
+                break
+            try:
+                count += self.alone(self.object.write, view[count:count + TLS_CHUNK])
+            except ssl.SSLError as error:
+                raise self.failed(sock, error) from error
+        self.flush_nowait(sock, True)
+        return count
 
     def _take_unsent(self):
         if not self.unsent:
@@ -1169,6 +1189,51 @@ class _Stream(_Owner):
         await _turn()
         await self._write_rest(_as_bytes(data, "write()"))
 
+    def write_nowait(self, data):
+        """Write what the system takes at once of `data` (bytes-like); returns how many bytes: 0 while a task writes, or the peer
+        does not read. The rest is yours to write. With TLS how many are encrypted: `unsent` says whether the system has all of
+        that. Never blocks: no checkpoint.
+        """
+        pollable = self._pollable
+        if self._special or self._writer is not None or data.__class__ is not bytes or not pollable.writable:
+            return self._write_nowait_otherwise(data)
+        try:
+            sent = self._send(data, _NO_SIGNAL)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise self._broken(error, "writing") from error
+        self._sent += sent
+        if sent != len(data):
+            pollable.writable = False
+        return sent
+
+    def _write_nowait_otherwise(self, data):
+        view = _as_bytes(data, "write_nowait()")
+        try:
+            self._begin_write()
+        except flowcoro.BusyError:
+            return 0
+        pollable = self._pollable
+        try:
+            if self._tls is not None:
+                return self._tls.write_nowait(self, view)
+            if not pollable.writable:
+                return 0
+            pollable.writable = False           # first this, then try: no edge is lost
+            sent = self._send(view, _NO_SIGNAL)
+            if sent == len(view):
+                pollable.writable = True
+            self._sent += sent
+            return sent
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            pollable.writable = True
+            raise self._broken(error, "writing") from error
+        finally:
+            self._end_write()
+
     async def _write_rest(self, view):
         self._begin_write()
         try:
@@ -1200,6 +1265,11 @@ class _Stream(_Owner):
         self._begin_read()
         self._buffer[:0] = view
         self._end_read()
+
+    @property
+    def unsent(self):
+        """Bytes that write_nowait() has encrypted, and that wait for the next write, of b"" at least; 0 without TLS."""
+        return 0 if self._tls is None else len(self._tls.unsent) + self._tls.outgoing.pending
 
     @property
     def hung_up(self):

@@ -18,7 +18,7 @@ import pytest
 import flowcoro
 import flowcoro_net
 from flowcoro_net import BrokenError, LimitError, Socket, TcpServer
-from flowcoro_testing import wait_all_tasks_parked
+from flowcoro_testing import memory_socket_pair, run_in_kernel, wait_all_tasks_parked
 
 # Seconds after which a test has failed: for a machine that is very slow.
 PATIENCE = 60
@@ -1251,3 +1251,23 @@ def test_a_length_that_python_refuses_does_not_keep_later_reads_waiting():
         other.close()
 
     run(main)
+
+
+@run_in_kernel
+async def test_write_nowait_takes_what_there_is_room_for():
+    one, other = memory_socket_pair(Socket, capacity=10)
+    async with one, other:
+        assert one.write_nowait(b"12345678") == 8 and one.write_nowait(memoryview(b"abcdef")) == 2 and one.write_nowait(b"x") == 0
+        assert await other.read() == b"12345678ab"
+        await flowcoro.sleep(0)
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(one.write(b"y" * 20))
+            await wait_all_tasks_parked()
+            assert one.write_nowait(b"z") == 0          # another task is at it
+            assert await other.read_exactly(20) == b"y" * 20
+        for wrong in ("text", 7):
+            with pytest.raises(TypeError):
+                one.write_nowait(wrong)
+        await one.close()
+        with pytest.raises(flowcoro.ClosedError):
+            one.write_nowait(b"late")

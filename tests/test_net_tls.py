@@ -16,7 +16,7 @@ import pytest
 import flowcoro
 import flowcoro_net
 from flowcoro_net import BrokenError, Socket, TcpServer, TlsError, UnixServer, client_tls, server_tls
-from flowcoro_testing import memory_socket_pair, wait_all_tasks_parked
+from flowcoro_testing import memory_socket_pair, run_in_kernel, wait_all_tasks_parked
 from test_net import PATIENCE, drain, nothing_is_left_behind, reset, run, settled, tcp_pair  # noqa: F401  (a fixture)
 from test_net_servers import echo
 
@@ -1063,3 +1063,26 @@ def test_the_ssl_modules_own_socket_is_served_to_its_goodbye(certificates):
             assert server.statistics()["broken"] == server.statistics()["failed"] == 0
 
     run(main)
+
+
+@run_in_kernel
+async def test_write_nowait_encrypts_what_there_is_room_for(certificates):
+    one, other = memory_socket_pair(Socket, capacity=20_000)
+    async with one, other:
+        assert one.write_nowait(b"before the handshake") == 20 and one.unsent == 0      # without TLS
+        assert await other.read() == b"before the handshake"
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(one.start_tls(server_tls(*certificates.good), server_side=True))
+            await other.start_tls(client_tls(ca=certificates.ca), server_name="localhost")
+        content = bytes(range(256)) * 2000
+        count = one.write_nowait(content)
+        assert count == flowcoro_net.TLS_CHUNK and one.unsent > count - 20_000 and one.write_nowait(b"no room") == 0
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(one.write(b""))
+            assert await other.read_exactly(count) == content[:count]
+        assert one.unsent == 0 and one.write_nowait(memoryview(b"room")) == 4
+        assert await other.read() == b"room"
+        await other.close()
+        await one.close()
+        with pytest.raises(flowcoro.ClosedError):
+            one.write_nowait(b"late")
