@@ -4751,7 +4751,7 @@ class Request:
 
     @property
     def query(self):
-        """The Fields of the query. ProtocolError: 400 for a bad "%" or no UTF-8; 413 for more than the server's max_query_fields."""
+        """The Fields of the query. ProtocolError: 400 for a bad "%" or no UTF-8, 413 for more than the max_query_fields."""
         if self._query is None:
             most = MAX_FORM_FIELDS if self.app is None else self.app.max_query_fields
             self._query = Fields(_parse_urlencoded(self.query_string, max_fields=most, limit="max_query_fields")
