@@ -702,10 +702,12 @@ class CancelScope(_Unique):
             if self._task is not None:
                 try:
                     _interrupt_inside(self._task, self)
-                except RecursionError:      # as in Task.cancel()
+                except BaseException as struck:     # as in Task.cancel()
                     self._cancelled = False
                     self._task._worker.inbox.append(self._interrupt)
                     self._cancelled = True
+                    if struck.__class__ is not RecursionError:
+                        raise
 
     def _interrupt(self):
         if self._task is not None:
@@ -972,9 +974,10 @@ class Task(_Unique):
                 try:
                     _reschedule(self)
                 except BaseException as error:  # it has no place to go back to
-                    if self._state == PARKED and self._worker.task is not None:     # else it comes out of the loop
-                        self._worker.inbox.append(functools.partial(_reschedule, self))
-                    if not isinstance(error, RecursionError) or self._worker.task is None:
+                    here = _local.worker
+                    if self._state is PARKED:
+                        here.inbox.append(self._go_on)
+                    if not isinstance(error, RecursionError) or here.task is None:
                         raise
             else:
                 self._resume = self._step_then_cancel
@@ -988,16 +991,24 @@ class Task(_Unique):
         self.budget = 0
 
     @atomic
+    def _go_on(self):
+        """Who cancelled it was struck when it was in no place any more. If he was the loop itself, _recover() came first."""
+        if self._state == PARKED and self._resume == self._deliver:
+            _reschedule(self)
+
+    @atomic
     def cancel(self):
         """Cancel the whole task: Cancelled is raised at each of its checkpoints. Harmless when done. Never blocks."""
         if self._state != DONE and not self._cancel_called:
             self._cancel_called = True
             try:
                 _interrupt_inside(self, None)
-            except RecursionError:          # where the caller's stack ends; the loop has enough of it
+            except BaseException as struck:     # where the caller's stack ends; the loop has enough of it, and tells the rest
                 self._cancel_called = False     # should there be no room even for this
                 self._worker.inbox.append(functools.partial(_interrupt_inside, self, None))
                 self._cancel_called = True
+                if struck.__class__ is not RecursionError:      # a signal handler's
+                    raise
 
     # -- the outcome
 
@@ -1176,8 +1187,8 @@ class ParkingLot(_Unique):
     reason: what a dump says of those who wait here. holder: the task (or tasks) that could wake them, when known: a
     dump and the deadlock report follow it. A cancelled task leaves its place in O(1) and nothing else happens.
 
-    Besides tasks the lot may hold stand-ins with a method commit(value), which wake the task they stand for; that is
-    how one task waits in several places (select, as_completed).
+    Besides tasks the lot may hold stand-ins with a method commit(value), which wake the task they stand for, and waits(),
+    whether it is still to be woken; that is how one task waits in several places (select, as_completed).
 
     Atomic: unpark(); parking, together with the predicate of park_unless(); the leaving of a cancelled task.
     """
@@ -1232,16 +1243,21 @@ class ParkingLot(_Unique):
             raise TypeError(f"unpark({count!r}): it takes a number of tasks, an int, or math.inf")
         woken = 0
         while woken < count and self._tasks:
-            parked, _ = self._tasks.popitem(last=False)
+            for parked in self._tasks:      # popitem() is a call: a signal handler could strike while it is in neither place
+                break
+            del self._tasks[parked]
             try:
                 if parked.__class__ is Task:
                     _reschedule(parked, value, error)
                 else:
                     parked.commit(value, error)
-            except BaseException as error:  # the stack ends here, or a signal handler has struck (if before: _is_lost())
-                if parked._state == PARKED if parked.__class__ is Task else error.__class__ is RecursionError:
+            except BaseException as struck:  # a signal handler struck, or the stack ends here: == may need some, `is` does not
+                if (parked._state is PARKED if parked.__class__ is Task
+                        else struck.__class__ is RecursionError or parked.waits()):
                     self._tasks[parked] = None
-                    self._tasks.move_to_end(parked, last=False)         # back to the front
+                    for other in [*self._tasks][:-1]:     # to the front, without a call: there may be no stack for one
+                        del self._tasks[other]
+                        self._tasks[other] = None
                 raise
             woken += 1
         return woken
@@ -1624,8 +1640,10 @@ class Pollable(_Unique):
         try:
             _reschedule(task, None, error)
         except BaseException:
-            if task._state == PARKED:               # the stack ended
+            if task._state is PARKED:               # the stack ended
                 self._reader = task
+            else:
+                self._worker.io_parked -= 1
             raise
         self._worker.io_parked -= 1
 
@@ -1634,8 +1652,10 @@ class Pollable(_Unique):
         try:
             _reschedule(task, None, error)
         except BaseException:
-            if task._state == PARKED:
+            if task._state is PARKED:
                 self._writer = task
+            else:
+                self._worker.io_parked -= 1
             raise
         self._worker.io_parked -= 1
 
@@ -1647,8 +1667,8 @@ class Pollable(_Unique):
         if not self._worker.kernel.ended:
             self._wake(READ | WRITE, lambda: ClosedError(
                 f"file descriptor {self.fd} was closed here while this task waited for it"))
-            self._worker.descriptors -= 1
             self._worker.poller.remove(self)
+            self._worker.descriptors -= 1       # after the last call: who is struck before may close it again
         self._closed = True
 
     def __repr__(self):
@@ -2203,9 +2223,9 @@ class _Timers:
     @atomic
     def set(self, task, deadline):
         """Look at `task` at `deadline`, which is earlier than its entry that counts so far."""
-        task._timer = deadline
+        there = self.tasks.get(deadline)        # a call: it may be struck, and then nothing is done. After it there is one that
+        task._timer = deadline                  # enters the deadline, which is done when that is struck (I6)
         self.entries += 1
-        there = self.tasks.get(deadline)
         if there is None:
             self.tasks[deadline] = task
             heapq.heappush(self.heap, deadline)
@@ -2639,29 +2659,34 @@ class _Worker:
 def _recover(worker, error):
     """The worker's work() was left by `error` in the middle of anything: give each task its place again (I1), and go on."""
     struck, worker.task, worker.call, kernel = worker.task, None, None, worker.kernel
-    placed, timers = set(worker.ready), worker.timers
+    tasks, placed, timers = list(kernel.all_tasks()), set(worker.ready), worker.timers
+    homeless = {task for task in tasks          # first this: below some are woken by the end or the cancellation of others
+                if task._state == READY and task._worker is worker and task not in placed}
     worker.poller.rearm_all()           # the last events may be lost
     timers.heap.clear()                 # what it had taken out is found again below
     timers.tasks.clear()
     timers.entries = 0
-    for task in list(kernel.all_tasks()):
-        if task._worker is worker:
-            if task._state == PARKED:
-                if task._resume is not task._send and task._resume == task._deliver:
-                    if _abort_again(task):          # struck while it was cancelled
-                        _reschedule(task)
-                    else:
-                        task._resume = task._step_then_cancel
-                elif task.abort_function is None or _is_lost(task):
-                    _reschedule(task, error=error)
-            elif task._state == READY and task not in placed:
-                # It was about to be stepped, or has been: then it has ended, or yielded and is stepped once more.
-                if _has_ended(task.coro):
-                    worker._finish(task, None, error)
+    for task in tasks:
+        if task._state == PARKED:           # of any worker: each can wake those of all
+            if task._resume is not task._send and task._resume == task._deliver:
+                if _abort_again(task):              # struck while it was cancelled
+                    _reschedule(task)
                 else:
-                    worker.ready.append(task)
-            if task._state != DONE and task._resume is task._send and _is_cancelled(task, task._scope):
-                task._interrupt()               # struck while a scope around it was being cancelled
+                    task._resume = task._step_then_cancel
+            elif task.abort_function is None or _is_lost(task):
+                _reschedule(task, error=error)
+        elif task in homeless:
+            # It was about to be stepped, or has been: then it has ended, or yielded.
+            if _has_ended(task.coro):
+                worker._finish(task, None, error)
+            else:
+                if task is struck and worker.others:    # as it was to be parked, which has not begun: this is the answer
+                    task._value, task._error = None, error
+                    if task._resume is task._send:
+                        task._resume = task._raise_error
+                worker.ready.append(task)
+        if task._state != DONE and task._resume is task._send and _is_cancelled(task, task._scope):
+            task._interrupt()               # struck while a scope around it was being cancelled
         deadline, task._timer = timers._nearest(task), _INF
         if deadline < _INF:
             timers.set(task, deadline)
@@ -3708,11 +3733,10 @@ class _Kernel:
 
     @atomic
     def request_stop(self):
-        if not self.stop_asked:
-            self.stop_asked = True
-            self.stop_lot.unpark_all()
-            if self.grace < _INF and not self.root._doomed:
-                self.root.spawn(self._end_of_grace(), name="end of grace")
+        first, self.stop_asked = not self.stop_asked, True
+        self.stop_lot.unpark_all()          # also the second time: the first may have been struck in the middle
+        if first and self.grace < _INF and not self.root._doomed:
+            self.root.spawn(self._end_of_grace(), name="end of grace")
 
     async def _end_of_grace(self):
         await sleep(self.grace)
@@ -4048,13 +4072,19 @@ class Lock(_AsyncWith):
         if not lot._tasks:
             lot.holder = None
             return
-        holder, (lot.holder, _) = lot.holder, lot._tasks.popitem(last=False)
+        for heir in lot._tasks:         # as in ParkingLot.unpark()
+            break
+        holder, lot.holder = lot.holder, heir
+        del lot._tasks[heir]
         try:
-            _reschedule(lot.holder)
-        except RecursionError:          # as in ParkingLot.unpark()
-            lot._tasks[lot.holder] = None
-            lot._tasks.move_to_end(lot.holder, last=False)
-            lot.holder = holder
+            _reschedule(heir)
+        except BaseException:
+            if heir._state is PARKED:
+                lot._tasks[heir] = None
+                for other in [*lot._tasks][:-1]:
+                    del lot._tasks[other]
+                    lot._tasks[other] = None
+                lot.holder = holder
             raise
 
     def locked(self):
@@ -4247,7 +4277,9 @@ class Condition(_AsyncWith):
         if lock_lot.holder is not current_task():
             raise RuntimeError("Condition.notify() without holding its lock: use `async with condition:`")
         while count > 0 and self._lot._tasks:
-            task, _ = self._lot._tasks.popitem(last=False)
+            for task in self._lot._tasks:       # as in ParkingLot.unpark()
+                break
+            del self._lot._tasks[task]
             task.park_reason = "acquire the Lock of a Condition again"
             task.abort_function = lock_lot._stay    # it has been notified: that must not be lost
             lock_lot._tasks[task] = None
@@ -4288,12 +4320,20 @@ class Barrier(_Unique):
         arrived = len(self._lot)
         if arrived + 1 < self.parties:
             return None
-        for index in range(arrived):
+        try:
+            self._let_go(arrived)
+        except BaseException:               # a signal handler's: all have come, so those who are left are woken now
+            self._let_go(arrived)
+            raise
+        return arrived
+
+    def _let_go(self, count):
+        """Wake those of the `count` who are left, each with the order of his arrival."""
+        for index in range(count - len(self._lot), count):
             try:
                 self._lot.unpark(1, index)
-            except RecursionError:          # where the stack ends; all have come, and the loop wakes who waits
+            except RecursionError:          # where the stack ends; the loop wakes who waits
                 _local.worker.inbox.append(functools.partial(self._lot.unpark, 1, index))
-        return arrived
 
     def _park(self, task):
         arrived = self._complete()
@@ -4351,17 +4391,27 @@ class RWLock(_Unique):
                 task, writing = next(first)
             if not self._admits(writing):
                 break
-            _reschedule(task)            # first what may find the end of the stack
-            del tasks[task]
-            self._writing = writing
+            del tasks[task]             # no call from here to _reschedule(): no signal handler strikes between
+            before, self._writing = self._writing, writing
             self._holders[task] = None
+            try:
+                _reschedule(task)
+            except BaseException:
+                if task._state is PARKED:
+                    del self._holders[task]
+                    self._writing = before
+                    tasks[task] = writing
+                    for other in [*tasks][:-1]:
+                        kind = tasks[other]
+                        del tasks[other]
+                        tasks[other] = kind
+                raise
 
     def _abort(self, task):
-        undone = task in self._lot._tasks
-        if undone:
+        if task in self._lot._tasks:    # else who took it out before was struck
             self._admit(task)           # a writer that gives up lets the readers behind it in
             del self._lot._tasks[task]
-        return undone
+        return task not in self._holders
 
     def statistics(self):
         """{"readers": int, "writer": Task or None, "tasks_waiting": int}"""
@@ -4419,7 +4469,7 @@ class _Side(_AsyncWith):
         del lock._holders[task]
         try:
             lock._admit()
-        except RecursionError:          # as in ParkingLot.unpark(); if anybody was let in, his release does the rest
+        except BaseException:           # as in ParkingLot.unpark(); if anybody was let in, his release does the rest
             if not lock._holders:
                 lock._holders[task] = None
             raise
@@ -4466,15 +4516,21 @@ class Channel(_Unique):
             raise ClosedError("send on a closed Channel")
         receivers = self._receivers._tasks
         if receivers:                   # unpark(), written out for the same reason
-            receiver, _ = receivers.popitem(last=False)
+            for receiver in receivers:
+                break
+            del receivers[receiver]
             try:
                 if receiver.__class__ is Task:
                     _reschedule(receiver, item)
                 else:
                     receiver.commit(item)
-            except RecursionError:
-                receivers[receiver] = None
-                receivers.move_to_end(receiver, last=False)
+            except BaseException as struck:
+                if (receiver._state is PARKED if receiver.__class__ is Task
+                        else struck.__class__ is RecursionError or receiver.waits()):
+                    receivers[receiver] = None
+                    for other in [*receivers][:-1]:
+                        del receivers[other]
+                        receivers[other] = None
                 raise
         elif len(self._items) < self.capacity:
             self._items.append(item)
@@ -4574,19 +4630,26 @@ class Channel(_Unique):
         """The oldest item; the sender that has waited longest comes up behind."""
         items, senders = self._items, self._senders._tasks
         if senders:
-            sender, _ = senders.popitem(last=False)     # unpark(), written out too
+            for sender in senders:              # unpark(), written out too
+                break
+            del senders[sender]
+            item = sender._item                 # first this: a pinned one goes on at once, on its own worker
             try:
                 if sender.__class__ is Task:
-                    item = sender._item         # first this: a pinned one goes on at once, on its own worker
                     _reschedule(sender)
-                    items.append(item)
                 else:
                     sender.commit(None)
-                    items.append(sender.item)
-            except RecursionError:
-                senders[sender] = None
-                senders.move_to_end(sender, last=False)
+            except BaseException as struck:
+                if (sender._state is PARKED if sender.__class__ is Task
+                        else struck.__class__ is RecursionError or sender.waits()):
+                    senders[sender] = None
+                    for other in [*senders][:-1]:
+                        del senders[other]
+                        senders[other] = None
+                else:
+                    items.append(item)
                 raise
+            items.append(item)
         return items.popleft()
 
     def _end(self):
@@ -4595,16 +4658,15 @@ class Channel(_Unique):
     @atomic
     def close(self):
         """Nothing more will be sent. Parked senders get ClosedError, parked receivers EndOfChannel. Twice is once."""
-        if not self._closed:
-            self._closed = True                 # first this: those on other workers go on at once
-            try:
-                while self._receivers._tasks:   # each its own error: a traceback belongs to one task
-                    self._receivers.unpark(error=self._end())
-                while self._senders._tasks:
-                    self._senders.unpark(error=ClosedError("the Channel was closed while this task waited to send"))
-            except RecursionError:              # where the stack ends; it is not done
-                self._closed = False
-                raise
+        before, self._closed = self._closed, True   # first this: those on other workers go on at once
+        try:                                # also the second time: the first may have been struck in the middle
+            while self._receivers._tasks:   # each its own error: a traceback belongs to one task
+                self._receivers.unpark(error=self._end())
+            while self._senders._tasks:
+                self._senders.unpark(error=ClosedError("the Channel was closed while this task waited to send"))
+        except RecursionError:              # where the stack ends; it is not done
+            self._closed = before
+            raise
 
     @property
     def closed(self):
@@ -4635,21 +4697,29 @@ class Channel(_Unique):
 class _Case:
     """One case of a select that waits; stands for its task in one lot of one channel."""
 
-    __slots__ = ("task", "index", "item", "lot", "siblings")
+    __slots__ = ("task", "index", "_item", "lot", "siblings")
 
     def __init__(self, index, item, lot, siblings):
-        self.task, self.index, self.item, self.lot, self.siblings = None, index, item, lot, siblings
+        self.task, self.index, self._item, self.lot, self.siblings = None, index, item, lot, siblings
 
-    def withdraw(self):
-        for case in self.siblings:
+    @staticmethod
+    def withdraw(cases):
+        for case in cases:
             case.lot._tasks.pop(case, None)
+
+    def waits(self):
+        return self.task._state is PARKED
 
     def commit(self, value, error=None):
         """This case it is: exactly one, for the others leave their lots before anybody else can find them."""
         siblings = self.siblings[:]         # the task clears them when it goes on: at once, on another worker
-        _reschedule(self.task, (self.index, value), error)
-        for case in siblings:
-            case.lot._tasks.pop(case, None)
+        try:
+            _reschedule(self.task, (self.index, value), error)
+            self.withdraw(siblings)
+        except BaseException:               # a signal handler has struck, here or there
+            if self.task._state is not PARKED:
+                self.withdraw(siblings)
+            raise
 
 
 def _cases(cases):
@@ -4697,7 +4767,7 @@ async def select(*cases):
         waiting.append(_Case(index, item, channel._senders if sends else channel._receivers, waiting))
 
     def abort(task):
-        waiting[0].withdraw()
+        _Case.withdraw(waiting)
         return True
 
     def park_in_all(task):
@@ -4764,11 +4834,17 @@ class Broadcast(_Unique):
     def _publish(self, item):
         self._ring[self._sent % self.capacity] = item
         self._sent += 1
+        try:
+            self._wake_all()
+        except BaseException as struck:         # a signal handler's, or the stack ends; sent it is, and the loop wakes who waits
+            _local.worker.inbox.append(self._wake_all)
+            if struck.__class__ is not RecursionError:
+                raise
+
+    @atomic
+    def _wake_all(self):
         for subscription in list(self._subscriptions):
-            try:
-                subscription._wake()
-            except RecursionError:              # where the stack ends; sent it is, and the loop wakes who waits
-                _local.worker.inbox.append(subscription._wake)
+            subscription._wake()
 
     async def send(self, item):
         """Send to all subscribers, waiting for those that block. ClosedError. Cancelled or failed: nobody got it."""
@@ -4806,23 +4882,34 @@ class Broadcast(_Unique):
         while self._senders._tasks and self._has_room():
             task = next(iter(self._senders._tasks))
             item = task._item
-            self._senders.unpark()
-            self._publish(item)
+            try:
+                try:
+                    self._senders.unpark()
+                finally:                        # also when a signal handler strikes, if it is woken by then
+                    if task not in self._senders._tasks:        # _publish() written out: a call might be struck first
+                        self._ring[self._sent % self.capacity] = item
+                        self._sent += 1
+                self._wake_all()
+            except BaseException as struck:
+                if task in self._senders._tasks:
+                    raise
+                _local.worker.inbox.append(self._wake_all)
+                if struck.__class__ is not RecursionError:
+                    raise
 
     @atomic
     def close(self):
         """Nothing more will be sent: subscribers get what is left, then EndOfChannel; parked senders ClosedError."""
-        if not self._closed:
-            self._closed = True                 # as in Channel.close()
-            try:
-                while self._senders._tasks:
-                    self._senders.unpark(error=ClosedError("the Broadcast was closed while this task waited to send"))
-                for subscription in list(self._subscriptions):
-                    while subscription._lot._tasks:
-                        subscription._lot.unpark(error=subscription._end())
-            except RecursionError:
-                self._closed = False
-                raise
+        before, self._closed = self._closed, True   # as in Channel.close()
+        try:
+            while self._senders._tasks:
+                self._senders.unpark(error=ClosedError("the Broadcast was closed while this task waited to send"))
+            for subscription in list(self._subscriptions):
+                while subscription._lot._tasks:
+                    subscription._lot.unpark(error=subscription._end())
+        except RecursionError:
+            self._closed = before
+            raise
 
     def statistics(self):
         """{"capacity", "sent", "subscribers", "senders_waiting": int, "closed": bool}"""
@@ -4851,8 +4938,12 @@ class Subscription(_Unique):
         """Those who wait here have read all that was sent before."""
         broadcast = self._broadcast
         while self._lot._tasks and self._next < broadcast._sent:
-            self._lot.unpark(1, broadcast._ring[self._next % broadcast.capacity])
-            self._next += 1
+            task = next(iter(self._lot._tasks))
+            try:
+                self._lot.unpark(1, broadcast._ring[self._next % broadcast.capacity])
+            finally:                    # as in Broadcast
+                if task not in self._lot._tasks:
+                    self._next += 1
 
     def _end(self):
         return EndOfChannel("the Broadcast is closed and all its items have been received", self)
@@ -4908,17 +4999,16 @@ class Subscription(_Unique):
     @atomic
     def close(self):
         """Unsubscribe: nobody waits for it any more; tasks that receive here get ClosedError."""
-        if self._closed:
-            return
-        self._closed = True
+        before, self._closed = self._closed, True   # as in Channel.close()
         self._broadcast._subscriptions.pop(self, None)
         try:
             while self._lot._tasks:
                 self._lot.unpark(error=ClosedError("the Subscription was closed while this task waited"))
             self._broadcast._let_senders_in()
         except RecursionError:          # where the stack ends; to be done again
-            self._broadcast._subscriptions[self] = None
-            self._closed = False
+            if not before:
+                self._broadcast._subscriptions[self] = None
+                self._closed = False
             raise
 
     def __enter__(self):
@@ -4989,6 +5079,9 @@ class Promise(_Unique):
             if failure is not None:
                 failure.seen = True
             self._unset += [None]
+            raise
+        except BaseException:           # a signal handler's: it cannot be set again, so those who are left are woken now
+            self._wake_all()
             raise
 
     @atomic
@@ -5139,6 +5232,17 @@ class as_completed(_Unique):
             raise StopAsyncIteration
         return None
 
+    @atomic
+    def _ended(self, task):
+        del self._left[task]
+        self._finished += (task,)       # no call: no signal handler strikes between
+        try:
+            self._lot.unpark(1 if self._left else _INF)     # several tasks may wait for the last one
+        except BaseException as struck:         # or the stack ends; the loop has enough of it
+            _local.worker.inbox.append(self._lot.unpark_all)
+            if struck.__class__ is not RecursionError:
+                raise
+
     def _park(self, task):
         if self._finished:
             _reschedule(task)
@@ -5170,12 +5274,14 @@ class _Watch:
     def __init__(self, completed, task):
         self._completed, self._task = weakref.ref(completed), task
 
+    def waits(self):
+        completed = self._completed()
+        return completed is not None and self._task in completed._left
+
     def commit(self, value, error=None):
         completed = self._completed()
         if completed is not None:
-            del completed._left[self._task]
-            completed._finished.append(self._task)
-            completed._lot.unpark(1 if completed._left else _INF)      # several tasks may wait for the last one
+            completed._ended(self._task)
 
 
 # ---- threads --------------------------------------------------------------------------------------------------

@@ -1854,6 +1854,8 @@ def _get_command(arguments):
 KEPT = "FLOWCORO_KEPT_SOCKETS"          # environment: numbers of listening sockets that --reload hands to the next program
 TOLD = 4096                             # bytes of a message to the supervisor at most: what a pipe takes whole
 LOOK_AT_FILES = 0.25                    # seconds between two looks at the sources: a hundred take a millisecond
+DRAIN_TIMEOUT, END_TIMEOUT = 8.0, 5.0   # seconds for what is under way at the end, and what is cancelled then: as flowcoro_http
+THREADS_OF_WSGI = 40                    # as flowcoro_http
 RELOAD_DRAIN = 2.0                      # seconds that requests have to end before the program is replaced: somebody is waiting
 
 
@@ -1890,12 +1892,12 @@ def _serve_parser():
     add("--reload", action="store_true", help="start anew when a source file changes, for development; the address stays open")
     add("--access-log", nargs="?", const="common", type=_log_format, metavar="FORMAT",
         help="a line per request on stderr, common (the default) or json: --access-log=json")
-    add("--drain-timeout", type=float, default=8.0, metavar="SECONDS",
+    add("--drain-timeout", type=float, default=DRAIN_TIMEOUT, metavar="SECONDS",
         help="what is under way has so long when the server ends (default: %(default)g)")
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--wsgi", action="store_true", help="it is a WSGI application, whatever it looks like")
     kinds.add_argument("--asgi", action="store_true", help="it is an ASGI application")
-    add("--threads", type=int, metavar="N", help="of a WSGI application, at most (default: 40)")
+    add("--threads", type=int, metavar="N", help=f"of a WSGI application, at most (default: {THREADS_OF_WSGI})")
     add("--listing", action="store_true", help="of a folder: show what is in folders without an index.html")
     return parser
 
@@ -1907,7 +1909,7 @@ def _serve_command(arguments):
     again = False
     try:
         app = _served_app(options)
-        again = flowcoro.run(_serve(app, options, kept), grace=options.drain_timeout + 5)
+        again = flowcoro.run(_serve(app, options, kept), grace=options.drain_timeout + END_TIMEOUT)
     except _NotLoaded as error:
         if kept is None or not kept.numbers:        # in a reload a mistake in a source is waited for to be corrected
             raise

@@ -1,6 +1,6 @@
 """flowcoro_http 0.1.0: HTTP/1.1, strictly and quickly: a codec without I/O, and a server and a client that stand on it.
 
-To vendor, copy: flowcoro.py, flowcoro_net.py, flowcoro_http.py
+To vendor, copy: flowcoro.py, flowcoro_net.py, flowcoro_schema.py, flowcoro_http.py
 
 Example:
 
@@ -77,7 +77,6 @@ import contextvars
 import dataclasses
 import datetime
 import decimal
-import enum
 import errno
 import functools
 import hashlib
@@ -118,11 +117,12 @@ import zlib
 
 import flowcoro
 import flowcoro_net
+import flowcoro_schema
 
 __version__ = "0.1.0"
 
 __all__ = ["HttpServer", "HttpListener", "Request", "Response", "Fields", "FormFile", "Part", "Router", "Route", "Match",
-           "HttpError", "UnprocessableContent", "openapi", "openapi_page", "json_default", "HttpConnection", "RequestHead",
+           "HttpError", "UnprocessableContent", "openapi", "openapi_page", "HttpConnection", "RequestHead",
            "ResponseHead", "InformationalResponse", "Data", "EndOfMessage", "ConnectionClosed", "NEED_DATA", "PAUSED",
            "Headers", "ProtocolError", "LocalProtocolError", "MediaType", "parse_media_type", "negotiate_type",
            "negotiate_encoding", "negotiate_language", "http_date", "parse_http_date", "entity_tag", "safe_filename",
@@ -399,6 +399,10 @@ class Headers:
         lower = _lower(name)
         return [pair[1] for other, pair in self._entries if other == lower]
 
+    def _combined(self, name):
+        """All values of that name as one list (RFC 9110 5.3); "" if there are none."""
+        return ", ".join(self.get_all(name))
+
     def items(self):
         """All (name, value) in order, a new list."""
         return [entry[1] for entry in self._entries]
@@ -632,6 +636,12 @@ def parse_media_type(value):
     return MediaType(found[1].lower(), found[2].lower(), _parameters(value, found.end(), "media type"))
 
 
+def _essence(headers):
+    """The type/subtype that Content-Type begins with, in lower case; "" if there is none."""
+    found = _media_type_at(headers.get("content-type", ""))
+    return found[0].lower() if found else ""
+
+
 # -- negotiation: weights are thousandths, so that 0.7 is 700 and nothing is rounded
 
 def _weight(text, value):
@@ -705,7 +715,7 @@ def _choose_type(value, offers):
     return best
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(REMEMBERED)
 def _checked_offer(offer):
     try:
         return parse_media_type(offer)
@@ -816,11 +826,14 @@ _is_asctime_date = re.compile(
 
 _EPOCH = datetime.date(1970, 1, 1).toordinal()
 
+# Dates that are remembered, as they are written and as they are read: those of files that are asked for again and again.
+REMEMBERED_DATES = 512
+
 # Seconds at which the year 10000 begins, which has no date in HTTP.
 _END_OF_DATES = 253_402_300_800
 
 
-@functools.lru_cache(512)
+@functools.lru_cache(REMEMBERED_DATES)
 def _imf_fixdate(second):
     if not 0 <= second < _END_OF_DATES:
         raise ValueError(f"timestamp {second}: an HTTP date lies between 1970 and 9999")
@@ -849,7 +862,7 @@ def _timestamp(value, day_name, year, month, day, hours, minutes, seconds):
     return (date.toordinal() - _EPOCH) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
-@functools.lru_cache(512)
+@functools.lru_cache(REMEMBERED_DATES)
 def _imf_timestamp(value):
     """The timestamp of an IMF-fixdate; None if it has another form."""
     found = _is_imf_fixdate(value)
@@ -1189,7 +1202,6 @@ def _digest_credentials(asked, user, password, *, method, target, cnonce, count=
 _is_address = re.compile(r"[0-9A-Fa-f:.]{2,45}").fullmatch
 _is_node = re.compile(
     r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([0-9.]{7,15}))(?::[0-9]{1,5})?|([0-9A-Fa-f:.]{2,45})|unknown|_[0-9A-Za-z._-]++").fullmatch
-_is_host = re.compile(r"(?:[0-9A-Za-z._~-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?").fullmatch
 
 
 class Forwarding(typing.NamedTuple):
@@ -1244,11 +1256,11 @@ class TrustedProxies:
         if not self.trusts(peer):
             return Forwarding(peer, None, None)
         if self._forwarded:
-            hops = _parse_forwarded(", ".join(headers.get_all("forwarded")))
+            hops = _parse_forwarded(headers._combined("forwarded"))
         else:
-            hops = [{"for": hop} for hop in _parse_list(", ".join(headers.get_all("x-forwarded-for")))]
+            hops = [{"for": hop} for hop in _parse_list(headers._combined("x-forwarded-for"))]
             for name, key in (("x-forwarded-proto", "proto"), ("x-forwarded-host", "host")):
-                said = _parse_list(", ".join(headers.get_all(name)))
+                said = _parse_list(headers._combined(name))
                 if said:                    # most proxies overwrite it; if each adds its own, the nearest one's is last
                     hops = hops or [{}]
                     for hop in hops:
@@ -1266,8 +1278,8 @@ class TrustedProxies:
                 break
         if scheme is not None and scheme not in ("http", "https"):
             raise _refused("forwarded", scheme, "the scheme is http or https")
-        if host is not None and not _is_host(host):
-            raise _refused("forwarded", host, "no host")
+        if host is not None and (problem := _authority_problem(host)):
+            raise _refused("forwarded", host, f"as a host it {problem}")
         return Forwarding(address, scheme, host)
 
 
@@ -1521,7 +1533,8 @@ MAX_PREAMBLE, MAX_PADDING = 8 * 2**10, 256
 # Bytes of a content that is copied to its neighbours in a body that is made, so that they are sent together.
 SMALL_PIECE = 64 * 2**10
 
-_bad_escape = re.compile(rb"%(?![0-9A-Fa-f]{2})").search
+_BAD_ESCAPE = "%(?![0-9A-Fa-f]{2})"
+_bad_escape = re.compile(_BAD_ESCAPE.encode()).search
 _BOUNDARY = "1 to 70 letters, digits or '()+_,-./:=? and no blank at the end"
 _is_boundary = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{0,69}[0-9A-Za-z'()+_,\-./:=?]").fullmatch
 _padding_at = re.compile(rb"[ \t]*+").match
@@ -1531,8 +1544,9 @@ _form_parameter_at = re.compile(
 _form_escape = re.compile(r'\\(["\\])|%(22|0[dDaA])')
 
 
-def _parse_urlencoded(data, *, max_fields=MAX_FORM_FIELDS, max_bytes=MAX_FORM_BYTES):
+def _parse_urlencoded(data, *, max_fields=MAX_FORM_FIELDS, max_bytes=MAX_FORM_BYTES, limit="max_fields"):
     """A query string (str), or a body of application/x-www-form-urlencoded (bytes). -> [(name, value)], text, as they come.
+    `limit`: the name of max_fields for those who are refused.
 
     A field without "=" has the value ""; empty ones are left out. ProtocolError: 413 for more fields or bytes than allowed, 400
     for a "%" without two hexadecimal digits or bytes that are no UTF-8.
@@ -1544,7 +1558,7 @@ def _parse_urlencoded(data, *, max_fields=MAX_FORM_FIELDS, max_bytes=MAX_FORM_BY
     if len(data) > max_bytes:
         raise ProtocolError(413, f"form of {len(data)} bytes, {max_bytes} are allowed (max_bytes)")
     if data.count(b"&") >= max_fields and len([None for field in data.split(b"&") if field]) > max_fields:
-        raise ProtocolError(413, f"form of more than {max_fields} fields (max_fields)")
+        raise ProtocolError(413, f"form of more than {max_fields} fields ({limit})")
     if _bad_escape(data):
         raise _refused("form", bytes(data[_bad_escape(data).start():][:3]), "a % is followed by two hexadecimal digits")
     try:
@@ -1649,7 +1663,7 @@ class _MultipartParser:
         ProtocolError for what is malformed (400), beyond a limit (413), or broken off (400); again at every further call.
         """
         if self._error:
-            raise self._error
+            raise ProtocolError(*self._error)
         try:
             event = None
             while event is None:
@@ -1661,7 +1675,7 @@ class _MultipartParser:
                     raise ProtocolError(400, f"multipart: the body ends {self._where()}")
             return event
         except ProtocolError as error:
-            self._error = error
+            self._error = error.status, error.message
             raise
 
     def _where(self):
@@ -1970,11 +1984,11 @@ def _date_or_none(headers, name, now):
         return None
 
 
-def _evaluate(method, headers, *, now, etag=None, last_modified=None, size=None, exists=True, max_ranges=MAX_RANGES):
+def _evaluate(method, headers, *, now, etag=None, last_modified=None, size=None):
     """Which answer the conditions and ranges of a request ask for, where it would be 200 without them. -> _Decision
 
-    `etag` and `last_modified` (timestamp) are those of the representation as it is now, None if it has none; `exists`: whether
-    there is one at all (for PUT); `size`: its bytes, None if ranges are not offered. `now`: the timestamp of the answer.
+    `etag` and `last_modified` (timestamp) are those of the representation as it is now, None if it has none; `size`: its bytes,
+    None if ranges are not offered. `now`: the timestamp of the answer.
     Order and comparisons are those of RFC 9110 section 13.2.2. ProtocolError for entity tags that are malformed: what they
     should protect is better left as it is. Dates and ranges that are malformed are ignored, as it says.
     """
@@ -1983,24 +1997,24 @@ def _evaluate(method, headers, *, now, etag=None, last_modified=None, size=None,
     modified = None if last_modified is None else math.floor(last_modified)
     reading = method in ("GET", "HEAD")
     if "if-match" in headers:
-        tags = _parse_entity_tags(", ".join(headers.get_all("if-match")))
-        if not (exists if tags == "*" else etag is not None and exists and any(_strong_match(etag, tag) for tag in tags)):
+        tags = _parse_entity_tags(headers._combined("if-match"))
+        if tags != "*" and (etag is None or not any(_strong_match(etag, tag) for tag in tags)):
             return _Decision(412)
     elif modified is not None and "if-unmodified-since" in headers:
         date = _date_or_none(headers, "if-unmodified-since", now)
         if date is not None and modified > date:
             return _Decision(412)
     if "if-none-match" in headers:
-        tags = _parse_entity_tags(", ".join(headers.get_all("if-none-match")))
-        if exists if tags == "*" else etag is not None and exists and any(_weak_match(etag, tag) for tag in tags):
+        tags = _parse_entity_tags(headers._combined("if-none-match"))
+        if tags == "*" or etag is not None and any(_weak_match(etag, tag) for tag in tags):
             return _Decision(304 if reading else 412)
     elif reading and modified is not None and "if-modified-since" in headers:
         date = _date_or_none(headers, "if-modified-since", now)
         if date is not None and modified <= date:
             return _Decision(304)
-    if method == "GET" and size is not None and exists and "range" in headers:
+    if method == "GET" and size is not None and "range" in headers:
         if "if-range" not in headers or _if_range(headers, etag, modified, now):
-            return _ranges_asked(headers.get_all("range"), size, max_ranges)
+            return _ranges_asked(headers.get_all("range"), size)
     return _Decision(200)
 
 
@@ -2016,13 +2030,13 @@ def _if_range(headers, etag, modified, now):
     return modified is not None and modified < math.floor(now) and _date_or_none(headers, "if-range", now) == modified
 
 
-def _ranges_asked(values, size, max_ranges):
+def _ranges_asked(values, size):
     """The _Decision on Range: 206, 416, or 200 if it is to be ignored: another unit, malformed, too many, nothing to send."""
     found = _range_set(values[0]) if len(values) == 1 else None
-    if not found or not size or found[1].count(",") > 4 * max_ranges:
+    if not found or not size or found[1].count(",") > 4 * MAX_RANGES:
         return _Decision(200)
     wanted = _split_list(found[1])
-    if not 0 < len(wanted) <= max_ranges:
+    if not 0 < len(wanted) <= MAX_RANGES:
         return _Decision(200)
     ranges = []
     for element in wanted:
@@ -2223,10 +2237,10 @@ def _choose_compression(accept_encoding, status, headers, length=None, *, min_by
         return None, False
     if length is not None and length < min_bytes:
         return None, False
+    if not _is_compressible(_essence(headers)):
+        return None, False
     try:
-        if not _is_compressible(parse_media_type(headers.get("content-type", "")).essence):
-            return None, False
-        if "no-transform" in _parse_cache_control(", ".join(headers.get_all("cache-control"))):
+        if "no-transform" in _parse_cache_control(headers._combined("cache-control")):
             return None, False
     except ProtocolError:               # what a handler has written is not ours to repair
         return None, False
@@ -2578,7 +2592,7 @@ _SEEN = [None] * 1024           # hashes of what has come
 _RECEIVED_KNOWN = (_TRANSITIONS[SERVER][IDLE][_REQUEST], _TRANSITIONS[CLIENT][_TRANSITIONS[CLIENT][IDLE][_REQUEST]][_END])
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(8)                         # applications in one process, or sets of limits
 def _known_requests(*limits):
     return {}
 
@@ -2738,13 +2752,13 @@ class _Heads(_Received):
         if content:
             self._frame(index, minor)
             self.expects_continue = ("expect" in index and minor > 0 and (self._mode is _BY_CHUNKS or self._left > 0)
-                                     and "100-continue" in _option_set(", ".join(headers.get_all("expect"))))
+                                     and "100-continue" in _option_set(headers._combined("expect")))
         if "connection" in index:
             options = _option_set(index["connection"][1] if len(index) == len(entries) else
-                                  ", ".join(headers.get_all("connection")))
+                                  headers._combined("connection"))
             keep_alive = "close" not in options and (minor > 0 or "keep-alive" in options)
             if "upgrade" in options and minor and "upgrade" in index:
-                self.upgrade = tuple(_split_list(", ".join(headers.get_all("upgrade"))))
+                self.upgrade = tuple(_split_list(headers._combined("upgrade")))
         if self.upgrade or method == "CONNECT":
             if content and method == "CONNECT":
                 raise ProtocolError(400, "a CONNECT has no content, so neither Content-Length nor Transfer-Encoding")
@@ -2783,7 +2797,7 @@ class _Heads(_Received):
         options = _NO_OPTIONS
         if "connection" in index:
             options = _option_set(index["connection"][1] if len(index) == len(entries) else
-                                  ", ".join(headers.get_all("connection")))
+                                  headers._combined("connection"))
         if self._mode is _BY_CLOSE or "close" in options or (not minor and "keep-alive" not in options):
             self.keep_alive = False
         self._decline()
@@ -2793,7 +2807,7 @@ class _Heads(_Received):
     def _check_switch(self, headers):
         self._end_is_implied()
         offered = {protocol.lower() for protocol in self.upgrade}
-        chosen = _option_set(", ".join(headers.get_all("upgrade")))
+        chosen = _option_set(headers._combined("upgrade"))
         if self.our_state is not MIGHT_SWITCH or self.method == "CONNECT":
             raise ProtocolError(400, "the peer switches protocols, and was not asked to")
         if not chosen or not chosen <= offered:
@@ -2862,7 +2876,7 @@ class _Incoming(_Heads):
     def _between(self, state):
         """next_event() where there is nothing to read."""
         if state is ERROR:
-            raise ProtocolError(self._error.status, self._error.message)
+            raise ProtocolError(*self._error)
         if state is MIGHT_SWITCH or state is SWITCHED:
             return PAUSED
         if state in _DEAF:
@@ -2878,7 +2892,7 @@ class _Incoming(_Heads):
 
     def _fail(self, error):
         self.their_state = self._their_moves[self.their_state][_FAIL]
-        self._error = error
+        self._error = error.status, error.message       # not the error: its frames have us, and it would be garbage of a cycle
         self._no_keep_alive()
         self._forget()
 
@@ -3229,6 +3243,12 @@ class _Outgoing(_Incoming):
                 if left != 0:
                     raise LocalProtocolError("204 has no content, so neither Content-Length nor Transfer-Encoding")
                 lines.remove(index["content-length"])           # what nearly every framework adds, and RFC 9110 8.6 forbids
+        if status == 205 and not empty:                         # it has none either, but its framing says so (RFC 9110 15.3.6)
+            if size or left or mode is _BY_CHUNKS:
+                raise LocalProtocolError(f"205 has no content, and {size or left or 'chunks'} were given")
+            if left is None:
+                lines.append(b"Content-Length: 0\r\n")
+            left = 0
         keep_alive = self.keep_alive and self.their_state in _LIVELY and not self.expects_continue
         if empty:
             if size and method != "HEAD":
@@ -3394,29 +3414,7 @@ class HttpConnection(_Outgoing):
 
 # ---- typed handlers --------------------------------------------------------------------------------------------
 #
-# An annotation is read once, when the handler is registered, into an object that knows two things: to check a value (of JSON,
-# or a text of the query) and to write itself as JSON Schema. So what is documented is what is checked.
-#
-# Checking is strict: no value is made into another type but those that JSON does not have and that are written as a string
-# (datetime, date, UUID, Decimal), an integer where a number is wanted, and the text of a query. It collects what is wrong
-# instead of ending at the first. It is linear in the document: of a union one member is chosen, by the type of the value and
-# the names of its fields, and never are two tried in depth (which, nested, would be two to the power of the depth).
-
-# Arrays and objects in each other, in a JSON body at most: what people write has ten, and the stack of a recursive validator,
-# or of whoever walks through the value afterwards, has room for hundreds.
-JSON_DEPTH = 64
-
-# Errors that a 422 lists at most, and characters of a path or of a value in it.
-ERRORS, ERROR_PATH, ERROR_VALUE = 50, 200, 60
-
-# Digits of an integer in a path or a query at most, and of a number before and after its point: 64 bits have 20.
-DIGITS = 20
-
-_MISSING = object()
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]").search
-_IS_JSON = re.compile(r"application/(?:[0-9a-z!#$&^_.+-]+\+)?json[ \t]*(?:;|\Z)", re.IGNORECASE | re.ASCII).match
-_CHARSET = re.compile(r";[ \t]*charset=\"?([^\";, \t]*)", re.IGNORECASE | re.ASCII).search
-
+# An annotation is read once, when the handler is registered; flowcoro_schema says what it takes, and how strictly.
 
 class UnprocessableContent(HttpError):
     """422: what came is well-formed, but not what the handler's annotations ask for (RFC 9110 section 15.5.21).
@@ -3441,471 +3439,12 @@ def _shown_handler(handler):
     return f"{getattr(handler, '__module__', '?')}.{getattr(handler, '__qualname__', type(handler).__qualname__)}"
 
 
-class _Errors:
-    """What is wrong so far: `count` of all, and the first of them."""
-
-    def __init__(self, most):
-        self.count, self.first, self.most = 0, [], most
-
-    def add(self, at, expected, value, place="body"):
-        self.count += 1
-        if len(self.first) < self.most:
-            path = at if place == "query" else _pointer(at)
-            self.first.append({"in": place, "path": path, "expected": expected, "got": _came(value)})
-
-
-def _pointer(at):
-    """The JSON Pointer of a place: None is the whole, (place, key) what is in it."""
-    keys = []
-    while at is not None:
-        at, key = at
-        keys.append(str(key)[:ERROR_PATH].replace("~", "~0").replace("/", "~1"))
-    pointer = "".join(["/" + key for key in reversed(keys)])
-    return pointer if len(pointer) <= ERROR_PATH else pointer[:ERROR_PATH] + "…"
-
-
-def _came(value):
-    """A value that came, as a message names it."""
-    if value is _MISSING:
-        return "nothing"
-    if isinstance(value, dict):
-        return "an object"
-    if isinstance(value, list):
-        return f"an array of {len(value)}"
-    if isinstance(value, str):
-        text = json.dumps(value[:ERROR_VALUE], ensure_ascii=False)
-        return f"the string {text}" if len(value) <= ERROR_VALUE else f"the string {text}… of {len(value)}"
-    text = json.dumps(value)
-    return text if len(text) <= ERROR_VALUE else text[:ERROR_VALUE] + "…"
-
-
-# -- JSON
-
-def _no_name_twice(pairs):
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError("an object has the same name twice")
-    return value
-
-
-def _no_constant(text):
-    raise ValueError(f"{text} is no JSON")
-
-
-# Made once: json.loads() would make a decoder each time that it is given a hook, 4 µs.
-_DECODER = json.JSONDecoder(object_pairs_hook=_no_name_twice, parse_constant=_no_constant)
-
-
-def _decode_json(text):
-    """_DECODER.decode(), which looks for whitespace twice, 0.8 µs."""
-    if text[:1] in ("{", "["):
-        value, end = _DECODER.scan_once(text, 0)
-        if end == len(text):
-            return value
-    return _DECODER.decode(text)
-
-
-def _load_json(data, *, max_depth=JSON_DEPTH):
-    """The value of a JSON text (RFC 8259) in UTF-8. HttpError(400) when it is none, names something twice, or is too deep.
-
-    max_depth: arrays and objects in each other
-    """
-    try:
-        text = data.decode()
-        value = _decode_json(text)
-        if text.count("[") + text.count("{") > max_depth:           # else it cannot be that deep
-            _check_depth(value, max_depth)
-        if "\\u" in text and _SURROGATE(text):
-            json.dumps(value, ensure_ascii=False).encode()          # half of a pair cannot be encoded, here or by the handler
-    except UnicodeEncodeError:
-        raise HttpError(400, "the body is no JSON: a string has half of a surrogate pair") from None
-    except UnicodeDecodeError as error:
-        raise HttpError(400, f"the body is no JSON: not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise HttpError(400, f"the body has more than {max_depth} arrays and objects in each other") from None
-    except ValueError as error:
-        raise HttpError(400, f"the body is no JSON: {str(error)[:100]}") from None
-    return value
-
-
-def _check_depth(value, max_depth):
-    level = [value]
-    for _ in range(max_depth):
-        level = [inner for outer in level if isinstance(outer, (dict, list))
-                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
-    if any(isinstance(inner, (dict, list)) for inner in level):
-        raise RecursionError
-
-
-def json_default(value):
-    """For json.dumps(default=): dataclass, Enum, datetime, date, UUID and Decimal as typed handlers read them; else TypeError."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, datetime.datetime):
-        text = value.isoformat()
-        return text.removesuffix("+00:00") + "Z" if text.endswith("+00:00") else text
-    if isinstance(value, datetime.date):
-        return value.isoformat()
-    if isinstance(value, uuid.UUID):
-        return str(value)
-    if isinstance(value, decimal.Decimal):
-        return format(value, "f")
-    raise TypeError(f"{type(value).__qualname__} has no JSON: {value!r:.80}{', not awaited' * inspect.isawaitable(value)}")
-
-
-# -- what an annotation takes
-
-def _query_text(value):
-    if isinstance(value, enum.Enum):
-        value = value.value
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (datetime.datetime, datetime.date)):
-        return value.isoformat()
-    return str(value)
-
-
-class _Anything:
-    """Any, object, and what is in a plain list or dict."""
-
-    expected = "anything"
-
-    def check(self, value, at, errors):
-        """The value that the handler gets; what is wrong is added to `errors`, and the value does not matter then."""
-        return value
-
-    def schema(self, components):
-        """The JSON Schema, in which dataclasses are references to `components`."""
-        return {}
-
-
-class _Scalar:
-    """One value: of these types of JSON, converted by a function that raises ValueError or ArithmeticError; read from text."""
-
-    def __init__(self, expected, schema, types, convert=None, read=str, order=0):
-        self.expected, self.types, self.convert, self._read, self._schema = expected, types, convert, read, schema
-        self.order = order          # in a union: a str takes all that others take too, so it is last
-        self.is_literal = False
-
-    def take(self, value):
-        if type(value) not in self.types:
-            raise ValueError
-        return value if self.convert is None else self.convert(value)
-
-    def read(self, text):
-        return self.take(self._read(text))
-
-    def check(self, value, at, errors):
-        try:
-            return self.take(value)
-        except (ValueError, ArithmeticError):
-            errors.add(at, self.expected, value)
-
-    def schema(self, components):
-        return dict(self._schema)
-
-
-def _matching(pattern, convert):
-    """A function that converts texts which match, and raises ValueError for others."""
-    matches = re.compile(pattern).fullmatch
-
-    def take(text):
-        if not matches(text):
-            raise ValueError
-        return convert(text)
-    return take
-
-
-def _finite(value):
-    value = float(value)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
-_JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
-
-
-def _one_of(values, converted):
-    """A _Scalar for some values only; 1, 1.0 and True are different ones."""
-    table = {(type(value), value): result for value, result in zip(values, converted)}
-    texts = {_query_text(value): value for value in values}
-
-    def pick(where, key):
-        if key not in where:
-            raise ValueError
-        return where[key]
-    names = {_JSON_TYPES[type(value)] for value in values}
-    schema = {"enum": list(values)} if len(names) > 1 else {"type": min(names), "enum": list(values)}
-    return _Scalar(" or ".join(map(json.dumps, values))[:ERROR_PATH], schema, {type(value) for value in values},
-                   lambda value: pick(table, (type(value), value)), lambda text: pick(texts, text))
-
-
-_DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
-_SCALARS = {
-    str: _Scalar("a string", {"type": "string"}, {str}, order=2),
-    bool: _Scalar("true or false", {"type": "boolean"}, {bool}, read=_matching("true|false", "true".__eq__)),
-    int: _Scalar("an integer", {"type": "integer"}, {int}, read=_matching(rf"-?[0-9]{{1,{DIGITS}}}", int)),
-    float: _Scalar("a number", {"type": "number"}, {int, float}, _finite, _matching(
-        rf"-?[0-9]{{1,{DIGITS}}}(?:\.[0-9]{{1,{DIGITS}}})?(?:[eE][+-]?[0-9]{{1,3}})?", float), order=1),
-    type(None): _Scalar("null", {"type": "null"}, {type(None)}),
-    datetime.datetime: _Scalar(
-        "a date and time with its offset, such as 2024-02-29T12:30:00Z", {"type": "string", "format": "date-time"}, {str},
-        _matching(_DATE + r"T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,9})?(?:Z|[+-][0-9]{2}:[0-9]{2})",
-                  datetime.datetime.fromisoformat)),
-    datetime.date: _Scalar("a date, such as 2024-02-29", {"type": "string", "format": "date"}, {str},
-                           _matching(_DATE, datetime.date.fromisoformat)),
-    uuid.UUID: _Scalar("a UUID", {"type": "string", "format": "uuid"}, {str},
-                       _matching(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", uuid.UUID)),
-    decimal.Decimal: _Scalar("a decimal number as a string, such as \"9.99\"",
-                             {"type": "string", "pattern": r"^-?[0-9]{1,40}(\.[0-9]{1,40})?$"}, {str},
-                             _matching(r"-?[0-9]{1,40}(?:\.[0-9]{1,40})?", decimal.Decimal)),
-}
-
-
-class _List:
-    """list[...]."""
-
-    expected = "an array"
-
-    def __init__(self, item):
-        self.item = item
-
-    def check(self, value, at, errors):
-        if type(value) is not list:
-            return errors.add(at, self.expected, value)
-        check = self.item.check
-        return [check(item, (at, number), errors) for number, item in enumerate(value)]
-
-    def schema(self, components):
-        return {"type": "array", "items": self.item.schema(components)}
-
-
-class _Dict:
-    """dict[str, ...]."""
-
-    expected = "an object"
-
-    def __init__(self, item):
-        self.item = item
-
-    def check(self, value, at, errors):
-        if type(value) is not dict:
-            return errors.add(at, self.expected, value)
-        check = self.item.check
-        return {name: check(item, (at, name), errors) for name, item in value.items()}
-
-    def schema(self, components):
-        return {"type": "object", "additionalProperties": self.item.schema(components)}
-
-
-@dataclasses.dataclass
-class _Field:
-    """A field of a dataclass, or a parameter that is taken from the query or the body."""
-
-    name: str
-    kind: object
-    description: str
-    default: object         # _MISSING: it must be given
-
-    def schema(self, components):
-        schema = self.kind.schema(components)
-        if self.description:
-            schema["description"] = self.description
-        try:
-            if self.default is not _MISSING:
-                default = json.loads(json.dumps(self.default, default=json_default, allow_nan=False))
-                errors = _Errors(0)
-                self.kind.check(default, None, errors)
-                if not errors.count:            # None of a parameter that is no Optional is nothing that can be sent
-                    schema["default"] = default
-        except (TypeError, ValueError):
-            pass                    # it has no JSON: a default_factory, say
-        return schema
-
-
-class _Object:
-    """A dataclass."""
-
-    def __init__(self, cls, said, seen):
-        seen[cls] = self                        # first: it may have fields of its own type
-        self.cls, self.expected = cls, f"an object ({cls.__name__})"
-        said = f"{said}, {cls.__qualname__}"
-        try:
-            hints = typing.get_type_hints(cls, localns={cls.__name__: cls}, include_extras=True)
-        except NameError as error:
-            raise TypeError(f"{said}: {error}; annotations are looked up in the module of the class") from None
-        if any(isinstance(hint, dataclasses.InitVar) for hint in hints.values()):
-            raise TypeError(f"{said}: a dataclass with an InitVar cannot be filled from JSON")
-        self.fields = {}
-        for field in dataclasses.fields(cls):
-            if field.init:
-                default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory
-                self.fields[field.name] = _Field(
-                    field.name, _kind(hints[field.name], f"{said}.{field.name}", seen), _description(hints[field.name]),
-                    _MISSING if default is dataclasses.MISSING else default)
-        self.required = {name for name, field in self.fields.items() if field.default is _MISSING}
-        self._checks = [(name, field.kind.check, name in self.required) for name, field in self.fields.items()]
-
-    def check(self, value, at, errors):
-        if type(value) is not dict:
-            return errors.add(at, self.expected, value)
-        before, arguments = errors.count, {}
-        for name, check, required in self._checks:
-            if name in value:
-                arguments[name] = check(value[name], (at, name), errors)
-            elif required:
-                errors.add((at, name), self.fields[name].kind.expected, _MISSING)
-        if len(arguments) < len(value):
-            for name in value:
-                if name not in self.fields:
-                    errors.add((at, name), "no field of this name", value[name])
-        if errors.count > before:
-            return None
-        try:
-            return self.cls(**arguments)
-        except ValueError as error:             # of its __post_init__
-            return errors.add(at, str(error)[:ERROR_PATH] or self.expected, value)
-
-    def fits(self, value):
-        """Whether it has the fields of this class, and the right Literal in those that are one."""
-        return self.required <= value.keys() <= self.fields.keys() and self.tags_fit(value) is not False
-
-    def tags_fit(self, value):
-        """True: it has this class's Literals; False: it has others; None: the class has none."""
-        tags = [field for field in self.fields.values() if isinstance(field.kind, _Scalar) and field.kind.is_literal]
-        for field in tags:
-            try:
-                if field.name in value or field.name in self.required:
-                    field.kind.take(value.get(field.name, _MISSING))
-            except ValueError:
-                return False
-        return True if tags else None
-
-    def schema(self, components):
-        return components.reference(self)
-
-
-class _Union:
-    """Optional[...], A | B: which member is decided by the type of the value, for objects by their fields."""
-
-    def __init__(self, members, said):
-        self.members = members
-        self.null = _SCALARS[type(None)] in members
-        self.scalars = sorted((one for one in members if isinstance(one, _Scalar)), key=lambda one: one.order)
-        self.objects = [one for one in members if isinstance(one, _Object)]
-        self.dicts = [one for one in members if isinstance(one, _Dict)]
-        self.lists = [one for one in members if isinstance(one, _List)]
-        if len(self.lists) > 1 or len(self.dicts) > 1:
-            raise TypeError(f"{said}: a union can have one list[...] and one dict[...], since two cannot be told from each other")
-        self.expected = " or ".join(one.expected for one in members)
-
-    def check(self, value, at, errors):
-        chosen = None
-        if type(value) is dict:
-            chosen = self._choose(value)
-        elif type(value) is list:
-            chosen = self.lists[0] if self.lists else None
-        else:
-            for scalar in self.scalars:
-                try:
-                    return scalar.take(value)
-                except (ValueError, ArithmeticError):
-                    pass
-        return errors.add(at, self.expected, value) if chosen is None else chosen.check(value, at, errors)
-
-    def _choose(self, value):
-        fitting = [one for one in self.objects if one.fits(value)] or self.dicts
-        if not fitting:                         # none is right; whose errors are the most useful?
-            fitting = [one for one in self.objects if one.tags_fit(value)]
-            if len(self.objects) == 1:
-                fitting = self.objects
-        return fitting[0] if fitting else None
-
-    def read(self, text):
-        for scalar in self.scalars:
-            try:
-                return scalar.read(text)
-            except (ValueError, ArithmeticError):
-                pass
-        raise ValueError
-
-    def schema(self, components):
-        return {"anyOf": [one.schema(components) for one in self.members]}
-
-
-def _bare(annotation):
-    """Without Annotated, NewType and the name of an alias."""
-    while True:
-        if typing.get_origin(annotation) is typing.Annotated:
-            annotation = annotation.__origin__
-        elif isinstance(annotation, typing.NewType):
-            annotation = annotation.__supertype__
-        elif type(annotation).__name__ == "TypeAliasType":          # `type X = ...`, from Python 3.12 on
-            annotation = annotation.__value__
-        else:
-            return annotation
-
-
-def _description(annotation):
-    """The first string in an Annotated[...]."""
-    return next((note for note in getattr(annotation, "__metadata__", ()) if isinstance(note, str)), "")
-
-
-def _kind(annotation, said, seen):
-    """What checks values for an annotation. TypeError when nothing does."""
-    annotation = _bare(annotation)
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in (typing.Any, object):
-        return _Anything()
-    if origin in (typing.Union, types.UnionType):
-        members = [_kind(argument, said, seen) for argument in arguments]
-        return next((one for one in members if isinstance(one, _Anything)), None) or _Union(members, said)
-    if origin is typing.Literal:
-        return _literal(arguments, said)
-    if annotation is list or origin is list:
-        return _List(_kind(arguments[0], said, seen) if arguments else _Anything())
-    if annotation is dict or origin is dict:
-        if arguments and _bare(arguments[0]) is not str:
-            raise TypeError(f"{said}: {annotation}: the names in a JSON object are strings: dict[str, ...]")
-        return _Dict(_kind(arguments[1], said, seen) if arguments else _Anything())
-    if annotation is None:
-        annotation = type(None)
-    if isinstance(annotation, type):
-        if annotation in _SCALARS:
-            return _SCALARS[annotation]
-        if dataclasses.is_dataclass(annotation) and not origin:
-            return seen.get(annotation) or _Object(annotation, said, seen)
-        if issubclass(annotation, enum.Enum):
-            return _enumeration(annotation, said)
-    raise TypeError(f"{said}: no JSON is made into {annotation!r}; there are dataclasses, list[...], dict[str, ...], unions, "
-                    "Literal, Enum, str, int, float, bool, None, datetime, date, UUID, Decimal and Any")
-
-
-def _literal(values, said):
-    if not all(type(value) in (str, int, bool, type(None)) for value in values):
-        raise TypeError(f"{said}: a Literal has strings, integers, True, False and None")
-    kind = _one_of(values, values)
-    kind.is_literal = True
-    return kind
-
-
-def _enumeration(cls, said):
-    values = [member.value for member in cls]
-    if not values or not all(type(value) in _JSON_TYPES for value in values):
-        raise TypeError(f"{said}: {cls.__qualname__}: the values of an Enum that comes from JSON are strings, numbers, True, "
-                        "False and None")
-    return _one_of(values, list(cls))
-
-
 # -- how a handler is called
 
 class _Plan:
     """What a handler's signature says, once: `call` is awaited with the request and the path's parameters that are `wanted`.
 
-    `wanted`: None: all of them; else a tuple of names. `body`: a _Field or None; `query`: a list of _Field.
+    `wanted`: None: all of them; else a tuple of names. `body`: a flowcoro_schema.Field or None; `query`: a list of such.
     """
 
     def __init__(self, handler, names, converters, methods, said, limits):
@@ -3963,7 +3502,7 @@ class _Plan:
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise TypeError(f"{self.said}: {parameter.name} is passed by its name, so it cannot stand before \"/\"")
         try:
-            wanted = _bare(self._annotation(parameter.annotation, function))
+            wanted = flowcoro_schema.bare(self._annotation(parameter.annotation, function))
         except TypeError:
             return                              # nothing depends on it
         given = converter and converter.type
@@ -3975,7 +3514,7 @@ class _Plan:
         """Take a parameter that the path does not have from the body or the query."""
         said = f"{self.said}: {parameter.name}"
         annotation = self._annotation(parameter.annotation, function)
-        default = _MISSING if parameter.default is parameter.empty else parameter.default
+        default = flowcoro_schema.MISSING if parameter.default is parameter.empty else parameter.default
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise TypeError(f"{said} is passed by its name, so it cannot stand before \"/\"")
         if annotation is not parameter.empty and _has_dataclass(annotation):
@@ -3983,39 +3522,33 @@ class _Plan:
                 raise TypeError(f"{said}: there is one body, and {self.body.name} takes it already")
             if not {"GET", "HEAD", "TRACE"}.isdisjoint(methods):
                 raise TypeError(f"{said} is taken from the body, and {' and '.join(methods)} may not have one")
-            self.body = _Field(parameter.name, self._kind(annotation, said), _description(annotation), default)
+            self.body = flowcoro_schema.Field(parameter.name, flowcoro_schema.kind_of(annotation, said),
+                                              flowcoro_schema.description_of(annotation), default)
         elif parameter.kind is parameter.KEYWORD_ONLY:
-            kind = self._kind(str if annotation is parameter.empty else annotation, said)
+            kind = flowcoro_schema.kind_of(str if annotation is parameter.empty else annotation, said)
             if not _is_of_query(kind):
                 raise TypeError(f"{said}: the query has texts, numbers, true and false, and list[...] of these")
-            self.query.append(_Field(parameter.name, kind, _description(annotation), default))
+            self.query.append(flowcoro_schema.Field(parameter.name, kind, flowcoro_schema.description_of(annotation), default))
         else:
             raise TypeError(
                 f"{said} comes from nowhere: the path has {', '.join(names) or 'no parameters'}; a dataclass would be taken from "
                 f"the body, and a keyword-only parameter (after *) from the query; one of an include(prefix=) is not known yet")
-
-    @staticmethod
-    def _kind(annotation, said):
-        try:
-            return _kind(annotation, said, {})
-        except RecursionError:
-            raise TypeError(f"{said}: the type refers to itself; only dataclasses may") from None
 
     def _typed(self, handler):
         body, query = self.body, [(field, *_reader(field.kind)) for field in self.query]
         max_depth, max_errors = self.limits
 
         async def call(request, **arguments):
-            errors = _Errors(max_errors)
+            errors = flowcoro_schema.Errors(max_errors)
             for field, read, many in query:
                 texts = request.query.get_all(field.name)
                 if texts:
                     arguments[field.name] = _read_query(field, read, many, texts, errors)
-                elif field.default is _MISSING:
-                    errors.add(field.name, field.kind.expected, _MISSING, "query")
+                elif field.default is flowcoro_schema.MISSING:
+                    errors.add_named(field.name, "query", field.kind.expected, flowcoro_schema.MISSING)
             if body is not None:
                 data = await request.body()
-                if data or body.default is _MISSING:
+                if data or body.default is flowcoro_schema.MISSING:
                     arguments[body.name] = body.kind.check(_json_of(request, data, max_depth), None, errors)
             if errors.count:
                 raise UnprocessableContent(errors.first)
@@ -4038,50 +3571,58 @@ def _generator_call(handler):
 
 
 def _has_dataclass(annotation):
-    annotation = _bare(annotation)
+    annotation = flowcoro_schema.bare(annotation)
     return dataclasses.is_dataclass(annotation) or any(map(_has_dataclass, typing.get_args(annotation)))
 
 
 def _is_of_query(kind):
-    if isinstance(kind, _List):
-        return isinstance(kind.item, _Scalar) or isinstance(kind.item, _Union) and kind.item.members == kind.item.scalars
-    if isinstance(kind, _Union):
-        return all(isinstance(one, _Scalar) or isinstance(one, _List) and len(kind.scalars) == kind.null and _is_of_query(one)
+    scalar, array, union = flowcoro_schema.Scalar, flowcoro_schema.Array, flowcoro_schema.Union
+    if isinstance(kind, array):
+        return isinstance(kind.item, scalar) or isinstance(kind.item, union) and kind.item.members == kind.item.scalars
+    if isinstance(kind, union):
+        return all(isinstance(one, scalar) or isinstance(one, array) and len(kind.scalars) == kind.null and _is_of_query(one)
                    for one in kind.members)
-    return isinstance(kind, _Scalar)
+    return isinstance(kind, scalar)
 
 
 def _reader(kind):
     """What reads one text of the query, and whether there may be many."""
-    if isinstance(kind, _Union) and kind.lists:
+    if isinstance(kind, flowcoro_schema.Union) and kind.lists:
         kind = kind.lists[0]
-    return (kind.item, True) if isinstance(kind, _List) else (kind, False)
+    return (kind.item, True) if isinstance(kind, flowcoro_schema.Array) else (kind, False)
 
 
 def _read_query(field, kind, many, texts, errors):
     if not many and len(texts) > 1:
-        return errors.add(field.name, f"{kind.expected}, once", texts, "query")
+        return errors.add_named(field.name, "query", f"{kind.expected}, once", texts)
     values = []
     for text in texts:
         try:
             values.append(kind.read(text))
         except (ValueError, ArithmeticError):
-            errors.add(field.name, kind.expected, text, "query")
+            errors.add_named(field.name, "query", kind.expected, text)
     return values if many else values[0] if values else None
 
 
 @_known
-def _is_json(media_type):
+def _is_json(value):
     """Whether a Content-Type value says JSON in UTF-8."""
-    charset = _CHARSET(media_type)
-    return bool(_IS_JSON(media_type)) and (charset is None or charset[1].lower() in ("utf-8", "utf8"))
+    try:
+        media = parse_media_type(value)
+        return (media.type == "application" and (media.subtype == "json" or media.subtype.endswith("+json"))
+                and media.charset() == "utf-8")
+    except ProtocolError:
+        return False
 
 
 def _json_of(request, data, max_depth):
     """The body as JSON. HttpError(415) unless it says that it is: a form of a foreign page, which may say text/plain, is none."""
     if not _is_json(request.headers.get("content-type", "")):
         raise HttpError(415, "the body has to be JSON in UTF-8: Content-Type: application/json", [("Accept", "application/json")])
-    return _load_json(data, max_depth=max_depth)
+    try:
+        return flowcoro_schema.load_json(data, max_depth=max_depth)
+    except flowcoro_schema.JsonError as error:
+        raise HttpError(400, f"the body is no JSON that is taken here: {error}") from None
 
 
 # ---- router ---------------------------------------------------------------------------------------------------
@@ -4111,13 +3652,12 @@ FOUND_PATHS, FOUND_PATH = 1024, 128
 # urllib.parse.quote() never encodes.
 _PCHAR = "!$&'()*+,;=:@"
 
-_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})").search
-_PARAMETER = re.compile(r"\{([^{}:]*)(?::([^{}:]*))?\}").fullmatch
-_IS_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?").fullmatch
-_HOST_OF = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::[0-9]{0,5})?").fullmatch
-_IS_INT = re.compile(rf"-?[0-9]{{1,{DIGITS}}}").fullmatch
-_IS_FLOAT = re.compile(rf"-?[0-9]{{1,{DIGITS}}}(?:\.[0-9]{{1,{DIGITS}}})?").fullmatch
-_IS_UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}").fullmatch
+_bad_escape_of_text = re.compile(_BAD_ESCAPE).search
+_is_parameter = re.compile(r"\{([^{}:]*)(?::([^{}:]*))?\}").fullmatch
+_is_label = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?").fullmatch
+_is_int = re.compile(rf"-?[0-9]{{1,{flowcoro_schema.DIGITS}}}").fullmatch
+_is_float = re.compile(rf"-?[0-9]{{1,{flowcoro_schema.DIGITS}}}(?:\.[0-9]{{1,{flowcoro_schema.DIGITS}}})?").fullmatch
+_is_uuid = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}").fullmatch
 
 # The parameters of all matches that have none: shared, so nobody may write into it. And the methods of a path that is not there.
 _NOTHING, _NO_METHODS = types.MappingProxyType({}), {}
@@ -4158,9 +3698,9 @@ class _Converter:
 
 
 def _parse_int(text):
-    if text.isdecimal() and text.isascii() and len(text) <= DIGITS:        # half the time of the pattern
+    if text.isdecimal() and text.isascii() and len(text) <= flowcoro_schema.DIGITS:        # half the time of the pattern
         return int(text)
-    return int(text) if _IS_INT(text) else None
+    return int(text) if _is_int(text) else None
 
 
 def _parse_rest(text):
@@ -4176,10 +3716,10 @@ def _format_float(value):
 _STR, _PATH = _Converter("str", None, type=str, rank=4), _Converter("path", _parse_rest, type=str, rank=5)
 
 _CONVERTERS = {converter.name: converter for converter in (
-    _Converter("uuid", lambda text: uuid.UUID(text) if _IS_UUID(text) else None,
+    _Converter("uuid", lambda text: uuid.UUID(text) if _is_uuid(text) else None,
                schema={"type": "string", "format": "uuid"}, type=uuid.UUID, rank=0),
     _Converter("int", _parse_int, schema={"type": "integer"}, type=int, rank=1),
-    _Converter("float", lambda text: float(text) if _IS_FLOAT(text) else None, _format_float,
+    _Converter("float", lambda text: float(text) if _is_float(text) else None, _format_float,
                schema={"type": "number"}, type=float, rank=2),
     _STR, _PATH)}
 
@@ -4252,7 +3792,7 @@ def _parse_pattern(path, converters, said):
 def _parse_part(segment, converters, said):
     if "{" not in segment and "}" not in segment:
         return segment
-    found = _PARAMETER(segment)
+    found = _is_parameter(segment)
     if not found:
         raise ValueError(f"{said}: {segment!r} is no parameter; one fills its whole segment: {{name}} or {{name:converter}}, "
                          "and a path has no other braces")
@@ -4273,7 +3813,7 @@ def _parse_host(host, converters, said):
         raise TypeError(f"{said}: host={host!r}: give a str, such as \"api.example.com\" or \"{{tenant}}.example.com\"")
     parts = [_parse_part(label, converters, f"{said}, host={host!r}") for label in host.split(".")]
     for part in parts:
-        if isinstance(part, tuple) and part[1] is _PATH or isinstance(part, str) and not _IS_LABEL(part):
+        if isinstance(part, tuple) and part[1] is _PATH or isinstance(part, str) and not _is_label(part):
             raise ValueError(f"{said}: host={host!r}: a host is labels with dots between, in lower case and without a port; a "
                              "label is text or a parameter")
     return parts
@@ -4346,7 +3886,7 @@ class Route:
         host = ""
         if self.host_parts is not None:
             labels = [self._part_text(part, params).lower() for part in self.host_parts]
-            if not all(map(_IS_LABEL, labels)):
+            if not all(map(_is_label, labels)):
                 raise ValueError(f"{self}: {'.'.join(labels)!r:.80} is no host")
             host = "//" + ".".join(labels)
         return host + (path or "/"), params
@@ -4481,7 +4021,8 @@ class Router:
     TypeError where it is registered; nothing of it is added then.
     """
 
-    def __init__(self, prefix="", redirect_slashes=False, *, json_depth=JSON_DEPTH, max_errors=ERRORS):
+    def __init__(self, prefix="", redirect_slashes=False, *, json_depth=flowcoro_schema.JSON_DEPTH,
+                 max_errors=flowcoro_schema.ERRORS):
         self.redirect_slashes = redirect_slashes
         self._limits = json_depth, max_errors
         self._converters = dict(_CONVERTERS)
@@ -4724,7 +4265,7 @@ class Router:
 
     def _trees(self, host):
         """The trees for a host, the most specific first, each with the values of the host's parameters."""
-        found = _HOST_OF(host or "")
+        found = _AUTHORITY.fullmatch(host or "")
         labels = found[1].lower().removesuffix(".").split(".") if found else []
         pairs = [(tree, _host_values(parts, labels)) for parts, tree in self._hosts.items() if len(parts) == len(labels)]
         return [*(pair for pair in pairs if pair[1] is not None), (self._tree, ())]
@@ -4749,7 +4290,7 @@ class Router:
         if name not in self._named:
             raise KeyError(f"no route is called {name!r}; there are {', '.join(sorted(self._named)) or 'none with a name'}")
         path, others = self._named[name]._url(params)
-        fields = [(key, _query_text(item)) for key, value in others.items() if value is not None
+        fields = [(key, flowcoro_schema.as_text(item)) for key, value in others.items() if value is not None
                   for item in (value if isinstance(value, (list, tuple)) else [value])]
         return f"{path}?{urllib.parse.urlencode(fields)}" if fields else path
 
@@ -4783,7 +4324,7 @@ def _host_values(parts, labels):
 def _decoded(path, segments):
     """The segments decoded, and which is the last that has a "/" of its own (0: none). No segments when that cannot be."""
     slash = 0
-    if _BAD_ESCAPE(path):
+    if _bad_escape_of_text(path):
         return (), 0
     try:
         for at, segment in enumerate(segments):
@@ -4816,41 +4357,6 @@ _UNPROCESSABLE = {
                            "got": {"type": "string"}}}}}}
 
 
-class _Components:
-    """The schemas of the dataclasses that a document refers to: {name: schema}."""
-
-    def __init__(self):
-        self.schemas, self._names = {"UnprocessableContent": _UNPROCESSABLE}, {}
-        self.uses_unprocessable = False
-
-    def reference(self, kind):
-        """A reference to the schema of an _Object, which is made when it is the first."""
-        cls = kind.cls
-        if cls not in self._names:
-            name = self._names[cls] = self._free_name(cls)
-            self.schemas[name] = None                   # its place, also for a field of its own type
-            self.schemas[name] = self._schema(kind)
-        return {"$ref": f"#/components/schemas/{self._names[cls]}"}
-
-    def _free_name(self, cls):
-        for name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}"):
-            name = re.sub("[^A-Za-z0-9._-]", "_", name)
-            if name not in self.schemas:
-                return name
-        return next(name for number in itertools.count(2) if (name := f"{cls.__name__}-{number}") not in self.schemas)
-
-    def _schema(self, kind):
-        schema = {"type": "object", "properties": {name: field.schema(self) for name, field in kind.fields.items()},
-                  "additionalProperties": False}
-        required = [name for name, field in kind.fields.items() if field.default is _MISSING]
-        if required:
-            schema["required"] = required
-        text = inspect.cleandoc(kind.cls.__doc__ or "")
-        if text and not text.startswith(f"{kind.cls.__name__}("):        # which is what a dataclass without one gets
-            schema["description"] = text
-        return schema
-
-
 def openapi(router, *, title="API", version="1", description="", servers=()):
     """The OpenAPI 3.1 document of a router's routes, to be made JSON: a dict.
 
@@ -4859,7 +4365,7 @@ def openapi(router, *, title="API", version="1", description="", servers=()):
     Literal[201] for the int to name the status. Dataclasses are components; a string in Annotated[...] is a description. Mounts,
     and routes with documented=False, are left out. servers: URLs.
     """
-    components, paths, shapes, identifiers = _Components(), {}, {}, set()
+    components, paths, shapes, identifiers = flowcoro_schema.Schemas({"UnprocessableContent": _UNPROCESSABLE}), {}, {}, set()
     for route in router.routes():
         if not route.documented:
             continue
@@ -4878,7 +4384,7 @@ def openapi(router, *, title="API", version="1", description="", servers=()):
     document = {"openapi": "3.1.0", "info": info, "paths": {path: item for path, item in paths.items() if item}}
     if servers:
         document["servers"] = [{"url": url} for url in servers]
-    if not components.uses_unprocessable:
+    if not any("422" in operation["responses"] for item in paths.values() for operation in item.values()):
         del components.schemas["UnprocessableContent"]
     if components.schemas:
         document["components"] = {"schemas": components.schemas}
@@ -4909,14 +4415,14 @@ def _operation(route, method, names, components, identifiers):
     for field in plan.query:
         schema = field.schema(components)
         described = {"description": schema.pop("description")} if field.description else {}
-        parameters.append({"name": field.name, "in": "query", "required": field.default is _MISSING, **described,
+        parameters.append({"name": field.name, "in": "query", "required": field.default is flowcoro_schema.MISSING, **described,
                            "schema": schema})
     if parameters:
         operation["parameters"] = parameters
     if plan.body is not None:
         content = {"application/json": {"schema": plan.body.kind.schema(components)}}
         described = {"description": plan.body.description} if plan.body.description else {}
-        operation["requestBody"] = {**described, "required": plan.body.default is _MISSING, "content": content}
+        operation["requestBody"] = {**described, "required": plan.body.default is flowcoro_schema.MISSING, "content": content}
     operation["responses"] = _responses(plan, components)
     return operation
 
@@ -4935,14 +4441,14 @@ def _responses(plan, components):
         status = str(codes[0]) if len(codes) == 1 and type(codes[0]) is int and 100 <= codes[0] <= 599 else "2XX"
     elif returned is type(None):
         status = "204"
-    content = _content(_bare(returned), components)
+    content = _content(flowcoro_schema.bare(returned), components)
     phrase = http.HTTPStatus(int(status)).phrase if status in map(str, http.HTTPStatus) else "Success"
-    responses = {status: {"description": _description(returned) or phrase, **({"content": content} if content else {})}}
+    responses = {status: {"description": flowcoro_schema.description_of(returned) or phrase,
+                          **({"content": content} if content else {})}}
     if plan.body is not None:
         responses["400"] = {"description": "The body is no JSON"}
         responses["415"] = {"description": "The body is not declared to be JSON"}
     if plan.body is not None or plan.query:
-        components.uses_unprocessable = True
         responses["422"] = {"description": "A field or a parameter is not what it should be", "content": {
             "application/problem+json": {"schema": {"$ref": "#/components/schemas/UnprocessableContent"}}}}
     return responses
@@ -4954,7 +4460,7 @@ def _content(returned, components):
         media_type = "text/plain" if returned is str else "application/octet-stream"
         return {media_type: {"schema": {"type": "string"} if returned is str else {}}}
     try:
-        kind = None if returned is type(None) else _kind(returned, "", {})
+        kind = None if returned is type(None) else flowcoro_schema.kind_of(returned)
     except TypeError:                           # a Response, an iterator, nothing at all
         return {}
     return {"application/json": {"schema": kind.schema(components)}} if kind else {}
@@ -5080,7 +4586,7 @@ MAX_BODY = 16 * 2**20
 SPOOLED, SPOOLED_IN_ALL, MAX_FILES = 2**20, 4 * 2**20, 100
 
 _TEXT, _BINARY, _JSON = "text/plain; charset=utf-8", "application/octet-stream", "application/json"
-_STATELESS = frozenset([204, 304])
+_STATELESS = frozenset([204, 205, 304])
 _FORM_TYPES = "multipart/form-data", "application/x-www-form-urlencoded"
 
 
@@ -5245,17 +4751,20 @@ class Request:
 
     @property
     def query(self):
-        """The fields of the query: Fields. ProtocolError (400) for a bad "%" or what is no UTF-8; 413 for more than 1000."""
+        """The Fields of the query. ProtocolError: 400 for a bad "%" or no UTF-8, 413 for more than the max_query_fields."""
         if self._query is None:
-            self._query = Fields(_parse_urlencoded(self.query_string) if self.query_string else ())
+            most = MAX_FORM_FIELDS if self.app is None else self.app.max_query_fields
+            self._query = Fields(_parse_urlencoded(self.query_string, max_fields=most, limit="max_query_fields")
+                                 if self.query_string else ())
         return self._query
 
     @property
     def cookies(self):
-        """{name: value} of the Cookie fields. ProtocolError (431) for more than 1000."""
+        """{name: value} of the Cookie fields. ProtocolError (431) for more than the server's max_cookies."""
         if self._cookies is None:
             values = self.headers.get_all("cookie")
-            self._cookies = _parse_cookies("; ".join(values)) if values else {}
+            most = MAX_COOKIES if self.app is None else self.app.max_cookies
+            self._cookies = _parse_cookies("; ".join(values), max_cookies=most) if values else {}
         return self._cookies
 
     @property
@@ -5388,21 +4897,22 @@ class Request:
 
     async def json(self, *, max_bytes=None):
         """The content as JSON (RFC 8259: no NaN, no name twice). HttpError: 415 if its Content-Type is another, 400, 413."""
-        return _json_of(self, await self.body(max_bytes), JSON_DEPTH)
+        return _json_of(self, await self.body(max_bytes), flowcoro_schema.JSON_DEPTH)
 
     async def form(self, *, max_bytes=MAX_FORM_BYTES, max_file_bytes=MAX_FILE_BYTES, max_parts=MAX_PARTS, max_files=MAX_FILES):
         """The fields of a form: Fields, whose values are str, or FormFile for files. It may be called again.
 
         max_bytes: of all that is no file, together; max_file_bytes: of each file; of all files 4 MiB are kept in memory, the
-        others lie on disk. max_parts, max_files: how many there may be. HttpError: 415 for another Content-Type, 413 beyond a
-        limit, 400 for what is malformed or no UTF-8.
+        others lie on disk. max_parts: fields and files; max_files: of these, files. HttpError: 415 for another Content-Type, 413
+        beyond a limit, 400 for what is malformed or no UTF-8.
         """
         if self._form is None:
             media = self.media_type
             if media is None or media.essence not in _FORM_TYPES:
                 raise HttpError(415, f"a form is expected: {' or '.join(_FORM_TYPES)}")
             if media.essence == "application/x-www-form-urlencoded":
-                self._form = Fields(_parse_urlencoded(await self.body(max_bytes), max_bytes=max_bytes))
+                content = await self.body(max_bytes)
+                self._form = Fields(_parse_urlencoded(content, max_fields=max_parts, max_bytes=max_bytes, limit="max_parts"))
             else:
                 pairs = self._parts_kept(max_bytes, max_file_bytes, max_parts, max_files)
                 self._form = Fields([pair async for pair in pairs])
@@ -5506,34 +5016,25 @@ class Request:
         return f"<Request {self.method} {self.target!r:.80}>"
 
 
-_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=json_default).encode
-if json.encoder.c_make_encoder is not None:
-    # The same without what encode() makes anew each time: 2.3 of 10.8 µs for 1 KiB. What contains itself is a RecursionError.
-    _json_chunks = json.encoder.c_make_encoder(None, json_default, json.encoder.encode_basestring, None, ":", ",",
-                                               False, False, False)
-
-    def _encode_json(value):
-        return "".join(_json_chunks(value, 0))
-
-
 class Response:
     """An answer: `status`, `headers` (a Headers), `content` (bytes) or else `stream` (an async iterator of bytes).
 
     content: str (sent as UTF-8, text/plain unless told otherwise), bytes, None for nothing, dict, list and what else JSON has
-    (json_default() says what more), or an iterator, async or not, of bytes or str, which is sent as it comes. `headers`: as
-    Headers takes them. `media_type`: a Content-Type instead of the usual one for the content. `reason`: instead of the usual one
-    for the status. Content-Length, and chunks where there is none, are the server's to add.
+    (flowcoro_schema.json_default() says what more), or an iterator, async or not, of bytes or str, which is sent as it comes.
+    `headers`: as Headers takes them. `media_type`: a Content-Type instead of the usual one for the content. `reason`: instead of
+    the usual one for the status. Content-Length, and chunks where there is none, are the server's to add.
 
-    The head of a stream is sent with its first piece (b"" will do): an error before that is still answered as any other, for HEAD
-    too, which asks for no more; later the connection is cut. `trailers`: pairs to be sent after a stream, if it goes out in
-    chunks; it may be set while it lasts.
+    The head of a stream is sent with its first piece (b"" will do), which says the usual type: text/plain for str; unless it is
+    `endless`. An error before that is still answered as any other, for HEAD too, which asks for no more; later the connection is
+    cut. `trailers`: pairs to be sent after a stream, if it goes out in
+    chunks and the request has `TE: trailers`, else they are dropped; it may be set while it lasts.
 
     A middleware may replace `content` and `stream`; one of them is None. `endless`: a stream that the server may end when it
     closes, such as of events; its head is sent at once.
     """
 
     content = stream = request = reason = trailers = None
-    endless = False
+    endless = _guessed = False          # (whether the type is what a stream has before its first piece)
 
     def __init__(self, status=200, content=b"", headers=(), *, media_type=None, reason=None):
         if type(status) is not int:
@@ -5544,6 +5045,8 @@ class Response:
         usual = self._set(content)
         if media_type is not None or (usual is not None and "content-type" not in self.headers):
             self.headers.set("Content-Type", usual if media_type is None else str(media_type))
+            if media_type is None and self.stream is not None:
+                self._guessed = True
 
     def _set(self, content):
         """Take the content; the media type that goes without saying."""
@@ -5566,7 +5069,7 @@ class Response:
                 raise TypeError(f"the content is {content!r:.80}, which was not awaited")
             self.stream = content if hasattr(content, "__aiter__") else _Asynchronous(content)
             return _BINARY
-        self.content = _encode_json(content).encode()
+        self.content = flowcoro_schema.encode_json(content).encode()
         return _JSON
 
     @classmethod
@@ -5667,7 +5170,7 @@ class _Relay:
 
 def _relayed(response):
     """A ClientResponse as an answer of ours: without what is said there about its connection, and with its content as decoded."""
-    named = [option.lower() for value in response.headers.get_all("connection") for option in _split_list(value)]
+    named = _option_set(response.headers._combined("connection"))
     decoded = response._decoder is not None
     dropped = _HOP_BY_HOP.union(named, ("content-encoding", "content-length") if decoded else ())
     content = _Relay(response) if response.content is None else response.content
@@ -5689,8 +5192,6 @@ class _FileStream:
         file, offset, left = self.file, self.offset, self.count
         while left:
             data = await flowcoro.to_thread(_read_at, file, offset, min(left, CHUNK))
-            if not data:
-                raise OSError(f"{file!r} has become shorter while it was sent: {left} bytes are missing")
             offset, left = offset + len(data), left - len(data)
             self.sent += len(data)
             yield data
@@ -5705,8 +5206,15 @@ class _FileStream:
 
 
 def _read_at(file, offset, count):
+    """`count` bytes of a file. OSError if they are not there any more."""
     file.seek(offset)
-    return file.read(count)
+    pieces, left = [], count
+    while left:
+        pieces.append(piece := file.read(left))
+        if not piece:
+            raise OSError(f"{file!r} has become shorter while it was sent: {left} bytes are missing from {offset}")
+        left -= len(piece)
+    return b"".join(pieces)
 
 
 # ---- server ---------------------------------------------------------------------------------------------------
@@ -5734,18 +5242,20 @@ MIN_BODY_RATE, BODY_GRACE = 240, 5.0
 # Bytes of a body that nobody has asked for which are read, so that the connection can be used again; more, and it is closed.
 MAX_UNREAD = 256 * 2**10
 
-# Seconds, and bytes, for which a connection that we close is read on (H3). nginx lingering_time 30 s, lingering_timeout 5 s.
-LINGER, MAX_LINGER = 2.0, 4 * 2**20
+# Seconds, and bytes, for which a connection that we close is read on (H3): what is on its way to us comes within a round trip,
+# and who goes on sending for longer has been told. nginx lingering_time 30 s, lingering_timeout 5 s.
+LINGER_TIMEOUT, MAX_LINGER = 2.0, 4 * 2**20
 
-# Seconds between two sweeps, and so how late a deadline may be; how soon a handler is cancelled when its client has gone.
-SWEEP = 0.5
+# Seconds between two sweeps, and so how late a deadline may be; how soon a handler is cancelled when its client has gone. And
+# connections that one looks at before it lets others run: a millisecond at most.
+SWEEP, SWEPT_A_TURN = 0.5, 1000
 
 # Seconds that the hooks of a shutdown have: longer than a flush takes, shorter than service managers wait (Docker 10, systemd
 # 90).
 SHUTDOWN_TIMEOUT = 8.0
 
-# Seconds that a server gives what is under way when it ends, as flowcoro_net.
-DRAIN_TIMEOUT = 8.0
+# Seconds that a server gives what is under way when it ends, as flowcoro_net; and beyond them run() to what is cancelled then.
+DRAIN_TIMEOUT, END_TIMEOUT = 8.0, 5.0
 
 # Bytes that one read asks for. A head is a few hundred; uploads want more.
 CHUNK = 64 * 2**10
@@ -5754,7 +5264,7 @@ _IDLE, _HEAD, _HANDLING, _BODY = "idle", "head", "handling", "body"
 _SENDING, _LINGERING, _SWITCHED_TO = "sending", "lingering", "switched"
 
 _CONTINUE = InformationalResponse(100)
-_PLAIN_TYPE, _JSON_TYPE = ("Content-Type", _TEXT), ("Content-Type", _JSON)
+_PLAIN_TYPE, _JSON_TYPE, _BINARY_TYPE = ("Content-Type", _TEXT), ("Content-Type", _JSON), ("Content-Type", _BINARY)
 
 
 class _Clock:
@@ -5922,14 +5432,14 @@ class _Answering(_Exchange):
         try:
             if request.method == "HEAD" or response.status in _STATELESS:
                 if response.status not in _STATELESS and type(stream) is not _FileStream and not response.endless:
-                    await self._try(stream)
+                    self._say_type(response, head, await self._try(stream))
                 await self._write(http.send(head) + http.send(EndOfMessage()))
             elif type(stream) is _FileStream:
                 await self._send_file(stream, head)
             elif response.endless:
-                await self._send_events(response, head)
+                await self._send_events(request, response, head)
             else:
-                await self._send_pieces(response, head)
+                await self._send_pieces(request, response, head)
             return True
         except Exception as error:
             if http.our_state is SEND_RESPONSE:                 # nothing of it has been sent
@@ -5949,31 +5459,42 @@ class _Answering(_Exchange):
 
     def _is_the_peers(self, error):
         """Whether the client is why an answer broke off: nothing to report, or anybody could fill a log."""
-        return (isinstance(error, ProtocolError) or isinstance(error, HttpError) and error.status in (408, 413)
+        one = _only_of(error)
+        return (isinstance(one, ProtocolError) or isinstance(one, HttpError) and one.status in (408, 413)
                 or self.sock.caused(error))
 
     @staticmethod
     async def _try(stream):
-        """Have a stream that nobody gets fail as it would for GET: an error before the first piece is the answer."""
+        """Have a stream that nobody gets fail as it would for GET: an error before the first piece is the answer. -> the piece"""
         pieces = aiter(stream)
         try:
-            _piece(await anext(pieces, b""))
+            piece = await anext(pieces, b"")
+            _piece(piece)
+            return piece
         finally:
             await _close_stream(pieces)
 
-    async def _send_pieces(self, response, head):
+    @staticmethod
+    def _say_type(response, head, piece):
+        """Have the head of a stream say what its first piece is, if nobody else has said it."""
+        if response._guessed and isinstance(piece, str):
+            head.headers = tuple(_PLAIN_TYPE if pair == _BINARY_TYPE else pair for pair in head.headers)
+
+    async def _send_pieces(self, request, response, head):
         http, pieces = self.http, aiter(response.stream)
         try:
-            data = _piece(await anext(pieces, b""))             # before the head: an error can still be answered
+            piece = await anext(pieces, b"")                    # before the head: an error can still be answered
+            data = _piece(piece)
+            self._say_type(response, head, piece)
             await self._write(http.send(head) + http.send(Data(data)))
             async for piece in pieces:
                 if data := http.send(Data(_piece(piece))):
                     await self._write(data)
-            await self._end(response)
+            await self._end(request, response)
         finally:
             await _close_stream(pieces)
 
-    async def _send_events(self, response, head):
+    async def _send_events(self, request, response, head):
         """Send what has no end of its own: it is at one when the server closes."""
         http, pieces = self.http, aiter(response.stream)
         await self._write(http.send(head))
@@ -5989,14 +5510,16 @@ class _Answering(_Exchange):
                             piece = await anext(pieces, None)
                 finally:
                     self.events = None
-            await self._end(response)
+            await self._end(request, response)
         finally:
             await _close_stream(pieces)
 
-    async def _end(self, response):
-        """Send the end of a stream, with its trailers where they have a place."""
-        chunked = self.http._out_mode is _BY_CHUNKS
-        await self._write(self.http.send(EndOfMessage(response.trailers if chunked else None)))
+    async def _end(self, request, response):
+        """Send the end of a stream, with its trailers where they have a place, and somebody who takes them (RFC 9110 6.5.1)."""
+        trailers = response.trailers
+        if self.http._out_mode is not _BY_CHUNKS or trailers and "trailers" not in _option_set(request.headers._combined("te")):
+            trailers = None
+        await self._write(self.http.send(EndOfMessage(trailers)))
 
     async def _send_file(self, stream, head):
         http, count = self.http, stream.count
@@ -6028,7 +5551,7 @@ _SPENT = _Spent()
 
 def _piece(piece):
     """A piece of a stream, bytes."""
-    if type(piece) is str:
+    if isinstance(piece, str):
         return piece.encode()
     if not isinstance(piece, (bytes, bytearray, memoryview)):
         raise TypeError(f"a stream has given {piece!r:.80}, and consists of bytes or str")
@@ -6058,7 +5581,7 @@ class _Connection(_Answering):
                 if self.speaker is not None:
                     return await self._speak()
                 if self.fault is not None and self.http.our_state is IDLE:      # a head that has taken too long
-                    with flowcoro.move_on_after(LINGER):
+                    with flowcoro.move_on_after(self.app.linger_timeout):
                         await self._refuse(self.fault)
         finally:
             if self.with_files is not None:
@@ -6110,7 +5633,7 @@ class _Connection(_Answering):
                 if kind is str:
                     head, content = ResponseHead(200, (_PLAIN_TYPE, now())), result.encode()
                 elif kind is dict or kind is list:
-                    head, content = ResponseHead(200, (_JSON_TYPE, now())), _encode_json(result).encode()
+                    head, content = ResponseHead(200, (_JSON_TYPE, now())), flowcoro_schema.encode_json(result).encode()
                 else:
                     response = _as_response(result)
                     head, content = self._head_of(response), response.content
@@ -6125,7 +5648,7 @@ class _Connection(_Answering):
                 if not await self._stream(request, response, head):
                     return None
             else:
-                if http.their_state is SEND_BODY and http._left > MAX_UNREAD:       # then _rest() will not read it
+                if http.their_state is SEND_BODY and http._left > app.max_unread:       # then _rest() will not read it
                     http.keep_alive = False
                 try:
                     data = http.send_message(head, content)
@@ -6178,7 +5701,7 @@ class _Connection(_Answering):
         http = self.http
         if http.their_state is SEND_BODY and http.keep_alive and not http.expects_continue:
             try:                                        # a body that the handler did not want
-                left = MAX_UNREAD
+                left = self.app.max_unread
                 while left >= 0 and (data := await self.receive_body()):
                     left -= len(data)
             except HttpError:
@@ -6202,7 +5725,7 @@ class _Connection(_Answering):
         if self.http._ended:
             return
         self.phase = _LINGERING
-        with flowcoro.move_on_after(LINGER):
+        with flowcoro.move_on_after(self.app.linger_timeout):
             await self.sock.shutdown_write()
             left = MAX_LINGER
             while left > 0 and (data := await self.sock.read(CHUNK)):
@@ -6287,6 +5810,13 @@ def _is_an_end(error):
     return isinstance(error, ends) or isinstance(error, BaseExceptionGroup) and error.subgroup(ends) is not None
 
 
+def _only_of(error):
+    """What a group of one holds, also one in another; else the error itself."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
 class _Run:
     """One serve(): its connections, and who looks after them."""
 
@@ -6327,7 +5857,7 @@ class _Run:
                     connection.look(now - last)
                 except Exception as error:          # of one connection, and the sweep is for all
                     flowcoro_net.report_error(error, f"{connection.sock!r} could not be looked after", "flowcoro_http")
-                if not count % 1000:
+                if not count % SWEPT_A_TURN:
                     await flowcoro.checkpoint()
             last = now
 
@@ -6363,6 +5893,13 @@ def _error_response(error):
     return Response(500, "Internal Server Error")
 
 
+def _seconds(name, value):
+    """A limit of time that was given for `name`; math.inf for None."""
+    if value is not None and not (isinstance(value, (int, float)) and value > 0):
+        raise ValueError(f"{name}={value!r}: give seconds, more than 0, or None for no limit")
+    return math.inf if value is None else value
+
+
 class HttpServer(Router):
     """A web application: routes, middleware, and the server of them.
 
@@ -6375,35 +5912,38 @@ class HttpServer(Router):
         app.run("127.0.0.1", 8000)
 
     Routes are a Router's, which it is. A handler returns str (text/plain), bytes, dict or list (JSON), a Response, an async
-    iterator (streamed), (status, content), (status, content, headers), or None (204). HttpError raised in it is its answer; what
-    else it raises is reported to sys.unraisablehook, and answered with 500.
+    iterator (streamed), (status, content), (status, content, headers), or None (204). HttpError raised in it is its answer, also
+    out of a TaskGroup; what else it raises is reported to sys.unraisablehook, and answered with 500.
 
     Limits, in seconds (None: no limit): head_timeout, for the handshake of TLS, and from the first byte of a head; body_timeout,
-    for all of a body; idle_timeout, between requests; send_timeout, for a client that does not read. min_body_rate, bytes a
-    second, on average after 5 s. In bytes: max_body (413; None: no limit but that of body() and form()), max_request_line (414),
-    max_field_line, max_head, and max_fields, lines (431). They are looked at twice a second. websocket: what speaks WebSocket,
-    flowcoro_websocket.accept, for websocket(). The rest is Router's.
+    for all of a body; idle_timeout, between requests; send_timeout, for a client that takes nothing of an answer; linger_timeout,
+    for what still comes to a connection that the server ends. They are looked at twice a second. min_body_rate, bytes a second,
+    on average after 5 s. In bytes: max_body (413; None: no limit but that of body() and form()), max_request_line (414),
+    max_field_line, max_head, and max_fields, lines (431), max_chunk_line (400); max_unread, of a body that no handler has read: a
+    larger one ends the connection. max_cookies (431), max_query_fields (413): when they are asked for. websocket: what speaks
+    WebSocket, flowcoro_websocket.accept, for websocket(). The rest is Router's.
     """
 
     def __init__(self, *, head_timeout=HEAD_TIMEOUT, body_timeout=BODY_TIMEOUT, idle_timeout=IDLE_TIMEOUT,
                  send_timeout=SEND_TIMEOUT, min_body_rate=MIN_BODY_RATE, max_body=None, max_request_line=MAX_REQUEST_LINE,
-                 max_field_line=MAX_FIELD_LINE, max_fields=MAX_FIELDS, max_head=MAX_HEAD, prefix="", redirect_slashes=False,
-                 json_depth=JSON_DEPTH, max_errors=ERRORS, websocket=None):
+                 max_field_line=MAX_FIELD_LINE, max_fields=MAX_FIELDS, max_head=MAX_HEAD, max_chunk_line=MAX_CHUNK_LINE,
+                 max_unread=MAX_UNREAD, max_cookies=MAX_COOKIES, max_query_fields=MAX_FORM_FIELDS, linger_timeout=LINGER_TIMEOUT,
+                 prefix="", redirect_slashes=False, json_depth=flowcoro_schema.JSON_DEPTH, max_errors=flowcoro_schema.ERRORS,
+                 websocket=None):
         super().__init__(prefix, redirect_slashes, json_depth=json_depth, max_errors=max_errors)
         self._accept_websocket = websocket
-        for name, seconds in (("head_timeout", head_timeout), ("body_timeout", body_timeout), ("idle_timeout", idle_timeout),
-                              ("send_timeout", send_timeout)):
-            if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds > 0):
-                raise ValueError(f"{name}={seconds!r}: give seconds, more than 0, or None for no limit")
-        self.head_timeout, self.body_timeout = (math.inf if each is None else each for each in (head_timeout, body_timeout))
-        self.idle_timeout, self.send_timeout = (math.inf if each is None else each for each in (idle_timeout, send_timeout))
+        self.head_timeout, self.body_timeout = _seconds("head_timeout", head_timeout), _seconds("body_timeout", body_timeout)
+        self.idle_timeout, self.send_timeout = _seconds("idle_timeout", idle_timeout), _seconds("send_timeout", send_timeout)
+        self.linger_timeout = _seconds("linger_timeout", linger_timeout)
+        self.max_unread, self.max_cookies, self.max_query_fields = max_unread, max_cookies, max_query_fields
         self.min_body_rate = 0 if min_body_rate is None else min_body_rate
         if not isinstance(self.min_body_rate, (int, float)) or not self.min_body_rate >= 0:
             raise ValueError(f"min_body_rate={min_body_rate!r}: give bytes a second, 0 or more, or None for no limit")
         self.state = types.SimpleNamespace()
         self._codec_limits = {"max_body": max_body, "max_request_line": max_request_line, "max_field_line": max_field_line,
-                              "max_fields": max_fields, "max_head": max_head}
-        for name, limit in self._codec_limits.items():
+                              "max_fields": max_fields, "max_head": max_head, "max_chunk_line": max_chunk_line}
+        for name, limit in [*self._codec_limits.items(), ("max_unread", max_unread), ("max_cookies", max_cookies),
+                            ("max_query_fields", max_query_fields)]:
             if (limit is not None or name != "max_body") and (type(limit) is not int or limit < 0):
                 raise ValueError(f"{name}={limit!r}: give a number, an int of 0 or more{', or None' * (name == 'max_body')}")
         self._middleware, self._chain = [], None
@@ -6434,7 +5974,7 @@ class HttpServer(Router):
         It returns what handlers may return; a content alone keeps the status of an HttpError, or 500. The class that is nearest
         to the exception's counts, before that a status. An HttpError that it raises is the answer. That for 500 is asked, after
         the error has been reported, about all that no class is there for. What is no request (400, 408, 414, 431) is answered
-        without.
+        without. Of an exception group that holds one error alone that error counts, unless a class of groups is given here.
         """
         if not (isinstance(kind, int) and 400 <= kind <= 599 or isinstance(kind, type) and issubclass(kind, Exception)):
             raise TypeError(f"error_handler({kind!r}): give a status from 400 to 599, or a class of exceptions")
@@ -6528,6 +6068,8 @@ class HttpServer(Router):
 
     async def _respond_to_error(self, request, error):
         """The Response that an error is answered with; never an Exception."""
+        if isinstance(error, ExceptionGroup):
+            error = self._of_group(error)
         source, of_http = request._source, isinstance(error, HttpError)
         gone = source is not None and (source.sock.caused(error) or _is_its_end(error, source.websocket))
         if source is not None and source.upgraded:
@@ -6552,6 +6094,12 @@ class HttpServer(Router):
         except Exception as another:
             flowcoro_net.report_error(another, f"what was to answer an error of {request!r} failed", "flowcoro_http")
             return Response(500, "Internal Server Error")
+
+    def _of_group(self, group):
+        """The error that is answered: the only one of a group, if an answer to it is known and none to groups."""
+        handlers, error = self._error_handlers, _only_of(group)
+        for_groups = any(issubclass(kind, ExceptionGroup) for kind in type(group).__mro__ if kind in handlers)
+        return group if for_groups or not isinstance(error, HttpError) and self._error_handler_of(error) is None else error
 
     def _error_handler_of(self, error):
         """The handler for the status of an HttpError, or else of the class that is nearest to the exception's."""
@@ -6630,7 +6178,7 @@ class HttpServer(Router):
                                        max_connections=max_connections)
         try:
             flowcoro.run(main(), workers=workers,
-                         grace=drain_timeout + 5.0 if isinstance(drain_timeout, (int, float)) else math.inf)
+                         grace=drain_timeout + END_TIMEOUT if isinstance(drain_timeout, (int, float)) else math.inf)
         except KeyboardInterrupt:
             pass
 
@@ -7132,14 +6680,12 @@ class _FileParts:
         step = next(self._steps, None)
         if step is None:
             raise StopAsyncIteration
-        if isinstance(step, bytes):
-            return step
-        piece = await flowcoro.to_thread(_read_at, self._file, *step)
-        if len(piece) < step[1]:
-            raise EOFError(f"{self._file.name}: the file has become shorter while it was sent")
-        return piece
+        return step if isinstance(step, bytes) else await flowcoro.to_thread(_read_at, self._file, *step)
 
     async def aclose(self):
+        self._file.close()
+
+    def __del__(self):                  # as _FileStream's
         self._file.close()
 
 
@@ -7204,15 +6750,15 @@ def _open_regular(path, **at):
 
 # -- folders
 
-_BAD_NAME = re.compile(r"[\x00\\]").search
-_BAD_ON_WINDOWS = re.compile(r'[\x00-\x1f<>:"|?*]|[ .]\Z').search
+_bad_name = re.compile(r"[\x00\\]").search
+_bad_on_windows = re.compile(r'[\x00-\x1f<>:"|?*]|[ .]\Z').search
 
 
 def _is_served(name, hidden, windows=os.name == "nt"):
     """Whether a file or folder of this name can be asked for; one that begins with a dot only if `hidden`."""
-    if not name or name in (".", "..") or _BAD_NAME(name) or name[0] == "." and not hidden:
+    if not name or name in (".", "..") or _bad_name(name) or name[0] == "." and not hidden:
         return False
-    return not (windows and (_BAD_ON_WINDOWS(name) or _is_device(name)))
+    return not (windows and (_bad_on_windows(name) or _is_device(name)))
 
 
 def _names(rest, hidden):
@@ -7275,7 +6821,7 @@ class _Folder:
         """The file itself, or the sibling that the client prefers."""
         if not found.siblings:
             return found
-        accepted = ", ".join(request.headers.get_all("accept-encoding"))
+        accepted = request.headers._combined("accept-encoding")
         return found.siblings.get(negotiate_encoding(accepted, found.siblings), found)
 
     # -- in a thread
@@ -7440,9 +6986,9 @@ def static_files(directory, *, listing=False, index="index.html", precompressed=
 # 30), and only what is written tells that the client has gone.
 KEEP_ALIVE = 15.0
 
-_LINE_END = re.compile("\r\n|\r|\n").split
-_NOT_IN_A_FIELD = re.compile("[\r\n\0]").search
-_NO_CHARACTER = re.compile("[\0\ud800-\udfff]").sub
+_split_lines = re.compile("\r\n|\r|\n").split
+_not_in_a_field = re.compile("[\r\n\0]").search
+_replace_no_characters = re.compile("[\0\ud800-\udfff]").sub
 
 
 class ServerSentEvent:
@@ -7457,7 +7003,7 @@ class ServerSentEvent:
         for name, text in (("event", event), ("id", id)):
             if text is not None and not isinstance(text, str):
                 raise TypeError(f"ServerSentEvent({name}={text!r:.80}): give a str, or None")
-            if text is not None and _NOT_IN_A_FIELD(text):
+            if text is not None and _not_in_a_field(text):
                 raise ValueError(f"ServerSentEvent({name}={text!r:.80}): it is one line, so CR, LF and NUL have no place in it")
         if isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"ServerSentEvent(data={data!r:.80}): an event is text: decode it, or send base64")
@@ -7473,9 +7019,9 @@ class ServerSentEvent:
         if self.retry is not None:
             lines.append(f"retry: {round(self.retry * 1000)}")
         if self.data is not None:
-            text = self.data if isinstance(self.data, str) else _encode_json(self.data)
-            lines += [f"data: {line}" for line in _LINE_END(text)]
-        return (_NO_CHARACTER("\ufffd", "\n".join(lines)) + "\n\n").encode()
+            text = self.data if isinstance(self.data, str) else flowcoro_schema.encode_json(self.data)
+            lines += [f"data: {line}" for line in _split_lines(text)]
+        return (_replace_no_characters("\ufffd", "\n".join(lines)) + "\n\n").encode()
 
     def __eq__(self, other):
         return (isinstance(other, ServerSentEvent) and (self.data, self.event, self.id, self.retry)
@@ -7539,9 +7085,8 @@ class _EventStream:
             try:
                 return await self._channel.receive()
             except flowcoro.EndOfChannel:
-                if self._error is not None:
-                    raise self._error from None
-                raise StopAsyncIteration from None
+                error, self._error = self._error, None          # (its frames have us)
+                raise error or StopAsyncIteration from None
         return b":\n\n"
 
     async def _pump(self):
@@ -7599,7 +7144,7 @@ class _Through:
         if self._pieces is None:
             self._pieces = aiter(self._stream)
         async for piece in self._pieces:
-            if data := self._take(piece.encode() if type(piece) is str else piece):
+            if data := self._take(piece.encode() if isinstance(piece, str) else piece):
                 return data
         end, self._end = self._end, bytes
         if data := end():
@@ -7626,12 +7171,12 @@ async def _drop_content(response):
 
 # -- the log
 
-_LOG_UNSAFE = re.compile(r'[^\x20-\x7e]|["\\]').sub
+_replace_unsafe = re.compile(r'[^\x20-\x7e]|["\\]').sub
 
 
 def _log_text(text):
     """For a quoted place in a line: no quotes, and nothing that could begin another line or speak to a terminal."""
-    return _LOG_UNSAFE(lambda found: "".join(f"\\x{byte:02x}" for byte in found[0].encode("utf-8", "surrogatepass")), text)
+    return _replace_unsafe(lambda found: "".join(f"\\x{byte:02x}" for byte in found[0].encode("utf-8", "surrogatepass")), text)
 
 
 def _log_word(text):
@@ -7639,7 +7184,7 @@ def _log_word(text):
     return _log_text(str(text)).replace(" ", "\\x20") if text else "-"
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(8)                         # requests end in this second, or in one of the last
 def _log_date(second):
     year, month, day, hours, minutes, seconds = time.gmtime(second)[:6]
     return f"{day:02d}/{_MONTHS[month - 1]}/{year:04d}:{hours:02d}:{minutes:02d}:{seconds:02d} +0000"
@@ -7808,9 +7353,10 @@ def cors(origins, *, methods=("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"), 
 def compress(*, min_bytes=MIN_COMPRESSED, level=COMPRESSION_LEVEL, flush=True):
     """Compress answers for clients that accept it, by gzip or deflate; what that changes in the headers is done too.
 
-    Not what is smaller than `min_bytes`, compressed in itself or by the handler, partial, or forbids it (no-transform). level: 1
-    to 9. flush: whether each piece of a stream gets through at once, as its handler has meant it; False: when there is enough of
-    it, which makes many small pieces smaller. (Events always do; files never.)
+    Not what is smaller than `min_bytes`, compressed in itself or by the handler, partial, or forbids it (no-transform); nor a
+    stream without a media_type of the handler's, which its first piece says too late. level: 1 to 9. flush: whether each piece of
+    a stream gets through at once, as its handler has meant it; False: when there is enough of it, which makes many small pieces
+    smaller. (Events always do; files never.)
 
     An attacker who can make a browser ask, and sees how long the answers are, learns what a secret in them is if something of his
     own choice stands in them too (BREACH): keep this away from such routes, or have tokens masked.
@@ -7828,7 +7374,7 @@ def compress(*, min_bytes=MIN_COMPRESSED, level=COMPRESSION_LEVEL, flush=True):
         if response.status == 304:                          # it says what its 200 would have said, which is not known here:
             _add_vary(headers, "Accept-Encoding")           # the client knows which tag that had
             tag = headers.get("etag")
-            if tag is not None and f"W/{tag}" in ", ".join(request.headers.get_all("if-none-match")):
+            if tag is not None and f"W/{tag}" in request.headers._combined("if-none-match"):
                 headers.set("ETag", f"W/{tag}")
             return response
         length = int(headers.get("content-length", sys.maxsize if stream is not None else len(response.content)))
@@ -7865,7 +7411,7 @@ def etag(*, weak=False):
         response = await call_next(request)
         headers = response.headers
         if response.status != 200 or request.method not in ("GET", "HEAD") or not response.content or (
-                "no-store" in ", ".join(headers.get_all("cache-control")).lower()):
+                "no-store" in headers._combined("cache-control").lower()):
             return response
         tag = headers.get("etag")
         if tag is None:
@@ -8106,11 +7652,11 @@ def sessions(keys, *, cookie="__Host-session", max_age=SESSION_AGE, domain=None,
 
     async def middleware(request, call_next):
         request.session = load(request)
-        before = _encode_json(request.session)
+        before = flowcoro_schema.encode_json(request.session)
         response = await call_next(request)
         if not isinstance(request.session, dict | None):
             raise TypeError(f"request.session is {request.session!r:.80}: it has to be a dict, or None for an empty one")
-        after = _encode_json(request.session or {})
+        after = flowcoro_schema.encode_json(request.session or {})
         if before == "{}" == after:
             return response
         _add_vary(response.headers, "Cookie")
@@ -8165,8 +7711,17 @@ CONNECTIONS_PER_ORIGIN, KEPT_IDLE = 100, 30.0
 # Cookies that a client keeps, of one domain and altogether. Chrome keeps 180 and 3300.
 MAX_OF_DOMAIN, MAX_JAR = 180, 3000
 
-# Bytes of one server-sent event, and failures in a row after which EventStream gives up.
-MAX_EVENT, MAX_EVENT_FAILURES = 2**20, 10
+# Bytes of one server-sent event, and of one line of a response; failures in a row after which EventStream gives up.
+MAX_EVENT, MAX_LINE, MAX_EVENT_FAILURES = 2**20, 2**20, 10
+
+# Seconds until it connects again, if the server names none (Chrome 3, Firefox 5), and at most after failures.
+EVENT_RETRY, MAX_EVENT_RETRY = 3.0, 60.0
+
+# What each response gives back of the budget that a client has for retries (gRPC: a tenth to all, as the server wants).
+RETRY_GIVEN_BACK = 0.1
+
+# Pieces of an inflated content from one checkpoint to the next: a MiB, which takes zlib one to three milliseconds.
+INFLATED_A_TURN = 16
 
 # What a retry can do no harm to, and what changes nothing at all. RFC 9110 9.2.
 _IDEMPOTENT = frozenset(["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"])
@@ -8726,7 +8281,7 @@ def _content_of(content, data, files, value):
     if (content is not None) + (data is not None or files is not None) + (value is not None) > 1:
         raise TypeError("a request has one content: content=, json=, or data= and files=")
     if value is not None:
-        return _encode_json(value).encode(), _JSON
+        return flowcoro_schema.encode_json(value).encode(), _JSON
     if files is not None:
         parts = [_FormPart(name, value if isinstance(value, (str, bytes)) else str(value))
                  for name, value in _fields(data or (), "data")]
@@ -8789,7 +8344,8 @@ class ClientResponse(Response):
     """What HttpClient returns. `content` is there at once, but for stream(): then iterate the response, or read() it.
 
     status, reason, version; headers; request (the last one), url (its); elapsed (seconds from its begin to the end of this head);
-    history (the responses before: redirects, challenges); trailers (Headers, or None); content (bytes, decoded; None: not read).
+    history (the responses before: redirects, challenges); trailers (Headers, or None; whoever wants them sends `TE: trailers`);
+    content (bytes, decoded; None: not read).
     """
 
     __slots__ = ("status", "reason", "version", "headers", "request", "elapsed", "history", "trailers", "content",
@@ -8897,21 +8453,25 @@ class ClientResponse(Response):
             self.content = bytes(content)
         return self.content
 
-    async def lines(self, limit=2**20):
-        """Iterate the lines of the text (UTF-8), without their ends (LF, CR LF). ResponseError beyond `limit` bytes."""
+    async def lines(self, limit=MAX_LINE):
+        """Iterate the lines of the text (UTF-8), without their ends (LF, CR LF). ResponseError for more than `limit` bytes."""
+        def text(line):
+            if len(line) > limit:
+                self._drop()
+                raise self._bad(f"a line of more than {limit} bytes (limit); iterate the response for pieces")
+            return line.decode("utf-8", "replace")
+
         rest = bytearray()
         async for piece in self:
-            begun = len(rest)
             rest += piece
             if b"\n" in piece:
                 *lines, rest = rest.split(b"\n")
                 for line in lines:
-                    yield line.removesuffix(b"\r").decode("utf-8", "replace")
-            elif begun + len(piece) > limit:
-                self._drop()
-                raise self._bad(f"a line of more than {limit} bytes")
+                    yield text(line.removesuffix(b"\r"))
+            if len(rest) > limit + 1:               # (one may be the CR of its end)
+                text(rest)
         if rest:
-            yield rest.decode("utf-8", "replace")
+            yield text(rest)
 
     async def close(self):
         """Give the connection back: to be used again, if all has come; else it is closed. Nothing, if that was done before."""
@@ -9254,7 +8814,7 @@ class _ClientExchange:
         if "content-encoding" not in headers or not self.origin.client._decode:
             return None
         try:
-            return _Decoder(", ".join(headers.get_all("content-encoding")), max_bytes=max_bytes)
+            return _Decoder(headers._combined("content-encoding"), max_bytes=max_bytes)
         except ProtocolError as error:
             if error.status == 415:
                 return None
@@ -9300,7 +8860,8 @@ class _ClientExchange:
     def failure(self, error, connection):
         """What the caller gets for an error of the network or the codec; None for others, which are its own."""
         if isinstance(error, ProtocolError):
-            kind = TransferError if connection.codec._ended and connection.codec._error is error else ResponseError
+            of_codec = connection.codec._error == (error.status, error.message)
+            kind = TransferError if connection.codec._ended and of_codec else ResponseError
             return _with(kind(f"{self.said}: {error.message}"), self.request)
         if isinstance(error, flowcoro_net.NetworkError):
             return _with(TransferError(f"{self.said}: {error.strerror}"), self.request)
@@ -9321,7 +8882,7 @@ async def _inflated(decoder, data):
     out = bytearray()
     for number, piece in enumerate(decoder.decode(data), 1):
         out += piece
-        if not number % 16:
+        if not number % INFLATED_A_TURN:
             await flowcoro.checkpoint()
     return bytes(out)
 
@@ -9536,7 +9097,7 @@ class _Sending:
                 response = await self._once(request, options, stream, deadline, known)
                 if response.status not in retries.statuses or not retries.count:
                     if self._budget < retries.budget:
-                        self._budget = min(retries.budget, self._budget + 0.1)
+                        self._budget = min(retries.budget, self._budget + RETRY_GIVEN_BACK)
                     return response
                 error, safe = None, request.method in _IDEMPOTENT
             except RequestError as failure:
@@ -9909,9 +9470,6 @@ class _EventParser:
             self.retry = int(value)
 
 
-_is_event_stream = re.compile(r"text/event-stream[ \t]*(?:;.*)?", re.IGNORECASE).fullmatch
-
-
 class EventStream:
     """The events of a server, across connections: see HttpClient.events(). Use it by `async with`, and in that by `async for`.
 
@@ -9924,7 +9482,7 @@ class EventStream:
     def __init__(self, client, method, url, last_event_id, reconnect, max_event, options):
         self._client, self._method, self._url, self._options = client, method, url, options
         self._reconnect, self._max = reconnect, max_event
-        self.last_event_id, self.retry, self.response = last_event_id, 3.0, None
+        self.last_event_id, self.retry, self.response = last_event_id, EVENT_RETRY, None
         self._events, self._failures, self._over = collections.deque(), 0, False
         self._context = self._parser = None
 
@@ -9965,7 +9523,7 @@ class EventStream:
                 self._over = True
                 said = f"{self._method} {self._url}: the event stream ended {self._failures} times in a row without an event"
                 raise error or TransferError(said)
-            await flowcoro.sleep(min(60.0, self.retry * 2**(self._failures - 1)))
+            await flowcoro.sleep(min(MAX_EVENT_RETRY, self.retry * 2**(self._failures - 1)))
         event = self._events.popleft()
         self.last_event_id, self._failures = event.id, 0
         return event
@@ -9990,7 +9548,7 @@ class EventStream:
         try:
             if response.status not in (200, 204):
                 response.raise_for_status()
-            if not self._over and (response.status != 200 or not _is_event_stream(response.headers.get("content-type", ""))):
+            if not self._over and (response.status != 200 or _essence(response.headers) != "text/event-stream"):
                 raise response._bad(f"{response.status}, {response.headers.get('content-type')} is no event stream")
         except BaseException:
             await self._leave()
@@ -10108,7 +9666,7 @@ def _environ_key(name):
     return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_" + key
 
 
-@functools.lru_cache(256)
+@_known
 def _wsgi_status(text):
     """(status, reason or None for the usual one) of what an application calls its status."""
     if not isinstance(text, str):
@@ -10682,7 +10240,7 @@ def _asgi_failure(application, error):
 
 def _listed(request, name):
     """The elements of all fields of that name."""
-    return _split_list(",".join(request.headers.get_all(name)))
+    return _split_list(request.headers._combined(name))
 
 
 def _is_gone():
@@ -11084,7 +10642,8 @@ def asgi_app(application, *, websocket=None, disconnect_timeout=ASGI_DISCONNECT)
 
     host = asgi_app(application); app.mount("/", host, encoded_slashes=True); app.lifespan(host.lifespan). One that reaches for
     asyncio's loop gets an error that says so, and 500 is answered. In its lifespan startup.failed ends the start (RuntimeError).
-    What it keeps in the lifespan's state is in each scope. Extensions: http.response.trailers, http.response.early_hint.
+    What it keeps in the lifespan's state is in each scope. Extensions: http.response.trailers (which go out as a Response's), and
+    http.response.early_hint.
 
     It runs in a task of its own, and may go on when its answer is complete, until the server ends and 5 s longer. send() returns
     when the server has taken what was sent before. When the client has gone, receive() gives http.disconnect and send() raises

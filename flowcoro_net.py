@@ -3488,13 +3488,16 @@ class _PoolMoves:
     def serve(self, now):
         """P1: hand what is free to who has waited longest."""
         while queue := self.first or self.queue:
+            waiting = len(queue)
             entry = self.grant(now)
             if entry is None:
                 return
             try:
                 queue.unpark(1, value=entry)
-            except BaseException:           # the stack ends here: whoever comes next serves
-                if entry.state is _CONNECTING:
+            except BaseException:           # the stack ends here, or a signal handler has struck: whoever comes next serves
+                if len(queue) < waiting:    # but he has been woken, and it is his
+                    pass
+                elif entry.state is _CONNECTING:
                     self.forget(entry, "failed")
                 else:
                     self.put_back(entry)

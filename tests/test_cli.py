@@ -231,7 +231,7 @@ def test_the_scenes_can_be_listed(cli):
     assert [line.split()[0] for line in out.splitlines()] == list(flowcoro_cli.SCENES)
 
 
-@pytest.mark.parametrize("name", list(flowcoro_cli.SCENES))
+@pytest.mark.parametrize("name", [name for name in flowcoro_cli.SCENES if name not in ("http", "timeouts", "workers")])
 def test_one_scene_runs_alone_and_says_what_to_look_at(name):
     done = small_demo(name)
     assert (done.returncode, done.stderr) == (0, "")

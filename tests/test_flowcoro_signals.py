@@ -1460,6 +1460,112 @@ def test_a_scope_that_is_struck_as_it_expires_is_cancelled_all_the_same_under_a_
     assert log == ["after the bounded cleanup"]
 
 
+def test_a_writer_whose_wait_was_struck_as_its_time_was_up_goes_on(nobody_sees_a_deadlock):
+    async def main():
+        rwlock = flowcoro.RWLock()
+        rwlock.read.acquire_nowait()
+        async with flowcoro.TaskGroup() as group:
+            group.scope.deadline = flowcoro.now() + PATIENCE
+            group.spawn(waits(rwlock))
+            strike_once(flowcoro._reschedule, "_interrupt")
+
+    async def waits(rwlock):
+        with flowcoro.CancelScope(shield=True) as shield, flowcoro.move_on_after(0.01):
+            shield.deadline = flowcoro.now() + PATIENCE
+            await rwlock.write.acquire()
+        left.append(True)
+
+    left = []
+    with pytest.raises(Struck):
+        flowcoro.run(main())
+    assert left
+
+
+def test_a_task_that_is_struck_on_its_way_to_its_park_does_not_come_back_as_if_it_had_been_woken(nobody_sees_a_deadlock):
+    async def main():
+        with flowcoro.CancelScope(shield=True):
+            strike_once(flowcoro._OneOfSeveral._park_among_others, "work")
+            try:
+                got.append(await flowcoro.Channel().receive())
+            except Struck:
+                got.append("struck")
+
+    got = []
+    with pytest.raises(Struck):
+        flowcoro.run(main(), workers=2)
+    assert got == ["struck"]
+
+
+def test_who_is_woken_by_an_end_that_was_struck_is_woken_once(nobody_sees_a_deadlock, reports):
+    async def ends():
+        await flowcoro.checkpoint()                     # until the other one waits for this
+        strike_once(flowcoro._Worker._finish, "work")
+
+    async def joins(task):
+        with flowcoro.CancelScope(shield=True):
+            try:
+                await task
+            except Struck:
+                pass
+            began = flowcoro.now()
+            await flowcoro.sleep(0.05)
+            slept.append(flowcoro.now() - began)
+
+    async def main():
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(joins(group.spawn(ends())))
+
+    slept = []
+    with pytest.raises(Struck):
+        flowcoro.run(main())
+    assert slept[0] >= 0.05 and reports == []
+
+
+def test_who_is_let_in_as_another_is_told_of_a_struck_cancel_is_woken_once(nobody_sees_a_deadlock, reports):
+    async def writes(rwlock):
+        with flowcoro.CancelScope(shield=True), flowcoro.move_on_after(0.01):
+            await rwlock.write.acquire()
+
+    async def reads(rwlock):
+        with flowcoro.CancelScope(shield=True):
+            async with rwlock.read:
+                began = flowcoro.now()
+                await flowcoro.sleep(0.05)
+                slept.append(flowcoro.now() - began)
+
+    async def main():
+        rwlock = flowcoro.RWLock()
+        async with rwlock.read, flowcoro.TaskGroup() as group:
+            group.spawn(writes(rwlock))
+            group.spawn(reads(rwlock))
+            strike_once(flowcoro._interrupt_inside, "cancel")
+
+    slept = []
+    with pytest.raises(Struck):
+        flowcoro.run(main())
+    assert slept[0] >= 0.05 and reports == []
+
+
+@pytest.mark.parametrize("function, caller", [(flowcoro.ParkingLot.unpark, "_ended"), (flowcoro.as_completed._ended, "commit"),
+                                              (flowcoro._reschedule, "unpark")])
+def test_who_waits_for_the_next_task_to_end_is_woken_though_the_end_was_struck(function, caller, nobody_sees_a_deadlock):
+    async def main():
+        with flowcoro.CancelScope(shield=True), flowcoro.move_on_after(PATIENCE):
+            async for task in flowcoro.as_completed(flowcoro.sleep(0.01)):
+                done.append(task.done())
+                return
+            raise AssertionError("nothing came")
+
+    async def begin():
+        strike_once(function, caller)
+        await main()
+
+    done = []
+    with pytest.raises(Struck):
+        flowcoro.run(begin())
+    assert done == [True]
+
+
 def test_a_call_from_a_thread_that_is_struck_as_it_answers_is_made_once(nobody_sees_a_deadlock, reports):
     calls = []
 

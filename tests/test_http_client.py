@@ -528,8 +528,15 @@ def test_lines_of_a_stream():
         async with client.stream("GET", origin.url) as response:
             with pytest.raises(ResponseError, match="a line of more"):
                 [line async for line in response.lines(limit=5)]
+        for limit, text in (5, "abcde"), (5, "abcde\r\nb"), (5, "a\nabcde\nb"):
+            async with client.stream("GET", origin.url) as response:
+                assert [line async for line in response.lines(limit)] == text.splitlines()
+            async with client.stream("GET", origin.url) as response:
+                with pytest.raises(ResponseError, match="a line of more than 4 bytes"):
+                    [line async for line in response.lines(limit - 1)]
 
-    talk(scripted(answer("a\r\nb\rc\n\nü"), answer("abcdefgh")), work)
+    lines = "abcde", "abcde\r\nb", "a\nabcde\nb"
+    talk(scripted(answer("a\r\nb\rc\n\nü"), answer("abcdefgh"), *[answer(text) for text in lines for _ in range(2)]), work)
 
 
 def test_reading_a_stream_holds_no_more_than_max_bytes():

@@ -1,5 +1,6 @@
 """The HTTP/1.1 codec: what it takes, what it refuses and with which status; the pieces that it comes in make no difference."""
 
+import gc
 import http.client
 import http.server
 import importlib.util
@@ -785,6 +786,44 @@ def test_204_and_304_have_no_content():
         with pytest.raises(LocalProtocolError):
             connection.send(Data(b"x"))
         assert connection.send(EndOfMessage()) == b"" and connection.reusable
+
+
+def test_a_connection_that_was_refused_is_no_garbage_of_a_cycle():
+    def refuse():
+        connection = HttpConnection("server")
+        connection.receive_data(b"nonsense\r\n\r\n")
+        for _ in range(2):
+            try:
+                connection.next_event()
+            except ProtocolError as error:
+                assert error.status == 400 and "nonsense" in error.message
+
+    refuse()
+    gc.collect()
+    gc.disable()
+    try:
+        refuse()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+def test_205_has_no_content_and_says_so():
+    for headers in (), (("Content-Length", "0"),):
+        for _ in range(2):                      # the second head would be known
+            assert answered(server(request())[0], 205, headers) == b"HTTP/1.1 205 Reset Content\r\nContent-Length: 0\r\n\r\n"
+        with pytest.raises(LocalProtocolError):
+            answered(server(request())[0], 205, headers, body=b"x")
+    for headers in [("Content-Length", "1")], [("Transfer-Encoding", "chunked")]:
+        with pytest.raises(LocalProtocolError, match="205"):
+            server(request())[0].send(ResponseHead(205, headers))
+    connection, _ = server(request())
+    assert connection.send(ResponseHead(205)) == b"HTTP/1.1 205 Reset Content\r\nContent-Length: 0\r\n\r\n"
+    with pytest.raises(LocalProtocolError):
+        connection.send(Data(b"x"))
+    assert connection.send(EndOfMessage()) == b"" and connection.reusable
+    head = answered(server(request(first=b"HEAD / HTTP/1.1"))[0], 205)
+    assert head == b"HTTP/1.1 205 Reset Content\r\nContent-Length: 0\r\n\r\n"
 
 
 def test_an_informational_response_is_not_for_http_1_0_and_has_no_content():

@@ -1,6 +1,5 @@
 """Files: send_file() and static_files(), attacked; driven directly, through a server, and by curl."""
 
-import contextlib
 import gzip
 import io
 import os
@@ -19,6 +18,7 @@ import flowcoro_http
 import flowcoro_net
 from flowcoro_http import HttpError, HttpServer, Request, Response, send_file, static_files
 from flowcoro_testing import run_in_kernel
+from http_helpers import exchange, serving
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -64,25 +64,6 @@ async def get(handler, path, headers=(), method="GET"):
 def served(site, path, headers=(), method="GET", **options):
     """The same, in a kernel of its own."""
     return run_in_kernel(get)(static_files(site, **options), path, headers, method)
-
-
-@contextlib.asynccontextmanager
-async def serving(app):
-    """An application on a port; its address."""
-    async with await app.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
-        group.spawn(server.serve(drain_timeout=1.0))
-        yield server.local
-        server.close()
-
-
-async def exchange(address, data):
-    """What comes back for these bytes, until the other side ends."""
-    async with await flowcoro_net.Socket.connect(*address) as sock:
-        await sock.write(data)
-        pieces = []
-        while piece := await sock.read():
-            pieces.append(piece)
-        return b"".join(pieces)
 
 
 # ---- what is sent --------------------------------------------------------------------------------------------
@@ -613,15 +594,15 @@ def test_files_of_all_sizes_arrive_whole(site):
     async def main():
         app = HttpServer()
         app.mount("/", static_files(site))
-        async with serving(app) as address:
+        async with serving(app) as server:
             for path, whole in (("/a.txt", b"0123456789"), ("/large.bin", LARGE), ("/empty", b"")):
                 for method in ("GET", "HEAD"):
-                    data = await exchange(address, f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+                    data = await exchange(server, f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
                     head, _, content = data.partition(b"\r\n\r\n")
                     assert head.startswith(b"HTTP/1.1 200 ") and b"\r\nContent-Length: %d\r\n" % len(whole) in head + b"\r\n"
                     assert content == (whole if method == "GET" else b"")
             two = b"GET /large.bin HTTP/1.1\r\nHost: x\r\n\r\nGET /a.txt HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-            assert (await exchange(address, two)).endswith(b"0123456789")          # the connection went on after the file
+            assert (await exchange(server, two)).endswith(b"0123456789")          # the connection went on after the file
     flowcoro.run(main())
 
 
@@ -636,12 +617,32 @@ def test_a_file_that_is_cut_while_it_is_sent_breaks_the_connection_off(site, mon
             os.truncate(site / "large.bin", 1000)
             return response
         app.mount("/", cutting)
-        async with serving(app) as address:
+        async with serving(app) as server:
             request = f"GET /large.bin HTTP/1.1\r\nHost: x\r\n{asked}\r\n".encode()
             with pytest.raises(flowcoro_net.BrokenError):
-                await exchange(address, request)
+                await exchange(server, request)
     flowcoro.run(main())
     assert any("become shorter" in str(error) for _, error in reports)
+
+
+@pytest.mark.parametrize("asked", ["", "Range: bytes=0-9,150000-\r\n"])
+def test_a_file_whose_answer_a_middleware_puts_another_in_place_of_is_closed(site, asked):
+    files = []
+
+    async def main():
+        app = HttpServer()
+        app.mount("/", static_files(site))
+
+        @app.middleware
+        async def instead(request, call_next):
+            stream = (await call_next(request)).stream
+            files.append(stream._file if asked else stream.file)
+            return "another"
+        async with serving(app) as server:
+            request = f"GET /large.bin HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{asked}\r\n".encode()
+            assert (await exchange(server, request)).endswith(b"another")
+            assert [file.closed for file in files] == [True]
+    flowcoro.run(main())
 
 
 def test_a_file_that_is_replaced_while_it_is_sent_arrives_as_it_was(site):
@@ -655,8 +656,8 @@ def test_a_file_that_is_replaced_while_it_is_sent_arrives_as_it_was(site):
             os.replace(site / "new", site / "large.bin")
             return response
         app.mount("/", replacing)
-        async with serving(app) as address:
-            data = await exchange(address, b"GET /large.bin HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        async with serving(app) as server:
+            data = await exchange(server, b"GET /large.bin HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             assert data.partition(b"\r\n\r\n")[2] == LARGE
     flowcoro.run(main())
 
@@ -675,13 +676,33 @@ def test_a_client_that_goes_leaves_no_file_open(site):
             streams.append(response.stream)
             return response
         app.mount("/", noting)
-        async with serving(app) as address:
-            async with await flowcoro_net.Socket.connect(*address) as sock:
+        async with serving(app) as server:
+            async with await flowcoro_net.Socket.connect(*server.local) as sock:
                 await sock.write(b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n")
                 assert b"Content-Length: 4294967296\r\n" in await sock.read_until(b"\r\n\r\n")
                 await sock.read(100)
             while not streams[0].file.closed:
                 await flowcoro.sleep(0.001)
+    flowcoro.run(main())
+
+
+def test_a_client_that_does_not_read_a_file_is_cut(site, monkeypatch):
+    monkeypatch.setattr(flowcoro_http, "SWEEP", 0.01)
+
+    async def main():
+        app = HttpServer(send_timeout=0.1)
+        app.mount("/", static_files(site))
+        with open(site / "huge", "wb") as file:
+            file.truncate(2**32)
+        async with serving(app) as server, await flowcoro_net.Socket.connect(*server.local) as sock:
+            await sock.write(b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n")
+            await sock.read(100)
+            with flowcoro.timeout(10):
+                while server.statistics()["connections"]:
+                    await flowcoro.sleep(0.001)
+            with pytest.raises(flowcoro_net.BrokenError):
+                while await sock.read():
+                    pass
     flowcoro.run(main())
 
 
@@ -694,8 +715,8 @@ def test_curl_gets_files_ranges_and_resumes(site, tmp_path):
     async def main():
         app = HttpServer()
         app.mount("/", static_files(site))
-        async with serving(app) as (host, port):
-            url, target = f"http://{host}:{port}", tmp_path / "got"
+        async with serving(app) as server:
+            url, target = server.url, tmp_path / "got"
             run = flowcoro.to_thread
             assert await run(curl, f"{url}/large.bin") == LARGE
             assert await run(curl, "-r", "10-19", f"{url}/large.bin") == LARGE[10:20]

@@ -23,6 +23,7 @@ import flowcoro
 import flowcoro_http
 import flowcoro_net
 from flowcoro_http import HttpServer, Request, asgi_app, wsgi_app
+from http_helpers import serving
 
 PATIENCE = 10           # seconds until a test counts as hanging; each takes some hundredths
 
@@ -41,12 +42,8 @@ def hosting(handler, client, prefix="/"):
         if hasattr(handler, "lifespan"):
             app.lifespan(handler.lifespan)
         with flowcoro.timeout(PATIENCE):
-            async with await app.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
-                group.spawn(server.serve(drain_timeout=5))
-                try:
-                    return await client(server)
-                finally:
-                    server.close()
+            async with serving(app) as server:
+                return await client(server)
     return flowcoro.run(main())
 
 
@@ -560,6 +557,13 @@ def started_twice(environ, start_response):
 
 def exiting(environ, start_response):
     raise SystemExit(3)
+
+
+def test_a_long_status_of_an_application_is_not_remembered():
+    for length in 10, 5000:
+        assert flowcoro_http._wsgi_status("200 " + "x" * length) == (200, "x" * length)
+    known = flowcoro_http._wsgi_status.__self__
+    assert 0 < max(map(len, known)) <= flowcoro_http.KNOWN_LINE
 
 
 def too_long(environ, start_response):
@@ -1170,7 +1174,7 @@ def test_the_answer_to_head_has_the_length_if_it_is_known_and_no_content():
 
 def test_trailers_and_early_hints_are_sent():
     async def client(server):
-        return await exchange(server, request())
+        return await exchange(server, request(headers=[("TE", "trailers")]))
 
     steps = [{"type": "http.response.early_hint", "links": [b"</x.css>; rel=preload"]}, {**START, "trailers": True}, body(b"a"),
              {"type": "http.response.trailers", "headers": [(b"x-sum", b"1")], "more_trailers": True},
@@ -1178,6 +1182,7 @@ def test_trailers_and_early_hints_are_sent():
     raw = hosting(asgi_app(asgi(*steps)), client)
     assert raw.startswith(b"HTTP/1.1 103 ") and b"Link: </x.css>; rel=preload\r\n" in raw
     assert raw.endswith(b"0\r\nx-sum: 1\r\nx-end: 2\r\n\r\n")
+    assert hosting(asgi_app(asgi(*steps)), lambda server: exchange(server, request())).endswith(b"a\r\n0\r\n\r\n")
 
 
 def test_send_returns_when_the_client_has_taken_what_was_sent_before():

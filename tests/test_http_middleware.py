@@ -1,7 +1,6 @@
 """Middleware: each one driven directly, with a request and a call_next, and the order of them through a server."""
 
 import base64
-import contextlib
 import gzip
 import inspect
 import io
@@ -13,10 +12,10 @@ import pytest
 
 import flowcoro
 import flowcoro_http
-import flowcoro_net
 from flowcoro_http import (HttpError, HttpServer, Request, Response, Signer, access_log, basic_auth, bearer_auth, body_limit,
                            compress, cors, etag, event_stream, request_id, security_headers, sessions, timeout, trusted_proxies)
 from flowcoro_testing import run_in_kernel
+from http_helpers import exchange, serving
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 100
 
@@ -616,23 +615,6 @@ def test_sessions_that_browsers_or_json_would_not_take_are_errors():
 
 # ---- all of them, through a server ---------------------------------------------------------------------------
 
-@contextlib.asynccontextmanager
-async def serving(app):
-    async with await app.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
-        group.spawn(server.serve(drain_timeout=1.0))
-        yield server.local
-        server.close()
-
-
-async def exchange(address, data):
-    async with await flowcoro_net.Socket.connect(*address) as sock:
-        await sock.write(data)
-        pieces = []
-        while piece := await sock.read():
-            pieces.append(piece)
-        return b"".join(pieces)
-
-
 def test_all_of_them_together_answer_and_log(tmp_path):
     lines = []
     (tmp_path / "large.bin").write_bytes(b"x" * 100_000)
@@ -657,10 +639,10 @@ def test_all_of_them_together_answer_and_log(tmp_path):
             return Response(200, pieces(), media_type="text/plain")
         app.mount("/files", flowcoro_http.static_files(tmp_path))
 
-        async with serving(app) as address:
+        async with serving(app) as server:
             tail = ("Host: x\r\nConnection: close\r\nAccept-Encoding: gzip\r\nX-Forwarded-For: 192.0.2.1\r\n"
                     "X-Forwarded-Proto: https\r\nOrigin: https://a.example\r\nX-Request-ID: id-1\r\n")
-            answer = await exchange(address, f"POST /text HTTP/1.1\r\n{tail}Content-Length: 3\r\n\r\nabc".encode())
+            answer = await exchange(server, f"POST /text HTTP/1.1\r\n{tail}Content-Length: 3\r\n\r\nabc".encode())
             head, _, content = answer.partition(b"\r\n\r\n")
             assert gzip.decompress(content) == TEXT.encode()
             for expected in (b"200 OK", b"X-Request-ID: id-1", b"Strict-Transport-Security: ",
@@ -668,11 +650,11 @@ def test_all_of_them_together_answer_and_log(tmp_path):
                              b"content-encoding: gzip", b"Set-Cookie: __Host-session="):
                 assert expected in head, head
             for chunked in (b"Content-Length: 11\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\nb\r\n01234567890\r\n0\r\n\r\n"):
-                answer = await exchange(address, f"POST /text HTTP/1.1\r\n{tail}".encode() + chunked)
+                answer = await exchange(server, f"POST /text HTTP/1.1\r\n{tail}".encode() + chunked)
                 assert answer.startswith(b"HTTP/1.1 413 ") and b"X-Request-ID" in answer
-            answer = await exchange(address, f"GET /stream HTTP/1.1\r\n{tail}\r\n".encode())
+            answer = await exchange(server, f"GET /stream HTTP/1.1\r\n{tail}\r\n".encode())
             assert b"content-encoding: gzip" in answer and answer.endswith(b"0\r\n\r\n")
-            answer = await exchange(address, f"GET /files/large.bin HTTP/1.1\r\n{tail}\r\n".encode())
+            answer = await exchange(server, f"GET /files/large.bin HTTP/1.1\r\n{tail}\r\n".encode())
             assert answer.endswith(b"x" * 100_000)
     flowcoro.run(main())
     found = [json.loads(line) for line in lines]

@@ -19,6 +19,7 @@ import pytest
 
 import flowcoro
 import flowcoro_cli
+import flowcoro_http
 import flowcoro_websocket
 
 ROOT = pathlib.Path(flowcoro_cli.__file__).resolve().parent
@@ -555,3 +556,8 @@ def test_the_help_explains_every_option(folder):
     for option in ("--host", "--port", "--unix", "--processes", "--tls-cert", "--tls-key", "--reload", "--access-log", "--wsgi",
                    "--asgi", "--threads", "--listing", "--drain-timeout", "SIGHUP", "module:name()"):
         assert option in text
+
+
+def test_serve_waits_and_works_as_an_http_server_does_by_itself():
+    for ours, theirs in ("DRAIN_TIMEOUT",) * 2, ("END_TIMEOUT",) * 2, ("THREADS_OF_WSGI", "WSGI_THREADS"):
+        assert getattr(flowcoro_cli, ours) == getattr(flowcoro_http, theirs), ours

@@ -32,6 +32,7 @@ from flowcoro_http import (Data, EndOfMessage, HttpConnection, HttpError, HttpSe
                            RequestHead, Response, ResponseHead)
 from flowcoro_net import BrokenError, Socket, client_tls, server_tls
 from flowcoro_testing import SimulatedNetwork, run_in_kernel
+from http_helpers import everything
 from test_net import PATIENCE, drain, nothing_is_left_behind, run  # noqa: F401  (a fixture)
 from test_net_cancel import at_each_point, cancelled_at
 from test_net_tls import certificates  # noqa: F401  (a fixture)
@@ -126,13 +127,6 @@ def answers(data, *methods):
         found.append(answer)
     assert data == b"", f"{data!r} after the last answer"
     return found
-
-
-async def everything(sock):
-    pieces = []
-    while data := await sock.read():
-        pieces.append(data)
-    return b"".join(pieces)
 
 
 async def one_answer(sock, method="GET", codec=None):
@@ -245,7 +239,7 @@ def test_what_follows_the_first_lines_of_a_head_is_no_known_request():
 @simulated
 async def test_a_body_that_nobody_read_and_that_is_large_ends_the_connection_with_the_answer_arriving():
     async with serving(plain_app()) as world:
-        answer = await world.post("/ignore", b"x" * (flowcoro_http.MAX_UNREAD + 100_000))
+        answer = await world.post("/ignore", b"x" * (flowcoro_http.MAX_UNREAD + 1))
         assert answer.content == b"ignored" and not answer.keep_alive
         assert answer.headers["connection"] == "close"
         # in chunks nobody knows before: the connection ends all the same, and the answer is there
@@ -255,6 +249,44 @@ async def test_a_body_that_nobody_read_and_that_is_large_ends_the_connection_wit
                              + b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
             [answer] = answers(await everything(sock), "POST")
             assert answer.content == b"ignored"
+
+
+@simulated
+async def test_limits_of_what_is_read_of_a_request_are_arguments():
+    app = plain_app(max_unread=10, max_cookies=3, max_query_fields=4, max_chunk_line=9)
+
+    @app.get("/read")
+    async def read(request):
+        return [len(request.cookies), len(request.query)]
+
+    async with serving(app) as world:
+        for size in 10, 11:
+            answer = await world.post("/ignore", b"x" * size)
+            assert answer.content == b"ignored" and answer.keep_alive == (size == 10)
+        for cookies, query, status, limit in [
+                (b"a=1; b=2; c=3", "a&b&c&d", 200, b""), (b"a=1; b=2; c=3; a=4", "", 431, b"max_cookies"),
+                (b"", "a&b&c&d&e", 413, b"max_query_fields")]:
+            answer = await world.get(f"/read?{query}", b"Cookie: %s\r\n" % cookies)
+            assert answer.status == status and limit in answer.content, (cookies, query)
+        for extension, status in (b";a=bcde", 200), (b";a=bcdef", 400):
+            [answer] = await world.talk(b"POST /echo HTTP/1.1\r\n%sTransfer-Encoding: chunked\r\n\r\n01%s\r\nx\r\n0\r\n\r\n"
+                                        % (HOST, extension), "POST")
+            assert answer.status == status, extension
+
+
+@simulated
+async def test_a_connection_that_the_server_ends_is_read_on_for_as_long_as_it_is_told():
+    for seconds in 2.0, 7.0:
+        app = plain_app(linger_timeout=seconds)
+        async with serving(app) as world, await world.connect() as sock:
+            await sock.write(b"nonsense\r\n\r\n")
+            assert answers(await everything(sock))[0].status == 400         # and their end, at once
+            began = flowcoro.now()
+            with pytest.raises(BrokenError):
+                while True:
+                    await sock.write(b"x")
+                    await flowcoro.sleep(0.1)
+            assert seconds - 0.1 <= flowcoro.now() - began <= seconds + 0.5
 
 
 @simulated
@@ -616,6 +648,7 @@ async def test_all_that_a_handler_may_return():
         "/three": ((202, {"a": 1}, [("X-A", "b")]), 202, "application/json", b'{"a":1}'),
         "/status": ((standard.HTTPStatus.ACCEPTED, "x"), 202, "text/plain; charset=utf-8", b"x"),
         "/nothing": ((204, None), 204, None, b""),
+        "/reset": ((205, None), 205, None, b""),
         "/response": (Response(203, "x", media_type="text/html"), 203, "text/html", b"x"),
         "/own": (Response(200, "x", [("content-type", "a/b")]), 200, "a/b", b"x"),
         "/notmodified": (Response(304, None, [("ETag", '"x"')]), 304, None, b""),
@@ -627,17 +660,10 @@ async def test_all_that_a_handler_may_return():
             return result
         app.add(path, functools.partial(handler, result=result))
 
-    async def stream(request):
-        return pieces(b"a", "b\u00e9", b"", bytearray(b"c"))
-
-    async def generator(request):
-        yield b"a"
-
+    @app.get("/iterator")
     async def iterator(request):
         return iter(["a", b"b"])
 
-    for function in stream, generator, iterator:
-        app.add(f"/{function.__name__}", function)
     async with serving(app) as world:
         for _ in range(2):                      # the second time heads are known
             for path, (_, status, media_type, content) in results.items():
@@ -647,12 +673,35 @@ async def test_all_that_a_handler_may_return():
                     assert answer.content == (content if method == "GET" else b""), path
                     if status not in (204, 304):
                         assert answer.headers["content-length"] == str(len(content)), path
-        assert (await world.get("/stream")).content == "ab\u00e9c".encode()
-        assert (await world.get("/generator")).content == b"a"
         answer = await world.get("/iterator")
         assert answer.content == b"ab" and answer.headers["transfer-encoding"] == "chunked"
-        answer = await world.get("/stream", method="HEAD")
-        assert answer.content == b"" and answer.status == 200
+
+
+@simulated
+async def test_the_first_piece_of_a_stream_says_its_type_unless_the_handler_does():
+    binary, text, ours = "application/octet-stream", "text/plain; charset=utf-8", "text/csv"
+    answers = {
+        "/bytes": (lambda: pieces(b"a", "b\u00e9", b"", bytearray(b"c")), binary, "ab\u00e9c"),
+        "/str": (lambda: pieces("\u00e9", b"b"), text, "\u00e9b"),
+        "/markup": (lambda: iter([Text("a"), "b"]), text, "ab"),
+        "/nothing": (pieces, binary, ""),
+        "/empty": (lambda: pieces("", b"b"), text, "b"),
+        "/own": (lambda: Response(200, pieces("a"), media_type=ours), ours, "a"),
+        "/own2": (lambda: Response(200, pieces("a"), {"content-type": ours}), ours, "a"),
+        "/none": (lambda: Response(205, pieces("a")), binary, ""),
+        "/own3": (lambda: Response(200, pieces("a"), media_type=binary), binary, "a"),
+    }
+    app = HttpServer()
+    for path, (make, *_) in answers.items():
+        async def handler(request, make=make):
+            return make()
+        app.add(path, functools.partial(handler, make=make))
+    async with serving(app) as world:
+        for path, (_, media_type, content) in answers.items():
+            for method in "GET", "HEAD":
+                answer = await world.get(path, method=method)
+                assert answer.headers.get_all("content-type") == [media_type], path
+                assert answer.content.decode() == (content if method == "GET" else "") and answer.status in (200, 205)
 
 
 @simulated
@@ -780,7 +829,7 @@ WRONG = {
     "a tuple of one": (200,), "a tuple of four": (200, "", [], 1), "a tuple without a status": ("x", "y"), "true": (True, "x"),
     "an object": object(), "nan": float("nan"), "a lone surrogate": "\ud800", "a status": Response(99), "another": Response(1000),
     "a status of 1xx": Response(101), "content with 204": Response(204, "x"), "content with 304": Response(304, "x"),
-    "a wrong length": Response(200, "xy", [("Content-Length", "1")]),
+    "content with 205": Response(205, "x"), "a wrong length": Response(200, "xy", [("Content-Length", "1")]),
     "length and chunks": Response(200, "x", [("Content-Length", "1"), ("Transfer-Encoding", "chunked")]),
     "chunks with 204": Response(204, None, [("Transfer-Encoding", "chunked")]),
     "a reason with a line break": Response(200, "x", reason="OK\r\nX: y"),
@@ -792,7 +841,7 @@ WRONG = {
     "a set of objects": {object()},
 }
 
-OF_NO_CONCERN_TO_HEAD = {"content with 204", "content with 304", "a wrong length", "no content at all"}
+OF_NO_CONCERN_TO_HEAD = {"content with 204", "content with 205", "content with 304", "a wrong length", "no content at all"}
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -929,10 +978,72 @@ def test_error_handlers_by_status_and_by_the_nearest_class(reports):
             for path, status, content in [
                     ("/teapot", 418, b"a teapot: short and stout"), ("/nowhere", 404, b'{"status":404}'),
                     ("/wrong", 409, b"wrong"),
-                    ("/very", 409, b"wrong"), ("/recursion", 503, b"RecursionError"), ("/group", 503, b"ExceptionGroup")]:
+                    ("/very", 409, b"wrong"), ("/recursion", 503, b"RecursionError"), ("/group", 409, b"wrong")]:
                 answer = await world.get(path)
                 assert (answer.status, answer.content) == (status, content), path
             assert (await world.get("/echo")).status == 405
+
+    test()
+    assert reports == []
+
+
+@simulated
+async def in_groups(handled, *errors):
+    """The answer when a handler has tasks, in two groups, which fail so at the same time; `handled`: {kind of error: status}."""
+    async def fail(error):
+        raise error
+
+    app = HttpServer()
+    for kind, status in handled.items():
+        app.error_handler(kind)(named(status))
+
+    @app.get("/groups")
+    async def groups(request):
+        async with flowcoro.TaskGroup():
+            async with flowcoro.TaskGroup() as group:
+                for error in errors:
+                    group.spawn(fail(error))
+                await flowcoro.sleep(1)
+
+    async with serving(app) as world:
+        return await world.get("/groups")
+
+
+def test_the_only_error_of_a_group_is_answered_as_it_would_be_alone(reports):
+    answer = in_groups({}, HttpError(404, "gone", [("X-A", "b")]))
+    assert (answer.status, answer.content, answer.headers["x-a"]) == (404, b"gone", "b")
+    known = {Wrong: 409, 418: 418}
+    answer = in_groups(known, VeryWrong())
+    assert (answer.status, answer.content) == (409, b"VeryWrong")
+    assert in_groups(known, HttpError(418)).content == b"HttpError" and reports == []
+    assert in_groups(known, KeyError()).status == 500 and [type(error) for _, error in reports] == [ExceptionGroup]
+    assert in_groups(known, VeryWrong(), HttpError(404)).status == 500 and len(reports) == 2      # which one, nobody can say
+    answer = in_groups({**known, ExceptionGroup: 502}, VeryWrong())
+    assert (answer.status, answer.content) == (502, b"ExceptionGroup") and len(reports) == 2
+
+
+def named(status):
+    async def handler(request, error):
+        return status, type(error).__name__
+    return handler
+
+
+def test_a_stream_that_breaks_off_in_a_group_for_what_its_client_sends_is_not_reported(reports):
+    @simulated
+    async def test():
+        app = HttpServer()
+
+        @app.post("/")
+        async def back(request):
+            async with flowcoro.TaskGroup():
+                yield b"begun"
+                async for data in request.stream():
+                    yield data
+
+        async with serving(app) as world, await world.connect() as sock:
+            await sock.write(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nno chunk\r\n")
+            with pytest.raises(BrokenError):
+                await everything(sock)
 
     test()
     assert reports == []
@@ -998,14 +1109,17 @@ def test_what_is_no_error_to_handle_is_refused():
             app.error_handler(wrong)
     with pytest.raises(TypeError):
         app.middleware("name")
-    for name in "head_timeout", "body_timeout", "idle_timeout", "send_timeout":
+    for name in "head_timeout", "body_timeout", "idle_timeout", "send_timeout", "linger_timeout":
         for wrong in 0, -1, "5":
             with pytest.raises(ValueError, match=name):
                 HttpServer(**{name: wrong})
         HttpServer(**{name: None})
-    for options in {"max_body": -1}, {"max_head": None}, {"max_fields": "9"}, {"min_body_rate": -1}, {"min_body_rate": "x"}:
-        with pytest.raises(ValueError, match=next(iter(options))):
-            HttpServer(**options)
+    for name, wrong in {"max_unread": None, "max_cookies": -1, "max_query_fields": 1.5, "max_chunk_line": "1", "max_body": -1,
+                        "max_head": None, "max_fields": "9", "min_body_rate": -1}.items():
+        with pytest.raises(ValueError, match=name):
+            HttpServer(**{name: wrong})
+    with pytest.raises(ValueError, match="min_body_rate"):
+        HttpServer(min_body_rate="x")
 
 
 # ---- middleware ------------------------------------------------------------------------------------------------
@@ -1404,7 +1518,7 @@ def test_a_stream_that_breaks_off_is_cut_so_that_the_client_can_tell(reports):
 
 
 @simulated
-async def test_trailers_go_out_after_chunks_and_nowhere_else():
+async def test_trailers_go_out_after_chunks_to_a_client_that_takes_them_and_nowhere_else():
     app = HttpServer()
 
     @app.get("/")
@@ -1417,8 +1531,12 @@ async def test_trailers_go_out_after_chunks_and_nowhere_else():
         return response
 
     async with serving(app) as world:
-        assert (await world.get("/")).trailers.items() == [("Sum", "7")]
-        [answer] = await world.talk(b"GET / HTTP/1.0\r\n\r\n")
+        for te in b"TE: trailers\r\n", b"TE: gzip;q=0.5\r\nTE: Trailers\r\n":
+            assert (await world.get("/", te)).trailers.items() == [("Sum", "7")]
+        for te in b"", b"TE: gzip, trailer\r\n":
+            answer = await world.get("/", te)
+            assert answer.content == b"content" and answer.trailers is None and answer.status == 200
+        [answer] = await world.talk(b"GET / HTTP/1.0\r\nTE: trailers\r\n\r\n")
         assert answer.content == b"content" and answer.trailers is None
 
 

@@ -1,6 +1,5 @@
 """Server-sent events: how they are written, how their stream ends, and through a server."""
 
-import contextlib
 
 import pytest
 
@@ -9,6 +8,7 @@ import flowcoro_http
 import flowcoro_net
 from flowcoro_http import HttpServer, Request, ServerSentEvent, event_stream, last_event_id
 from flowcoro_testing import run_in_kernel, wait_all_tasks_parked
+from http_helpers import everything, exchange, serving
 
 
 def parsed(data):
@@ -225,14 +225,6 @@ def test_arguments_that_make_no_sense_are_refused():
 
 # ---- through a server ----------------------------------------------------------------------------------------
 
-@contextlib.asynccontextmanager
-async def serving(app):
-    async with await app.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
-        group.spawn(server.serve(drain_timeout=60.0))           # it ends by itself
-        yield server
-        server.close()
-
-
 def test_a_browser_that_goes_ends_the_source_and_one_that_stays_ends_with_the_server(monkeypatch):
     monkeypatch.setattr(flowcoro_http, "SWEEP", 0.01)           # how soon it is noticed
     closed = []
@@ -257,17 +249,15 @@ def test_a_browser_that_goes_ends_the_source_and_one_that_stays_ends_with_the_se
             assert b'data: {"after":"%d"}\n\n' % number in await sock.read()
             return sock
 
-        async with serving(app) as server:
+        async with serving(app, drain_timeout=60.0) as server:          # it ends by itself
             gone, stays = await connect(server, 1), await connect(server, 2)
             await gone.close()
             while not closed:
                 await flowcoro.sleep(0.001)
             assert closed == ["1"]
             server.close()
-            rest = b""
             with flowcoro.timeout(30):
-                while data := await stays.read():
-                    rest += data
+                rest = await everything(stays)
             assert rest.endswith(b"0\r\n\r\n")                  # a proper end: the browser connects again
             await stays.close()
         assert closed == ["1", "2"]
@@ -288,11 +278,8 @@ def test_head_of_an_event_stream_has_no_content_and_does_not_ask_the_source():
                 yield "one"
             return event_stream(request, source())
 
-        async with serving(app) as server, await flowcoro_net.Socket.connect(*server.local) as sock:
-            await sock.write(b"HEAD /events HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            data = b""
-            while piece := await sock.read():
-                data += piece
+        async with serving(app) as server:
+            data = await exchange(server, b"HEAD /events HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             assert data.startswith(b"HTTP/1.1 200 ") and data.endswith(b"\r\n\r\n")
     flowcoro.run(main())
     assert not asked

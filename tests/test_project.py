@@ -33,6 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # still to come have the lowest layer that will do: HTTP/2 serves flowcoro_http's handlers, gRPC needs HTTP/2.
 LAYERS = {
     "flowcoro_observe": 0,
+    "flowcoro_schema": 0,
     "flowcoro": 1,
     "flowcoro_os": 2,
     "flowcoro_net": 2,
