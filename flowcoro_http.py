@@ -9981,7 +9981,7 @@ class _WsgiThreads:
         self.idle = []                              # locks of threads that wait for one
         self.token = [None]                         # of the thread that is about to look for one
         self.rung, self.bells = collections.deque(), []         # calls with news, and the Promise that somebody waits for
-        self.starting = False
+        self.starting = self.over = False
         flowcoro.spawn(self._listen(), name="hear WSGI threads", pinned=True)
 
     # -- in the kernel
@@ -9997,22 +9997,29 @@ class _WsgiThreads:
         self.wake_one()
 
     async def _listen(self):
-        rung = self.rung
-        while True:
-            for _ in range(len(rung)):
-                call = rung.popleft()
-                if call is not None:
-                    call.wake()
-                elif self.waiting and self.count < self.most:
-                    self.count += 1
-                    flowcoro.spawn(self._thread(), name="a WSGI thread", pinned=True)
-                else:
-                    self._give_back()
-            bell = flowcoro.Promise()
-            self.bells.append(bell)
-            if rung:                                # since before the bell was there
-                self._ring()
-            await bell
+        try:
+            while True:
+                self._answer_rings()
+                bell = flowcoro.Promise()
+                self.bells.append(bell)
+                if self.rung:                       # since before the bell was there
+                    self._ring()
+                await bell
+        finally:                                    # the run ends: nobody waits for threads that have nothing to do
+            self.over = True
+            while self.idle:
+                self.idle.pop().release()
+
+    def _answer_rings(self):
+        for _ in range(len(self.rung)):
+            call = self.rung.popleft()
+            if call is not None:
+                call.wake()
+            elif self.waiting and self.count < self.most:
+                self.count += 1
+                flowcoro.spawn(self._thread(), name="a WSGI thread", pinned=True)
+            else:
+                self._give_back()
 
     async def _thread(self):
         token = [None]
@@ -10084,8 +10091,12 @@ class _WsgiThreads:
             self.idle.append(lock)
             if self.waiting:                        # since before it was idle
                 self.wake_one()
+            if self.over:                           # since before it was idle
+                return
             if lock.acquire(timeout=WSGI_IDLE):
                 has_token = True
+                if self.over and not self.waiting:
+                    return
                 continue
             try:
                 self.idle.remove(lock)

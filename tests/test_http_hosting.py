@@ -890,6 +890,15 @@ def test_the_kernel_goes_on_while_an_application_blocks():
     assert flowcoro.run(main()) == b"hello"
 
 
+def test_when_the_run_ends_its_threads_have_nothing_to_wait_for(monkeypatch):
+    monkeypatch.setattr(flowcoro_http, "WSGI_IDLE", PATIENCE)
+    ask(wsgi_app(answering()))
+    end = time.monotonic() + PATIENCE / 2
+    while len(flowcoro._ThreadPool.idle) < len(flowcoro._ThreadPool.threads):
+        assert time.monotonic() < end, "a thread of the ended run waits for requests"
+        time.sleep(0.001)
+
+
 def test_threads_that_have_been_idle_end_and_later_calls_get_others(monkeypatch):
     monkeypatch.setattr(flowcoro_http, "WSGI_IDLE", 0.02)
     names = []
