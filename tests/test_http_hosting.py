@@ -892,9 +892,11 @@ def test_the_kernel_goes_on_while_an_application_blocks():
 
 def test_when_the_run_ends_its_threads_have_nothing_to_wait_for(monkeypatch):
     monkeypatch.setattr(flowcoro_http, "WSGI_IDLE", PATIENCE)
+    pool = flowcoro._ThreadPool
+    busy = pool.threads - set(pool.idle)            # of other tests
     ask(wsgi_app(answering()))
     end = time.monotonic() + PATIENCE / 2
-    while len(flowcoro._ThreadPool.idle) < len(flowcoro._ThreadPool.threads):
+    while pool.threads - set(pool.idle) - busy:
         assert time.monotonic() < end, "a thread of the ended run waits for requests"
         time.sleep(0.001)
 
