@@ -1307,8 +1307,8 @@ _NORMAL = (1000, 1001, 1005)
 
 _current_task = flowcoro.current_task
 _NO_LOCK = contextlib.nullcontext()
-_GONE = flowcoro_net.NetworkError, flowcoro.ClosedError
-_ENDS = RemoteProtocolError, *_GONE         # (a ConnectionClosed is a NetworkError)
+_GONE = OSError, flowcoro.ClosedError       # any: what was written before may be half of a frame
+_ENDS = RemoteProtocolError, *_GONE         # (a ConnectionClosed is an OSError)
 _SENDABLE = str, bytes, bytearray, memoryview
 
 
@@ -1477,32 +1477,40 @@ class _Sender:
         self._unsent.append(data)
         self._kept += len(data)
         if not self._flushing:
+            self._kept += self._sock.unsent     # what TLS has encrypted of it already
             self._flushing = True
             self._mark()
             flowcoro.spawn(self._flush(), name="send what a WebSocket has kept")
 
     def _take_unsent(self):
+        """(what is to be sent next, what `_flushed` is then). Nothing: _flush() has done, and the next _keep() begins another."""
         with self._lock:
             pieces, self._unsent = self._unsent, None
             if not pieces:
                 self._flushing = False
                 self._mark()
-            return pieces
+            return pieces, self._kept
 
     async def _flush(self):
         try:
-            while pieces := self._take_unsent():
-                await self._sock.write_many(pieces)
+            while (taken := self._take_unsent())[0]:
+                await self._sock.write_many(taken[0])
                 if self._secure:
                     await self._sock.write(b"")     # what was encrypted before
-                self._flushed += sum(map(len, pieces))
+                self._flushed = taken[1]
                 self._wake()
-        except _GONE as error:
-            self._lost = error
-        finally:
-            self._flushing, self._unsent, self._flushed = False, None, self._kept
+        except BaseException as error:              # also Cancelled, where the kernel ends: half of a frame may have left
+            self._break_off(error)
+            if not isinstance(error, _GONE):
+                raise
+
+    def _break_off(self, error):
+        """E2: nothing can be sent any more."""
+        with self._lock:
+            self._lost = self._lost or error
+            self._unsent, self._flushing, self._flushed = None, False, self._kept
             self._mark()
-            self._wake()
+        self._wake()
 
     async def _drain(self, most=0):
         """Wait until the system has all that was kept until now, but for `most` bytes; or never will."""
@@ -2480,20 +2488,20 @@ class _Batch:
             pieces = ws._unsent
             data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             ws._batched = False
-            if ws._closed:
-                continue
             try:
                 sent = ws._sock.write_nowait(data)
-            except _GONE as error:
-                ws._lost, sent = error, len(data)
-            ws._flushed += sent
-            if sent == len(data) and not (ws._secure and ws._lost is None and ws._sock.unsent):
-                ws._unsent, ws._flushing = None, False
-                ws._mark()
-                ws._wake()
+            except _GONE as error:                  # also a ClosedError: it was closed meanwhile, and somebody may wait in _drain()
+                ws._break_off(error)
             else:
-                ws._unsent = [memoryview(data)[sent:]]
-                flowcoro.spawn(ws._flush(), name="send what a WebSocket has kept")
+                ws._flushed += sent
+                if sent == len(data) and not (ws._secure and ws._sock.unsent):
+                    ws._unsent, ws._flushing = None, False
+                    ws._mark()
+                    ws._wake()
+                else:
+                    ws._unsent = [memoryview(data)[sent:]]
+                    ws._kept += ws._sock.unsent
+                    flowcoro.spawn(ws._flush(), name="send what a WebSocket has kept")
             if not count % 1000:
                 await flowcoro.checkpoint()
 
