@@ -1351,7 +1351,7 @@ class _Keeper:
 
     def __init__(self):
         self.several = flowcoro.runtime_info()["workers"] > 1
-        self.members = {}           # id -> weakref: one that nobody has closed is to be found by the collector, which says so
+        self.members = {}           # {weakref: None}: one that nobody has closed is to be found by the collector, which says so
         self.grain, self.runs = SWEEP, False
 
     @classmethod
@@ -1360,7 +1360,7 @@ class _Keeper:
         return cls.all.get(kernel) or cls.all.setdefault(kernel, cls())
 
     def add(self, ws, grain):
-        self.members[id(ws)] = weakref.ref(ws)
+        self.members[weakref.ref(ws)] = None
         self.grain = min(self.grain, grain)
         if self.begin():
             flowcoro.spawn(self.sweep(), name="sweep of WebSockets")
@@ -1380,10 +1380,10 @@ class _Keeper:
             while not self.end():
                 await flowcoro.sleep(self.grain)
                 now = flowcoro.now()
-                for count, (key, ref) in enumerate(list(self.members.items()), 1):
+                for count, ref in enumerate(list(self.members), 1):
                     ws = ref()
                     if ws is None or ws._closed:
-                        self.members.pop(key, None)
+                        self.members.pop(ref, None)
                     else:
                         try:
                             ws._look(now)
@@ -1852,13 +1852,14 @@ class _Receiver(_Sender):
 
     def _end(self):
         """The connection is at its end: whoever waits is told. Never blocks."""
-        if self._closed:
-            return
-        self._closed = self._special = True
-        self.close_code = self.close_code or 1006
-        self._sock.close_nowait()
-        self._mark()
-        pings, self._pings = self._pings, None
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = self._special = True
+            self.close_code = self.close_code or 1006
+            self._sock.close_nowait()
+            self._mark()
+            pings, self._pings = self._pings, None
         for _, promise in (pings or {}).values():
             if promise is not None:
                 promise.set_exception(self._closed_error())
@@ -1866,16 +1867,18 @@ class _Receiver(_Sender):
 
     def _take_pong(self, payload):
         """A Pong answers the Pings before that one, too (RFC 6455 5.5.3). One that nobody has asked for says nothing."""
-        pings, now = self._pings, flowcoro.now()
-        if pings and payload in pings:
-            for sent in list(pings):
-                began, promise = pings.pop(sent)
-                if promise is not None:
-                    promise.set_result(now - began)
-                elif sent == payload:
-                    self.latency = now - began
-                if sent == payload:
-                    break
+        now = flowcoro.now()
+        with self._lock:
+            pings = self._pings
+            if pings and payload in pings:
+                for sent in list(pings):
+                    began, promise = pings.pop(sent)
+                    if promise is not None:
+                        promise.set_result(now - began)
+                    elif sent == payload:
+                        self.latency = now - began
+                    if sent == payload:
+                        break
 
     def _send_ping(self, promise=None):
         """-> the payload; None: nothing is sent any more"""
@@ -1906,16 +1909,18 @@ class _Receiver(_Sender):
         try:
             while self._has_room():
                 event = await self._next()
-                if self._queue is None:
-                    self._queue = collections.deque()
-                self._queue.append(event)
-                self._queued += len(event.data if type(event) is Piece else event)
+                with self._lock:
+                    if self._queue is None:
+                        self._queue = collections.deque()
+                    self._queue.append(event)
+                    self._queued += len(event.data if type(event) is Piece else event)
         except ConnectionClosed:
             pass
         finally:
-            if self._background is me:
-                self._background = None
-            self._mark_special()
+            with self._lock:            # with several workers it may end before _read_in_background() has said that it began
+                if self._background is me:
+                    self._background = None
+                self._mark_special()
             self._wake()
 
 
@@ -1963,8 +1968,9 @@ class WebSocket(_Receiver):
         try:
             return await promise
         finally:
-            if self._pings is not None:
-                self._pings.pop(payload, None)
+            with self._lock:
+                if self._pings is not None:
+                    self._pings.pop(payload, None)
 
     def _look(self, now):
         """The sweep's: see to it that somebody reads, to deadlines, and to the keep-alive."""
