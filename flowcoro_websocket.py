@@ -203,9 +203,9 @@ def _new_mask():
     try:
         return _masks.pop()
     except IndexError:
-        random = os.urandom(1024)
-        _masks.extend(random[at:at + 4] for at in range(4, 1024, 4))
-        return random[:4]
+        data = os.urandom(1024)
+        _masks.extend(data[at:at + 4] for at in range(4, 1024, 4))
+        return data[:4]
 
 
 # ---- compression ----------------------------------------------------------------------------------------------
@@ -481,6 +481,15 @@ def _tokens(values):
     return elements if all(map(_is_token, elements)) else None
 
 
+def _further(headers):
+    """Headers that are given besides the handshake's, pairs or a mapping, as a list of pairs. ValueError for the handshake's own."""
+    pairs = list(headers.items() if hasattr(headers, "items") else headers)
+    for name, _ in pairs:
+        if name.lower() in _OURS:
+            raise ValueError(f"the header {name} is the handshake's own: it cannot be given")
+    return pairs
+
+
 def _check_subprotocols(subprotocols):
     """Whether they can be offered, or chosen from: TypeError, ValueError."""
     if isinstance(subprotocols, (str, bytes)):
@@ -609,10 +618,7 @@ def _request_head(target, host, key, *, pairs=(), origin=None, subprotocols=(), 
         fields.append(("Sec-WebSocket-Protocol", ", ".join(subprotocols)))
     if deflate is not None:
         fields.append(("Sec-WebSocket-Extensions", deflate.offer()))
-    for name, value in pairs:
-        if name.lower() in _OURS:
-            raise ValueError(f"the header {name} is the handshake's own: it cannot be given")
-        fields.append((name, value))
+    fields += _further(pairs)
     for name, value in fields:
         if not _is_token(name) or not _is_value(value):
             raise ValueError(f"the header {name!r:.60} has characters that none can have: controls, or beyond U+00FF")
@@ -823,6 +829,12 @@ def _decode_close(payload):
         return Close(code, str(payload[2:], "utf-8"))
     except UnicodeDecodeError:
         raise RemoteProtocolError(1007, f"a Close whose reason is no UTF-8: {bytes(payload[2:])!r:.60}") from None
+
+
+def _check_limits(max_message, max_frame):
+    """ValueError, TypeError."""
+    if max_message < 0 or (max_frame is not None and max_frame < 0):
+        raise ValueError(f"max_message={max_message!r:.40}, max_frame={max_frame!r:.40}: bytes, 0 or more")
 
 
 class _Message:
@@ -1163,8 +1175,7 @@ class WebSocketConnection(_Incoming):
     def __init__(self, role, *, deflate=None, max_message=MAX_MESSAGE, max_frame=None):
         if role not in ("server", "client"):
             raise ValueError(f'role={role!r:.40}: "server" or "client"')
-        if max_message < 0 or (max_frame is not None and max_frame < 0):
-            raise ValueError(f"max_message={max_message!r:.40}, max_frame={max_frame!r:.40}: bytes, 0 or more")
+        _check_limits(max_message, max_frame)
         server = role == "server"
         self.role, self.deflate, self.max_frame, self.pieces, self.max_message = role, deflate, max_frame, False, max_message
         self.our_state = self.their_state = OPEN
@@ -2139,14 +2150,16 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
     subprotocols: those that are spoken here, the best first; the first that the client offers is taken, or none.
     origins: pages of which origins may connect: ["https://example.com"], "https://*.example.com" for all below it, "null", "*"
     for all; None: those of the host that is asked for. Browsers send cookies along whatever the page; who is no browser passes.
-    headers: pairs for the answer. deflate: True, False, or a Deflate: whether messages may be compressed. max_message: bytes of a
+    headers: pairs or a mapping, for the answer. deflate: True, False, or a Deflate: whether messages may be compressed. max_message: bytes of a
     message, inflated, beyond which it is refused with 1009; max_frame: those of one frame. ping_interval: seconds between Pings;
     ping_timeout: seconds after one without any sign of life, and the connection counts as lost; None: no Pings, no limit.
     HandshakeError, with the `status` and `headers` of the answer: 400, 403 for the origin, 405, 426. What upgrade() raises.
-    Cancelled: the connection is cut.
+    ValueError, TypeError for options that make no sense: nothing is sent then. Cancelled: the connection is cut.
     """
     _check_origins(origins)
     _check_subprotocols(subprotocols)
+    _check_limits(max_message, max_frame)
+    headers = _further(headers)
     ping_interval, ping_timeout = _seconds(ping_interval, "ping_interval"), _seconds(ping_timeout, "ping_timeout")
     pairs, subprotocol, agreed = _check_request(
         request.method, request.version, request.headers.items(), subprotocols=subprotocols, origins=origins, host=request.host,
@@ -2216,7 +2229,7 @@ class _Target:
         shown = f"[{self.host}]" if ":" in self.host else self.host
         self.authority = shown if self.port == _DEFAULT_PORTS[parts.scheme] else f"{shown}:{self.port}"
         path = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-        self.path = path if path.isascii() else urllib.parse.quote(path, safe="/?%:@!$&'()*+,;=~-._[]")
+        self.path = path if _is_target(path) else urllib.parse.quote(path, safe="/?%:@!$&'()*+,;=~-._[]")
         self.credentials = None
         if parts.username is not None:
             self.credentials = urllib.parse.unquote(parts.username), urllib.parse.unquote(parts.password or "")
@@ -2272,7 +2285,7 @@ class connect:
                  open_timeout=OPEN_TIMEOUT, deflate=True, max_message=MAX_MESSAGE, max_frame=None, socket=None,
                  ping_interval=PING_INTERVAL, ping_timeout=PING_TIMEOUT, on_retry=None):
         self._target = _Target(url)
-        self._headers = list(headers.items() if hasattr(headers, "items") else headers)
+        self._headers = _further(headers)
         _check_subprotocols(subprotocols)
         self._subprotocols, self._origin, self._deflate = tuple(subprotocols), origin, _as_deflate(deflate)
         self._tls, self._proxy, self._redirects = tls, proxy, redirects
@@ -2285,6 +2298,7 @@ class connect:
             raise TypeError(f"proxy={proxy!r:.60}: give a URL, True for the environment's, or None")
         if tls is not None and not self._target.tls:
             raise ValueError(f"tls= is for wss://, and {self._target.text!r:.200} has none")
+        _check_limits(max_message, max_frame)
         self._options = {"max_message": max_message, "max_frame": max_frame,
                          "ping_interval": _seconds(ping_interval, "ping_interval"),
                          "ping_timeout": _seconds(ping_timeout, "ping_timeout")}
@@ -2347,28 +2361,30 @@ class connect:
             sock = await self._connect(target)
             try:
                 doing[0] = f"waiting for the answer of {target.authority}"
-                ws, location = await self._shake(sock, target, headers, left)
+                ws, target = await self._shake(sock, target, headers, left)
             except BaseException:
                 sock.close_nowait()
                 raise
             if ws is not None:
                 return ws
             sock.close_nowait()
-            target = self._redirected(target, location)
             if target.origin != origin:
                 headers = [(name, value) for name, value in headers
                            if name.lower() not in ("authorization", "cookie", "proxy-authorization")]
         raise AssertionError("the last answer is no redirect")
 
-    def _redirected(self, target, location):
+    def _redirected(self, target, location, status, pairs):
         text = urllib.parse.urljoin(target.text.replace("ws", "http", 1), location)
         text = "ws" + text[4:] if text.startswith("http") else text
         try:
             new = _Target(text.partition("#")[0], what="Location")
         except ValueError as error:
-            raise HandshakeError(502, f"{target.text}: a redirect leads nowhere: {error}") from None
+            raise HandshakeError(status, f"{target.text}: a redirect leads nowhere: {error}", pairs) from None
         if target.tls and not new.tls:
-            raise HandshakeError(502, f"{target.text}: a redirect leads from wss to {new.text!r:.200}, which is not encrypted")
+            raise HandshakeError(status, f"{target.text}: a redirect leads from wss to {new.text!r:.200}, which is not encrypted",
+                                 pairs)
+        if new.origin == target.origin and new.credentials is None:
+            new.credentials = target.credentials        # as the header Authorization
         return new
 
     async def _connect(self, target):
@@ -2410,7 +2426,7 @@ class connect:
                                          f"{status} {reason}".rstrip(), pairs, bytes(rest[:MAX_ANSWER]))
 
     async def _shake(self, sock, target, headers, redirects):
-        """-> (WebSocket, None), or (None, where a redirect leads)"""
+        """-> (WebSocket, target), or (None, the target that a redirect leads to)"""
         key = _new_key()
         if target.credentials and not any(name.lower() == "authorization" for name, _ in headers):
             headers = [*headers, ("Authorization", _basic(target.credentials))]
@@ -2420,7 +2436,7 @@ class connect:
         if status != 101:
             location = next((value for name, value in pairs if name.lower() == "location"), None)
             if status in (301, 302, 303, 307, 308) and location is not None and redirects:
-                return None, location
+                return None, self._redirected(target, location, status, pairs)
             said = f"{target.text}: the answer is {status} {reason}".rstrip()
             if status // 100 == 3 and location is not None and self._redirects:
                 said = f"{target.text}: more than {self._redirects} redirects in a row (redirects=)"
@@ -2428,7 +2444,7 @@ class connect:
         subprotocol, deflate = _check_response(status, pairs, key, subprotocols=self._subprotocols, deflate=self._deflate)
         if rest:
             sock.unread(rest)
-        return WebSocket(sock, "client", deflate=deflate, subprotocol=subprotocol, response_headers=pairs, **self._options), None
+        return WebSocket(sock, "client", deflate=deflate, subprotocol=subprotocol, response_headers=pairs, **self._options), target
 
 
 async def _answer(sock):

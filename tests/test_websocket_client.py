@@ -99,12 +99,12 @@ def redirect(status, location):
 @simulated
 async def test_what_is_asked_for():
     async with scripted(server=echo) as script:
-        async with connect("ws://user:p%40ss@server/path?q=ü", headers={"X-A": "1"}, subprotocols=["a", "b"], origin="http://o",
+        async with connect('ws://user:p%40ss@server/path?q=ü"', headers={"X-A": "1"}, subprotocols=["a", "b"], origin="http://o",
                            deflate=Deflate()) as ws:
             await ws.send("x")
             assert await ws.receive() == "x" and ws.subprotocol is None
         [(_, head)] = script.heads
-        assert head.startswith("GET /path?q=%C3%BC HTTP/1.1\r\nHost: server\r\n")
+        assert head.startswith("GET /path?q=%C3%BC%22 HTTP/1.1\r\nHost: server\r\n")
         assert field(head, "X-A") == "1" and field(head, "Origin") == "http://o"
         assert field(head, "Sec-WebSocket-Protocol") == "a, b" and field(head, "Sec-WebSocket-Version") == "13"
         assert field(head, "Sec-WebSocket-Extensions").startswith("permessage-deflate")
@@ -189,7 +189,8 @@ def test_a_url_that_is_none_is_refused_and_its_password_not_shown(url, said):
 @pytest.mark.parametrize("options, error", [
     ({"open_timeout": 0}, ValueError), ({"proxy": 7}, TypeError), ({"proxy": "socks5://x"}, ValueError),
     ({"tls": client_tls()}, ValueError), ({"deflate": 1}, TypeError), ({"subprotocols": ["a b"]}, ValueError),
-    ({"ping_timeout": -1}, ValueError), ({"redirects": -1}, ValueError)])
+    ({"ping_timeout": -1}, ValueError), ({"redirects": -1}, ValueError), ({"max_message": -1}, ValueError),
+    ({"headers": {"Upgrade": "x"}}, ValueError)])
 def test_options_that_make_no_sense_are_refused_at_once(options, error):
     with pytest.raises(error):
         connect("ws://server/", **options)
@@ -197,7 +198,7 @@ def test_options_that_make_no_sense_are_refused_at_once(options, error):
         connect(b"ws://server/")
 
 
-@pytest.mark.parametrize("headers", [{"X": "a\r\nb"}, {"Upgrade": "x"}, {"Sec-WebSocket-Key": "x"}, {"a b": "c"}])
+@pytest.mark.parametrize("headers", [{"X": "a\r\nb"}, {"Sec-WebSocket-Key": "x"}, {"a b": "c"}])
 @simulated
 async def test_headers_that_cannot_be_are_refused(headers):
     async with scripted(server=echo):
@@ -231,6 +232,15 @@ async def test_redirects_are_followed_and_secrets_stay_with_their_origin(status)
 
 
 @simulated
+async def test_a_password_of_the_url_is_for_its_origin_too():
+    answers = answering(redirect(302, "/second"), redirect(302, "ws://two/"))
+    async with scripted(one=answers, two=echo) as script:
+        async with connect("ws://user:secret@one/"):
+            pass
+        assert ["\r\nAuthorization: Basic " in head for _, head in script.heads] == [True, True, False]
+
+
+@simulated
 async def test_redirects_have_an_end():
     async with scripted(server=answering(*[redirect(302, "/again")] * 100)) as script:
         for redirects, asked in ((None, 11), (0, 1), (3, 4)):
@@ -245,8 +255,9 @@ async def test_redirects_have_an_end():
 @simulated
 async def test_a_redirect_that_leads_nowhere(location):
     async with scripted(server=answering(redirect(302, location))):
-        with pytest.raises(HandshakeError, match="leads nowhere"):
+        with pytest.raises(HandshakeError, match="leads nowhere") as caught:
             await connect("ws://server/")
+        assert caught.value.status == 302               # which is final: the iterator does not try again
 
 
 def test_from_wss_to_ws_no_redirect_leads(certificates):  # noqa: F811

@@ -132,7 +132,7 @@ async def test_who_may_connect_from_a_browser(origins, origin, passes):
 async def test_the_best_subprotocol_of_both_is_taken(offered, chosen):
     app = HttpServer(websocket=accept)
 
-    @app.websocket("/ws", subprotocols=["a", "b"], headers=[("X-A", "1")])
+    @app.websocket("/ws", subprotocols=["a", "b"], headers={"X-A": "1"})
     async def tell(ws):
         await ws.send(str(ws.subprotocol))
 
@@ -166,7 +166,9 @@ async def test_accept_by_hand_in_an_ordinary_handler():
 
 
 @pytest.mark.parametrize("options, error", [({"deflate": "yes"}, TypeError), ({"origins": "https://a"}, TypeError),
-                                            ({"subprotocols": ["a b"]}, ValueError), ({"ping_interval": 0}, ValueError)])
+                                            ({"subprotocols": ["a b"]}, ValueError), ({"ping_interval": 0}, ValueError),
+                                            ({"max_message": -1}, ValueError), ({"max_frame": "1"}, TypeError),
+                                            ({"headers": {"Sec-WebSocket-Protocol": "x"}}, ValueError)])
 @simulated
 async def test_options_that_make_no_sense_are_refused_before_anything_is_sent(options, error):
     asked = Request("GET", "/", [*ASKING.items()])
