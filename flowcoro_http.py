@@ -6254,7 +6254,7 @@ def _is_its_end(error, ws):
         return False
     if isinstance(error, BaseExceptionGroup):
         return all(_is_its_end(each, ws) for each in error.exceptions)
-    return isinstance(error, flowcoro_net.BrokenError) and getattr(error, "code", None) == ws.close_code is not None
+    return getattr(error, "websocket", None) is ws
 
 
 @contextlib.contextmanager

@@ -302,6 +302,42 @@ async def test_clients_that_go_away_are_not_reported(middleware, reports):
 
 
 @simulated
+async def test_who_sends_when_the_server_has_ended_is_not_reported(reports):
+    app = HttpServer(websocket=accept)
+
+    @app.websocket("/ws")
+    async def tell(ws):
+        while True:                             # until send() raises
+            await ws.send("tick")
+            await flowcoro.sleep(0.1)
+
+    async with serving(app) as world, client_of(world) as ws:
+        await ws.receive()
+        world.listener.close()
+        async for _ in ws:
+            pass
+        assert ws.close_code == 1001
+    assert not reports
+
+
+@simulated
+async def test_that_another_websocket_of_the_handler_was_closed_is_a_failure(reports):
+    app = echoing("/backend")
+
+    @app.websocket("/ws")
+    async def front(ws):
+        async with connect("ws://server/backend") as backend:
+            await backend.close()
+            await backend.send("x")
+
+    async with serving(app) as world, client_of(world) as ws:
+        with pytest.raises(ConnectionClosed) as caught:
+            await ws.receive()
+        assert caught.value.code == 1011
+    assert len(reports) == 1
+
+
+@simulated
 async def test_an_idle_connection_has_no_task_but_its_handlers():
     async with serving(echoing()) as world:
         async with contextlib.AsyncExitStack() as stack:
