@@ -1661,6 +1661,11 @@ async def _each(items):
         yield item
 
 
+def _size(data):
+    """The bytes of a text or of bytes."""
+    return len(data) if type(data) is bytes else len(data.encode())
+
+
 class _Receiver(_Sender):
     """How a WebSocket receives, and how it ends."""
 
@@ -1716,17 +1721,40 @@ class _Receiver(_Sender):
         while self._unread:                     # the rest of a message that nobody wanted
             await self._receive_event()
         event = await self._receive_event()
-        if type(event) is not Piece:
-            return event
-        pieces, size = [event.data], len(event.data)        # it had begun as one that is received in pieces
-        while not event.last:
-            event = await self._receive_event()
-            pieces.append(event.data)
-            size += len(event.data)
-            if size > self._codec.max_message:
-                raise await self._failed(RemoteProtocolError(1009, f"a message of more than {self._codec.max_message} bytes "
-                                                                   "(max_message)"))
-        return type(event.data)().join(pieces)
+        return await self._whole(event) if type(event) is Piece else event
+
+    async def _whole(self, piece):
+        """The message of a first piece, which had begun as one that is received in pieces. Cancelled: what there is of it is kept."""
+        empty, pieces, size, most = piece.data[:0], [piece.data], _size(piece.data), self._codec.max_message
+        try:
+            while size <= most and not piece.last:
+                piece = await self._receive_event()
+                pieces.append(piece.data)
+                size += _size(piece.data)
+        except flowcoro.Cancelled:
+            with self._lock:
+                if self._queue is None:
+                    self._queue = collections.deque()
+                self._queue.appendleft(Piece(empty.join(pieces), True, False))
+                self._queued += len(self._queue[0].data)
+                self._unread = False
+                self._mark_special()
+            raise
+        if size > most:
+            raise await self._refused(RemoteProtocolError(1009, f"a message of more than {most} bytes (max_message=)"))
+        return empty.join(pieces)
+
+    async def _refused(self, error):
+        """_failed() for what the codec has let pass. E1: its caller is who reads from then on."""
+        while (background := self._background) is not None:
+            background.cancel()
+            await self._wait(lambda: self._background is not background)
+        self._receiving = True
+        try:
+            return await self._failed(error)
+        finally:
+            self._receiving = False
+            self._wake()
 
     async def receive_pieces(self):
         """`async for piece in ws.receive_pieces()`: the next message in pieces, str or bytes, as they come. It may be of any

@@ -431,22 +431,51 @@ async def test_pieces_that_nobody_takes_are_read_in_the_background_too():
             assert [piece async for piece in pieces] == ["x" * 900] * 4
 
 
+@pytest.mark.parametrize("long", [["x" * 600] * 2, ["ü" * 501], "x" * 1001])
 @simulated
-async def test_a_message_that_began_in_pieces_is_received_whole_within_the_limit():
+async def test_a_message_that_began_in_pieces_is_received_whole_within_the_limit(long):
     async with pair(max_message=1000, ping_interval=None) as (server, client):
         await client.send(["a", "b"])
         async for _ in server.receive_pieces():
             pass
         await client.send(["c", "d"])
-        await client.send(["x" * 600] * 2)
+        await client.send(long)
         await flowcoro.sleep(10)                        # read in pieces, as the last one was
         assert await server.receive() == "cd"
-        group_error = None
         async with flowcoro.TaskGroup() as group:
             group.spawn(_expect(client, 1009))
-            with pytest.raises(ConnectionClosed) as group_error:
-                await server.receive()
-        assert group_error.value.code == 1009
+            await _expect(server, 1009)
+
+
+@simulated
+async def test_who_does_not_end_after_a_message_in_pieces_was_too_long_is_cut_in_time():
+    async with served(max_message=1000, ping_interval=None) as (ws, peer):
+        await peer.write(peer.codec.send_message("x"))
+        async for _ in ws.receive_pieces():
+            pass
+        await peer.write(peer.codec.send_message("x" * 1001))
+        await flowcoro.sleep(10)
+        began = flowcoro.now()
+        await _expect(ws, 1009)
+        assert flowcoro.now() - began == flowcoro_websocket.LINGER      # nobody else reads meanwhile
+        assert (await peer.next()).code == 1009
+
+
+@simulated
+async def test_a_cancelled_receive_loses_nothing_of_a_message_that_began_in_pieces():
+    async with served(max_message=1000, ping_interval=None) as (ws, peer):
+        for message, begin in (("abcd", "ab"), (b"efgh", b"e")):
+            await peer.write(peer.codec.send_message(message[:0]))
+            async for _ in ws.receive_pieces():
+                pass
+            await peer.write(peer.codec.send_piece(begin, True, False))
+            await flowcoro.sleep(10)
+            for _ in range(3):
+                with flowcoro.move_on_after(1) as scope:
+                    await ws.receive()
+                assert scope.cancelled_caught
+            await peer.write(peer.codec.send_piece(message[len(begin):], False, True))
+            assert await ws.receive() == message
 
 
 @simulated
