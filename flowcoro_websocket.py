@@ -1977,7 +1977,7 @@ class WebSocket(_Receiver):
     """
 
     __slots__ = ("request", "response_headers", "subprotocol", "latency", "state", "_ping_interval", "_ping_timeout",
-                 "_ping_due", "_pinged", "_progress")
+                 "_ping_due", "_pinged", "_ping_at", "_progress")
 
     def __init__(self, sock, role, *, deflate=None, max_message=MAX_MESSAGE, max_frame=None, ping_interval=PING_INTERVAL,
                  ping_timeout=PING_TIMEOUT, subprotocol=None, request=None, response_headers=()):
@@ -1991,7 +1991,8 @@ class WebSocket(_Receiver):
         self._ping_timeout = _seconds(ping_timeout, "ping_timeout")
         self._ping_due = flowcoro.now() + self._ping_interval
         self._pinged = None             # since when nothing has come, after a Ping; None: there is none under way
-        self._progress = 0              # bytes received then
+        self._ping_at = 0               # `_flushed` when that Ping has left
+        self._progress = None           # _signs_of_life() then
         keeper.add(self, min(self._ping_interval, self._ping_timeout) / 4)
 
     # -- Pings
@@ -2023,16 +2024,22 @@ class WebSocket(_Receiver):
                 self._read_in_background()
         if self._pinged is None:
             if now >= self._ping_due:
-                self._pinged, self._progress = now, self._sock.statistics()["bytes_received"]
                 self._send_ping()
+                self._pinged, self._ping_at = now, self._kept
+                self._progress = self._signs_of_life()
         elif not self._pings:
             self._pinged, self._ping_due = None, self._pinged + self._ping_interval
         elif now - self._pinged >= self._ping_timeout:
             self._look_for_life(now)
 
+    def _signs_of_life(self):
+        """What changes while the peer lives: bytes that come, and, while the Ping waits behind a large message, that leave."""
+        counts = self._sock.statistics()
+        return counts["bytes_received"], self._flushed < self._ping_at and counts["bytes_sent"]
+
     def _look_for_life(self, now):
-        """No Pong in time: the peer is gone, unless something has come, or nobody was there to read it."""
-        progress = self._sock.statistics()["bytes_received"]
+        """No Pong in time: the peer is gone, unless it lives, or nobody was there to read."""
+        progress = self._signs_of_life()
         if progress != self._progress or not self._receiving and self._background is None:
             self._pinged, self._progress = now, progress
             return
@@ -2181,7 +2188,8 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
     for all; None: those of the host that is asked for. Browsers send cookies along whatever the page; who is no browser passes.
     headers: pairs or a mapping, for the answer. deflate: True, False, or a Deflate: whether messages may be compressed. max_message: bytes of a
     message, inflated, beyond which it is refused with 1009; max_frame: those of one frame. ping_interval: seconds between Pings;
-    ping_timeout: seconds after one without any sign of life, and the connection counts as lost; None: no Pings, no limit.
+    ping_timeout: seconds after one without any sign of life (something comes, or the Ping has not left yet, and what is before it
+    does), and the connection counts as lost; None: no Pings, no limit.
     HandshakeError, with the `status` and `headers` of the answer: 400, 403 for the origin, 405, 426. What upgrade() raises.
     ValueError, TypeError for options that make no sense: nothing is sent then. Cancelled: the connection is cut.
     """

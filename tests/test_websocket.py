@@ -570,6 +570,24 @@ async def test_half_open_tcp_is_found_by_who_only_sends():
 
 
 @simulated
+async def test_who_reads_a_large_message_slowly_is_alive():
+    async with served(capacity=10_000) as (ws, peer):
+        async with flowcoro.TaskGroup() as group:
+            receiving = group.spawn(_drop_quietly(ws))
+            sending = group.spawn(ws.send(BIG))
+            for _ in range(40):                         # 10,000 bytes each five seconds; the Ping comes after the message
+                await flowcoro.sleep(5)
+                await peer.sock.read(10_000)
+            assert not ws.closed and not sending.done()
+            began = flowcoro.now()                      # and from now on it does not read
+            await ws.wait_closed()
+            assert 19 <= flowcoro.now() - began <= 41
+            with contextlib.suppress(ConnectionClosed):
+                await sending
+            receiving.cancel()
+
+
+@simulated
 async def test_who_sends_without_a_pong_is_alive():
     async with served() as (ws, peer):
         async with flowcoro.TaskGroup() as group:
