@@ -533,6 +533,24 @@ async def test_an_asgi_application_speaks(end, code):
 
 
 @simulated
+async def test_an_asgi_application_may_wait_for_messages_before_it_accepts():
+    async def application(scope, receive, send):
+        async def messages():
+            assert (await receive())["type"] == "websocket.connect"
+            while (message := await receive())["type"] == "websocket.receive":
+                await send({"type": "websocket.send", "text": message["text"]})
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(messages())
+            await flowcoro.sleep(1)
+            await send({"type": "websocket.accept"})
+
+    async with serving(hosting(application)) as world, client_of(world) as ws:
+        await ws.send("x")
+        assert await ws.receive() == "x"
+
+
+@simulated
 async def test_an_asgi_application_closes_and_fails(reports):
     async with serving(hosting()) as world:
         for said, code in (("close", 4001), ("fail", 1011)):
