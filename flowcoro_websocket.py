@@ -1385,6 +1385,8 @@ class _Keeper:
     @flowcoro.atomic
     def end(self):
         self.runs = bool(self.members)
+        if not self.runs:
+            self.grain = SWEEP
         return not self.runs
 
     async def sweep(self):
@@ -1422,7 +1424,7 @@ class _Sender:
         self._unsent = None             # frames that the system has not taken
         self._kept = self._flushed = 0  # bytes that ever came into _unsent, and that have left it
         self._flushing = self._fragmenting = self._closed = False
-        self._deferred = None           # messages of broadcast() that wait for the end of a fragmented one
+        self._deferred = None           # broadcast() to who sends a fragmented message: (bytes, [(message, frame)]), for its end
         self._batched = False           # what is kept is from broadcast(), and is sent at the end of the turn, by _Batch
         self._shares = codec.role == "server" and not several       # whether it can send the same bytes as others
         self._short = self._shares and (codec.deflate is None or codec.deflate.threshold > 125)     # … short ones as they are
@@ -1533,13 +1535,14 @@ class _Sender:
     # -- messages
 
     async def send(self, message):
-        """Send a message: str (text), bytes-like (binary), or an iterable, async or not, of pieces of one of these, which leave
-        as fragments of one message as they come. Returns when the system has all of it: who sends faster than the peer reads
-        waits.
+        """Send a message: str (text), bytes, bytearray or memoryview (binary), or an iterable, async or not, of pieces of one of
+        these, which leave as fragments of one message as they come. Returns when the system has all of it: who sends faster than
+        the peer reads waits.
 
         Several tasks may send at a time; messages do not mix. Cancelled: the message was not sent, or it will leave as a whole
         (the socket goes on with it). Of an iterable that fails or is cancelled a part was sent, which has no end: the WebSocket
-        is closed with 1011. ConnectionClosed once it is closed, or close() was called; TypeError for what is no message.
+        is closed with 1011. ConnectionClosed once it is closed, or close() was called; TypeError for what is no message, and
+        LocalProtocolError for a text with half of a character (a surrogate): nothing was sent.
         """
         task = _current_task()
         if task.budget > 0:
@@ -1604,10 +1607,10 @@ class _Sender:
     def _end_fragments(self):
         with self._lock:
             self._fragmenting = False
-            deferred, self._deferred = self._deferred, None
+            (_, deferred), self._deferred = self._deferred or (0, ()), None
             if self._codec.our_state is OPEN:
-                for message in deferred or ():
-                    self._write(self._codec.send_message(message))
+                for message, frame in deferred:
+                    self._write_shared(message, frame)
             self._mark()
         self._wake()
 
@@ -1622,8 +1625,11 @@ class _Sender:
             async for piece in pieces if hasattr(pieces, "__aiter__") else _each(pieces):
                 if not isinstance(piece, _SENDABLE) or kind not in (None, isinstance(piece, str)):
                     raise TypeError(f"send(): a piece is {piece!r:.80}; all of a message are str, or all are bytes-like")
-                first, kind = kind is None, isinstance(piece, str)
-                begun = True
+                kind = isinstance(piece, str)
+                if not len(piece):          # it says nothing, and a row of fragments without data is a flood
+                    await _turn()
+                    continue
+                first, begun = not begun, True
                 await self._send_piece(piece, first, False)
             await self._send_piece(b"" if kind is False else "", not begun, True)
         except BaseException:
@@ -1640,20 +1646,24 @@ class _Sender:
         await _turn()
         await self._sent()
 
-
     def _offer(self, message, frame, max_backlog):
         """For broadcast(), where it cannot be batched: whether it was sent or kept; None if the member is slow."""
         with self._lock:
             if self._closed or self._lost is not None or self._codec.our_state is not OPEN:
                 return False
-            deferred = self._deferred or ()
-            if self._kept - self._flushed + sum(map(len, deferred)) > max_backlog:
+            size, deferred = self._deferred or (0, [])
+            if self._kept - self._flushed + size > max_backlog:
                 return None
             if self._fragmenting:
-                self._deferred = [*deferred, message]
+                deferred.append((message, frame))
+                self._deferred = size + len(frame), deferred
             else:
-                self._write(frame if self._codec.role == "server" else self._codec.send_message(message))
+                self._write_shared(message, frame)
             return self._lost is None
+
+    def _write_shared(self, message, frame):
+        """A message of broadcast(), as it is, or masked. With the lock."""
+        self._write(frame if self._codec.role == "server" else self._codec.send_message(message))
 
 
 async def _each(items):
@@ -2022,6 +2032,8 @@ class WebSocket(_Receiver):
             self._idle += 1
             if self._idle > 1:
                 self._read_in_background()
+                if self._background is None:
+                    self._wake()                    # who waits in wait_closed() looks whether the peer has gone
         if self._pinged is None:
             if now >= self._ping_due:
                 self._send_ping()
@@ -2051,9 +2063,8 @@ class WebSocket(_Receiver):
 
     async def close(self, code=1000, reason="", *, timeout=CLOSE_TIMEOUT):
         """Close: send a Close, wait for the peer's, at most `timeout` seconds, and end the connection. What is received meanwhile
-        is dropped. Twice is once. ValueError for a code that may not be sent, or a reason of more than 123 bytes.
-
-        Cancelled: the connection is ended at once.
+        is dropped. Twice is once. LocalProtocolError for a code that may not be sent, or a reason of more than 123 bytes: nothing
+        has changed. Cancelled: the connection is ended at once.
         """
         limit = flowcoro.move_on_after(timeout)
         self._say_close(code, reason)
@@ -2078,7 +2089,7 @@ class WebSocket(_Receiver):
 
     def close_nowait(self, code=1000, reason=""):
         """Send a Close, and have the connection ended when the peer's has come, or after 10 seconds. Never blocks. Who receives
-        goes on until then."""
+        goes on until then. LocalProtocolError as close()."""
         if self._closed:
             return
         self._say_close(code, reason)
@@ -2088,11 +2099,18 @@ class WebSocket(_Receiver):
 
     async def wait_closed(self):
         """Wait until it is closed, by whomever. For a handler that only sends. Messages that come meanwhile are kept for
-        receive(), 16 at most: then nothing more is read until somebody receives."""
+        receive(), 16 at most: then nothing more is read until somebody receives, or the peer has gone; then all are dropped."""
         await _turn()
         self._read_in_background()
         while not self._closed:
-            await self._wait(lambda: self._closed)
+            if self._is_left():
+                await self._until_closed()          # which finds the peer's Close, if there is one
+            else:
+                await self._wait(lambda: self._closed or self._is_left())
+
+    def _is_left(self):
+        """Whether the peer has gone, and nobody will see it, since nobody takes what is queued."""
+        return not self._receiving and self._background is None and not self._has_room() and self._sock.hung_up
 
     @property
     def closed(self):
@@ -2571,7 +2589,8 @@ def broadcast(websockets, message, *, slow="skip", max_backlog=MAX_BACKLOG):
     It leaves at the end of the turn, when the tasks that are ready have run: several messages together. What the system does not
     take then is kept for the member, and sent when it reads. A member for which more than `max_backlog` bytes are kept is slow:
     "skip": it does not get this message; "close": it is closed, with 1013 (try again later). Those that are closed are in the
-    list, too. The message is encoded once for all servers' ends, and never compressed there. TypeError, ValueError.
+    list, too. The message is encoded once for all servers' ends, and never compressed there. ValueError for another `slow`;
+    TypeError, LocalProtocolError for what is no message.
     """
     if slow not in ("skip", "close"):
         raise ValueError(f"slow={slow!r}: give \"skip\" or \"close\"")

@@ -1,6 +1,7 @@
 """Both ends of a WebSocket: messages, back-pressure, cancellation, keep-alive, closing, broadcast. In memory, in no time."""
 
 import contextlib
+import errno
 import functools
 import gc
 import os
@@ -243,7 +244,7 @@ async def numbers(count, fail=None):
 async def test_an_iterable_is_sent_as_fragments_of_one_message(deflate):
     async with pair(deflate=deflate) as (server, client):
         for pieces, whole in ((["a", "ü"], "aü"), ([b"1", bytearray(b"2")], b"12"), ([], ""), (iter(["x"]), "x"),
-                              (numbers(4), "0123")):
+                              (numbers(4), "0123"), (["", "a", *[""] * 300, "b"], "ab"), ([b""] * 300, b"")):
             await server.send(pieces)
             assert await client.receive() == whole
 
@@ -503,6 +504,20 @@ async def test_wait_closed_waits_for_the_end_and_keeps_what_comes():
             await server.receive()
 
 
+@simulated
+async def test_wait_closed_learns_of_the_end_of_who_has_sent_more_than_is_kept():
+    for close, code in ((True, 4000), (False, 1006)):
+        async with served() as (ws, peer):
+            await peer.write(peer.codec.send_message("x") * 100 + (peer.codec.send_close(4000) if close else b""))
+            async with flowcoro.TaskGroup() as group:
+                waiting = group.spawn(ws.wait_closed())
+                await flowcoro.sleep(10)
+                assert not waiting.done() and ws.statistics()["queued"] == flowcoro_websocket.MAX_QUEUE
+                await peer.sock.close()
+                began = flowcoro.now()
+            assert flowcoro.now() - began <= 2 * flowcoro_websocket.SWEEP and ws.close_code == code
+
+
 # ---- keep-alive ------------------------------------------------------------------------------------------------
 
 @simulated
@@ -574,7 +589,7 @@ async def test_who_reads_a_large_message_slowly_is_alive():
     async with served(capacity=10_000) as (ws, peer):
         async with flowcoro.TaskGroup() as group:
             receiving = group.spawn(_drop_quietly(ws))
-            sending = group.spawn(ws.send(BIG))
+            sending = group.spawn(_closed(ws.send(BIG)))
             for _ in range(40):                         # 10,000 bytes each five seconds; the Ping comes after the message
                 await flowcoro.sleep(5)
                 await peer.sock.read(10_000)
@@ -582,9 +597,7 @@ async def test_who_reads_a_large_message_slowly_is_alive():
             began = flowcoro.now()                      # and from now on it does not read
             await ws.wait_closed()
             assert 19 <= flowcoro.now() - began <= 41
-            with contextlib.suppress(ConnectionClosed):
-                await sending
-            receiving.cancel()
+            await receiving
 
 
 @simulated
@@ -922,6 +935,58 @@ async def test_a_slow_member_holds_nobody_up_and_is_skipped():
         assert missed > 100 and slow.statistics()["bytes_unsent"] <= 5200
         assert list(map(int, await _receive_all(others[1], 200 - missed))) == list(range(200 - missed))
         assert broadcast(members, "again", max_backlog=5000) == []
+
+
+@simulated
+async def test_what_waits_for_the_end_of_a_fragmented_message_is_kept_within_the_limit_and_is_not_compressed():
+    async with served(deflate=Deflate(threshold=0)) as (ws, peer):
+        go_on = flowcoro.Event()
+
+        async def slowly():
+            yield "a"
+            await go_on.wait()
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(ws.send(slowly()))
+            await wait_all_tasks_parked()
+            assert sum(len(broadcast([ws], "", max_backlog=200)) for _ in range(200)) == 99        # a frame has two bytes
+            assert broadcast([ws], "z" * 100, max_backlog=10**6) == []
+            go_on.set()
+        assert await peer.next() == "a"
+        for _ in range(101):
+            assert await peer.next() == ""
+        await wait_all_tasks_parked()
+        assert await peer.next() == "z" * 100
+        assert ws.statistics()["bytes_sent"] > 2 * 101 + 100
+
+
+@simulated
+async def test_a_member_that_is_closed_in_the_turn_of_a_broadcast_leaves_nobody_waiting():
+    async with room(2) as (members, others):
+        async def send():
+            broadcast(members, "x")
+            await _closed(members[0].send("y"))
+
+        async def end():
+            members[0]._end()                           # as a cancelled close() does
+
+        async with flowcoro.TaskGroup() as group:       # it ends while who sends waits for what is broadcast to leave
+            group.spawn(send())
+            group.spawn(end())
+        assert await others[1].receive() == "x"
+
+
+@simulated
+async def test_an_error_of_the_system_ends_one_member_and_not_the_batch():
+    async with room(3) as (members, others):
+        def fails(*arguments):
+            raise OSError(errno.ENOMEM, "no memory")
+
+        members[1]._sock._send = fails
+        broadcast(members, "x")
+        assert await others[0].receive() == "x" == await others[2].receive()
+        with pytest.raises(ConnectionClosed, match="no memory"):
+            await members[1].send("y")
 
 
 @simulated
