@@ -483,7 +483,7 @@ def _tokens(values):
 
 
 def _further(headers):
-    """Headers that are given besides the handshake's, pairs or a mapping, as a list of pairs. ValueError for the handshake's own."""
+    """Headers that are given besides the handshake's (pairs or a mapping) as a list of pairs. ValueError for its own."""
     pairs = list(headers.items() if hasattr(headers, "items") else headers)
     for name, _ in pairs:
         if name.lower() in _OURS:
@@ -1734,7 +1734,7 @@ class _Receiver(_Sender):
         return await self._whole(event) if type(event) is Piece else event
 
     async def _whole(self, piece):
-        """The message of a first piece, which had begun as one that is received in pieces. Cancelled: what there is of it is kept."""
+        """The message of a first piece: it had begun as one that is received in pieces. Cancelled: what has come is kept."""
         empty, pieces, size, most = piece.data[:0], [piece.data], _size(piece.data), self._codec.max_message
         try:
             while size <= most and not piece.last:
@@ -2204,10 +2204,10 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
     subprotocols: those that are spoken here, the best first; the first that the client offers is taken, or none.
     origins: pages of which origins may connect: ["https://example.com"], "https://*.example.com" for all below it, "null", "*"
     for all; None: those of the host that is asked for. Browsers send cookies along whatever the page; who is no browser passes.
-    headers: pairs or a mapping, for the answer. deflate: True, False, or a Deflate: whether messages may be compressed. max_message: bytes of a
-    message, inflated, beyond which it is refused with 1009; max_frame: those of one frame. ping_interval: seconds between Pings;
-    ping_timeout: seconds after one without any sign of life (something comes, or the Ping has not left yet, and what is before it
-    does), and the connection counts as lost; None: no Pings, no limit.
+    headers: pairs or a mapping, for the answer. deflate: True, False, or a Deflate: whether messages may be compressed.
+    max_message: bytes of a message, inflated, beyond which it is refused with 1009; max_frame: those of one frame.
+    ping_interval: seconds between Pings; ping_timeout: seconds after one without any sign of life (something comes, or the Ping
+    has not left yet, and what is before it does), and the connection counts as lost; None: no Pings, no limit.
     HandshakeError, with the `status` and `headers` of the answer: 400, 403 for the origin, 405, 426. What upgrade() raises.
     ValueError, TypeError for options that make no sense: nothing is sent then. Cancelled: the connection is cut.
     """
@@ -2481,7 +2481,7 @@ class connect:
                                          f"{status} {reason}".rstrip(), pairs, bytes(rest[:MAX_ANSWER]))
 
     async def _shake(self, sock, target, headers, redirects):
-        """-> (WebSocket, target), or (None, the target that a redirect leads to)"""
+        """-> (WebSocket, its target), or (None, the target that a redirect leads to)"""
         key = _new_key()
         if target.credentials and not any(name.lower() == "authorization" for name, _ in headers):
             headers = [*headers, ("Authorization", _basic(target.credentials))]
@@ -2499,7 +2499,8 @@ class connect:
         subprotocol, deflate = _check_response(status, pairs, key, subprotocols=self._subprotocols, deflate=self._deflate)
         if rest:
             sock.unread(rest)
-        return WebSocket(sock, "client", deflate=deflate, subprotocol=subprotocol, response_headers=pairs, **self._options), target
+        ws = WebSocket(sock, "client", deflate=deflate, subprotocol=subprotocol, response_headers=pairs, **self._options)
+        return ws, target
 
 
 async def _answer(sock):
@@ -2567,7 +2568,7 @@ class _Batch:
             ws._batched = False
             try:
                 sent = ws._sock.write_nowait(data)
-            except _GONE as error:                  # also a ClosedError: it was closed meanwhile, and somebody may wait in _drain()
+            except _GONE as error:                  # also because it was closed meanwhile: somebody may wait in _drain()
                 ws._break_off(error)
             else:
                 ws._flushed += sent
