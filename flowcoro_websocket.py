@@ -2324,8 +2324,8 @@ class connect:
     and a password in the URL are sent (Basic). tls: an ssl.SSLContext instead of the usual one for wss. proxy: the URL of an HTTP
     proxy (http://user:password@host:port, or https://), True for what the environment says (https_proxy, no_proxy …), None: none.
     redirects: how many are followed, 0 for none; what is for one origin (Authorization, Cookie) is not sent to another, and from
-    wss to ws none leads. open_timeout: seconds for all of it. socket: a flowcoro_net.Socket that is connected already, instead of
-    a connection. deflate, max_message, max_frame, ping_interval, ping_timeout as accept().
+    wss to ws none leads. open_timeout: seconds for all of it. socket: a flowcoro_net.Socket that is connected already, for the
+    one connection it is good for: a redirect, or the iterator's next, raises ValueError. deflate, max_message, max_frame, ping_interval, ping_timeout as accept().
 
     Errors: HandshakeError, with status, headers and body of an answer that is no WebSocket's; TimeoutError; those of
     Socket.connect(): BrokenError, ResolveError, TlsError; ValueError, TypeError. Cancelled: nothing is left behind.
@@ -2357,7 +2357,7 @@ class connect:
         self._options = {"max_message": max_message, "max_frame": max_frame,
                          "ping_interval": _seconds(ping_interval, "ping_interval"),
                          "ping_timeout": _seconds(ping_timeout, "ping_timeout")}
-        self._socket, self._on_retry, self._ws = socket, on_retry, None
+        self._sockets, self._on_retry, self._ws = None if socket is None else [socket], on_retry, None
 
     def __await__(self):
         return self._open().__await__()
@@ -2429,6 +2429,8 @@ class connect:
         raise AssertionError("the last answer is no redirect")
 
     def _redirected(self, target, location, status, pairs):
+        with contextlib.suppress(UnicodeError):
+            location = location.encode("latin-1").decode()      # what is not ASCII should be encoded; if not, it is UTF-8
         text = urllib.parse.urljoin(target.text.replace("ws", "http", 1), location)
         text = "ws" + text[4:] if text.startswith("http") else text
         try:
@@ -2443,9 +2445,10 @@ class connect:
         return new
 
     async def _connect(self, target):
-        if self._socket is not None:
-            sock, self._socket = self._socket, None
-            return sock
+        if self._sockets is not None:
+            if not self._sockets:
+                raise ValueError(f"{target.text}: socket= is for one connection, and this is another, by a redirect or again")
+            return self._sockets.pop()
         tls = (self._tls or True) if target.tls else None
         proxy = _environment_proxy(target) if self._proxy is True else self._proxy
         if not proxy:

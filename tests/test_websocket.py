@@ -15,7 +15,7 @@ import flowcoro_websocket
 from flowcoro_net import Socket
 from flowcoro_testing import explore, memory_socket_pair, run_in_kernel, wait_all_tasks_parked
 from flowcoro_websocket import (Close, ConnectionClosed, Deflate, LocalProtocolError, NEED_DATA, Ping, WebSocket,
-                                WebSocketConnection, broadcast)
+                                WebSocketConnection, broadcast, encode_message)
 from test_net_cancel import cancelled_at
 
 simulated = functools.partial(run_in_kernel, timeout=100_000)       # seconds of the virtual clock: a test that hangs fails
@@ -208,6 +208,23 @@ async def test_sends_that_are_cancelled_again_and_again_do_not_pile_up():
                 assert await peer.next() == "a" * 10_000
                 received += 1
         assert received == kept // 10_000 + 1
+
+
+@simulated
+async def test_what_is_kept_when_the_last_of_it_has_just_left_is_sent_too(monkeypatch):
+    take, late = WebSocket._take_unsent, [encode_message("late")]
+
+    def and_then(self):                                 # what another worker may do before the task goes on
+        taken = take(self)
+        if not taken[0] and late:
+            self._keep(late.pop())
+        return taken
+
+    monkeypatch.setattr(WebSocket, "_take_unsent", and_then)
+    async with served(capacity=1000) as (ws, peer):
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(ws.send("x" * 2000))
+            assert [await peer.next(), await peer.next()] == ["x" * 2000, "late"]
 
 
 @simulated

@@ -235,10 +235,11 @@ async def test_redirects_are_followed_and_secrets_stay_with_their_origin(status)
 
 @simulated
 async def test_a_password_of_the_url_is_for_its_origin_too():
-    answers = answering(redirect(302, "/second"), redirect(302, "ws://two/"))
+    answers = answering(redirect(302, "/zweite-Tür"), redirect(302, "ws://two/"))
     async with scripted(one=answers, two=echo) as script:
         async with connect("ws://user:secret@one/"):
             pass
+        assert script.heads[1][1].startswith("GET /zweite-T%C3%BCr ")
         assert ["\r\nAuthorization: Basic " in head for _, head in script.heads] == [True, True, False]
 
 
@@ -424,6 +425,17 @@ async def test_a_socket_that_is_connected_already():
         async with connect("ws://whatever/", socket=one) as ws:
             await ws.send("x")
             assert await ws.receive() == "x"
+
+
+@simulated
+async def test_a_socket_is_for_one_connection():
+    for answer in (redirect(302, "/other"), b"HTTP/1.1 503 Later\r\nContent-Length: 0\r\n\r\n"):
+        one, other = memory_socket_pair(Socket)
+        async with other:
+            await other.write(answer)
+            with pytest.raises(ValueError, match="socket= is for one connection"):
+                async for _ in connect("ws://nowhere/", socket=one):
+                    pass
 
 
 def test_a_connect_that_is_cancelled_leaves_nothing():
