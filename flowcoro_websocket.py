@@ -2325,7 +2325,8 @@ class connect:
     proxy (http://user:password@host:port, or https://), True for what the environment says (https_proxy, no_proxy …), None: none.
     redirects: how many are followed, 0 for none; what is for one origin (Authorization, Cookie) is not sent to another, and from
     wss to ws none leads. open_timeout: seconds for all of it. socket: a flowcoro_net.Socket that is connected already, for the
-    one connection it is good for: a redirect, or the iterator's next, raises ValueError. deflate, max_message, max_frame, ping_interval, ping_timeout as accept().
+    one connection it is good for: a redirect, or the iterator's next, raises ValueError. deflate, max_message, max_frame,
+    ping_interval, ping_timeout as accept().
 
     Errors: HandshakeError, with status, headers and body of an answer that is no WebSocket's; TimeoutError; those of
     Socket.connect(): BrokenError, ResolveError, TlsError; ValueError, TypeError. Cancelled: nothing is left behind.
