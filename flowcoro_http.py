@@ -6254,7 +6254,7 @@ def _is_its_end(error, ws):
         return False
     if isinstance(error, BaseExceptionGroup):
         return all(_is_its_end(each, ws) for each in error.exceptions)
-    return isinstance(error, flowcoro_net.BrokenError) and getattr(error, "code", None) == ws.close_code is not None
+    return getattr(error, "websocket", None) is ws
 
 
 @contextlib.contextmanager
@@ -10570,7 +10570,7 @@ class _AsgiWebSocket:
     def __init__(self, host, request, scope):
         self.host, self.request, self.scope = host, request, scope
         self.state, self.ws = "connecting", None        # then "open", then "closed"; or "denied"
-        self.asked = False
+        self.asked, self.decided = False, flowcoro.Event()      # whether it has asked for the connect; has accepted or refused
         self.response = Response(403, "the application has refused the WebSocket")
 
     async def answer(self):
@@ -10592,6 +10592,7 @@ class _AsgiWebSocket:
         if not self.asked:
             self.asked = True
             return {"type": "websocket.connect"}
+        await self.decided.wait()
         if self.state == "open":
             try:
                 message = await self.ws.receive()
@@ -10624,15 +10625,19 @@ class _AsgiWebSocket:
             self.ws = await _accepted(self.host.websocket, self.request, options)
         except HttpError as error:
             self.response, self.state = error, "closed"
+            self.decided.set()
             raise _is_gone() from error
         self.state = "open"
+        self.decided.set()
 
     async def _deny(self, message):
         self.state = "closed"
+        self.decided.set()
 
     async def _deny_by(self, message):
         self.response = Response(_asgi_field(message, "status", int), b"", _asgi_headers(message))
         self.state = "denied"
+        self.decided.set()
 
     async def _deny_with(self, message):
         self.response.content += _asgi_field(message, "body", bytes, b"")

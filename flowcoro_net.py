@@ -1192,7 +1192,7 @@ class _Stream(_Owner):
     def write_nowait(self, data):
         """Write what the system takes at once of `data` (bytes-like); returns how many bytes: 0 while a task writes, or the peer
         does not read. The rest is yours to write. With TLS how many are encrypted: `unsent` says whether the system has all of
-        that. Never blocks: no checkpoint.
+        that. Never blocks: no checkpoint. Errors as write().
         """
         pollable = self._pollable
         if self._special or self._writer is not None or data.__class__ is not bytes or not pollable.writable:

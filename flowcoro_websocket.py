@@ -152,11 +152,12 @@ class HandshakeError(WebSocketError):
 
 
 class ConnectionClosed(WebSocketError, flowcoro_net.BrokenError):
-    """The WebSocket is closed. `code`, `reason`: of the peer's Close; 1005 if it gave none, 1006 if there was no Close."""
+    """The WebSocket is closed. `code`, `reason`: of the peer's Close; 1005 if it gave none, 1006 if there was no Close (yet);
+    `websocket`: which one."""
 
-    def __init__(self, code, reason="", message=""):
+    def __init__(self, code, reason="", message="", websocket=None):
         super().__init__(message or f"the WebSocket is closed: {code} {reason}".rstrip())
-        self.code, self.reason = code, reason
+        self.code, self.reason, self.websocket = code, reason, websocket
 
 
 # ---- masking --------------------------------------------------------------------------------------------------
@@ -203,9 +204,9 @@ def _new_mask():
     try:
         return _masks.pop()
     except IndexError:
-        random = os.urandom(1024)
-        _masks.extend(random[at:at + 4] for at in range(4, 1024, 4))
-        return random[:4]
+        data = os.urandom(1024)
+        _masks.extend(data[at:at + 4] for at in range(4, 1024, 4))
+        return data[:4]
 
 
 # ---- compression ----------------------------------------------------------------------------------------------
@@ -481,6 +482,15 @@ def _tokens(values):
     return elements if all(map(_is_token, elements)) else None
 
 
+def _further(headers):
+    """Headers that are given besides the handshake's (pairs or a mapping) as a list of pairs. ValueError for its own."""
+    pairs = list(headers.items() if hasattr(headers, "items") else headers)
+    for name, _ in pairs:
+        if name.lower() in _OURS:
+            raise ValueError(f"the header {name} is the handshake's own: it cannot be given")
+    return pairs
+
+
 def _check_subprotocols(subprotocols):
     """Whether they can be offered, or chosen from: TypeError, ValueError."""
     if isinstance(subprotocols, (str, bytes)):
@@ -609,10 +619,7 @@ def _request_head(target, host, key, *, pairs=(), origin=None, subprotocols=(), 
         fields.append(("Sec-WebSocket-Protocol", ", ".join(subprotocols)))
     if deflate is not None:
         fields.append(("Sec-WebSocket-Extensions", deflate.offer()))
-    for name, value in pairs:
-        if name.lower() in _OURS:
-            raise ValueError(f"the header {name} is the handshake's own: it cannot be given")
-        fields.append((name, value))
+    fields += _further(pairs)
     for name, value in fields:
         if not _is_token(name) or not _is_value(value):
             raise ValueError(f"the header {name!r:.60} has characters that none can have: controls, or beyond U+00FF")
@@ -823,6 +830,12 @@ def _decode_close(payload):
         return Close(code, str(payload[2:], "utf-8"))
     except UnicodeDecodeError:
         raise RemoteProtocolError(1007, f"a Close whose reason is no UTF-8: {bytes(payload[2:])!r:.60}") from None
+
+
+def _check_limits(max_message, max_frame):
+    """ValueError, TypeError."""
+    if max_message < 0 or (max_frame is not None and max_frame < 0):
+        raise ValueError(f"max_message={max_message!r:.40}, max_frame={max_frame!r:.40}: bytes, 0 or more")
 
 
 class _Message:
@@ -1163,8 +1176,7 @@ class WebSocketConnection(_Incoming):
     def __init__(self, role, *, deflate=None, max_message=MAX_MESSAGE, max_frame=None):
         if role not in ("server", "client"):
             raise ValueError(f'role={role!r:.40}: "server" or "client"')
-        if max_message < 0 or (max_frame is not None and max_frame < 0):
-            raise ValueError(f"max_message={max_message!r:.40}, max_frame={max_frame!r:.40}: bytes, 0 or more")
+        _check_limits(max_message, max_frame)
         server = role == "server"
         self.role, self.deflate, self.max_frame, self.pieces, self.max_message = role, deflate, max_frame, False, max_message
         self.our_state = self.their_state = OPEN
@@ -1307,8 +1319,8 @@ _NORMAL = (1000, 1001, 1005)
 
 _current_task = flowcoro.current_task
 _NO_LOCK = contextlib.nullcontext()
-_GONE = flowcoro_net.NetworkError, flowcoro.ClosedError
-_ENDS = RemoteProtocolError, *_GONE         # (a ConnectionClosed is a NetworkError)
+_GONE = OSError, flowcoro.ClosedError       # any: what was written before may be half of a frame
+_ENDS = RemoteProtocolError, *_GONE         # (a ConnectionClosed is an OSError)
 _SENDABLE = str, bytes, bytearray, memoryview
 
 
@@ -1351,7 +1363,7 @@ class _Keeper:
 
     def __init__(self):
         self.several = flowcoro.runtime_info()["workers"] > 1
-        self.members = {}           # id -> weakref: one that nobody has closed is to be found by the collector, which says so
+        self.members = {}           # {weakref: None}: one that nobody has closed is to be found by the collector, which says so
         self.grain, self.runs = SWEEP, False
 
     @classmethod
@@ -1360,7 +1372,7 @@ class _Keeper:
         return cls.all.get(kernel) or cls.all.setdefault(kernel, cls())
 
     def add(self, ws, grain):
-        self.members[id(ws)] = weakref.ref(ws)
+        self.members[weakref.ref(ws)] = None
         self.grain = min(self.grain, grain)
         if self.begin():
             flowcoro.spawn(self.sweep(), name="sweep of WebSockets")
@@ -1373,6 +1385,8 @@ class _Keeper:
     @flowcoro.atomic
     def end(self):
         self.runs = bool(self.members)
+        if not self.runs:
+            self.grain = SWEEP
         return not self.runs
 
     async def sweep(self):
@@ -1380,10 +1394,10 @@ class _Keeper:
             while not self.end():
                 await flowcoro.sleep(self.grain)
                 now = flowcoro.now()
-                for count, (key, ref) in enumerate(list(self.members.items()), 1):
+                for count, ref in enumerate(list(self.members), 1):
                     ws = ref()
                     if ws is None or ws._closed:
-                        self.members.pop(key, None)
+                        self.members.pop(ref, None)
                     else:
                         try:
                             ws._look(now)
@@ -1410,7 +1424,7 @@ class _Sender:
         self._unsent = None             # frames that the system has not taken
         self._kept = self._flushed = 0  # bytes that ever came into _unsent, and that have left it
         self._flushing = self._fragmenting = self._closed = False
-        self._deferred = None           # messages of broadcast() that wait for the end of a fragmented one
+        self._deferred = None           # broadcast() to who sends a fragmented message: (bytes, [(message, frame)]), for its end
         self._batched = False           # what is kept is from broadcast(), and is sent at the end of the turn, by _Batch
         self._shares = codec.role == "server" and not several       # whether it can send the same bytes as others
         self._short = self._shares and (codec.deflate is None or codec.deflate.threshold > 125)     # … short ones as they are
@@ -1444,7 +1458,7 @@ class _Sender:
             said = f"the connection was lost without a Close: {self._lost or cause or 'the peer ended it'}"
         else:
             said = f"the WebSocket is closed: {code} {reason}".rstrip()
-        error = ConnectionClosed(code, reason, said)
+        error = ConnectionClosed(code, reason, said, self)
         error.__cause__ = cause or self._lost
         return error
 
@@ -1477,32 +1491,40 @@ class _Sender:
         self._unsent.append(data)
         self._kept += len(data)
         if not self._flushing:
+            self._kept += self._sock.unsent     # what TLS has encrypted of it already
             self._flushing = True
             self._mark()
             flowcoro.spawn(self._flush(), name="send what a WebSocket has kept")
 
     def _take_unsent(self):
+        """(what is to be sent next, what `_flushed` is then). Nothing: _flush() has done, and the next _keep() begins another."""
         with self._lock:
             pieces, self._unsent = self._unsent, None
             if not pieces:
                 self._flushing = False
                 self._mark()
-            return pieces
+            return pieces, self._kept
 
     async def _flush(self):
         try:
-            while pieces := self._take_unsent():
-                await self._sock.write_many(pieces)
+            while (taken := self._take_unsent())[0]:
+                await self._sock.write_many(taken[0])
                 if self._secure:
                     await self._sock.write(b"")     # what was encrypted before
-                self._flushed += sum(map(len, pieces))
+                self._flushed = taken[1]
                 self._wake()
-        except _GONE as error:
-            self._lost = error
-        finally:
-            self._flushing, self._unsent, self._flushed = False, None, self._kept
+        except BaseException as error:              # also Cancelled, where the kernel ends: half of a frame may have left
+            self._break_off(error)
+            if not isinstance(error, _GONE):
+                raise
+
+    def _break_off(self, error):
+        """E2: nothing can be sent any more."""
+        with self._lock:
+            self._lost = self._lost or error
+            self._unsent, self._flushing, self._flushed = None, False, self._kept
             self._mark()
-            self._wake()
+        self._wake()
 
     async def _drain(self, most=0):
         """Wait until the system has all that was kept until now, but for `most` bytes; or never will."""
@@ -1513,13 +1535,14 @@ class _Sender:
     # -- messages
 
     async def send(self, message):
-        """Send a message: str (text), bytes-like (binary), or an iterable, async or not, of pieces of one of these, which leave
-        as fragments of one message as they come. Returns when the system has all of it: who sends faster than the peer reads
-        waits.
+        """Send a message: str (text), bytes, bytearray or memoryview (binary), or an iterable, async or not, of pieces of one of
+        these, which leave as fragments of one message as they come. Returns when the system has all of it: who sends faster than
+        the peer reads waits.
 
         Several tasks may send at a time; messages do not mix. Cancelled: the message was not sent, or it will leave as a whole
         (the socket goes on with it). Of an iterable that fails or is cancelled a part was sent, which has no end: the WebSocket
-        is closed with 1011. ConnectionClosed once it is closed, or close() was called; TypeError for what is no message.
+        is closed with 1011. ConnectionClosed once it is closed, or close() was called; TypeError for what is no message, and
+        LocalProtocolError for a text with half of a character (a surrogate): nothing was sent.
         """
         task = _current_task()
         if task.budget > 0:
@@ -1584,10 +1607,10 @@ class _Sender:
     def _end_fragments(self):
         with self._lock:
             self._fragmenting = False
-            deferred, self._deferred = self._deferred, None
+            (_, deferred), self._deferred = self._deferred or (0, ()), None
             if self._codec.our_state is OPEN:
-                for message in deferred or ():
-                    self._write(self._codec.send_message(message))
+                for message, frame in deferred:
+                    self._write_shared(message, frame)
             self._mark()
         self._wake()
 
@@ -1602,8 +1625,11 @@ class _Sender:
             async for piece in pieces if hasattr(pieces, "__aiter__") else _each(pieces):
                 if not isinstance(piece, _SENDABLE) or kind not in (None, isinstance(piece, str)):
                     raise TypeError(f"send(): a piece is {piece!r:.80}; all of a message are str, or all are bytes-like")
-                first, kind = kind is None, isinstance(piece, str)
-                begun = True
+                kind = isinstance(piece, str)
+                if not len(piece):          # it says nothing, and a row of fragments without data is a flood
+                    await _turn()
+                    continue
+                first, begun = not begun, True
                 await self._send_piece(piece, first, False)
             await self._send_piece(b"" if kind is False else "", not begun, True)
         except BaseException:
@@ -1620,25 +1646,34 @@ class _Sender:
         await _turn()
         await self._sent()
 
-
     def _offer(self, message, frame, max_backlog):
         """For broadcast(), where it cannot be batched: whether it was sent or kept; None if the member is slow."""
         with self._lock:
             if self._closed or self._lost is not None or self._codec.our_state is not OPEN:
                 return False
-            deferred = self._deferred or ()
-            if self._kept - self._flushed + sum(map(len, deferred)) > max_backlog:
+            size, deferred = self._deferred or (0, [])
+            if self._kept - self._flushed + size > max_backlog:
                 return None
             if self._fragmenting:
-                self._deferred = [*deferred, message]
+                deferred.append((message, frame))
+                self._deferred = size + len(frame), deferred
             else:
-                self._write(frame if self._codec.role == "server" else self._codec.send_message(message))
+                self._write_shared(message, frame)
             return self._lost is None
+
+    def _write_shared(self, message, frame):
+        """A message of broadcast(), as it is, or masked. With the lock."""
+        self._write(frame if self._codec.role == "server" else self._codec.send_message(message))
 
 
 async def _each(items):
     for item in items:
         yield item
+
+
+def _size(data):
+    """The bytes of a text or of bytes."""
+    return len(data) if type(data) is bytes else len(data.encode())
 
 
 class _Receiver(_Sender):
@@ -1696,17 +1731,40 @@ class _Receiver(_Sender):
         while self._unread:                     # the rest of a message that nobody wanted
             await self._receive_event()
         event = await self._receive_event()
-        if type(event) is not Piece:
-            return event
-        pieces, size = [event.data], len(event.data)        # it had begun as one that is received in pieces
-        while not event.last:
-            event = await self._receive_event()
-            pieces.append(event.data)
-            size += len(event.data)
-            if size > self._codec.max_message:
-                raise await self._failed(RemoteProtocolError(1009, f"a message of more than {self._codec.max_message} bytes "
-                                                                   "(max_message)"))
-        return type(event.data)().join(pieces)
+        return await self._whole(event) if type(event) is Piece else event
+
+    async def _whole(self, piece):
+        """The message of a first piece: it had begun as one that is received in pieces. Cancelled: what has come is kept."""
+        empty, pieces, size, most = piece.data[:0], [piece.data], _size(piece.data), self._codec.max_message
+        try:
+            while size <= most and not piece.last:
+                piece = await self._receive_event()
+                pieces.append(piece.data)
+                size += _size(piece.data)
+        except flowcoro.Cancelled:
+            with self._lock:
+                if self._queue is None:
+                    self._queue = collections.deque()
+                self._queue.appendleft(Piece(empty.join(pieces), True, False))
+                self._queued += len(self._queue[0].data)
+                self._unread = False
+                self._mark_special()
+            raise
+        if size > most:
+            raise await self._refused(RemoteProtocolError(1009, f"a message of more than {most} bytes (max_message=)"))
+        return empty.join(pieces)
+
+    async def _refused(self, error):
+        """_failed() for what the codec has let pass. E1: its caller is who reads from then on."""
+        while (background := self._background) is not None:
+            background.cancel()
+            await self._wait(lambda: self._background is not background)
+        self._receiving = True
+        try:
+            return await self._failed(error)
+        finally:
+            self._receiving = False
+            self._wake()
 
     async def receive_pieces(self):
         """`async for piece in ws.receive_pieces()`: the next message in pieces, str or bytes, as they come. It may be of any
@@ -1844,13 +1902,14 @@ class _Receiver(_Sender):
 
     def _end(self):
         """The connection is at its end: whoever waits is told. Never blocks."""
-        if self._closed:
-            return
-        self._closed = self._special = True
-        self.close_code = self.close_code or 1006
-        self._sock.close_nowait()
-        self._mark()
-        pings, self._pings = self._pings, None
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = self._special = True
+            self.close_code = self.close_code or 1006
+            self._sock.close_nowait()
+            self._mark()
+            pings, self._pings = self._pings, None
         for _, promise in (pings or {}).values():
             if promise is not None:
                 promise.set_exception(self._closed_error())
@@ -1858,16 +1917,18 @@ class _Receiver(_Sender):
 
     def _take_pong(self, payload):
         """A Pong answers the Pings before that one, too (RFC 6455 5.5.3). One that nobody has asked for says nothing."""
-        pings, now = self._pings, flowcoro.now()
-        if pings and payload in pings:
-            for sent in list(pings):
-                began, promise = pings.pop(sent)
-                if promise is not None:
-                    promise.set_result(now - began)
-                elif sent == payload:
-                    self.latency = now - began
-                if sent == payload:
-                    break
+        now = flowcoro.now()
+        with self._lock:
+            pings = self._pings
+            if pings and payload in pings:
+                for sent in list(pings):
+                    began, promise = pings.pop(sent)
+                    if promise is not None:
+                        promise.set_result(now - began)
+                    elif sent == payload:
+                        self.latency = now - began
+                    if sent == payload:
+                        break
 
     def _send_ping(self, promise=None):
         """-> the payload; None: nothing is sent any more"""
@@ -1898,16 +1959,18 @@ class _Receiver(_Sender):
         try:
             while self._has_room():
                 event = await self._next()
-                if self._queue is None:
-                    self._queue = collections.deque()
-                self._queue.append(event)
-                self._queued += len(event.data if type(event) is Piece else event)
+                with self._lock:
+                    if self._queue is None:
+                        self._queue = collections.deque()
+                    self._queue.append(event)
+                    self._queued += len(event.data if type(event) is Piece else event)
         except ConnectionClosed:
             pass
         finally:
-            if self._background is me:
-                self._background = None
-            self._mark_special()
+            with self._lock:            # with several workers it may end before _read_in_background() has said that it began
+                if self._background is me:
+                    self._background = None
+                self._mark_special()
             self._wake()
 
 
@@ -1924,7 +1987,7 @@ class WebSocket(_Receiver):
     """
 
     __slots__ = ("request", "response_headers", "subprotocol", "latency", "state", "_ping_interval", "_ping_timeout",
-                 "_ping_due", "_pinged", "_progress")
+                 "_ping_due", "_pinged", "_ping_at", "_progress")
 
     def __init__(self, sock, role, *, deflate=None, max_message=MAX_MESSAGE, max_frame=None, ping_interval=PING_INTERVAL,
                  ping_timeout=PING_TIMEOUT, subprotocol=None, request=None, response_headers=()):
@@ -1938,7 +2001,8 @@ class WebSocket(_Receiver):
         self._ping_timeout = _seconds(ping_timeout, "ping_timeout")
         self._ping_due = flowcoro.now() + self._ping_interval
         self._pinged = None             # since when nothing has come, after a Ping; None: there is none under way
-        self._progress = 0              # bytes received then
+        self._ping_at = 0               # `_flushed` when that Ping has left
+        self._progress = None           # _signs_of_life() then
         keeper.add(self, min(self._ping_interval, self._ping_timeout) / 4)
 
     # -- Pings
@@ -1955,8 +2019,9 @@ class WebSocket(_Receiver):
         try:
             return await promise
         finally:
-            if self._pings is not None:
-                self._pings.pop(payload, None)
+            with self._lock:
+                if self._pings is not None:
+                    self._pings.pop(payload, None)
 
     def _look(self, now):
         """The sweep's: see to it that somebody reads, to deadlines, and to the keep-alive."""
@@ -1967,18 +2032,26 @@ class WebSocket(_Receiver):
             self._idle += 1
             if self._idle > 1:
                 self._read_in_background()
+                if self._background is None:
+                    self._wake()                    # who waits in wait_closed() looks whether the peer has gone
         if self._pinged is None:
             if now >= self._ping_due:
-                self._pinged, self._progress = now, self._sock.statistics()["bytes_received"]
                 self._send_ping()
+                self._pinged, self._ping_at = now, self._kept
+                self._progress = self._signs_of_life()
         elif not self._pings:
             self._pinged, self._ping_due = None, self._pinged + self._ping_interval
         elif now - self._pinged >= self._ping_timeout:
             self._look_for_life(now)
 
+    def _signs_of_life(self):
+        """What changes while the peer lives: bytes that come, and, while the Ping waits behind a large message, that leave."""
+        counts = self._sock.statistics()
+        return counts["bytes_received"], self._flushed < self._ping_at and counts["bytes_sent"]
+
     def _look_for_life(self, now):
-        """No Pong in time: the peer is gone, unless something has come, or nobody was there to read it."""
-        progress = self._sock.statistics()["bytes_received"]
+        """No Pong in time: the peer is gone, unless it lives, or nobody was there to read."""
+        progress = self._signs_of_life()
         if progress != self._progress or not self._receiving and self._background is None:
             self._pinged, self._progress = now, progress
             return
@@ -1990,9 +2063,8 @@ class WebSocket(_Receiver):
 
     async def close(self, code=1000, reason="", *, timeout=CLOSE_TIMEOUT):
         """Close: send a Close, wait for the peer's, at most `timeout` seconds, and end the connection. What is received meanwhile
-        is dropped. Twice is once. ValueError for a code that may not be sent, or a reason of more than 123 bytes.
-
-        Cancelled: the connection is ended at once.
+        is dropped. Twice is once. LocalProtocolError for a code that may not be sent, or a reason of more than 123 bytes: nothing
+        has changed. Cancelled: the connection is ended at once.
         """
         limit = flowcoro.move_on_after(timeout)
         self._say_close(code, reason)
@@ -2017,7 +2089,7 @@ class WebSocket(_Receiver):
 
     def close_nowait(self, code=1000, reason=""):
         """Send a Close, and have the connection ended when the peer's has come, or after 10 seconds. Never blocks. Who receives
-        goes on until then."""
+        goes on until then. LocalProtocolError as close()."""
         if self._closed:
             return
         self._say_close(code, reason)
@@ -2027,11 +2099,18 @@ class WebSocket(_Receiver):
 
     async def wait_closed(self):
         """Wait until it is closed, by whomever. For a handler that only sends. Messages that come meanwhile are kept for
-        receive(), 16 at most: then nothing more is read until somebody receives."""
+        receive(), 16 at most: then nothing more is read until somebody receives, or the peer has gone; then all are dropped."""
         await _turn()
         self._read_in_background()
         while not self._closed:
-            await self._wait(lambda: self._closed)
+            if self._is_left():
+                await self._until_closed()          # which finds the peer's Close, if there is one
+            else:
+                await self._wait(lambda: self._closed or self._is_left())
+
+    def _is_left(self):
+        """Whether the peer has gone, and nobody will see it, since nobody takes what is queued."""
+        return not self._receiving and self._background is None and not self._has_room() and self._sock.hung_up
 
     @property
     def closed(self):
@@ -2042,7 +2121,7 @@ class WebSocket(_Receiver):
         return self
 
     async def __aexit__(self, kind, error, trace):
-        if kind is None or issubclass(kind, ConnectionClosed):
+        if kind is None or getattr(error, "websocket", None) is self:
             await self.close()
         elif issubclass(kind, Exception):
             await self.close(1011)
@@ -2125,14 +2204,17 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
     subprotocols: those that are spoken here, the best first; the first that the client offers is taken, or none.
     origins: pages of which origins may connect: ["https://example.com"], "https://*.example.com" for all below it, "null", "*"
     for all; None: those of the host that is asked for. Browsers send cookies along whatever the page; who is no browser passes.
-    headers: pairs for the answer. deflate: True, False, or a Deflate: whether messages may be compressed. max_message: bytes of a
-    message, inflated, beyond which it is refused with 1009; max_frame: those of one frame. ping_interval: seconds between Pings;
-    ping_timeout: seconds after one without any sign of life, and the connection counts as lost; None: no Pings, no limit.
+    headers: pairs or a mapping, for the answer. deflate: True, False, or a Deflate: whether messages may be compressed.
+    max_message: bytes of a message, inflated, beyond which it is refused with 1009; max_frame: those of one frame.
+    ping_interval: seconds between Pings; ping_timeout: seconds after one without any sign of life (something comes, or the Ping
+    has not left yet, and what is before it does), and the connection counts as lost; None: no Pings, no limit.
     HandshakeError, with the `status` and `headers` of the answer: 400, 403 for the origin, 405, 426. What upgrade() raises.
-    Cancelled: the connection is cut.
+    ValueError, TypeError for options that make no sense: nothing is sent then. Cancelled: the connection is cut.
     """
     _check_origins(origins)
     _check_subprotocols(subprotocols)
+    _check_limits(max_message, max_frame)
+    headers = _further(headers)
     ping_interval, ping_timeout = _seconds(ping_interval, "ping_interval"), _seconds(ping_timeout, "ping_timeout")
     pairs, subprotocol, agreed = _check_request(
         request.method, request.version, request.headers.items(), subprotocols=subprotocols, origins=origins, host=request.host,
@@ -2202,7 +2284,7 @@ class _Target:
         shown = f"[{self.host}]" if ":" in self.host else self.host
         self.authority = shown if self.port == _DEFAULT_PORTS[parts.scheme] else f"{shown}:{self.port}"
         path = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-        self.path = path if path.isascii() else urllib.parse.quote(path, safe="/?%:@!$&'()*+,;=~-._[]")
+        self.path = path if _is_target(path) else urllib.parse.quote(path, safe="/?%:@!$&'()*+,;=~-._[]")
         self.credentials = None
         if parts.username is not None:
             self.credentials = urllib.parse.unquote(parts.username), urllib.parse.unquote(parts.password or "")
@@ -2242,8 +2324,9 @@ class connect:
     and a password in the URL are sent (Basic). tls: an ssl.SSLContext instead of the usual one for wss. proxy: the URL of an HTTP
     proxy (http://user:password@host:port, or https://), True for what the environment says (https_proxy, no_proxy …), None: none.
     redirects: how many are followed, 0 for none; what is for one origin (Authorization, Cookie) is not sent to another, and from
-    wss to ws none leads. open_timeout: seconds for all of it. socket: a flowcoro_net.Socket that is connected already, instead of
-    a connection. deflate, max_message, max_frame, ping_interval, ping_timeout as accept().
+    wss to ws none leads. open_timeout: seconds for all of it. socket: a flowcoro_net.Socket that is connected already, for the
+    one connection it is good for: a redirect, or the iterator's next, raises ValueError. deflate, max_message, max_frame,
+    ping_interval, ping_timeout as accept().
 
     Errors: HandshakeError, with status, headers and body of an answer that is no WebSocket's; TimeoutError; those of
     Socket.connect(): BrokenError, ResolveError, TlsError; ValueError, TypeError. Cancelled: nothing is left behind.
@@ -2258,7 +2341,7 @@ class connect:
                  open_timeout=OPEN_TIMEOUT, deflate=True, max_message=MAX_MESSAGE, max_frame=None, socket=None,
                  ping_interval=PING_INTERVAL, ping_timeout=PING_TIMEOUT, on_retry=None):
         self._target = _Target(url)
-        self._headers = list(headers.items() if hasattr(headers, "items") else headers)
+        self._headers = _further(headers)
         _check_subprotocols(subprotocols)
         self._subprotocols, self._origin, self._deflate = tuple(subprotocols), origin, _as_deflate(deflate)
         self._tls, self._proxy, self._redirects = tls, proxy, redirects
@@ -2271,10 +2354,11 @@ class connect:
             raise TypeError(f"proxy={proxy!r:.60}: give a URL, True for the environment's, or None")
         if tls is not None and not self._target.tls:
             raise ValueError(f"tls= is for wss://, and {self._target.text!r:.200} has none")
+        _check_limits(max_message, max_frame)
         self._options = {"max_message": max_message, "max_frame": max_frame,
                          "ping_interval": _seconds(ping_interval, "ping_interval"),
                          "ping_timeout": _seconds(ping_timeout, "ping_timeout")}
-        self._socket, self._on_retry, self._ws = socket, on_retry, None
+        self._sockets, self._on_retry, self._ws = None if socket is None else [socket], on_retry, None
 
     def __await__(self):
         return self._open().__await__()
@@ -2333,34 +2417,39 @@ class connect:
             sock = await self._connect(target)
             try:
                 doing[0] = f"waiting for the answer of {target.authority}"
-                ws, location = await self._shake(sock, target, headers, left)
+                ws, target = await self._shake(sock, target, headers, left)
             except BaseException:
                 sock.close_nowait()
                 raise
             if ws is not None:
                 return ws
             sock.close_nowait()
-            target = self._redirected(target, location)
             if target.origin != origin:
                 headers = [(name, value) for name, value in headers
                            if name.lower() not in ("authorization", "cookie", "proxy-authorization")]
         raise AssertionError("the last answer is no redirect")
 
-    def _redirected(self, target, location):
+    def _redirected(self, target, location, status, pairs):
+        with contextlib.suppress(UnicodeError):
+            location = location.encode("latin-1").decode()      # what is not ASCII should be encoded; if not, it is UTF-8
         text = urllib.parse.urljoin(target.text.replace("ws", "http", 1), location)
         text = "ws" + text[4:] if text.startswith("http") else text
         try:
             new = _Target(text.partition("#")[0], what="Location")
         except ValueError as error:
-            raise HandshakeError(502, f"{target.text}: a redirect leads nowhere: {error}") from None
+            raise HandshakeError(status, f"{target.text}: a redirect leads nowhere: {error}", pairs) from None
         if target.tls and not new.tls:
-            raise HandshakeError(502, f"{target.text}: a redirect leads from wss to {new.text!r:.200}, which is not encrypted")
+            raise HandshakeError(status, f"{target.text}: a redirect leads from wss to {new.text!r:.200}, which is not encrypted",
+                                 pairs)
+        if new.origin == target.origin and new.credentials is None:
+            new.credentials = target.credentials        # as the header Authorization
         return new
 
     async def _connect(self, target):
-        if self._socket is not None:
-            sock, self._socket = self._socket, None
-            return sock
+        if self._sockets is not None:
+            if not self._sockets:
+                raise ValueError(f"{target.text}: socket= is for one connection, and this is another, by a redirect or again")
+            return self._sockets.pop()
         tls = (self._tls or True) if target.tls else None
         proxy = _environment_proxy(target) if self._proxy is True else self._proxy
         if not proxy:
@@ -2396,7 +2485,7 @@ class connect:
                                          f"{status} {reason}".rstrip(), pairs, bytes(rest[:MAX_ANSWER]))
 
     async def _shake(self, sock, target, headers, redirects):
-        """-> (WebSocket, None), or (None, where a redirect leads)"""
+        """-> (WebSocket, its target), or (None, the target that a redirect leads to)"""
         key = _new_key()
         if target.credentials and not any(name.lower() == "authorization" for name, _ in headers):
             headers = [*headers, ("Authorization", _basic(target.credentials))]
@@ -2406,7 +2495,7 @@ class connect:
         if status != 101:
             location = next((value for name, value in pairs if name.lower() == "location"), None)
             if status in (301, 302, 303, 307, 308) and location is not None and redirects:
-                return None, location
+                return None, self._redirected(target, location, status, pairs)
             said = f"{target.text}: the answer is {status} {reason}".rstrip()
             if status // 100 == 3 and location is not None and self._redirects:
                 said = f"{target.text}: more than {self._redirects} redirects in a row (redirects=)"
@@ -2414,7 +2503,8 @@ class connect:
         subprotocol, deflate = _check_response(status, pairs, key, subprotocols=self._subprotocols, deflate=self._deflate)
         if rest:
             sock.unread(rest)
-        return WebSocket(sock, "client", deflate=deflate, subprotocol=subprotocol, response_headers=pairs, **self._options), None
+        ws = WebSocket(sock, "client", deflate=deflate, subprotocol=subprotocol, response_headers=pairs, **self._options)
+        return ws, target
 
 
 async def _answer(sock):
@@ -2480,20 +2570,20 @@ class _Batch:
             pieces = ws._unsent
             data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             ws._batched = False
-            if ws._closed:
-                continue
             try:
                 sent = ws._sock.write_nowait(data)
-            except _GONE as error:
-                ws._lost, sent = error, len(data)
-            ws._flushed += sent
-            if sent == len(data) and not (ws._secure and ws._lost is None and ws._sock.unsent):
-                ws._unsent, ws._flushing = None, False
-                ws._mark()
-                ws._wake()
+            except _GONE as error:                  # also because it was closed meanwhile: somebody may wait in _drain()
+                ws._break_off(error)
             else:
-                ws._unsent = [memoryview(data)[sent:]]
-                flowcoro.spawn(ws._flush(), name="send what a WebSocket has kept")
+                ws._flushed += sent
+                if sent == len(data) and not (ws._secure and ws._sock.unsent):
+                    ws._unsent, ws._flushing = None, False
+                    ws._mark()
+                    ws._wake()
+                else:
+                    ws._unsent = [memoryview(data)[sent:]]
+                    ws._kept += ws._sock.unsent
+                    flowcoro.spawn(ws._flush(), name="send what a WebSocket has kept")
             if not count % 1000:
                 await flowcoro.checkpoint()
 
@@ -2504,7 +2594,8 @@ def broadcast(websockets, message, *, slow="skip", max_backlog=MAX_BACKLOG):
     It leaves at the end of the turn, when the tasks that are ready have run: several messages together. What the system does not
     take then is kept for the member, and sent when it reads. A member for which more than `max_backlog` bytes are kept is slow:
     "skip": it does not get this message; "close": it is closed, with 1013 (try again later). Those that are closed are in the
-    list, too. The message is encoded once for all servers' ends, and never compressed there. TypeError, ValueError.
+    list, too. The message is encoded once for all servers' ends, and never compressed there. ValueError for another `slow`;
+    TypeError, LocalProtocolError for what is no message.
     """
     if slow not in ("skip", "close"):
         raise ValueError(f"slow={slow!r}: give \"skip\" or \"close\"")

@@ -26,6 +26,8 @@ async def room(ws, name, *, guest: str = "somebody"):
     finally:
         members.discard(ws)
         broadcast(members, f"{guest} leaves")
+        if not members:                             # or each name that anybody thinks of is kept for ever
+            del rooms[name]
 
 
 async def main():

@@ -1,6 +1,7 @@
 """Both ends of a WebSocket: messages, back-pressure, cancellation, keep-alive, closing, broadcast. In memory, in no time."""
 
 import contextlib
+import errno
 import functools
 import gc
 import os
@@ -14,7 +15,7 @@ import flowcoro_websocket
 from flowcoro_net import Socket
 from flowcoro_testing import explore, memory_socket_pair, run_in_kernel, wait_all_tasks_parked
 from flowcoro_websocket import (Close, ConnectionClosed, Deflate, LocalProtocolError, NEED_DATA, Ping, WebSocket,
-                                WebSocketConnection, broadcast)
+                                WebSocketConnection, broadcast, encode_message)
 from test_net_cancel import cancelled_at
 
 simulated = functools.partial(run_in_kernel, timeout=100_000)       # seconds of the virtual clock: a test that hangs fails
@@ -210,6 +211,23 @@ async def test_sends_that_are_cancelled_again_and_again_do_not_pile_up():
 
 
 @simulated
+async def test_what_is_kept_when_the_last_of_it_has_just_left_is_sent_too(monkeypatch):
+    take, late = WebSocket._take_unsent, [encode_message("late")]
+
+    def and_then(self):                                 # what another worker may do before the task goes on
+        taken = take(self)
+        if not taken[0] and late:
+            self._keep(late.pop())
+        return taken
+
+    monkeypatch.setattr(WebSocket, "_take_unsent", and_then)
+    async with served(capacity=1000) as (ws, peer):
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(ws.send("x" * 2000))
+            assert [await peer.next(), await peer.next()] == ["x" * 2000, "late"]
+
+
+@simulated
 async def test_a_flood_of_pings_from_who_does_not_read_is_not_kept():
     async with served(capacity=10_000, ping_interval=None) as (ws, peer):
         flood, written = peer.codec.send_ping(b"p" * 125) * 50, 0
@@ -243,7 +261,7 @@ async def numbers(count, fail=None):
 async def test_an_iterable_is_sent_as_fragments_of_one_message(deflate):
     async with pair(deflate=deflate) as (server, client):
         for pieces, whole in ((["a", "ü"], "aü"), ([b"1", bytearray(b"2")], b"12"), ([], ""), (iter(["x"]), "x"),
-                              (numbers(4), "0123")):
+                              (numbers(4), "0123"), (["", "a", *[""] * 300, "b"], "ab"), ([b""] * 300, b"")):
             await server.send(pieces)
             assert await client.receive() == whole
 
@@ -431,22 +449,51 @@ async def test_pieces_that_nobody_takes_are_read_in_the_background_too():
             assert [piece async for piece in pieces] == ["x" * 900] * 4
 
 
+@pytest.mark.parametrize("long", [["x" * 600] * 2, ["ü" * 501], "x" * 1001])
 @simulated
-async def test_a_message_that_began_in_pieces_is_received_whole_within_the_limit():
+async def test_a_message_that_began_in_pieces_is_received_whole_within_the_limit(long):
     async with pair(max_message=1000, ping_interval=None) as (server, client):
         await client.send(["a", "b"])
         async for _ in server.receive_pieces():
             pass
         await client.send(["c", "d"])
-        await client.send(["x" * 600] * 2)
+        await client.send(long)
         await flowcoro.sleep(10)                        # read in pieces, as the last one was
         assert await server.receive() == "cd"
-        group_error = None
         async with flowcoro.TaskGroup() as group:
             group.spawn(_expect(client, 1009))
-            with pytest.raises(ConnectionClosed) as group_error:
-                await server.receive()
-        assert group_error.value.code == 1009
+            await _expect(server, 1009)
+
+
+@simulated
+async def test_who_does_not_end_after_a_message_in_pieces_was_too_long_is_cut_in_time():
+    async with served(max_message=1000, ping_interval=None) as (ws, peer):
+        await peer.write(peer.codec.send_message("x"))
+        async for _ in ws.receive_pieces():
+            pass
+        await peer.write(peer.codec.send_message("x" * 1001))
+        await flowcoro.sleep(10)
+        began = flowcoro.now()
+        await _expect(ws, 1009)
+        assert flowcoro.now() - began == flowcoro_websocket.LINGER      # nobody else reads meanwhile
+        assert (await peer.next()).code == 1009
+
+
+@simulated
+async def test_a_cancelled_receive_loses_nothing_of_a_message_that_began_in_pieces():
+    async with served(max_message=1000, ping_interval=None) as (ws, peer):
+        for message, begin in (("abcd", "ab"), (b"efgh", b"e")):
+            await peer.write(peer.codec.send_message(message[:0]))
+            async for _ in ws.receive_pieces():
+                pass
+            await peer.write(peer.codec.send_piece(begin, True, False))
+            await flowcoro.sleep(10)
+            for _ in range(3):
+                with flowcoro.move_on_after(1) as scope:
+                    await ws.receive()
+                assert scope.cancelled_caught
+            await peer.write(peer.codec.send_piece(message[len(begin):], False, True))
+            assert await ws.receive() == message
 
 
 @simulated
@@ -472,6 +519,20 @@ async def test_wait_closed_waits_for_the_end_and_keeps_what_comes():
         assert server.closed and await server.receive() == "before"
         with pytest.raises(ConnectionClosed):
             await server.receive()
+
+
+@simulated
+async def test_wait_closed_learns_of_the_end_of_who_has_sent_more_than_is_kept():
+    for close, code in ((True, 4000), (False, 1006)):
+        async with served() as (ws, peer):
+            await peer.write(peer.codec.send_message("x") * 100 + (peer.codec.send_close(4000) if close else b""))
+            async with flowcoro.TaskGroup() as group:
+                waiting = group.spawn(ws.wait_closed())
+                await flowcoro.sleep(10)
+                assert not waiting.done() and ws.statistics()["queued"] == flowcoro_websocket.MAX_QUEUE
+                await peer.sock.close()
+                began = flowcoro.now()
+            assert flowcoro.now() - began <= 2 * flowcoro_websocket.SWEEP and ws.close_code == code
 
 
 # ---- keep-alive ------------------------------------------------------------------------------------------------
@@ -538,6 +599,22 @@ async def test_half_open_tcp_is_found_by_who_only_sends():
             while True:
                 await ws.send("x" * 100)
         assert 40 <= flowcoro.now() - began <= 42
+
+
+@simulated
+async def test_who_reads_a_large_message_slowly_is_alive():
+    async with served(capacity=10_000) as (ws, peer):
+        async with flowcoro.TaskGroup() as group:
+            receiving = group.spawn(_drop_quietly(ws))
+            sending = group.spawn(_closed(ws.send(BIG)))
+            for _ in range(40):                         # 10,000 bytes each five seconds; the Ping comes after the message
+                await flowcoro.sleep(5)
+                await peer.sock.read(10_000)
+            assert not ws.closed and not sending.done()
+            began = flowcoro.now()                      # and from now on it does not read
+            await ws.wait_closed()
+            assert 19 <= flowcoro.now() - began <= 41
+            await receiving
 
 
 @simulated
@@ -875,6 +952,58 @@ async def test_a_slow_member_holds_nobody_up_and_is_skipped():
         assert missed > 100 and slow.statistics()["bytes_unsent"] <= 5200
         assert list(map(int, await _receive_all(others[1], 200 - missed))) == list(range(200 - missed))
         assert broadcast(members, "again", max_backlog=5000) == []
+
+
+@simulated
+async def test_what_waits_for_the_end_of_a_fragmented_message_is_kept_within_the_limit_and_is_not_compressed():
+    async with served(deflate=Deflate(threshold=0)) as (ws, peer):
+        go_on = flowcoro.Event()
+
+        async def slowly():
+            yield "a"
+            await go_on.wait()
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(ws.send(slowly()))
+            await wait_all_tasks_parked()
+            assert sum(len(broadcast([ws], "", max_backlog=200)) for _ in range(200)) == 99        # a frame has two bytes
+            assert broadcast([ws], "z" * 100, max_backlog=10**6) == []
+            go_on.set()
+        assert await peer.next() == "a"
+        for _ in range(101):
+            assert await peer.next() == ""
+        await wait_all_tasks_parked()
+        assert await peer.next() == "z" * 100
+        assert ws.statistics()["bytes_sent"] > 2 * 101 + 100
+
+
+@simulated
+async def test_a_member_that_is_closed_in_the_turn_of_a_broadcast_leaves_nobody_waiting():
+    async with room(2) as (members, others):
+        async def send():
+            broadcast(members, "x")
+            await _closed(members[0].send("y"))
+
+        async def end():
+            members[0]._end()                           # as a cancelled close() does
+
+        async with flowcoro.TaskGroup() as group:       # it ends while who sends waits for what is broadcast to leave
+            group.spawn(send())
+            group.spawn(end())
+        assert await others[1].receive() == "x"
+
+
+@simulated
+async def test_an_error_of_the_system_ends_one_member_and_not_the_batch():
+    async with room(3) as (members, others):
+        def fails(*arguments):
+            raise OSError(errno.ENOMEM, "no memory")
+
+        members[1]._sock._send = fails
+        broadcast(members, "x")
+        assert await others[0].receive() == "x" == await others[2].receive()
+        with pytest.raises(ConnectionClosed, match="no memory"):
+            await members[1].send("y")
 
 
 @simulated

@@ -110,6 +110,8 @@ async def test_what_is_asked_for():
         assert field(head, "Sec-WebSocket-Extensions").startswith("permessage-deflate")
         assert field(head, "Authorization") == "Basic " + base64.b64encode(b"user:p@ss").decode()
         assert len(base64.b64decode(field(head, "Sec-WebSocket-Key"))) == 16
+        async with connect('ws://server/a"b'):
+            assert script.heads[1][1].startswith("GET /a%22b HTTP/1.1\r\n")
 
 
 @simulated
@@ -189,7 +191,8 @@ def test_a_url_that_is_none_is_refused_and_its_password_not_shown(url, said):
 @pytest.mark.parametrize("options, error", [
     ({"open_timeout": 0}, ValueError), ({"proxy": 7}, TypeError), ({"proxy": "socks5://x"}, ValueError),
     ({"tls": client_tls()}, ValueError), ({"deflate": 1}, TypeError), ({"subprotocols": ["a b"]}, ValueError),
-    ({"ping_timeout": -1}, ValueError), ({"redirects": -1}, ValueError)])
+    ({"ping_timeout": -1}, ValueError), ({"redirects": -1}, ValueError), ({"max_message": -1}, ValueError),
+    ({"headers": {"Upgrade": "x"}}, ValueError), ({"headers": [("Sec-WebSocket-Key", "x")]}, ValueError)])
 def test_options_that_make_no_sense_are_refused_at_once(options, error):
     with pytest.raises(error):
         connect("ws://server/", **options)
@@ -197,7 +200,7 @@ def test_options_that_make_no_sense_are_refused_at_once(options, error):
         connect(b"ws://server/")
 
 
-@pytest.mark.parametrize("headers", [{"X": "a\r\nb"}, {"Upgrade": "x"}, {"Sec-WebSocket-Key": "x"}, {"a b": "c"}])
+@pytest.mark.parametrize("headers", [{"X": "a\r\nb"}, {"a b": "c"}])
 @simulated
 async def test_headers_that_cannot_be_are_refused(headers):
     async with scripted(server=echo):
@@ -231,6 +234,16 @@ async def test_redirects_are_followed_and_secrets_stay_with_their_origin(status)
 
 
 @simulated
+async def test_a_password_of_the_url_is_for_its_origin_too():
+    answers = answering(redirect(302, "/zweite-Tür"), redirect(302, "ws://two/"))
+    async with scripted(one=answers, two=echo) as script:
+        async with connect("ws://user:secret@one/"):
+            pass
+        assert script.heads[1][1].startswith("GET /zweite-T%C3%BCr ")
+        assert ["\r\nAuthorization: Basic " in head for _, head in script.heads] == [True, True, False]
+
+
+@simulated
 async def test_redirects_have_an_end():
     async with scripted(server=answering(*[redirect(302, "/again")] * 100)) as script:
         for redirects, asked in ((None, 11), (0, 1), (3, 4)):
@@ -245,8 +258,9 @@ async def test_redirects_have_an_end():
 @simulated
 async def test_a_redirect_that_leads_nowhere(location):
     async with scripted(server=answering(redirect(302, location))):
-        with pytest.raises(HandshakeError, match="leads nowhere"):
+        with pytest.raises(HandshakeError, match="leads nowhere") as caught:
             await connect("ws://server/")
+        assert caught.value.status == 302               # which is final: the iterator does not try again
 
 
 def test_from_wss_to_ws_no_redirect_leads(certificates):  # noqa: F811
@@ -411,6 +425,17 @@ async def test_a_socket_that_is_connected_already():
         async with connect("ws://whatever/", socket=one) as ws:
             await ws.send("x")
             assert await ws.receive() == "x"
+
+
+@simulated
+async def test_a_socket_is_for_one_connection():
+    for answer in (redirect(302, "/other"), b"HTTP/1.1 503 Later\r\nContent-Length: 0\r\n\r\n"):
+        one, other = memory_socket_pair(Socket)
+        async with other:
+            await other.write(answer)
+            with pytest.raises(ValueError, match="socket= is for one connection"):
+                async for _ in connect("ws://nowhere/", socket=one):
+                    pass
 
 
 def test_a_connect_that_is_cancelled_leaves_nothing():

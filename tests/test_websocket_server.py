@@ -132,7 +132,7 @@ async def test_who_may_connect_from_a_browser(origins, origin, passes):
 async def test_the_best_subprotocol_of_both_is_taken(offered, chosen):
     app = HttpServer(websocket=accept)
 
-    @app.websocket("/ws", subprotocols=["a", "b"], headers=[("X-A", "1")])
+    @app.websocket("/ws", subprotocols=["a", "b"], headers={"X-A": "1"})
     async def tell(ws):
         await ws.send(str(ws.subprotocol))
 
@@ -166,7 +166,9 @@ async def test_accept_by_hand_in_an_ordinary_handler():
 
 
 @pytest.mark.parametrize("options, error", [({"deflate": "yes"}, TypeError), ({"origins": "https://a"}, TypeError),
-                                            ({"subprotocols": ["a b"]}, ValueError), ({"ping_interval": 0}, ValueError)])
+                                            ({"subprotocols": ["a b"]}, ValueError), ({"ping_interval": 0}, ValueError),
+                                            ({"max_message": -1}, ValueError), ({"max_frame": "1"}, TypeError),
+                                            ({"headers": {"Sec-WebSocket-Protocol": "x"}}, ValueError)])
 @simulated
 async def test_options_that_make_no_sense_are_refused_before_anything_is_sent(options, error):
     asked = Request("GET", "/", [*ASKING.items()])
@@ -297,6 +299,45 @@ async def test_clients_that_go_away_are_not_reported(middleware, reports):
         await flowcoro.sleep(5)
         assert ended == [4000, 1006]
     assert not reports
+
+
+@simulated
+async def test_who_sends_when_the_server_has_ended_is_not_reported(reports):
+    app = HttpServer(websocket=accept)
+
+    @app.websocket("/ws")
+    async def tell(ws):
+        while True:                             # until send() raises
+            await ws.send("tick")
+            await flowcoro.sleep(0.1)
+
+    async with serving(app) as world, client_of(world) as ws:
+        await ws.receive()
+        world.listener.close()
+        await flowcoro.sleep(0.3)               # in which it has not seen the Close yet, and the handler has failed
+        async for _ in ws:
+            pass
+        assert ws.close_code == 1001
+    assert not reports
+
+
+@simulated
+async def test_that_another_websocket_of_the_handler_was_closed_is_a_failure(reports):
+    app = HttpServer(websocket=accept)
+
+    @app.websocket("/ws")
+    async def front(ws):
+        one, other = memory_socket_pair(Socket)
+        async with one, other:
+            await other.write(WebSocketConnection("client").send_close(1000))
+            await WebSocket(one, "server").receive()
+
+    async with serving(app) as world, client_of(world) as ws:
+        with pytest.raises(ConnectionClosed) as caught:
+            await ws.receive()
+        assert caught.value.code == 1011
+    [(_, error)] = reports
+    assert isinstance(error, ConnectionClosed)
 
 
 @simulated
@@ -495,6 +536,24 @@ async def test_an_asgi_application_speaks(end, code):
 
 
 @simulated
+async def test_an_asgi_application_may_wait_for_messages_before_it_accepts():
+    async def application(scope, receive, send):
+        async def messages():
+            assert (await receive())["type"] == "websocket.connect"
+            while (message := await receive())["type"] == "websocket.receive":
+                await send({"type": "websocket.send", "text": message["text"]})
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(messages())
+            await flowcoro.sleep(1)
+            await send({"type": "websocket.accept"})
+
+    async with serving(hosting(application)) as world, client_of(world) as ws:
+        await ws.send("x")
+        assert await ws.receive() == "x"
+
+
+@simulated
 async def test_an_asgi_application_closes_and_fails(reports):
     async with serving(hosting()) as world:
         for said, code in (("close", 4001), ("fail", 1011)):
@@ -596,6 +655,22 @@ async def test_over_tls_who_does_not_read_is_waited_for_and_gets_all(certificate
             group.spawn(server.close())
             with pytest.raises(ConnectionClosed):
                 await client.receive()
+
+
+@simulated
+async def test_over_tls_who_sends_waits_for_what_is_encrypted_too(certificates):  # noqa: F811
+    one, other = memory_socket_pair(Socket, capacity=20_000)
+    async with one, other:
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(one.start_tls(server_tls(*certificates.good), server_side=True))
+            await other.start_tls(client_tls(ca=certificates.ca), server_name="localhost")
+        server, sent = WebSocket(one, "server", ping_interval=None), 0
+        with flowcoro.move_on_after(1):
+            while True:
+                await server.send("x" * 1000)
+                assert one.unsent == 0
+                sent += 1
+        assert 10 < sent < 20 and one.unsent > 0 and server.statistics()["bytes_unsent"] > 0
 
 
 @pytest.mark.parametrize("workers", [1, 3])
