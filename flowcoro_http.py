@@ -6249,12 +6249,13 @@ async def _accepted(accept, request, options):
 
 
 def _is_its_end(error, ws):
-    """Whether an error, or all of a group, says that this WebSocket (if it is one) was closed."""
+    """Whether an error, or all of a group, says that this WebSocket (if it is one) was closed. (Not by its code: who sends may be
+    told that the connection is lost before the Close that came with the end is read.)"""
     if ws is None:
         return False
     if isinstance(error, BaseExceptionGroup):
         return all(_is_its_end(each, ws) for each in error.exceptions)
-    return isinstance(error, flowcoro_net.BrokenError) and getattr(error, "code", None) == ws.close_code is not None
+    return isinstance(error, flowcoro_net.BrokenError) and getattr(error, "websocket", None) is ws
 
 
 @contextlib.contextmanager

@@ -152,11 +152,12 @@ class HandshakeError(WebSocketError):
 
 
 class ConnectionClosed(WebSocketError, flowcoro_net.BrokenError):
-    """The WebSocket is closed. `code`, `reason`: of the peer's Close; 1005 if it gave none, 1006 if there was no Close."""
+    """The WebSocket is closed. `code`, `reason`: of the peer's Close; 1005 if it gave none, 1006 if there was no Close, or it had
+    not come yet. `websocket`: the one that is closed."""
 
-    def __init__(self, code, reason="", message=""):
+    def __init__(self, code, reason="", message="", websocket=None):
         super().__init__(message or f"the WebSocket is closed: {code} {reason}".rstrip())
-        self.code, self.reason = code, reason
+        self.code, self.reason, self.websocket = code, reason, websocket
 
 
 # ---- masking --------------------------------------------------------------------------------------------------
@@ -1444,7 +1445,7 @@ class _Sender:
             said = f"the connection was lost without a Close: {self._lost or cause or 'the peer ended it'}"
         else:
             said = f"the WebSocket is closed: {code} {reason}".rstrip()
-        error = ConnectionClosed(code, reason, said)
+        error = ConnectionClosed(code, reason, said, self)
         error.__cause__ = cause or self._lost
         return error
 

@@ -299,6 +299,36 @@ async def test_clients_that_go_away_are_not_reported(middleware, reports):
     assert not reports
 
 
+@pytest.mark.parametrize("middleware", [False, True])
+def test_a_client_that_closes_and_goes_while_the_handler_sends_is_not_reported(middleware, reports):
+    async def main():
+        app, ended = HttpServer(websocket=accept), flowcoro.Event()
+
+        @app.websocket("/ws")
+        async def tick(ws):
+            try:
+                while True:
+                    await ws.send("tick")               # told that the connection is lost before the Close is read
+                    await flowcoro.sleep(0.001)
+            finally:
+                ended.set()
+
+        if middleware:
+            app.middleware(_pass_on)
+        async with flowcoro.TaskGroup() as group, await app.listen("127.0.0.1", 0) as server:
+            group.spawn(server.serve())
+            async with await Socket.connect(*server.local) as sock:
+                await sock.write(asking())
+                await sock.read_until(b"\r\n\r\n")
+                await sock.write(WebSocketConnection("client").send_close(1001))
+            with flowcoro.timeout(30):
+                await ended.wait()
+            server.close()
+
+    run(main)
+    assert not reports
+
+
 @simulated
 async def test_an_idle_connection_has_no_task_but_its_handlers():
     async with serving(echoing()) as world:
