@@ -1939,7 +1939,7 @@ class WebSocket(_Receiver):
         self._ping_timeout = _seconds(ping_timeout, "ping_timeout")
         self._ping_due = flowcoro.now() + self._ping_interval
         self._pinged = None             # since when nothing has come, after a Ping; None: there is none under way
-        self._progress = 0              # bytes received then
+        self._progress = None           # _signs() then
         keeper.add(self, min(self._ping_interval, self._ping_timeout) / 4)
 
     # -- Pings
@@ -1970,17 +1970,23 @@ class WebSocket(_Receiver):
                 self._read_in_background()
         if self._pinged is None:
             if now >= self._ping_due:
-                self._pinged, self._progress = now, self._sock.statistics()["bytes_received"]
+                self._pinged, self._progress = now, self._signs()
                 self._send_ping()
         elif not self._pings:
             self._pinged, self._ping_due = None, self._pinged + self._ping_interval
         elif now - self._pinged >= self._ping_timeout:
             self._look_for_life(now)
 
+    def _signs(self):
+        """What changes when the peer gives a sign of life: whether anybody reads, and bytes that have come, or else have gone."""
+        reads = self._receiving or self._background is not None
+        return reads, self._sock.statistics()["bytes_received" if reads else "bytes_sent"]
+
     def _look_for_life(self, now):
-        """No Pong in time: the peer is gone, unless something has come, or nobody was there to read it."""
-        progress = self._sock.statistics()["bytes_received"]
-        if progress != self._progress or not self._receiving and self._background is None:
+        """No Pong in time: the peer is gone, unless something has come, or nobody was there to read it. Then it need only take what
+        waits for it: who is stuck in send() before a full queue would else wait for ever."""
+        progress = self._signs()
+        if progress != self._progress or not progress[0] and not self._flushing:
             self._pinged, self._progress = now, progress
             return
         self.close_reason = f"no answer to a Ping for {self._ping_timeout:g} s (ping_timeout)"

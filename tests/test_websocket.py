@@ -541,6 +541,42 @@ async def test_half_open_tcp_is_found_by_who_only_sends():
 
 
 @simulated
+async def test_a_peer_that_sends_much_and_reads_nothing_holds_nobody_for_ever():
+    async with served(capacity=10_000) as (ws, peer):
+        async def answer():
+            async for _ in ws:
+                await ws.send(BIG)
+
+        async with flowcoro.TaskGroup() as group:
+            answering = group.spawn(_raises(ConnectionClosed, answer()))
+            for _ in range(30):                         # the queue is full, and nobody reads
+                await peer.write(peer.codec.send_message("go"))
+            began = flowcoro.now()
+            await answering
+        assert flowcoro.now() - began < 100 and ws.closed
+
+
+@simulated
+async def test_a_peer_that_reads_slowly_is_alive_though_nobody_reads_what_it_sends():
+    async with served(capacity=10_000) as (ws, peer):
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(ws.send(BIG))
+            for _ in range(30):
+                await peer.write(peer.codec.send_message("go"))
+            for _ in range(40):
+                await flowcoro.sleep(10)
+                await peer.sock.read(5000)
+            assert not ws.closed
+            ws.close_nowait()
+            group.cancel()
+
+
+async def _raises(kind, coroutine):
+    with pytest.raises(kind):
+        await coroutine
+
+
+@simulated
 async def test_who_sends_without_a_pong_is_alive():
     async with served() as (ws, peer):
         async with flowcoro.TaskGroup() as group:
