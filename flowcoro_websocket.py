@@ -1968,6 +1968,8 @@ class WebSocket(_Receiver):
             self._idle += 1
             if self._idle > 1:
                 self._read_in_background()
+                if self._lot is not None and self._is_left():
+                    self._wake()
         if self._pinged is None:
             if now >= self._ping_due:
                 self._pinged, self._progress = now, self._signs()
@@ -2034,11 +2036,16 @@ class WebSocket(_Receiver):
 
     async def wait_closed(self):
         """Wait until it is closed, by whomever. For a handler that only sends. Messages that come meanwhile are kept for
-        receive(), 16 at most: then nothing more is read until somebody receives."""
+        receive(), 16 at most: then nothing more is read until somebody receives; and when the peer ends the connection then,
+        this returns, though there is more to receive."""
         await _turn()
         self._read_in_background()
-        while not self._closed:
-            await self._wait(lambda: self._closed)
+        while not self._closed and not self._is_left():
+            await self._wait(lambda: self._closed or self._is_left())
+
+    def _is_left(self):
+        """Whether the peer has gone, and nobody will read that, since the queue is full."""
+        return not self._receiving and self._background is None and not self._has_room() and self._sock.hung_up
 
     @property
     def closed(self):

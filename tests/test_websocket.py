@@ -474,6 +474,22 @@ async def test_wait_closed_waits_for_the_end_and_keeps_what_comes():
             await server.receive()
 
 
+@simulated
+async def test_wait_closed_ends_with_the_peer_though_it_has_sent_more_than_is_kept():
+    async with served() as (ws, peer):
+        async with flowcoro.TaskGroup() as group:
+            waiting = group.spawn(ws.wait_closed())
+            await peer.write(b"".join(map(peer.codec.send_message, map(str, range(40)))) + peer.codec.send_close(4000))
+            await flowcoro.sleep(10)
+            assert not waiting.done()
+            await peer.sock.close()
+            await waiting
+        assert not ws.closed
+        assert [await ws.receive() for _ in range(40)] == list(map(str, range(40)))
+        await ws.wait_closed()
+        assert ws.close_code == 4000
+
+
 # ---- keep-alive ------------------------------------------------------------------------------------------------
 
 @simulated
