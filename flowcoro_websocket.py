@@ -493,6 +493,17 @@ def _check_subprotocols(subprotocols):
         raise ValueError(f"subprotocols={list(subprotocols)!r:.100}: each of them once")
 
 
+def _check_headers(pairs, ours=False):
+    """Whether headers can be: those of headers=, or `ours`. TypeError, ValueError."""
+    for name, value in pairs:
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(f"the header {name!r:.60}: {value!r:.60}: name and value are str")
+        if not ours and name.lower() in _OURS:
+            raise ValueError(f"the header {name} is the handshake's own: it cannot be given")
+        if not _is_token(name) or not _is_value(value):
+            raise ValueError(f"the header {name!r:.60} has characters that none can have: controls, or beyond U+00FF")
+
+
 def _parse_extensions(text, status=400):
     """A Sec-WebSocket-Extensions value. -> [(name, [(parameter, value or None)])]. HandshakeError with this status."""
     found, at = [], 0
@@ -610,13 +621,9 @@ def _request_head(target, host, key, *, pairs=(), origin=None, subprotocols=(), 
         fields.append(("Sec-WebSocket-Protocol", ", ".join(subprotocols)))
     if deflate is not None:
         fields.append(("Sec-WebSocket-Extensions", deflate.offer()))
-    for name, value in pairs:
-        if name.lower() in _OURS:
-            raise ValueError(f"the header {name} is the handshake's own: it cannot be given")
-        fields.append((name, value))
-    for name, value in fields:
-        if not _is_token(name) or not _is_value(value):
-            raise ValueError(f"the header {name!r:.60} has characters that none can have: controls, or beyond U+00FF")
+    _check_headers(fields, ours=True)
+    _check_headers(pairs)
+    fields += pairs
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
     return f"GET {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
 
@@ -2139,7 +2146,7 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
     subprotocols: those that are spoken here, the best first; the first that the client offers is taken, or none.
     origins: pages of which origins may connect: ["https://example.com"], "https://*.example.com" for all below it, "null", "*"
     for all; None: those of the host that is asked for. Browsers send cookies along whatever the page; who is no browser passes.
-    headers: pairs for the answer. deflate: True, False, or a Deflate: whether messages may be compressed. max_message: bytes of a
+    headers: pairs or a mapping, for the answer. deflate: True, False, or a Deflate: whether messages may be compressed. max_message: bytes of a
     message, inflated, beyond which it is refused with 1009; max_frame: those of one frame. ping_interval: seconds between Pings;
     ping_timeout: seconds after one without any sign of life, and the connection counts as lost; None: no Pings, no limit.
     HandshakeError, with the `status` and `headers` of the answer: 400, 403 for the origin, 405, 426. What upgrade() raises.
@@ -2147,6 +2154,8 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
     """
     _check_origins(origins)
     _check_subprotocols(subprotocols)
+    headers = list(headers.items() if hasattr(headers, "items") else headers)
+    _check_headers(headers)
     ping_interval, ping_timeout = _seconds(ping_interval, "ping_interval"), _seconds(ping_timeout, "ping_timeout")
     pairs, subprotocol, agreed = _check_request(
         request.method, request.version, request.headers.items(), subprotocols=subprotocols, origins=origins, host=request.host,

@@ -205,6 +205,14 @@ async def test_headers_that_cannot_be_are_refused(headers):
             await connect("ws://server/", headers=headers)
 
 
+@pytest.mark.parametrize("options", [{"headers": {"X": 5}}, {"headers": {b"X": "a"}}, {"origin": 5}])
+@simulated
+async def test_headers_that_are_no_text_are_named(options):
+    async with scripted(server=echo):
+        with pytest.raises(TypeError, match="name and value are str"):
+            await connect("ws://server/", **options)
+
+
 @simulated
 async def test_a_host_that_is_not_there():
     async with scripted(server=echo):

@@ -57,6 +57,13 @@ async def client_of(world, path="/ws", **options):
 # ---- the handshake ---------------------------------------------------------------------------------------------
 
 @simulated
+async def test_headers_of_the_answer_are_pairs_or_a_mapping():
+    for headers in ([("X-Room", "tea")], {"X-Room": "tea"}):
+        async with serving(echoing(headers=headers)) as world, client_of(world) as ws:
+            assert ("X-Room", "tea") in ws.response_headers
+
+
+@simulated
 async def test_the_answer_to_a_handshake_is_that_of_the_rfc():
     async with serving(echoing()) as world, await world.connect() as sock:
         await sock.write(asking() + WebSocketConnection("client").send_message("at once"))
@@ -166,7 +173,12 @@ async def test_accept_by_hand_in_an_ordinary_handler():
 
 
 @pytest.mark.parametrize("options, error", [({"deflate": "yes"}, TypeError), ({"origins": "https://a"}, TypeError),
-                                            ({"subprotocols": ["a b"]}, ValueError), ({"ping_interval": 0}, ValueError)])
+                                            ({"subprotocols": ["a b"]}, ValueError), ({"ping_interval": 0}, ValueError),
+                                            ({"headers": {"Sec-WebSocket-Extensions": "permessage-deflate"}}, ValueError),
+                                            ({"headers": [("sec-websocket-protocol", "chat")]}, ValueError),
+                                            ({"headers": {"Connection": "close"}}, ValueError),
+                                            ({"headers": {"X": "a\r\nSet-Cookie: b=c"}}, ValueError),
+                                            ({"headers": {"X": 5}}, TypeError)])
 @simulated
 async def test_options_that_make_no_sense_are_refused_before_anything_is_sent(options, error):
     asked = Request("GET", "/", [*ASKING.items()])
