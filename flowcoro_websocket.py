@@ -151,6 +151,10 @@ class HandshakeError(WebSocketError):
         self.status, self.headers, self.body = status, tuple(headers), body
 
 
+class _NoHttp(HandshakeError):
+    """What came is no answer, or leads nowhere: 502 is what we say, and not what was answered."""
+
+
 class ConnectionClosed(WebSocketError, flowcoro_net.BrokenError):
     """The WebSocket is closed. `code`, `reason`: of the peer's Close; 1005 if it gave none, 1006 if there was no Close, or it had
     not come yet. `websocket`: the one that is closed."""
@@ -633,26 +637,26 @@ def _response_head(buffer, limit=MAX_ANSWER_HEAD):
     (status, reason, headers: pairs, bytes of the head). `limit`: bytes it may have. HandshakeError (502) for what is no HTTP.
     """
     if not buffer.startswith(b"HTTP/1."[:len(buffer)]):
-        raise HandshakeError(502, f"{bytes(buffer[:40])!r} is no HTTP/1.1: is that an HTTP server? Does it want TLS (wss)?")
+        raise _NoHttp(502, f"{bytes(buffer[:40])!r} is no HTTP/1.1: is that an HTTP server? Does it want TLS (wss)?")
     end = buffer.find(b"\r\n\r\n", 0, limit)
     if end < 0:
         if len(buffer) >= limit:
-            raise HandshakeError(502, f"the head of an answer with more than {limit} bytes")
+            raise _NoHttp(502, f"the head of an answer with more than {limit} bytes")
         return None
     lines = buffer[:end].decode("latin-1").split("\r\n")
     found = _status_line(lines[0])
     if found is None:
-        raise HandshakeError(502, f"{lines[0]!r:.60} is no status line")
+        raise _NoHttp(502, f"{lines[0]!r:.60} is no status line")
     if len(lines) > MAX_FIELDS + 1 or max(map(len, lines)) > MAX_FIELD_LINE:
-        raise HandshakeError(502, f"an answer with more than {MAX_FIELDS} lines, or one of more than {MAX_FIELD_LINE} bytes")
+        raise _NoHttp(502, f"an answer with more than {MAX_FIELDS} lines, or one of more than {MAX_FIELD_LINE} bytes")
     pairs = []
     for line in lines[1:]:
         field = _field_line(line)
         if field is None:
-            raise HandshakeError(502, f"{line!r:.60} is no header line")
+            raise _NoHttp(502, f"{line!r:.60} is no header line")
         pairs.append((field[1], field[2].rstrip(" \t")))
     if found[2] == "101" and found[1] == "0":
-        raise HandshakeError(502, "an answer by HTTP/1.0, which cannot switch protocols", pairs)
+        raise _NoHttp(502, "an answer by HTTP/1.0, which cannot switch protocols", pairs)
     return int(found[2]), found[3] or "", pairs, end + 4
 
 
@@ -2272,7 +2276,7 @@ class connect:
     Socket.connect(): BrokenError, ResolveError, TlsError; ValueError, TypeError. Cancelled: nothing is left behind.
 
     The iterator tries again after BrokenError, ResolveError, TimeoutError and statuses that may change (429, 5xx …), each time
-    later, up to a minute, with some chance in it; Retry-After is heeded. Other errors are raised. on_retry(error, seconds) is
+    later, up to a minute, with some chance in it; Retry-After is heeded. Other errors are raised, of what speaks no HTTP, too. on_retry(error, seconds) is
     called before it waits (error None: the connection has ended). What is wrong in the block is yours to catch: ConnectionClosed,
     and `continue`. The WebSocket of a block is closed when the block ends, also by `break`.
     """
@@ -2322,7 +2326,7 @@ class connect:
             except (flowcoro_net.NetworkError, TimeoutError) as raised:
                 error = raised
             except HandshakeError as raised:
-                if raised.status not in _RETRIED:
+                if raised.status not in _RETRIED or isinstance(raised, _NoHttp):
                     raise
                 error, asked = raised, _retry_after(raised.headers)
             else:
@@ -2375,9 +2379,9 @@ class connect:
         try:
             new = _Target(text.partition("#")[0], what="Location")
         except ValueError as error:
-            raise HandshakeError(502, f"{target.text}: a redirect leads nowhere: {error}") from None
+            raise _NoHttp(502, f"{target.text}: a redirect leads nowhere: {error}") from None
         if target.tls and not new.tls:
-            raise HandshakeError(502, f"{target.text}: a redirect leads from wss to {new.text!r:.200}, which is not encrypted")
+            raise _NoHttp(502, f"{target.text}: a redirect leads from wss to {new.text!r:.200}, which is not encrypted")
         return new
 
     async def _connect(self, target):
@@ -2458,7 +2462,7 @@ async def _answer(sock):
             return status, reason, pairs, buffer
         informed += 1
         if informed > 5:
-            raise HandshakeError(502, "more than 5 informational responses before the answer")
+            raise _NoHttp(502, "more than 5 informational responses before the answer")
 
 
 async def _content(sock, pairs, rest):

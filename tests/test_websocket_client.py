@@ -509,6 +509,17 @@ async def test_what_will_not_change_is_raised(status):
                 pass
 
 
+@pytest.mark.parametrize("answer", [b"SSH-2.0-x\r\n\r\n", b"\x15\x03\x01\0\x02\x02\n",
+                                    b"HTTP/1.1 302 Found\r\nLocation: ftp://server/\r\n\r\n"])
+@simulated
+async def test_what_is_no_answer_is_raised_and_not_asked_for_ever(answer):
+    async with scripted(server=answering(answer)):
+        with pytest.raises(HandshakeError) as caught:
+            async for _ in connect("ws://server/"):
+                pass
+        assert caught.value.status == 502
+
+
 @simulated
 async def test_a_network_that_comes_back():
     async with scripted(server=echo) as script:
