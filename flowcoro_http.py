@@ -10560,7 +10560,7 @@ class _AsgiWebSocket:
     def __init__(self, host, request, scope):
         self.host, self.request, self.scope = host, request, scope
         self.state, self.ws = "connecting", None        # then "open", then "closed"; or "denied"
-        self.asked = False
+        self.asked, self.decided = False, None      # an Event, if somebody waits for that
         self.response = Response(403, "the application has refused the WebSocket")
 
     async def answer(self):
@@ -10582,6 +10582,9 @@ class _AsgiWebSocket:
         if not self.asked:
             self.asked = True
             return {"type": "websocket.connect"}
+        if self.state == "connecting":          # nothing comes before it has been accepted, or refused
+            self.decided = self.decided or flowcoro.Event()
+            await self.decided.wait()
         if self.state == "open":
             try:
                 message = await self.ws.receive()
@@ -10603,7 +10606,11 @@ class _AsgiWebSocket:
             raise _is_gone()
         if move is None:
             raise RuntimeError(f"{self.request!r}: {kind} cannot be sent to a WebSocket that is {self.state}")
-        await move(message)
+        try:
+            await move(message)
+        finally:
+            if self.decided is not None and self.state != "connecting":
+                self.decided.set()
 
     async def _accept(self, message):
         chosen, offered = message.get("subprotocol"), self.scope["subprotocols"]
@@ -10615,7 +10622,7 @@ class _AsgiWebSocket:
         except HttpError as error:
             self.response, self.state = error, "closed"
             raise _is_gone() from error
-        self.state = "open"
+        self.state, self.response = "open", Response(204)       # of which middleware hears, and nobody else
 
     async def _deny(self, message):
         self.state = "closed"

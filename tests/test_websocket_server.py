@@ -549,6 +549,39 @@ async def test_an_asgi_application_closes_and_fails(reports):
 
 
 @simulated
+async def test_an_asgi_application_that_receives_before_it_accepts_waits():
+    heard.clear()
+
+    async def application(scope, receive, send):
+        async def receive_all():
+            while True:
+                heard.append((await receive())["type"])
+                if heard[-1] == "websocket.disconnect":
+                    return
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(receive_all())
+            await flowcoro.sleep(1)                     # asks a database who that is
+            assert heard == ["websocket.connect"]
+            await send({"type": "websocket.accept"})
+
+    statuses, app = [], hosting(application)
+
+    @app.middleware
+    async def look(request, call_next):
+        response = await call_next(request)
+        statuses.append(response.status)
+        return response
+
+    async with serving(app) as world:
+        async with client_of(world) as ws:
+            await ws.send("x")
+        await flowcoro.sleep(1)
+    assert heard == ["websocket.connect", "websocket.receive", "websocket.disconnect"]
+    assert statuses == [204]                            # as of a handler of our own
+
+
+@simulated
 async def test_an_asgi_application_is_told_when_the_server_ends():
     heard.clear()
     async with serving(hosting()) as world, client_of(world) as ws:
