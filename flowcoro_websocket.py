@@ -1241,6 +1241,8 @@ class WebSocketConnection(_Incoming):
         if code != 1005 and code not in _CODES:
             raise LocalProtocolError(f"the code {code!r:.40} for a Close: 1000 to 1003, 1007 to 1014, 3000 to 4999 (from 4000 on "
                                      "yours); 1005 for none")
+        if not isinstance(reason, str):
+            raise TypeError(f"reason={reason!r:.60}: give a str")
         reason = _encoded(reason)[1]
         if len(reason) > 123 or (reason and code == 1005):
             raise LocalProtocolError(f"a reason of {len(reason)} bytes; at most 123, and none without a code")
@@ -2010,7 +2012,7 @@ class WebSocket(_Receiver):
 
     async def close(self, code=1000, reason="", *, timeout=CLOSE_TIMEOUT):
         """Close: send a Close, wait for the peer's, at most `timeout` seconds, and end the connection. What is received meanwhile
-        is dropped. Twice is once. ValueError for a code that may not be sent, or a reason of more than 123 bytes.
+        is dropped. Twice is once. LocalProtocolError for a code that may not be sent, or a reason of more than 123 bytes.
 
         Cancelled: the connection is ended at once.
         """

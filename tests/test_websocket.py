@@ -749,6 +749,9 @@ async def test_a_close_that_cannot_be_sent_is_refused_and_harms_nothing():
         for code, reason in ((1006, ""), (999, ""), (1000, "x" * 124), (1005, "why")):
             with pytest.raises(LocalProtocolError):
                 await server.close(code, reason)
+        for reason in (5, b"\xff", None):
+            with pytest.raises(TypeError, match="reason="):
+                await server.close(1000, reason)
         await server.send("fine")
         assert await client.receive() == "fine"
 
