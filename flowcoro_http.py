@@ -5931,6 +5931,8 @@ class HttpServer(Router):
                  prefix="", redirect_slashes=False, json_depth=flowcoro_schema.JSON_DEPTH, max_errors=flowcoro_schema.ERRORS,
                  websocket=None):
         super().__init__(prefix, redirect_slashes, json_depth=json_depth, max_errors=max_errors)
+        if websocket is not None and not callable(websocket):
+            raise TypeError(f"websocket={websocket!r:.60}: give what speaks it, flowcoro_websocket.accept")
         self._accept_websocket = websocket
         self.head_timeout, self.body_timeout = _seconds("head_timeout", head_timeout), _seconds("body_timeout", body_timeout)
         self.idle_timeout, self.send_timeout = _seconds("idle_timeout", idle_timeout), _seconds("send_timeout", send_timeout)
@@ -6138,11 +6140,15 @@ class HttpServer(Router):
         if page is not None:
             self.add(page, for_people, documented=False)
 
-    def websocket(self, path, **options):
-        """As Router's. RuntimeError without HttpServer(websocket=)."""
+    def websocket(self, path, *, name=None, host=None, **options):
+        """As Router's. RuntimeError without HttpServer(websocket=), TypeError for an option that its accept() does not have."""
         if self._accept_websocket is None:
             raise RuntimeError(_SILENT)
-        return super().websocket(path, **options)
+        try:
+            inspect.signature(self._accept_websocket).bind(None, **options)
+        except TypeError as error:
+            raise TypeError(f"websocket({path!r}): {error}") from None
+        return super().websocket(path, name=name, host=host, **options)
 
     # -- serving
 

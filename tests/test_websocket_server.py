@@ -233,6 +233,11 @@ def test_without_what_speaks_it_and_with_what_is_not_async_the_decorator_says_so
         HttpServer().websocket("/ws")
     with pytest.raises(TypeError, match="async def handler"):
         HttpServer(websocket=accept).websocket("/ws")(lambda ws: None)
+    with pytest.raises(TypeError, match="flowcoro_websocket.accept"):
+        HttpServer(websocket=True)
+    with pytest.raises(TypeError, match="/ws.*max_size"):
+        HttpServer(websocket=accept).websocket("/ws", max_size=1000)
+    HttpServer(websocket=functools.partial(accept, origins=["*"])).websocket("/ws", name="here", host="a", max_message=1000)
 
 
 @simulated
