@@ -1599,7 +1599,7 @@ class _Sender:
         with self._lock:
             self._fragmenting = False
             deferred, self._deferred = self._deferred, None
-            if self._codec.our_state is OPEN:
+            if self._codec.our_state is OPEN and not self._closed:
                 for message in deferred or ():
                     self._write(self._codec.send_message(message))
             self._mark()

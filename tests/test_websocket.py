@@ -347,6 +347,21 @@ async def _expect(ws, code):
 
 
 @simulated
+async def test_a_connection_that_is_lost_within_a_message_and_with_a_broadcast_behind_it_says_so():
+    async with served() as (ws, peer):
+        async def pieces():
+            yield "a"
+            assert broadcast([ws], "waits for the end") == []
+            await peer.sock.close()
+            with pytest.raises(ConnectionClosed):
+                await ws.receive()
+            yield "b"
+
+        with pytest.raises(ConnectionClosed):
+            await ws.send(pieces())
+
+
+@simulated
 async def test_an_iterable_that_fails_before_its_first_piece_harms_nobody():
     async with pair() as (server, client):
         for make in (lambda: numbers(0, ZeroDivisionError()), lambda: [7]):
