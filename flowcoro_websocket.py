@@ -1425,7 +1425,8 @@ class _Sender:
         self._kept = self._flushed = 0  # bytes that ever came into _unsent, and that have left it
         self._flushing = self._fragmenting = self._closed = False
         self._deferred = None           # messages of broadcast() that wait for the end of a fragmented one
-        self._batched = False           # what is kept is from broadcast(), and is sent at the end of the turn, by _Batch
+        self._batched = False           # what is kept is sent at the end of the turn, by _Batch, and broadcast() may add to it:
+                                        # no longer after a Close or in the middle of a message, which may be among it
         self._shares = codec.role == "server" and not several       # whether it can send the same bytes as others
         self._short = self._shares and (codec.deflate is None or codec.deflate.threshold > 125)     # … short ones as they are
         self._lost = None               # the error of a write: nothing more can be sent, and something may still be read
@@ -1591,7 +1592,7 @@ class _Sender:
         with self._lock:
             if not self._is_free():
                 return False
-            self._fragmenting = True
+            self._fragmenting, self._batched = True, False
             self._mark()
             return True
 
@@ -1825,6 +1826,7 @@ class _Receiver(_Sender):
                 if self._codec.our_state is not SHUT and not self._closed:
                     self._write(self._codec.send_failure() if self._codec.their_state is FAILED else
                                 self._codec.send_close(error.code, str(error)[:123]))
+                self._batched = False
                 self._mark()
             await self._part(True)
         else:
@@ -1836,6 +1838,7 @@ class _Receiver(_Sender):
         with self._lock:
             if self._codec.our_state is not SHUT and not self._closed:
                 self._write(self._codec.send_close(code, reason))
+            self._batched = False
             self._mark()
 
     async def _part(self, linger):
@@ -1860,7 +1863,7 @@ class _Receiver(_Sender):
         """The connection is at its end: whoever waits is told. Never blocks."""
         if self._closed:
             return
-        self._closed = self._special = True
+        self._closed, self._special, self._batched = True, True, False
         self.close_code = self.close_code or 1006
         self._sock.close_nowait()
         self._mark()

@@ -930,6 +930,49 @@ async def test_messages_of_one_turn_leave_together():
 
 
 @simulated
+async def test_a_broadcast_of_the_same_turn_does_not_get_into_a_message_in_fragments():
+    async with pair() as (server, client):
+        async def first():
+            assert broadcast([server], "before") == []  # leaves at the end of the turn
+            await server.send(["a", "b"])
+
+        async def second():
+            assert broadcast([server], "after") == []
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(first())
+            group.spawn(second())
+            assert [await client.receive() for _ in range(3)] == ["before", "ab", "after"]
+
+
+@pytest.mark.parametrize("end", ["close", "error", "cut"])
+@simulated
+async def test_who_is_closed_in_the_same_turn_is_no_more_broadcast_to(end):
+    async with served() as (ws, peer):
+        await peer.write(b"junk")
+
+        async def first():
+            assert broadcast([ws], "before") == []
+            if end == "close":
+                ws.close_nowait(1002)
+            elif end == "error":
+                await _raises(ConnectionClosed, ws.receive())
+            else:
+                ws._end()
+
+        async def second():
+            assert broadcast([ws], "after") == [ws]
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(first())
+            group.spawn(second())
+            if end != "cut":
+                assert await peer.next() == "before" and (await peer.next()).code == 1002
+                await peer.sock.close()
+        await ws.wait_closed()
+
+
+@simulated
 async def test_a_slow_member_holds_nobody_up_and_is_skipped():
     async with room(3, capacity=1000, ping_interval=None) as (members, others):
         slow, missed = members[1], 0
