@@ -1668,7 +1668,7 @@ class _Receiver(_Sender):
         self._queue, self._queued = None, 0     # messages and pieces that were received in the background, and their length
         self._unread = False            # a message of receive_pieces() was not received to its end
         self._idle = 0                  # looks of the sweep that have found nobody who reads
-        self._pings = None              # payload -> (when it was sent, the Promise of who waits or None)
+        self._pings = None              # payload -> (when it was sent, the Promise of who waits or None: seconds, None at the end)
 
     def _mark_special(self):
         """E3"""
@@ -1870,7 +1870,7 @@ class _Receiver(_Sender):
         pings, self._pings = self._pings, None
         for _, promise in (pings or {}).values():
             if promise is not None:
-                promise.set_exception(self._closed_error())
+                promise.set_result(None)        # no error: who has been cancelled in this turn would leave it to nobody
         self._wake()
 
     def _take_pong(self, payload):
@@ -1878,7 +1878,7 @@ class _Receiver(_Sender):
         pings, now = self._pings, flowcoro.now()
         if pings and payload in pings:
             for sent in list(pings):
-                began, promise = pings.pop(sent)
+                began, promise = pings.pop(sent, (now, None))       # (with several workers ping() may have taken it back)
                 if promise is not None:
                     promise.set_result(now - began)
                 elif sent == payload:
@@ -1970,10 +1970,13 @@ class WebSocket(_Receiver):
             raise self._closed_error()
         self._read_in_background()
         try:
-            return await promise
+            seconds = await promise
         finally:
             if self._pings is not None:
                 self._pings.pop(payload, None)
+        if seconds is None:
+            raise self._closed_error()
+        return seconds
 
     def _look(self, now):
         """The sweep's: see to it that somebody reads, to deadlines, and to the keep-alive."""

@@ -520,6 +520,18 @@ async def test_ping_gives_the_seconds_of_the_way():
             group.cancel()
 
 
+def test_a_ping_that_is_cancelled_when_the_connection_ends_leaves_no_error(reports):
+    async def main():
+        async with served() as (ws, peer), flowcoro.TaskGroup() as group:
+            pinging = group.spawn(ws.ping())
+            await flowcoro.sleep(1)
+            pinging.cancel()
+            ws._end()
+
+    simulated(main)()
+    assert not reports
+
+
 @simulated
 async def test_a_pong_answers_the_pings_before_it():
     async with served(ping_interval=None) as (ws, peer):
