@@ -1668,7 +1668,7 @@ class _Receiver(_Sender):
         self._queue, self._queued = None, 0     # messages and pieces that were received in the background, and their length
         self._unread = False            # a message of receive_pieces() was not received to its end
         self._idle = 0                  # looks of the sweep that have found nobody who reads
-        self._pings = None              # payload -> (when it was sent, the Promise of who waits or None: seconds, None at the end)
+        self._pings = None              # payload -> (when it was sent, the Promise of who waits or None)
 
     def _mark_special(self):
         """E3"""
@@ -1915,10 +1915,11 @@ class _Receiver(_Sender):
         try:
             while self._has_room():
                 event = await self._next()
-                if self._queue is None:
-                    self._queue = collections.deque()
-                self._queue.append(event)
-                self._queued += len(event.data if type(event) is Piece else event)
+                with self._lock:
+                    if self._queue is None:
+                        self._queue = collections.deque()
+                    self._queue.append(event)
+                    self._queued += len(event.data if type(event) is Piece else event)
         except ConnectionClosed:
             pass
         finally:
@@ -2004,8 +2005,8 @@ class WebSocket(_Receiver):
         return reads, self._sock.statistics()["bytes_received" if reads else "bytes_sent"]
 
     def _look_for_life(self, now):
-        """No Pong in time: the peer is gone, unless something has come, or nobody was there to read it. Then it need only take what
-        waits for it: who is stuck in send() before a full queue would else wait for ever."""
+        """No Pong in time: the peer is gone, unless something has come, or nobody was there to read it. Then it need only take
+        what waits for it: who is stuck in send() before a full queue would else wait for ever."""
         progress = self._signs()
         if progress != self._progress or not progress[0] and not self._flushing:
             self._pinged, self._progress = now, progress
@@ -2158,9 +2159,10 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
     subprotocols: those that are spoken here, the best first; the first that the client offers is taken, or none.
     origins: pages of which origins may connect: ["https://example.com"], "https://*.example.com" for all below it, "null", "*"
     for all; None: those of the host that is asked for. Browsers send cookies along whatever the page; who is no browser passes.
-    headers: pairs or a mapping, for the answer. deflate: True, False, or a Deflate: whether messages may be compressed. max_message: bytes of a
-    message, inflated, beyond which it is refused with 1009; max_frame: those of one frame. ping_interval: seconds between Pings;
-    ping_timeout: seconds after one without any sign of life, and the connection counts as lost; None: no Pings, no limit.
+    headers: pairs or a mapping, for the answer. deflate: True, False, or a Deflate: whether messages may be compressed.
+    max_message: bytes of a message, inflated, beyond which it is refused with 1009; max_frame: those of one frame. ping_interval:
+    seconds between Pings; ping_timeout: seconds after one without any sign of life, and the connection counts as lost; None: no
+    Pings, no limit.
     HandshakeError, with the `status` and `headers` of the answer: 400, 403 for the origin, 405, 426. What upgrade() raises.
     Cancelled: the connection is cut.
     """
@@ -2284,9 +2286,9 @@ class connect:
     Socket.connect(): BrokenError, ResolveError, TlsError; ValueError, TypeError. Cancelled: nothing is left behind.
 
     The iterator tries again after BrokenError, ResolveError, TimeoutError and statuses that may change (429, 5xx …), each time
-    later, up to a minute, with some chance in it; Retry-After is heeded. Other errors are raised, of what speaks no HTTP, too. on_retry(error, seconds) is
-    called before it waits (error None: the connection has ended). What is wrong in the block is yours to catch: ConnectionClosed,
-    and `continue`. The WebSocket of a block is closed when the block ends, also by `break`.
+    later, up to a minute, with some chance in it; Retry-After is heeded. Other errors are raised, of what speaks no HTTP, too.
+    on_retry(error, seconds) is called before it waits (error None: the connection has ended). What is wrong in the block is yours
+    to catch: ConnectionClosed, and `continue`. The WebSocket of a block is closed when the block ends, also by `break`.
     """
 
     def __init__(self, url, *, headers=(), subprotocols=(), origin=None, tls=None, proxy=None, redirects=MAX_REDIRECTS,
