@@ -1706,7 +1706,6 @@ class _Receiver(_Sender):
                 self._lot.unpark_all()
 
     async def _receive_otherwise(self):
-        await _turn()
         self._codec.pieces = False
         while self._unread:                     # the rest of a message that nobody wanted
             await self._receive_event()
@@ -1745,6 +1744,7 @@ class _Receiver(_Sender):
 
     async def _receive_event(self):
         """The next message or Piece."""
+        await _turn()                           # also between pieces: 64 KiB may be inflated to a thousand of 64 KiB
         while True:
             with self._lock:
                 background = self._background

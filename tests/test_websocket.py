@@ -129,6 +129,33 @@ async def test_who_sends_all_the_time_and_who_finds_messages_there_lets_others_r
             group.cancel()
 
 
+@pytest.mark.parametrize("leave", [False, True])
+@simulated
+async def test_who_receives_or_drops_many_pieces_that_are_there_lets_others_run(leave):
+    async with served(capacity=2**20, ping_interval=None) as (ws, peer):
+        await peer.write(b"".join(peer.codec.send_piece("x", number == 0, number == 999) for number in range(1000)))
+        await peer.write(peer.codec.send_message("next"))
+        turns = 0
+
+        async def other():
+            nonlocal turns
+            while True:
+                turns += 1
+                await flowcoro.checkpoint()
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(other())
+            pieces = ws.receive_pieces()
+            assert await anext(pieces) == "x"
+            turns = 0
+            if not leave:
+                assert [piece async for piece in pieces] == ["x"] * 999
+                assert turns > 2
+            assert await ws.receive() == "next"
+            assert turns > 2
+            group.cancel()
+
+
 @simulated
 async def test_a_cancelled_receive_loses_nothing():
     async with pair(capacity=100) as (server, client):
