@@ -146,13 +146,18 @@ class HandshakeError(WebSocketError):
     A client's `status` is 502 if what came is no HTTP; it is 101 if that is what came, and was wrong in itself.
     """
 
+    _answered = True            # by somebody, and the 502 is not ours
+
     def __init__(self, status, message, headers=(), body=b""):
         super().__init__(message)
         self.status, self.headers, self.body = status, tuple(headers), body
 
 
-class _NoHttp(HandshakeError):
-    """What came is no answer, or leads nowhere: 502 is what we say, and not what was answered."""
+def _no_answer(message, headers=()):
+    """The HandshakeError for what is no answer, or leads nowhere."""
+    error = HandshakeError(502, message, headers)
+    error._answered = False
+    return error
 
 
 class ConnectionClosed(WebSocketError, flowcoro_net.BrokenError):
@@ -637,26 +642,26 @@ def _response_head(buffer, limit=MAX_ANSWER_HEAD):
     (status, reason, headers: pairs, bytes of the head). `limit`: bytes it may have. HandshakeError (502) for what is no HTTP.
     """
     if not buffer.startswith(b"HTTP/1."[:len(buffer)]):
-        raise _NoHttp(502, f"{bytes(buffer[:40])!r} is no HTTP/1.1: is that an HTTP server? Does it want TLS (wss)?")
+        raise _no_answer(f"{bytes(buffer[:40])!r} is no HTTP/1.1: is that an HTTP server? Does it want TLS (wss)?")
     end = buffer.find(b"\r\n\r\n", 0, limit)
     if end < 0:
         if len(buffer) >= limit:
-            raise _NoHttp(502, f"the head of an answer with more than {limit} bytes")
+            raise _no_answer(f"the head of an answer with more than {limit} bytes")
         return None
     lines = buffer[:end].decode("latin-1").split("\r\n")
     found = _status_line(lines[0])
     if found is None:
-        raise _NoHttp(502, f"{lines[0]!r:.60} is no status line")
+        raise _no_answer(f"{lines[0]!r:.60} is no status line")
     if len(lines) > MAX_FIELDS + 1 or max(map(len, lines)) > MAX_FIELD_LINE:
-        raise _NoHttp(502, f"an answer with more than {MAX_FIELDS} lines, or one of more than {MAX_FIELD_LINE} bytes")
+        raise _no_answer(f"an answer with more than {MAX_FIELDS} lines, or one of more than {MAX_FIELD_LINE} bytes")
     pairs = []
     for line in lines[1:]:
         field = _field_line(line)
         if field is None:
-            raise _NoHttp(502, f"{line!r:.60} is no header line")
+            raise _no_answer(f"{line!r:.60} is no header line")
         pairs.append((field[1], field[2].rstrip(" \t")))
     if found[2] == "101" and found[1] == "0":
-        raise _NoHttp(502, "an answer by HTTP/1.0, which cannot switch protocols", pairs)
+        raise _no_answer("an answer by HTTP/1.0, which cannot switch protocols", pairs)
     return int(found[2]), found[3] or "", pairs, end + 4
 
 
@@ -2331,12 +2336,14 @@ class connect:
             began = flowcoro.now()
             try:
                 ws = await self._open()
-            except flowcoro_net.TlsError:
-                raise
+            except flowcoro_net.TlsError as raised:
+                if raised.reason != "UNEXPECTED_EOF":       # a server that ends in the middle may be there again soon
+                    raise
+                error = raised
             except (flowcoro_net.NetworkError, TimeoutError) as raised:
                 error = raised
             except HandshakeError as raised:
-                if raised.status not in _RETRIED or isinstance(raised, _NoHttp):
+                if raised.status not in _RETRIED or not raised._answered:
                     raise
                 error, asked = raised, _retry_after(raised.headers)
             else:
@@ -2389,9 +2396,9 @@ class connect:
         try:
             new = _Target(text.partition("#")[0], what="Location")
         except ValueError as error:
-            raise _NoHttp(502, f"{target.text}: a redirect leads nowhere: {error}") from None
+            raise _no_answer(f"{target.text}: a redirect leads nowhere: {error}") from None
         if target.tls and not new.tls:
-            raise _NoHttp(502, f"{target.text}: a redirect leads from wss to {new.text!r:.200}, which is not encrypted")
+            raise _no_answer(f"{target.text}: a redirect leads from wss to {new.text!r:.200}, which is not encrypted")
         return new
 
     async def _connect(self, target):
@@ -2427,7 +2434,10 @@ class connect:
         if proxy.credentials:
             head += f"Proxy-Authorization: {_basic(proxy.credentials)}\r\n"
         await sock.write(f"{head}\r\n".encode())
-        status, reason, pairs, rest = await _answer(sock)
+        try:
+            status, reason, pairs, rest = await _answer(sock)
+        except HandshakeError as error:
+            raise _no_answer(f"the proxy {proxy.authority}: {error}") from None
         if status // 100 != 2 or rest:
             raise HandshakeError(status, f"the proxy {proxy.authority} does not connect to {shown}:{target.port}: it answers "
                                          f"{status} {reason}".rstrip(), pairs, bytes(rest[:MAX_ANSWER]))
@@ -2472,7 +2482,7 @@ async def _answer(sock):
             return status, reason, pairs, buffer
         informed += 1
         if informed > 5:
-            raise _NoHttp(502, "more than 5 informational responses before the answer")
+            raise _no_answer("more than 5 informational responses before the answer")
 
 
 async def _content(sock, pairs, rest):

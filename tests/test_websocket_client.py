@@ -297,6 +297,29 @@ def test_a_certificate_that_is_not_trusted(certificates):  # noqa: F811
     run(main)
 
 
+def test_a_server_that_ends_within_the_handshake_of_tls_is_asked_again():
+    async def main():
+        errors = []
+
+        async def handler(sock):
+            await sock.read()                           # and ends the connection, as one does that is stopped
+
+        async with await TcpServer.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
+            serving = group.spawn(server.serve(handler))
+
+            def told(error, seconds):
+                errors.append(error)
+                serving.cancel()
+                raise ZeroDivisionError
+
+            with pytest.raises(ZeroDivisionError):
+                async for _ in connect(f"wss://127.0.0.1:{server.local[1]}/", on_retry=told):
+                    pass
+        assert type(errors[0]) is TlsError
+
+    run(main)
+
+
 # ---- proxies ---------------------------------------------------------------------------------------------------
 
 def tunnelling(network, refuse=b""):
@@ -343,7 +366,7 @@ async def test_a_proxy_that_does_not(answer, status):
     async with scripted(server=echo, proxy=tunnelling(None, answer)):
         with pytest.raises(HandshakeError) as caught:
             await connect("ws://server/", proxy="http://proxy")
-        assert caught.value.status == status
+        assert caught.value.status == status and "the proxy proxy" in str(caught.value)
 
 
 @pytest.mark.parametrize("environ, by_proxy", [
