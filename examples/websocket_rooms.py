@@ -26,6 +26,8 @@ async def room(ws, name, *, guest: str = "somebody"):
     finally:
         members.discard(ws)
         broadcast(members, f"{guest} leaves")
+        if not members:
+            rooms.pop(name, None)                   # else whoever makes up names fills the memory with rooms
 
 
 async def main():
