@@ -5931,9 +5931,7 @@ class HttpServer(Router):
                  prefix="", redirect_slashes=False, json_depth=flowcoro_schema.JSON_DEPTH, max_errors=flowcoro_schema.ERRORS,
                  websocket=None):
         super().__init__(prefix, redirect_slashes, json_depth=json_depth, max_errors=max_errors)
-        if websocket is not None and not callable(websocket):
-            raise TypeError(f"websocket={websocket!r:.60}: give what speaks it, flowcoro_websocket.accept")
-        self._accept_websocket = websocket
+        self._accept_websocket = _checked_speaker(websocket)
         self.head_timeout, self.body_timeout = _seconds("head_timeout", head_timeout), _seconds("body_timeout", body_timeout)
         self.idle_timeout, self.send_timeout = _seconds("idle_timeout", idle_timeout), _seconds("send_timeout", send_timeout)
         self.linger_timeout = _seconds("linger_timeout", linger_timeout)
@@ -6142,12 +6140,7 @@ class HttpServer(Router):
 
     def websocket(self, path, *, name=None, host=None, **options):
         """As Router's. RuntimeError without HttpServer(websocket=), TypeError for an option that its accept() does not have."""
-        if self._accept_websocket is None:
-            raise RuntimeError(_SILENT)
-        try:
-            inspect.signature(self._accept_websocket).bind(None, **options)
-        except TypeError as error:
-            raise TypeError(f"websocket({path!r}): {error}") from None
+        _check_options(self._accept_websocket, path, options)
         return super().websocket(path, name=name, host=host, **options)
 
     # -- serving
@@ -6208,6 +6201,22 @@ class HttpServer(Router):
 
 
 _SILENT = "this server speaks no WebSocket: say what does: HttpServer(websocket=flowcoro_websocket.accept)"
+
+
+def _checked_speaker(accept):
+    if accept is not None and not callable(accept):
+        raise TypeError(f"websocket={accept!r:.60}: give what speaks it, flowcoro_websocket.accept")
+    return accept
+
+
+def _check_options(accept, path, options):
+    """Whether what speaks WebSocket takes them: before anybody asks for one."""
+    if accept is None:
+        raise RuntimeError(_SILENT)
+    try:
+        inspect.signature(accept).bind(None, **options)
+    except TypeError as error:
+        raise TypeError(f"websocket({path!r}): {error}") from None
 
 
 def _websocket_handler(handler, options):
