@@ -1402,7 +1402,8 @@ class _Keeper:
                 for count, (key, ref) in enumerate(list(self.members.items()), 1):
                     ws = ref()
                     if ws is None or ws._closed:
-                        self.members.pop(key, None)
+                        if self.members.get(key) is ref:        # a new one may have the place in memory, and the id, already
+                            del self.members[key]
                     else:
                         try:
                             ws._look(now)

@@ -1252,6 +1252,26 @@ async def test_who_waits_keeps_nothing_of_what_was_read():
 
 
 @simulated
+async def test_one_in_the_place_of_another_is_looked_after():
+    async with pair() as (server, client):
+        keeper = flowcoro_websocket._Keeper.of_kernel()
+
+        class Other:
+            """The first that is looked at; meanwhile one has died, and another is where it was."""
+            _closed = False
+
+            def _look(self, now):
+                keeper.members[id(server)] = anew
+
+        other, anew = Other(), weakref.ref(server)
+        gone = weakref.ref(Other())
+        keeper.members.clear()
+        keeper.members.update({0: weakref.ref(other), id(server): gone})
+        await flowcoro.sleep(0.7)
+        assert gone() is None and keeper.members.get(id(server)) is anew
+
+
+@simulated
 async def test_it_tells_what_it_is():
     async with pair() as (server, client):
         assert repr(server).startswith("<WebSocket server open <Socket") and server.peer == server._sock.peer
