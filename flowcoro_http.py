@@ -10657,7 +10657,11 @@ class _AsgiWebSocket:
 
     async def _close(self, message):
         self.state = "closed"
-        await self.ws.close(message.get("code", 1000), message.get("reason") or "")
+        try:
+            await self.ws.close(message.get("code", 1000), message.get("reason") or "")
+        except Exception:               # a code or a reason that cannot be sent
+            self.state = "open"
+            raise
 
 
 def asgi_app(application, *, websocket=None, disconnect_timeout=ASGI_DISCONNECT):

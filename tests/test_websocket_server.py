@@ -553,6 +553,20 @@ async def test_an_asgi_application_closes_and_fails(reports):
     assert [str(error) for _, error in reports] == ["mine"]
 
 
+@pytest.mark.parametrize("close", [{"code": 1005, "reason": "why"}, {"code": 999}, {"reason": "x" * 124}, {"reason": 5}])
+@simulated
+async def test_a_close_that_cannot_be_is_an_error_of_the_asgi_application_and_its_client_is_told(close, reports):
+    async def application(scope, receive, send):
+        await send({"type": "websocket.accept"})
+        await send({"type": "websocket.close", **close})
+
+    async with serving(hosting(application)) as world, client_of(world) as ws:
+        with pytest.raises(ConnectionClosed) as caught:
+            await ws.receive()
+        assert caught.value.code == 1011
+    assert len(reports) == 1
+
+
 @simulated
 async def test_an_asgi_application_that_receives_before_it_accepts_waits():
     heard.clear()
