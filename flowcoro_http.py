@@ -5931,7 +5931,7 @@ class HttpServer(Router):
                  prefix="", redirect_slashes=False, json_depth=flowcoro_schema.JSON_DEPTH, max_errors=flowcoro_schema.ERRORS,
                  websocket=None):
         super().__init__(prefix, redirect_slashes, json_depth=json_depth, max_errors=max_errors)
-        self._accept_websocket = websocket
+        self._accept_websocket = _checked_speaker(websocket)
         self.head_timeout, self.body_timeout = _seconds("head_timeout", head_timeout), _seconds("body_timeout", body_timeout)
         self.idle_timeout, self.send_timeout = _seconds("idle_timeout", idle_timeout), _seconds("send_timeout", send_timeout)
         self.linger_timeout = _seconds("linger_timeout", linger_timeout)
@@ -6138,11 +6138,10 @@ class HttpServer(Router):
         if page is not None:
             self.add(page, for_people, documented=False)
 
-    def websocket(self, path, **options):
-        """As Router's. RuntimeError without HttpServer(websocket=)."""
-        if self._accept_websocket is None:
-            raise RuntimeError(_SILENT)
-        return super().websocket(path, **options)
+    def websocket(self, path, *, name=None, host=None, **options):
+        """As Router's. RuntimeError without HttpServer(websocket=), TypeError for an option that its accept() does not have."""
+        _check_options(self._accept_websocket, path, options)
+        return super().websocket(path, name=name, host=host, **options)
 
     # -- serving
 
@@ -6204,6 +6203,22 @@ class HttpServer(Router):
 _SILENT = "this server speaks no WebSocket: say what does: HttpServer(websocket=flowcoro_websocket.accept)"
 
 
+def _checked_speaker(accept):
+    if accept is not None and not callable(accept):
+        raise TypeError(f"websocket={accept!r:.60}: give what speaks it, flowcoro_websocket.accept")
+    return accept
+
+
+def _check_options(accept, path, options):
+    """Whether what speaks WebSocket takes them: before anybody asks for one."""
+    if accept is None:
+        raise RuntimeError(_SILENT)
+    try:
+        inspect.signature(accept).bind(None, **options)
+    except TypeError as error:
+        raise TypeError(f"websocket({path!r}): {error}") from None
+
+
 def _websocket_handler(handler, options):
     """The handler of a route for what websocket() decorates."""
     if not inspect.iscoroutinefunction(handler):
@@ -6249,12 +6264,13 @@ async def _accepted(accept, request, options):
 
 
 def _is_its_end(error, ws):
-    """Whether an error, or all of a group, says that this WebSocket (if it is one) was closed."""
+    """Whether an error, or all of a group, says that this WebSocket (if it is one) was closed. (Not by its code: who sends may be
+    told that the connection is lost before the Close that came with the end is read.)"""
     if ws is None:
         return False
     if isinstance(error, BaseExceptionGroup):
         return all(_is_its_end(each, ws) for each in error.exceptions)
-    return getattr(error, "websocket", None) is ws
+    return isinstance(error, flowcoro_net.BrokenError) and getattr(error, "websocket", None) is ws
 
 
 @contextlib.contextmanager
@@ -10614,7 +10630,11 @@ class _AsgiWebSocket:
             raise _is_gone()
         if move is None:
             raise RuntimeError(f"{self.request!r}: {kind} cannot be sent to a WebSocket that is {self.state}")
-        await move(message)
+        try:
+            await move(message)
+        finally:
+            if self.decided is not None and self.state != "connecting":
+                self.decided.set()
 
     async def _accept(self, message):
         chosen, offered = message.get("subprotocol"), self.scope["subprotocols"]
@@ -10627,7 +10647,7 @@ class _AsgiWebSocket:
             self.response, self.state = error, "closed"
             self.decided.set()
             raise _is_gone() from error
-        self.state = "open"
+        self.state, self.response = "open", Response(204)       # of which middleware hears, and nobody else
         self.decided.set()
 
     async def _deny(self, message):
@@ -10650,7 +10670,11 @@ class _AsgiWebSocket:
 
     async def _close(self, message):
         self.state = "closed"
-        await self.ws.close(message.get("code", 1000), message.get("reason") or "")
+        try:
+            await self.ws.close(message.get("code", 1000), message.get("reason") or "")
+        except Exception:               # a code or a reason that cannot be sent
+            self.state = "open"
+            raise
 
 
 def asgi_app(application, *, websocket=None, disconnect_timeout=ASGI_DISCONNECT):

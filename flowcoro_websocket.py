@@ -146,14 +146,23 @@ class HandshakeError(WebSocketError):
     A client's `status` is 502 if what came is no HTTP; it is 101 if that is what came, and was wrong in itself.
     """
 
+    _answered = True            # by somebody, and the 502 is not ours
+
     def __init__(self, status, message, headers=(), body=b""):
         super().__init__(message)
         self.status, self.headers, self.body = status, tuple(headers), body
 
 
+def _no_answer(message, headers=()):
+    """The HandshakeError for what is no answer, or leads nowhere."""
+    error = HandshakeError(502, message, headers)
+    error._answered = False
+    return error
+
+
 class ConnectionClosed(WebSocketError, flowcoro_net.BrokenError):
-    """The WebSocket is closed. `code`, `reason`: of the peer's Close; 1005 if it gave none, 1006 if there was no Close (yet);
-    `websocket`: which one."""
+    """The WebSocket is closed. `code`, `reason`: of the peer's Close; 1005 if it gave none, 1006 if there was no Close, or it had
+    not come yet. `websocket`: the one that is closed."""
 
     def __init__(self, code, reason="", message="", websocket=None):
         super().__init__(message or f"the WebSocket is closed: {code} {reason}".rstrip())
@@ -482,15 +491,6 @@ def _tokens(values):
     return elements if all(map(_is_token, elements)) else None
 
 
-def _further(headers):
-    """Headers that are given besides the handshake's (pairs or a mapping) as a list of pairs. ValueError for its own."""
-    pairs = list(headers.items() if hasattr(headers, "items") else headers)
-    for name, _ in pairs:
-        if name.lower() in _OURS:
-            raise ValueError(f"the header {name} is the handshake's own: it cannot be given")
-    return pairs
-
-
 def _check_subprotocols(subprotocols):
     """Whether they can be offered, or chosen from: TypeError, ValueError."""
     if isinstance(subprotocols, (str, bytes)):
@@ -500,6 +500,24 @@ def _check_subprotocols(subprotocols):
             raise ValueError(f"the subprotocol {subprotocol!r:.60} is no token")
     if len(set(subprotocols)) < len(subprotocols):
         raise ValueError(f"subprotocols={list(subprotocols)!r:.100}: each of them once")
+
+
+def _check_headers(pairs, ours=False):
+    """Whether headers can be: those of headers=, or `ours`. TypeError, ValueError."""
+    for name, value in pairs:
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(f"the header {name!r:.60}: {value!r:.60}: name and value are str")
+        if not ours and name.lower() in _OURS:
+            raise ValueError(f"the header {name} is the handshake's own: it cannot be given")
+        if not _is_token(name) or not _is_value(value):
+            raise ValueError(f"the header {name!r:.60} has characters that none can have: controls, or beyond U+00FF")
+
+
+def _further(headers):
+    """Headers that are given besides the handshake's (pairs or a mapping) as a list of pairs. TypeError, ValueError."""
+    pairs = list(headers.items() if hasattr(headers, "items") else headers)
+    _check_headers(pairs)
+    return pairs
 
 
 def _parse_extensions(text, status=400):
@@ -619,10 +637,8 @@ def _request_head(target, host, key, *, pairs=(), origin=None, subprotocols=(), 
         fields.append(("Sec-WebSocket-Protocol", ", ".join(subprotocols)))
     if deflate is not None:
         fields.append(("Sec-WebSocket-Extensions", deflate.offer()))
+    _check_headers(fields, ours=True)
     fields += _further(pairs)
-    for name, value in fields:
-        if not _is_token(name) or not _is_value(value):
-            raise ValueError(f"the header {name!r:.60} has characters that none can have: controls, or beyond U+00FF")
     lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
     return f"GET {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
 
@@ -632,26 +648,26 @@ def _response_head(buffer, limit=MAX_ANSWER_HEAD):
     (status, reason, headers: pairs, bytes of the head). `limit`: bytes it may have. HandshakeError (502) for what is no HTTP.
     """
     if not buffer.startswith(b"HTTP/1."[:len(buffer)]):
-        raise HandshakeError(502, f"{bytes(buffer[:40])!r} is no HTTP/1.1: is that an HTTP server? Does it want TLS (wss)?")
+        raise _no_answer(f"{bytes(buffer[:40])!r} is no HTTP/1.1: is that an HTTP server? Does it want TLS (wss)?")
     end = buffer.find(b"\r\n\r\n", 0, limit)
     if end < 0:
         if len(buffer) >= limit:
-            raise HandshakeError(502, f"the head of an answer with more than {limit} bytes")
+            raise _no_answer(f"the head of an answer with more than {limit} bytes")
         return None
     lines = buffer[:end].decode("latin-1").split("\r\n")
     found = _status_line(lines[0])
     if found is None:
-        raise HandshakeError(502, f"{lines[0]!r:.60} is no status line")
+        raise _no_answer(f"{lines[0]!r:.60} is no status line")
     if len(lines) > MAX_FIELDS + 1 or max(map(len, lines)) > MAX_FIELD_LINE:
-        raise HandshakeError(502, f"an answer with more than {MAX_FIELDS} lines, or one of more than {MAX_FIELD_LINE} bytes")
+        raise _no_answer(f"an answer with more than {MAX_FIELDS} lines, or one of more than {MAX_FIELD_LINE} bytes")
     pairs = []
     for line in lines[1:]:
         field = _field_line(line)
         if field is None:
-            raise HandshakeError(502, f"{line!r:.60} is no header line")
+            raise _no_answer(f"{line!r:.60} is no header line")
         pairs.append((field[1], field[2].rstrip(" \t")))
     if found[2] == "101" and found[1] == "0":
-        raise HandshakeError(502, "an answer by HTTP/1.0, which cannot switch protocols", pairs)
+        raise _no_answer("an answer by HTTP/1.0, which cannot switch protocols", pairs)
     return int(found[2]), found[3] or "", pairs, end + 4
 
 
@@ -1241,6 +1257,8 @@ class WebSocketConnection(_Incoming):
         if code != 1005 and code not in _CODES:
             raise LocalProtocolError(f"the code {code!r:.40} for a Close: 1000 to 1003, 1007 to 1014, 3000 to 4999 (from 4000 on "
                                      "yours); 1005 for none")
+        if not isinstance(reason, str):
+            raise TypeError(f"reason={reason!r:.60}: give a str")
         reason = _encoded(reason)[1]
         if len(reason) > 123 or (reason and code == 1005):
             raise LocalProtocolError(f"a reason of {len(reason)} bytes; at most 123, and none without a code")
@@ -1425,7 +1443,8 @@ class _Sender:
         self._kept = self._flushed = 0  # bytes that ever came into _unsent, and that have left it
         self._flushing = self._fragmenting = self._closed = False
         self._deferred = None           # broadcast() to who sends a fragmented message: (bytes, [(message, frame)]), for its end
-        self._batched = False           # what is kept is from broadcast(), and is sent at the end of the turn, by _Batch
+        self._batched = False           # what is kept is sent at the end of the turn, by _Batch, and broadcast() may add to it:
+                                        # no longer after a Close or in the middle of a message, which may be among it
         self._shares = codec.role == "server" and not several       # whether it can send the same bytes as others
         self._short = self._shares and (codec.deflate is None or codec.deflate.threshold > 125)     # … short ones as they are
         self._lost = None               # the error of a write: nothing more can be sent, and something may still be read
@@ -1600,7 +1619,7 @@ class _Sender:
         with self._lock:
             if not self._is_free():
                 return False
-            self._fragmenting = True
+            self._fragmenting, self._batched = True, False
             self._mark()
             return True
 
@@ -1608,7 +1627,7 @@ class _Sender:
         with self._lock:
             self._fragmenting = False
             (_, deferred), self._deferred = self._deferred or (0, ()), None
-            if self._codec.our_state is OPEN:
+            if self._codec.our_state is OPEN and not self._closed:
                 for message, frame in deferred:
                     self._write_shared(message, frame)
             self._mark()
@@ -1726,7 +1745,6 @@ class _Receiver(_Sender):
                 self._lot.unpark_all()
 
     async def _receive_otherwise(self):
-        await _turn()
         self._codec.pieces = False
         while self._unread:                     # the rest of a message that nobody wanted
             await self._receive_event()
@@ -1788,6 +1806,7 @@ class _Receiver(_Sender):
 
     async def _receive_event(self):
         """The next message or Piece."""
+        await _turn()                           # also between pieces: 64 KiB may be inflated to a thousand of 64 KiB
         while True:
             with self._lock:
                 background = self._background
@@ -1869,6 +1888,7 @@ class _Receiver(_Sender):
                 if self._codec.our_state is not SHUT and not self._closed:
                     self._write(self._codec.send_failure() if self._codec.their_state is FAILED else
                                 self._codec.send_close(error.code, str(error)[:123]))
+                self._batched = False
                 self._mark()
             await self._part(True)
         else:
@@ -1880,6 +1900,7 @@ class _Receiver(_Sender):
         with self._lock:
             if self._codec.our_state is not SHUT and not self._closed:
                 self._write(self._codec.send_close(code, reason))
+            self._batched = False
             self._mark()
 
     async def _part(self, linger):
@@ -1905,14 +1926,14 @@ class _Receiver(_Sender):
         with self._lock:
             if self._closed:
                 return
-            self._closed = self._special = True
+            self._closed, self._special, self._batched = True, True, False
             self.close_code = self.close_code or 1006
             self._sock.close_nowait()
             self._mark()
             pings, self._pings = self._pings, None
         for _, promise in (pings or {}).values():
             if promise is not None:
-                promise.set_exception(self._closed_error())
+                promise.set_result(None)        # no error: who has been cancelled in this turn would leave it to nobody
         self._wake()
 
     def _take_pong(self, payload):
@@ -2017,11 +2038,14 @@ class WebSocket(_Receiver):
             raise self._closed_error()
         self._read_in_background()
         try:
-            return await promise
+            seconds = await promise
         finally:
             with self._lock:
                 if self._pings is not None:
                     self._pings.pop(payload, None)
+        if seconds is None:
+            raise self._closed_error()
+        return seconds
 
     def _look(self, now):
         """The sweep's: see to it that somebody reads, to deadlines, and to the keep-alive."""
@@ -2045,14 +2069,16 @@ class WebSocket(_Receiver):
             self._look_for_life(now)
 
     def _signs_of_life(self):
-        """What changes while the peer lives: bytes that come, and, while the Ping waits behind a large message, that leave."""
-        counts = self._sock.statistics()
-        return counts["bytes_received"], self._flushed < self._ping_at and counts["bytes_sent"]
+        """What changes while the peer lives: bytes that come, if anybody reads; and bytes that leave, while the Ping waits behind
+        a large message, or nobody would read the Pong."""
+        counts, reads = self._sock.statistics(), self._receiving or self._background is not None
+        return reads, counts["bytes_received"], (not reads or self._flushed < self._ping_at) and counts["bytes_sent"]
 
     def _look_for_life(self, now):
-        """No Pong in time: the peer is gone, unless it lives, or nobody was there to read."""
+        """No Pong in time: the peer is gone, unless something has come or gone, or nobody was there to read it. Then it need only
+        take what waits for it: who is stuck in send() before a full queue would else wait for ever."""
         progress = self._signs_of_life()
-        if progress != self._progress or not self._receiving and self._background is None:
+        if progress != self._progress or not progress[0] and not self._flushing:
             self._pinged, self._progress = now, progress
             return
         self.close_reason = f"no answer to a Ping for {self._ping_timeout:g} s (ping_timeout)"
@@ -2332,9 +2358,9 @@ class connect:
     Socket.connect(): BrokenError, ResolveError, TlsError; ValueError, TypeError. Cancelled: nothing is left behind.
 
     The iterator tries again after BrokenError, ResolveError, TimeoutError and statuses that may change (429, 5xx …), each time
-    later, up to a minute, with some chance in it; Retry-After is heeded. Other errors are raised. on_retry(error, seconds) is
-    called before it waits (error None: the connection has ended). What is wrong in the block is yours to catch: ConnectionClosed,
-    and `continue`. The WebSocket of a block is closed when the block ends, also by `break`.
+    later, up to a minute, with some chance in it; Retry-After is heeded. Other errors are raised, of what speaks no HTTP, too.
+    on_retry(error, seconds) is called before it waits (error None: the connection has ended). What is wrong in the block is yours
+    to catch: ConnectionClosed, and `continue`. The WebSocket of a block is closed when the block ends, also by `break`.
     """
 
     def __init__(self, url, *, headers=(), subprotocols=(), origin=None, tls=None, proxy=None, redirects=MAX_REDIRECTS,
@@ -2378,12 +2404,14 @@ class connect:
             began = flowcoro.now()
             try:
                 ws = await self._open()
-            except flowcoro_net.TlsError:
-                raise
+            except flowcoro_net.TlsError as raised:
+                if raised.reason != "UNEXPECTED_EOF":       # a server that ends in the middle may be there again soon
+                    raise
+                error = raised
             except (flowcoro_net.NetworkError, TimeoutError) as raised:
                 error = raised
             except HandshakeError as raised:
-                if raised.status not in _RETRIED:
+                if raised.status not in _RETRIED or not raised._answered:
                     raise
                 error, asked = raised, _retry_after(raised.headers)
             else:
@@ -2479,7 +2507,10 @@ class connect:
         if proxy.credentials:
             head += f"Proxy-Authorization: {_basic(proxy.credentials)}\r\n"
         await sock.write(f"{head}\r\n".encode())
-        status, reason, pairs, rest = await _answer(sock)
+        try:
+            status, reason, pairs, rest = await _answer(sock)
+        except HandshakeError as error:
+            raise _no_answer(f"the proxy {proxy.authority}: {error}") from None
         if status // 100 != 2 or rest:
             raise HandshakeError(status, f"the proxy {proxy.authority} does not connect to {shown}:{target.port}: it answers "
                                          f"{status} {reason}".rstrip(), pairs, bytes(rest[:MAX_ANSWER]))
@@ -2525,7 +2556,7 @@ async def _answer(sock):
             return status, reason, pairs, buffer
         informed += 1
         if informed > 5:
-            raise HandshakeError(502, "more than 5 informational responses before the answer")
+            raise _no_answer("more than 5 informational responses before the answer")
 
 
 async def _content(sock, pairs, rest):

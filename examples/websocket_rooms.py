@@ -26,8 +26,8 @@ async def room(ws, name, *, guest: str = "somebody"):
     finally:
         members.discard(ws)
         broadcast(members, f"{guest} leaves")
-        if not members:                             # or each name that anybody thinks of is kept for ever
-            del rooms[name]
+        if not members:
+            rooms.pop(name, None)                   # else whoever makes up names fills the memory with rooms
 
 
 async def main():

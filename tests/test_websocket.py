@@ -130,6 +130,33 @@ async def test_who_sends_all_the_time_and_who_finds_messages_there_lets_others_r
             group.cancel()
 
 
+@pytest.mark.parametrize("leave", [False, True])
+@simulated
+async def test_who_receives_or_drops_many_pieces_that_are_there_lets_others_run(leave):
+    async with served(capacity=2**20, ping_interval=None) as (ws, peer):
+        await peer.write(b"".join(peer.codec.send_piece("x", number == 0, number == 999) for number in range(1000)))
+        await peer.write(peer.codec.send_message("next"))
+        turns = 0
+
+        async def other():
+            nonlocal turns
+            while True:
+                turns += 1
+                await flowcoro.checkpoint()
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(other())
+            pieces = ws.receive_pieces()
+            assert await anext(pieces) == "x"
+            turns = 0
+            if not leave:
+                assert [piece async for piece in pieces] == ["x"] * 999
+                assert turns > 2
+            assert await ws.receive() == "next"
+            assert turns > 2
+            group.cancel()
+
+
 @simulated
 async def test_a_cancelled_receive_loses_nothing():
     async with pair(capacity=100) as (server, client):
@@ -365,6 +392,21 @@ async def _expect(ws, code):
 
 
 @simulated
+async def test_a_connection_that_is_lost_within_a_message_and_with_a_broadcast_behind_it_says_so():
+    async with served() as (ws, peer):
+        async def pieces():
+            yield "a"
+            assert broadcast([ws], "waits for the end") == []
+            await peer.sock.close()
+            with pytest.raises(ConnectionClosed):
+                await ws.receive()
+            yield "b"
+
+        with pytest.raises(ConnectionClosed):
+            await ws.send(pieces())
+
+
+@simulated
 async def test_an_iterable_that_fails_before_its_first_piece_harms_nobody():
     async with pair() as (server, client):
         for make in (lambda: numbers(0, ZeroDivisionError()), lambda: [7]):
@@ -550,6 +592,18 @@ async def test_ping_gives_the_seconds_of_the_way():
             group.cancel()
 
 
+def test_a_ping_that_is_cancelled_when_the_connection_ends_leaves_no_error(reports):
+    async def main():
+        async with served() as (ws, peer), flowcoro.TaskGroup() as group:
+            pinging = group.spawn(ws.ping())
+            await flowcoro.sleep(1)
+            pinging.cancel()
+            ws._end()
+
+    simulated(main)()
+    assert not reports
+
+
 @simulated
 async def test_a_pong_answers_the_pings_before_it():
     async with served(ping_interval=None) as (ws, peer):
@@ -615,6 +669,42 @@ async def test_who_reads_a_large_message_slowly_is_alive():
             await ws.wait_closed()
             assert 19 <= flowcoro.now() - began <= 41
             await receiving
+
+
+@simulated
+async def test_a_peer_that_sends_much_and_reads_nothing_holds_nobody_for_ever():
+    async with served(capacity=10_000) as (ws, peer):
+        async def answer():
+            async for _ in ws:
+                await ws.send(BIG)
+
+        async with flowcoro.TaskGroup() as group:
+            answering = group.spawn(_raises(ConnectionClosed, answer()))
+            for _ in range(30):                         # the queue is full, and nobody reads
+                await peer.write(peer.codec.send_message("go"))
+            began = flowcoro.now()
+            await answering
+        assert flowcoro.now() - began < 100 and ws.closed
+
+
+@simulated
+async def test_a_peer_that_reads_slowly_is_alive_though_nobody_reads_what_it_sends():
+    async with served(capacity=10_000) as (ws, peer):
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(ws.send(BIG))
+            for _ in range(30):
+                await peer.write(peer.codec.send_message("go"))
+            for _ in range(40):
+                await flowcoro.sleep(10)
+                await peer.sock.read(5000)
+            assert not ws.closed
+            ws.close_nowait()
+            group.cancel()
+
+
+async def _raises(kind, coroutine):
+    with pytest.raises(kind):
+        await coroutine
 
 
 @simulated
@@ -774,6 +864,9 @@ async def test_a_close_that_cannot_be_sent_is_refused_and_harms_nothing():
         for code, reason in ((1006, ""), (999, ""), (1000, "x" * 124), (1005, "why")):
             with pytest.raises(LocalProtocolError):
                 await server.close(code, reason)
+        for reason in (5, b"\xff", None):
+            with pytest.raises(TypeError, match="reason="):
+                await server.close(1000, reason)
         await server.send("fine")
         assert await client.receive() == "fine"
 
@@ -934,6 +1027,49 @@ async def test_messages_of_one_turn_leave_together():
         for ws in others:
             assert await _receive_all(ws, 8) == list("01234567")
         assert len(sends) == 1
+
+
+@simulated
+async def test_a_broadcast_of_the_same_turn_does_not_get_into_a_message_in_fragments():
+    async with pair() as (server, client):
+        async def first():
+            assert broadcast([server], "before") == []  # leaves at the end of the turn
+            await server.send(["a", "b"])
+
+        async def second():
+            assert broadcast([server], "after") == []
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(first())
+            group.spawn(second())
+            assert [await client.receive() for _ in range(3)] == ["before", "ab", "after"]
+
+
+@pytest.mark.parametrize("end", ["close", "error", "cut"])
+@simulated
+async def test_who_is_closed_in_the_same_turn_is_no_more_broadcast_to(end):
+    async with served() as (ws, peer):
+        await peer.write(b"junk")
+
+        async def first():
+            assert broadcast([ws], "before") == []
+            if end == "close":
+                ws.close_nowait(1002)
+            elif end == "error":
+                await _raises(ConnectionClosed, ws.receive())
+            else:
+                ws._end()
+
+        async def second():
+            assert broadcast([ws], "after") == [ws]
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(first())
+            group.spawn(second())
+            if end != "cut":
+                assert await peer.next() == "before" and (await peer.next()).code == 1002
+                await peer.sock.close()
+        await ws.wait_closed()
 
 
 @simulated

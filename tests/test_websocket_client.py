@@ -201,11 +201,22 @@ def test_options_that_make_no_sense_are_refused_at_once(options, error):
 
 
 @pytest.mark.parametrize("headers", [{"X": "a\r\nb"}, {"a b": "c"}])
+def test_headers_that_cannot_be_are_refused(headers):
+    with pytest.raises(ValueError):
+        connect("ws://server/", headers=headers)
+
+
+@pytest.mark.parametrize("headers", [{"X": 5}, {b"X": "a"}])
+def test_headers_that_are_no_text_are_named(headers):
+    with pytest.raises(TypeError, match="name and value are str"):
+        connect("ws://server/", headers=headers)
+
+
 @simulated
-async def test_headers_that_cannot_be_are_refused(headers):
+async def test_an_origin_that_is_no_text_is_named():
     async with scripted(server=echo):
-        with pytest.raises(ValueError):
-            await connect("ws://server/", headers=headers)
+        with pytest.raises(TypeError, match="name and value are str"):
+            await connect("ws://server/", origin=5)
 
 
 @simulated
@@ -303,6 +314,29 @@ def test_a_certificate_that_is_not_trusted(certificates):  # noqa: F811
     run(main)
 
 
+def test_a_server_that_ends_within_the_handshake_of_tls_is_asked_again():
+    async def main():
+        errors = []
+
+        async def handler(sock):
+            await sock.read()                           # and ends the connection, as one does that is stopped
+
+        async with await TcpServer.listen("127.0.0.1", 0) as server, flowcoro.TaskGroup() as group:
+            serving = group.spawn(server.serve(handler))
+
+            def told(error, seconds):
+                errors.append(error)
+                serving.cancel()
+                raise ZeroDivisionError
+
+            with pytest.raises(ZeroDivisionError):
+                async for _ in connect(f"wss://127.0.0.1:{server.local[1]}/", on_retry=told):
+                    pass
+        assert type(errors[0]) is TlsError
+
+    run(main)
+
+
 # ---- proxies ---------------------------------------------------------------------------------------------------
 
 def tunnelling(network, refuse=b""):
@@ -349,7 +383,7 @@ async def test_a_proxy_that_does_not(answer, status):
     async with scripted(server=echo, proxy=tunnelling(None, answer)):
         with pytest.raises(HandshakeError) as caught:
             await connect("ws://server/", proxy="http://proxy")
-        assert caught.value.status == status
+        assert caught.value.status == status and "the proxy proxy" in str(caught.value)
 
 
 @pytest.mark.parametrize("environ, by_proxy", [
@@ -524,6 +558,17 @@ async def test_what_will_not_change_is_raised(status):
         with pytest.raises(HandshakeError):
             async for _ in connect("ws://server/"):
                 pass
+
+
+@pytest.mark.parametrize("answer, status", [(b"SSH-2.0-x\r\n\r\n", 502), (b"\x15\x03\x01\0\x02\x02\n", 502),
+                                            (b"HTTP/1.1 302 Found\r\nLocation: ftp://server/\r\n\r\n", 302)])
+@simulated
+async def test_what_is_no_answer_is_raised_and_not_asked_for_ever(answer, status):
+    async with scripted(server=answering(answer)):
+        with pytest.raises(HandshakeError) as caught:
+            async for _ in connect("ws://server/"):
+                pass
+        assert caught.value.status == status
 
 
 @simulated

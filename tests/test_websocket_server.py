@@ -11,7 +11,6 @@ import pytest
 
 import flowcoro
 import flowcoro_http
-import flowcoro_websocket
 from flowcoro_http import HttpServer, Request, Router, asgi_app
 from flowcoro_net import BrokenError, Socket, client_tls, server_tls
 from flowcoro_testing import SimulatedNetwork, memory_socket_pair, run_in_kernel, wait_all_tasks_parked
@@ -55,6 +54,13 @@ async def client_of(world, path="/ws", **options):
 
 
 # ---- the handshake ---------------------------------------------------------------------------------------------
+
+@simulated
+async def test_headers_of_the_answer_are_pairs_or_a_mapping():
+    for headers in ([("X-Room", "tea")], {"X-Room": "tea"}):
+        async with serving(echoing(headers=headers)) as world, client_of(world) as ws:
+            assert ("X-Room", "tea") in ws.response_headers
+
 
 @simulated
 async def test_the_answer_to_a_handshake_is_that_of_the_rfc():
@@ -168,7 +174,12 @@ async def test_accept_by_hand_in_an_ordinary_handler():
 @pytest.mark.parametrize("options, error", [({"deflate": "yes"}, TypeError), ({"origins": "https://a"}, TypeError),
                                             ({"subprotocols": ["a b"]}, ValueError), ({"ping_interval": 0}, ValueError),
                                             ({"max_message": -1}, ValueError), ({"max_frame": "1"}, TypeError),
-                                            ({"headers": {"Sec-WebSocket-Protocol": "x"}}, ValueError)])
+                                            ({"headers": {"Sec-WebSocket-Protocol": "x"}}, ValueError),
+                                            ({"headers": {"Sec-WebSocket-Extensions": "permessage-deflate"}}, ValueError),
+                                            ({"headers": [("sec-websocket-protocol", "chat")]}, ValueError),
+                                            ({"headers": {"Connection": "close"}}, ValueError),
+                                            ({"headers": {"X": "a\r\nSet-Cookie: b=c"}}, ValueError),
+                                            ({"headers": {"X": 5}}, TypeError)])
 @simulated
 async def test_options_that_make_no_sense_are_refused_before_anything_is_sent(options, error):
     asked = Request("GET", "/", [*ASKING.items()])
@@ -223,6 +234,11 @@ def test_without_what_speaks_it_and_with_what_is_not_async_the_decorator_says_so
         HttpServer().websocket("/ws")
     with pytest.raises(TypeError, match="async def handler"):
         HttpServer(websocket=accept).websocket("/ws")(lambda ws: None)
+    with pytest.raises(TypeError, match="flowcoro_websocket.accept"):
+        HttpServer(websocket=True)
+    with pytest.raises(TypeError, match="/ws.*max_size"):
+        HttpServer(websocket=accept).websocket("/ws", max_size=1000)
+    HttpServer(websocket=functools.partial(accept, origins=["*"])).websocket("/ws", name="here", host="a", max_message=1000)
 
 
 @simulated
@@ -298,6 +314,36 @@ async def test_clients_that_go_away_are_not_reported(middleware, reports):
             ws._sock.close_nowait()
         await flowcoro.sleep(5)
         assert ended == [4000, 1006]
+    assert not reports
+
+
+@pytest.mark.parametrize("middleware", [False, True])
+def test_a_client_that_closes_and_goes_while_the_handler_sends_is_not_reported(middleware, reports):
+    async def main():
+        app, ended = HttpServer(websocket=accept), flowcoro.Event()
+
+        @app.websocket("/ws")
+        async def tick(ws):
+            try:
+                while True:
+                    await ws.send("tick")               # told that the connection is lost before the Close is read
+                    await flowcoro.sleep(0.001)
+            finally:
+                ended.set()
+
+        if middleware:
+            app.middleware(_pass_on)
+        async with flowcoro.TaskGroup() as group, await app.listen("127.0.0.1", 0) as server:
+            group.spawn(server.serve())
+            async with await Socket.connect(*server.local) as sock:
+                await sock.write(asking())
+                await sock.read_until(b"\r\n\r\n")
+                await sock.write(WebSocketConnection("client").send_close(1001))
+            with flowcoro.timeout(30):
+                await ended.wait()
+            server.close()
+
+    run(main)
     assert not reports
 
 
@@ -563,6 +609,53 @@ async def test_an_asgi_application_closes_and_fails(reports):
                     await ws.receive()
                 assert caught.value.code == code
     assert [str(error) for _, error in reports] == ["mine"]
+
+
+@pytest.mark.parametrize("close", [{"code": 1005, "reason": "why"}, {"code": 999}, {"reason": "x" * 124}, {"reason": 5}])
+@simulated
+async def test_a_close_that_cannot_be_is_an_error_of_the_asgi_application_and_its_client_is_told(close, reports):
+    async def application(scope, receive, send):
+        await send({"type": "websocket.accept"})
+        await send({"type": "websocket.close", **close})
+
+    async with serving(hosting(application)) as world, client_of(world) as ws:
+        with pytest.raises(ConnectionClosed) as caught:
+            await ws.receive()
+        assert caught.value.code == 1011
+    assert len(reports) == 1
+
+
+@simulated
+async def test_an_asgi_application_that_receives_before_it_accepts_waits():
+    heard.clear()
+
+    async def application(scope, receive, send):
+        async def receive_all():
+            while True:
+                heard.append((await receive())["type"])
+                if heard[-1] == "websocket.disconnect":
+                    return
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(receive_all())
+            await flowcoro.sleep(1)                     # asks a database who that is
+            assert heard == ["websocket.connect"]
+            await send({"type": "websocket.accept"})
+
+    statuses, app = [], hosting(application)
+
+    @app.middleware
+    async def look(request, call_next):
+        response = await call_next(request)
+        statuses.append(response.status)
+        return response
+
+    async with serving(app) as world:
+        async with client_of(world) as ws:
+            await ws.send("x")
+        await flowcoro.sleep(1)
+    assert heard == ["websocket.connect", "websocket.receive", "websocket.disconnect"]
+    assert statuses == [204]                            # as of a handler of our own
 
 
 @simulated
