@@ -1005,7 +1005,8 @@ class _MessageWire:
     async def close(self):
         pass                    # it is the caller's
 
-    close_nowait = flowcoro.now     # nothing
+    def close_nowait(self):
+        pass
 
     def __str__(self):
         return repr(self._messages)
@@ -1036,6 +1037,9 @@ class _OneWire:
         pass
 
     async def close(self):
+        pass
+
+    def close_nowait(self):
         pass
 
     def __str__(self):
@@ -1633,8 +1637,8 @@ class _Places:
             break
 
 
-class _Serving(_Calling):
-    """How a Peer reads, and answers calls."""
+class _Answering(_Calling):
+    """How a Peer answers calls."""
 
     def __init__(self, wire, methods, options, places):
         super().__init__(wire, options)
@@ -1648,151 +1652,6 @@ class _Serving(_Calling):
         self._paused = flowcoro.ParkingLot("wait until fewer calls of an RPC connection wait for a place")
         self._draining = self._input_ended = False
         self._base = contextvars.copy_context()
-
-    # -- reading
-
-    def _lead(self):
-        """Have a task read (R1)."""
-        self._group.spawn(self._read(), name="read of an RPC connection")
-
-    async def _read(self):
-        """Read until a call has to wait: then another task goes on, and this one stays with the call."""
-        wire, todo, task = self._wire, self._todo, flowcoro.current_task()
-        next_message, max_depth, max_batch = wire.next_message, self._options.max_depth, self._options.max_batch
-        try:
-            while True:
-                if todo:
-                    event, slot = todo.popleft()
-                else:
-                    message = next_message()
-                    if message is NEED_DATA:
-                        if not await self._more_data():
-                            return
-                        continue
-                    event, slot = read_message(message, max_depth=max_depth, max_batch=max_batch), None
-                rest = self._take(event, slot)
-                if rest is not None:
-                    self._lead()
-                    await rest
-                    return
-                if self._queued - self._written > MAX_UNSENT or len(self._waiting) >= self._options.max_waiting:
-                    await self._until_fewer()
-                if task.budget > 0:
-                    task.budget -= 1
-                else:
-                    self._flush()
-                    await flowcoro.checkpoint()
-        except ProtocolError as error:
-            await self._refuse(error)
-        except (flowcoro_net.NetworkError, flowcoro.ClosedError) as error:
-            self._lose(error)
-
-    async def _more_data(self):
-        """Send what there is, and read. False at the end."""
-        if self._out:
-            self._flush()
-        answered = self._answered
-        if await self._wire.read():
-            self._burst = self._answered - answered > 1
-            return True
-        self._input_ended = True
-        self._settle_all(self._ended_by_peer())
-        self._look_for_end()
-        if self._lost is None and self._options.end_grace != math.inf:
-            await flowcoro.sleep(self._options.end_grace)       # then nobody is there to hear the answers
-            self._lose(self._ended_by_peer())
-        return False
-
-    def _ended_by_peer(self):
-        return flowcoro_net.BrokenError(None, f"{self!r}: the peer has ended the connection")
-
-    def _look_for_end(self):
-        """Whether it is time to end, as nothing comes any more, or is to come, and nothing is left to do or to say."""
-        if ((self._input_ended or self._draining) and not self._begun_calls and not self._waiting and not self._todo
-                and self._queued == self._written and self._lost is None):
-            self._lose(self._ended_by_peer() if self._input_ended else
-                       flowcoro.ClosedError(f"{self!r} has been closed here"))
-
-    async def _until_fewer(self):
-        """R3: read no more while the peer does not read, or too many calls wait."""
-        self._flush()
-        await self._until_room()
-        most = self._options.max_waiting
-        await self._paused.park_unless(lambda: len(self._waiting) < most or self._lost is not None)
-
-    async def _refuse(self, error):
-        """What has come cannot be cut into messages: say so, and end."""
-        self._post(encode_error(None, error.code, InvalidRequest.message, str(error)))
-        self._flush()
-        with flowcoro.move_on_after(LINGER):
-            while self._queued > self._written and self._lost is None:
-                await self._room.park_unless(lambda: self._queued <= self._written or self._lost is not None)
-            await self._wire.linger()
-        self._lose(error)
-
-    # -- messages
-
-    def _take(self, event, slot):
-        """Do what a message asks for. Returns what is to be awaited, of a call that has to wait, or None."""
-        kind = event.__class__
-        if kind is Request:
-            if self._draining:
-                return self._fail(_Call(self, event, slot), ShuttingDown())
-            if self._waiting or not self._has_place():
-                self._wait(event, slot)
-                return None
-            return self._begin(event, slot)
-        if kind is Response:
-            self._answered += 1
-            self._take_response(event)
-        elif kind is Notification:
-            if event.method.startswith("$/"):
-                self._control(event.method, event.params)
-            elif not self._draining:
-                if self._waiting or not self._has_place():
-                    self._wait(event, slot)
-                    return None
-                return self._begin(event, slot)
-            if slot is not None:
-                slot[0].set(slot[1], None)
-            return None
-        elif kind is Batch:
-            answers = _Answers(self, len(event.members))
-            self._todo.extend((member, (answers, index)) for index, member in enumerate(event.members))
-        elif event.code is not None:
-            self._reply(slot, encode_error(event.id, event.code, _BY_CODE[event.code].message))
-            return None
-        else:
-            self.strays += 1
-        if slot is not None:
-            slot[0].set(slot[1], None)
-        return None
-
-    def _control(self, method, params):
-        """A notification of the protocol itself; what is not known is left alone."""
-        if method == "$/cancelRequest":
-            number = _id_of(params)
-            call = self._calls.get(number)
-            if call is not None:
-                call.end(CallCancelled)
-            else:
-                self._cancel_waiting(number)
-        elif method == "$/stream" and params.__class__ is dict:
-            if "items" in params:
-                self._take_items(params)
-                return
-            call, credit = self._calls.get(_id_of(params)), params.get("credit")
-            if call is not None and credit.__class__ is int and 0 < credit <= MAX_CREDIT:
-                call.grant(credit)
-
-    def _cancel_waiting(self, number):
-        for index, (request, slot) in enumerate(self._waiting):
-            if request.__class__ is Request and request.id == number:
-                del self._waiting[index]
-                self._fail(_Call(self, request, slot), CallCancelled())
-                return
-
-    # -- calls
 
     def _begin(self, request, slot):
         """Begin a call. Returns what is to be awaited, or None if it has ended."""
@@ -1990,7 +1849,152 @@ class _Serving(_Calling):
             self._reply(call.slot, None)
 
 
-class Peer(_Serving):
+class _Reading(_Answering):
+    """How a Peer reads."""
+
+    def _lead(self):
+        """Have a task read (R1)."""
+        self._group.spawn(self._read(), name="read of an RPC connection")
+
+    async def _read(self):
+        """Read until a call has to wait: then another task goes on, and this one stays with the call."""
+        wire, todo, task = self._wire, self._todo, flowcoro.current_task()
+        next_message, max_depth, max_batch = wire.next_message, self._options.max_depth, self._options.max_batch
+        try:
+            while True:
+                if todo:
+                    event, slot = todo.popleft()
+                else:
+                    message = next_message()
+                    if message is NEED_DATA:
+                        if not await self._more_data():
+                            return
+                        continue
+                    event, slot = read_message(message, max_depth=max_depth, max_batch=max_batch), None
+                rest = self._take(event, slot)
+                if rest is not None:
+                    self._lead()
+                    await rest
+                    return
+                if self._queued - self._written > MAX_UNSENT or len(self._waiting) >= self._options.max_waiting:
+                    await self._until_fewer()
+                if task.budget > 0:
+                    task.budget -= 1
+                else:
+                    self._flush()
+                    await flowcoro.checkpoint()
+        except ProtocolError as error:
+            await self._refuse(error)
+        except (flowcoro_net.NetworkError, flowcoro.ClosedError) as error:
+            self._lose(error)
+
+    async def _more_data(self):
+        """Send what there is, and read. False at the end."""
+        if self._out:
+            self._flush()
+        answered = self._answered
+        if await self._wire.read():
+            self._burst = self._answered - answered > 1
+            return True
+        self._input_ended = True
+        self._settle_all(self._ended_by_peer())
+        self._look_for_end()
+        if self._lost is None and self._options.end_grace != math.inf:
+            await flowcoro.sleep(self._options.end_grace)       # then nobody is there to hear the answers
+            self._lose(self._ended_by_peer())
+        return False
+
+    def _ended_by_peer(self):
+        return flowcoro_net.BrokenError(None, f"{self!r}: the peer has ended the connection")
+
+    def _look_for_end(self):
+        """Whether it is time to end, as nothing comes any more, or is to come, and nothing is left to do or to say."""
+        if ((self._input_ended or self._draining) and not self._begun_calls and not self._waiting and not self._todo
+                and self._queued == self._written and self._lost is None):
+            self._lose(self._ended_by_peer() if self._input_ended else
+                       flowcoro.ClosedError(f"{self!r} has been closed here"))
+
+    async def _until_fewer(self):
+        """R3: read no more while the peer does not read, or too many calls wait."""
+        self._flush()
+        await self._until_room()
+        most = self._options.max_waiting
+        await self._paused.park_unless(lambda: len(self._waiting) < most or self._lost is not None)
+
+    async def _refuse(self, error):
+        """What has come cannot be cut into messages: say so, and end."""
+        self._post(encode_error(None, error.code, InvalidRequest.message, str(error)))
+        self._flush()
+        with flowcoro.move_on_after(LINGER):
+            while self._queued > self._written and self._lost is None:
+                await self._room.park_unless(lambda: self._queued <= self._written or self._lost is not None)
+            await self._wire.linger()
+        self._lose(error)
+
+    # -- messages
+
+    def _take(self, event, slot):
+        """Do what a message asks for. Returns what is to be awaited, of a call that has to wait, or None."""
+        kind = event.__class__
+        if kind is Request:
+            if self._draining:
+                return self._fail(_Call(self, event, slot), ShuttingDown())
+            if self._waiting or not self._has_place():
+                self._wait(event, slot)
+                return None
+            return self._begin(event, slot)
+        if kind is Response:
+            self._answered += 1
+            self._take_response(event)
+        elif kind is Notification:
+            if event.method.startswith("$/"):
+                self._control(event.method, event.params)
+            elif not self._draining:
+                if self._waiting or not self._has_place():
+                    self._wait(event, slot)
+                    return None
+                return self._begin(event, slot)
+            if slot is not None:
+                slot[0].set(slot[1], None)
+            return None
+        elif kind is Batch:
+            answers = _Answers(self, len(event.members))
+            self._todo.extend((member, (answers, index)) for index, member in enumerate(event.members))
+        elif event.code is not None:
+            self._reply(slot, encode_error(event.id, event.code, _BY_CODE[event.code].message))
+            return None
+        else:
+            self.strays += 1
+        if slot is not None:
+            slot[0].set(slot[1], None)
+        return None
+
+    def _control(self, method, params):
+        """A notification of the protocol itself; what is not known is left alone."""
+        if method == "$/cancelRequest":
+            number = _id_of(params)
+            call = self._calls.get(number)
+            if call is not None:
+                call.end(CallCancelled)
+            else:
+                self._cancel_waiting(number)
+        elif method == "$/stream" and params.__class__ is dict:
+            if "items" in params:
+                self._take_items(params)
+                return
+            call, credit = self._calls.get(_id_of(params)), params.get("credit")
+            if call is not None and credit.__class__ is int and 0 < credit <= MAX_CREDIT:
+                call.grant(credit)
+
+    def _cancel_waiting(self, number):
+        for index, (request, slot) in enumerate(self._waiting):
+            if request.__class__ is Request and request.id == number:
+                del self._waiting[index]
+                self._fail(_Call(self, request, slot), CallCancelled())
+                return
+
+
+class Peer(_Reading):
     """One end of a connection: what calls the other end, and is called by it.
 
     A handler gets that of its caller; an RpcClient has one for each connection. `headers`: a dict of texts that hold for all of it;
@@ -2278,9 +2282,8 @@ class RpcClient(_Caller):
             open = functools.partial(flowcoro_net.Socket.connect, host, port, tls=tls, server_name=server_name,
                                      timeout=connect_timeout)
         self = cls(open, framing, methods, options, reconnect)
-        first = await open()
-        self._task = flowcoro.spawn(self._keep(first), name=f"RPC client of {first!r}")
-        self._begin(first)
+        self._begin(await open())
+        self._task = flowcoro.spawn(self._keep(), name=f"connection of {self!r}")
         return self
 
     def _begin(self, sock):
@@ -2288,28 +2291,29 @@ class RpcClient(_Caller):
         self._peer = Peer(wire, self._methods, self._options, _Places(math.inf), transport=sock)
         self._change.unpark_all()
 
-    async def _keep(self, sock):
+    async def _keep(self):
         """Run one connection after the other."""
-        attempt = 0
         try:
             while True:
-                if sock is not None:
-                    if attempt or self._peer is None or self._peer.transport is not sock:
-                        self._begin(sock)
-                    attempt = 0
-                    await self._peer._run()
-                    self._failure = self._peer._lost
-                if self._closed or self._reconnect is None or attempt >= self._reconnect.attempts:
+                await self._peer._run()
+                self._failure = self._peer._lost
+                if self._closed or self._reconnect is None or not await self._connect_again():
                     return
-                await flowcoro.sleep(self._reconnect.delay(attempt, random.random()))
-                sock, attempt = None, attempt + 1
-                try:
-                    sock = await self._open()
-                except (OSError, TimeoutError) as error:
-                    self._failure = error
         finally:
             self._closed = True
             self._change.unpark_all()
+
+    async def _connect_again(self):
+        """Whether there is a connection again."""
+        for attempt in itertools.count():
+            if attempt >= self._reconnect.attempts:
+                return False
+            await flowcoro.sleep(self._reconnect.delay(attempt, random.random()))
+            try:
+                self._begin(await self._open())
+                return True
+            except (OSError, TimeoutError) as error:
+                self._failure = error
 
     async def _connected(self):
         """The Peer of a connection that is there. ClosedError, ConnectionLost."""
