@@ -127,8 +127,9 @@ END_GRACE = 1.0
 # Seconds for which we read on after a failure, so that the answer that tells why arrives (else the system may reset).
 LINGER = 2.0
 
-# Seconds that a deadline of the server may be late: all calls of a kernel share one timer.
-GRAIN = 0.05
+# Seconds that the end of a timeout or a deadline may be late: all calls of a kernel share one timer. A power of two, so that its
+# multiples are exact.
+GRAIN = 1 / 32
 
 # Items of a stream that may be on the way to who takes them; and that one grant of credit may have.
 STREAM_WINDOW, MAX_CREDIT = 32, 2**31 - 1
@@ -1648,8 +1649,8 @@ class _Deadlines:
     @flowcoro.atomic
     def expire(self):
         """End what is due. Whether there is more."""
-        now = flowcoro.now() / GRAIN
-        for tick in [tick for tick in self.due if tick <= now]:
+        now = flowcoro.now()
+        for tick in [tick for tick in self.due if tick * GRAIN <= now]:
             for call in self.due.pop(tick):
                 call.expire()
         self.runs = bool(self.due)
@@ -1792,9 +1793,10 @@ class _Answering(_Calling):
             if not call.answered:
                 self._fail(number, slot, error)
         except Exception as error:
-            error = self._internal(error, call.request.method)
-            if not call.answered:
-                self._fail(number, slot, error)
+            if self._lost is None or not isinstance(error, (ConnectionLost, flowcoro.ClosedError)):     # else it is no wonder
+                error = self._internal(error, call.request.method)
+                if not call.answered:
+                    self._fail(number, slot, error)
         finally:
             if call.due is not None:
                 self._deadlines.remove(call)
@@ -2365,34 +2367,33 @@ class RpcClient(_Caller):
             raise flowcoro.ClosedError(f"{self!r} has been closed here")
         return self._peer
 
-    async def _again(self, call):
+    async def _again(self, call, what, timeout):
         """What `call(peer)` gives, over the first connection that takes it: what was not sent has not run."""
-        while True:
-            peer = await self._connected()
-            try:
-                return await call(peer)
-            except ConnectionLost as error:
-                if error.sent is not False or self._reconnect is None:
-                    raise
-                await flowcoro.checkpoint()
+        with flowcoro.move_on_after(self._options.timeout if timeout is _MISSING else _seconds(timeout)):
+            while True:
+                peer = await self._connected()
+                try:
+                    return await call(peer)
+                except ConnectionLost as error:
+                    if error.sent is not False or self._reconnect is None:
+                        raise
+                    await flowcoro.checkpoint()
+        raise TimeoutError(f"{self!r}: no connection, or no answer to {what}, within the timeout: {self._failure}")
 
     async def _call(self, method, params, timeout):
-        peer = self._peer
-        if peer._lost is None:
+        if self._peer._lost is None:
             try:
-                return await peer._call(method, params, timeout)
+                return await self._peer._call(method, params, timeout)
             except ConnectionLost as error:
                 if error.sent is not False or self._reconnect is None:
                     raise
-        with flowcoro.move_on_after(_seconds(self._options.timeout if timeout is _MISSING else timeout)):
-            return await self._again(lambda peer: peer._call(method, params, None))
-        raise TimeoutError(f"{self!r}: no connection, or no answer to {method!r}, within the timeout: {self._failure}")
+        return await self._again(lambda peer: peer._call(method, params, timeout), repr(method), timeout)
 
     async def _notify(self, method, params):
-        await self._again(lambda peer: peer._notify(method, params))
+        await self._again(lambda peer: peer._notify(method, params), repr(method), _MISSING)
 
     async def _batch(self, calls, timeout):
-        return await self._again(lambda peer: peer._batch(calls, timeout))
+        return await self._again(lambda peer: peer._batch(calls, timeout), "a batch", timeout)
 
     async def _stream(self, method, params, timeout, window):
         peer = await self._connected()
