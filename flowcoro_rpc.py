@@ -1383,7 +1383,8 @@ class _Caller:
         TypeError and ValueError for what has no JSON. After a timeout, and when it is cancelled, the peer is told by
         $/cancelRequest; the call may have run.
         """
-        return self._call(method, _given(args, named, params), timeout)
+        params = list(args) if args and not named and params is _MISSING else _given(args, named, params)
+        return self._call(method, params, timeout)
 
     def notify(self, method, /, *args, params=_MISSING, **named):
         """`await peer.notify("log", "…")`: a call without an answer. Returns when it is on its way: nobody tells whether it has
@@ -1419,7 +1420,6 @@ class _Calling(_Outgoing, _Caller):
         super().__init__(wire)
         self._options = options
         self._pending = {}              # id -> _Reply: R2
-        self._answered = False          # whether one was settled since the last read
         self._next_id = itertools.count(1).__next__
         self._deadlines = _Deadlines.of_kernel()
 
@@ -1577,7 +1577,6 @@ class _Calling(_Outgoing, _Caller):
         error = None if response.error is None else _as_error(response.error)
         reply = self._pending.pop(response.id, None)
         if reply is not None:
-            self._answered = True
             reply.settle(response.result, error)
             return
         if response.id is None and error is not None and len({id(reply.message) for reply in self._pending.values()}) == 1:
@@ -2023,9 +2022,6 @@ class _Reading(_Answering):
                     if message is NEED_DATA:
                         if self._out:
                             self._flush()
-                        if self._answered:          # who was woken goes first: it does not wait until this task waits
-                            self._answered = False
-                            await flowcoro.checkpoint()
                         if self._input_ended:
                             return await self._at_end()
                         if data := await read():
@@ -2035,7 +2031,10 @@ class _Reading(_Answering):
                             self._input_ended = True
                         continue
                     event, slot = read_message(message, max_depth=max_depth, max_batch=max_batch), None
-                rest = self._take(event, slot)
+                if event.__class__ is Request and not self._draining and not self._waiting and self._has_place():
+                    rest = self._begin(event, slot)
+                else:
+                    rest = self._take(event, slot)
                 if rest is not None:
                     self._lead()
                     return await rest
@@ -2090,17 +2089,17 @@ class _Reading(_Answering):
     # -- messages
 
     def _take(self, event, slot):
-        """Do what a message asks for. Returns what is to be awaited, of a call that has to wait, or None."""
+        """What _read() does with a message that is no Request, or one that cannot begin now. Returns what is to be awaited, of a
+        call that has to wait, or None."""
         kind = event.__class__
-        if kind is Request:
-            if self._draining:
-                return self._fail(event.id, slot, ShuttingDown())
-            if self._waiting or not self._has_place():
-                self._wait(event, slot)
-                return None
-            return self._begin(event, slot)
         if kind is Response:
             self._take_response(event)
+        elif kind is Request:
+            if self._draining:
+                self._fail(event.id, slot, ShuttingDown())
+            else:
+                self._wait(event, slot)
+            return None
         elif kind is Notification:
             if event.method.startswith("$/"):
                 self._control(event.method, event.params)
