@@ -2412,7 +2412,8 @@ class Backoff:
 
 
 class RpcClient(_Caller):
-    """A client of JSON-RPC 2.0 that connects again when its connection is lost. `await RpcClient.connect(…)` makes one.
+    """A client of JSON-RPC 2.0 that connects again when its connection is lost. `await RpcClient.connect(…)` makes
+    one, or RpcClient.over().
 
     Any number of tasks may call at a time, over one connection. Best in `async with`, which closes it.
     """
@@ -2442,13 +2443,24 @@ class RpcClient(_Caller):
             open = functools.partial(flowcoro_net.Socket.connect, host, port, tls=tls, server_name=server_name,
                                      timeout=connect_timeout)
         self = cls(open, framing, methods, options, reconnect)
-        self._begin(await open())
+        return self._started(await open())
+
+    @classmethod
+    def over(cls, transport, *, framing=Newline, methods=None, timeout=CALL_TIMEOUT, propagate=False, headers=None, **limits):
+        """A client over what is connected already: a Socket, StandardStreams, or what has `await receive()` and `await send(text)`,
+        a WebSocket, say, which stays yours to close. It is not connected again. The rest as for connect()."""
+        return cls(None, framing, methods, _Options(timeout=timeout, propagate=propagate, headers=headers, **limits),
+                   None)._started(transport)
+
+    def _started(self, transport):
+        self._begin(transport)
         self._task = flowcoro.spawn(self._keep(), name=f"connection of {self!r}")
         return self
 
-    def _begin(self, sock):
-        wire = _SocketWire(sock, self._framing(self._options.max_message))
-        self._peer = Peer(wire, self._methods, self._options, _Places(math.inf), transport=sock)
+    def _begin(self, transport):
+        most = self._options.max_message
+        wire = _MessageWire(transport, most) if hasattr(transport, "receive") else _SocketWire(transport, self._framing(most))
+        self._peer = Peer(wire, self._methods, self._options, _Places(math.inf), transport=transport)
         self._change.unpark_all()
 
     async def _keep(self):

@@ -978,6 +978,23 @@ async def test_messages_of_a_websocket_are_served_both_ways():
 
 
 @in_kernel
+async def test_a_client_takes_what_is_connected_already():
+    server, one, other = slow_server(), flowcoro.Channel(5), flowcoro.Channel(5)
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with flowcoro.TaskGroup() as group:
+        group.spawn(server.serve_messages(Messages(one, other)))
+        async with RpcClient.over(Messages(other, one), max_message=1000) as client:
+            assert await flowcoro.when_all(client.call("slow", "é"), client.call("fast", 5)) == ["é", 5]
+            assert [item async for item in client.stream("count", 100)] == list(range(100))
+            with pytest.raises(ConnectionLost):         # it is refused by this end
+                await client.call("count", 1000)
+        one.close()
+        group.spawn(server.serve_connection(theirs))
+        async with RpcClient.over(ours) as client:
+            assert await client.call("fast", 6) == 6
+
+
+@in_kernel
 async def test_a_message_by_itself_is_answered_as_http_wants_it():
     server = slow_server(max_message=200)
 
