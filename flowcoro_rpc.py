@@ -938,7 +938,8 @@ class Context:
 
     `peer`: the Peer that calls; of a message by itself (HTTP) one that cannot be called back. `method`, `params`, `id` (None for
     a notification). `headers`: a dict of texts: those that were given to answer() or serve_messages(), and, where there is none
-    of that name, those that came with the call ("$/context"), which its caller has chosen; "traceparent" is that of W3C. `state`: a dict for middleware.
+    of that name, those that came with the call ("$/context"), which its caller has chosen; "traceparent" is that of W3C. `state`:
+    a dict for middleware.
     """
 
     __slots__ = ("peer", "method", "params", "id", "headers", "state")
@@ -1264,7 +1265,6 @@ class _Outgoing:
         if self._lost is None:
             self._lost = error
             self._room.unpark_all()
-            self._paused.unpark_all()
             self._settle_all(error)
             self._ended.set()
 
@@ -1896,10 +1896,13 @@ class _Answering(_Calling):
             if not call.answered:
                 self._fail(number, slot, error)
         except Exception as error:
-            if self._lost is None or not isinstance(error, (ConnectionLost, flowcoro.ClosedError)):     # else it is no wonder
+            gone = self._lost is not None or self._all_read         # then it is no wonder that nobody can be called back
+            if gone and isinstance(error, (ConnectionLost, flowcoro.ClosedError)):
+                error = InternalError()
+            else:
                 error = self._internal(error, call.request.method)
-                if not call.answered:
-                    self._fail(number, slot, error)
+            if not call.answered:
+                self._fail(number, slot, error)
         finally:
             if call.due is not None:
                 self._deadlines.remove(call)
@@ -2074,7 +2077,7 @@ class _Reading(_Answering):
         self._flush()
         await self._until_room()
         most = self._options.max_waiting
-        await self._paused.park_unless(lambda: len(self._waiting) < most or self._lost is not None)
+        await self._paused.park_unless(lambda: len(self._waiting) < most)
 
     async def _refuse(self, error):
         """What has come cannot be cut into messages: say so, and end."""
@@ -2447,8 +2450,8 @@ class RpcClient(_Caller):
 
     @classmethod
     def over(cls, transport, *, framing=Newline, methods=None, timeout=CALL_TIMEOUT, propagate=False, headers=None, **limits):
-        """A client over what is connected already: a Socket, StandardStreams, or what has `await receive()` and `await send(text)`,
-        a WebSocket, say, which stays yours to close. It is not connected again. The rest as for connect()."""
+        """A client over what is connected already: a Socket, StandardStreams, or what has `await receive()` and `await
+        send(text)`, a WebSocket, say, which stays yours to close. It is not connected again. The rest as for connect()."""
         return cls(None, framing, methods, _Options(timeout=timeout, propagate=propagate, headers=headers, **limits),
                    None)._started(transport)
 

@@ -654,6 +654,33 @@ async def test_a_place_that_one_connection_does_not_use_goes_to_another():
 
 
 @in_kernel
+async def test_calls_that_end_at_once_pass_their_place_on():
+    server = slow_server(max_concurrent_in_all=1)
+    async with raw_connection(server) as first, raw_connection(server) as two, raw_connection(server) as three:
+        await tell(first, request("slow", "first"))
+        await wait_all_tasks_parked()
+        for sock in (two, three):
+            await tell(sock, request("fast", "fast"))
+        with flowcoro.timeout(2):
+            for sock in (first, two, three):
+                await hear(sock)
+
+
+@in_kernel
+async def test_who_may_not_begin_a_call_of_his_own_keeps_no_other_from_it():
+    server = slow_server(max_concurrent=1, max_concurrent_in_all=2)
+    async with raw_connection(server) as first, raw_connection(server) as two, raw_connection(server) as three:
+        await tell(first, request("slow", "long", 10, id=1))
+        await tell(two, request("slow", "short", 1))
+        await wait_all_tasks_parked()
+        await tell(first, request("slow", "after the long one", 1, id=2))
+        await wait_all_tasks_parked()
+        await tell(three, request("slow", "three", 1))
+        await hear(three)
+        assert server.done == ["short", "three"]
+
+
+@in_kernel
 async def test_when_too_many_calls_wait_nothing_more_is_read():
     server = slow_server(max_concurrent=1, max_waiting=3)
     async with raw_connection(server, capacity=500) as sock:
@@ -722,6 +749,12 @@ async def test_a_handler_that_never_returns_is_ended_by_the_deadline():
         assert 5 <= flowcoro.now() - before <= 5.1 and server.cut == ["a"]
         assert (await ask(sock, request("stubborn")))["error"]["code"] == -32010
         assert flowcoro.now() - before <= 10.2
+        await tell(sock, request("stubborn", id=2))
+        answer = await ask(sock, {"jsonrpc": "2.0", "method": "$/cancelRequest", "params": {"id": 2}})
+        assert answer["error"]["code"] == -32800
+        with flowcoro.move_on_after(20) as scope:       # its deadline passes, too, and is not told once more
+            await sock.read()
+        assert scope.cancelled_caught
         assert (await ask(sock, request("slow", "b", 4)))["result"] == "b"
 
 
@@ -759,6 +792,24 @@ async def test_who_ends_what_he_sends_still_gets_his_answers():
         while piece := await sock.read():
             data += piece
         assert [json.loads(line)["result"] for line in data.splitlines()] == ["b", "a"]
+
+
+@in_kernel
+async def test_who_ends_what_he_sends_cannot_be_called_back(monkeypatch):
+    server, reports = RpcServer(), []
+    monkeypatch.setattr("sys.unraisablehook", reports.append)
+
+    @server.method
+    async def back(peer):
+        return await peer.call("more")
+
+    async with raw_connection(server) as sock:
+        await tell(sock, request("back"))
+        assert (await hear(sock))["method"] == "more"
+        await sock.shutdown_write()
+        before = flowcoro.now()
+        assert (await hear(sock))["error"] == {"code": -32603, "message": "Internal error"}
+        assert flowcoro.now() == before and reports == []
 
 
 @in_kernel
@@ -1596,6 +1647,19 @@ async def test_a_pool_gives_each_call_to_the_least_busy_and_goes_on_without_thos
         await servers[2].close()
         with pytest.raises((ConnectionLost, flowcoro.ClosedError)):
             await pool.call("fast")
+
+
+@in_kernel
+async def test_a_pool_goes_on_without_a_server_that_shuts_down(connect):
+    servers = [slow_server() for _ in range(2)]
+    async with RpcPool([await connect(server) for server in servers]) as pool, flowcoro.TaskGroup() as group:
+        running = [group.spawn(pool.call("slow", number, 5)) for number in range(2)]
+        await wait_all_tasks_parked()
+        closing = group.spawn(servers[0].close())
+        await wait_all_tasks_parked()
+        assert await flowcoro.when_all(*(pool.call("fast", number) for number in range(6))) == list(range(6))
+        assert sorted([await task for task in running]) == [0, 1]
+        await closing
     with pytest.raises(ValueError, match="one client"):
         RpcPool([])
 
@@ -1616,6 +1680,18 @@ def test_over_tcp_and_unix_sockets(tmp_path):
             assert server.statistics()["connections"] == 2
         await server.close()
         await server.wait_closed()
+
+    flowcoro.run(main())
+
+
+def test_what_is_refused_is_told_although_more_was_sent():
+    async def main():
+        server = slow_server(max_message=1000)
+        listening = await server.start_tcp_server(0)
+        async with await flowcoro_net.Socket.connect(*listening.local) as sock:
+            await sock.write(b"x" * 1_000_000)
+            assert "max_message=1000" in (await hear(sock))["error"]["data"]
+        await server.close()
 
     flowcoro.run(main())
 
