@@ -1159,9 +1159,12 @@ class _OneWire:
 # writer does, a task which is woken when the first one comes (_flush_later), and so has its turn after all that are ready now.
 # `_queued`, `_begun`, `_written` count bytes: of frames that have come, that a write has begun with, that the system has taken.
 
+_current_task = flowcoro.current_task
+
+
 async def _turn():
     """A point of cancellation, and of scheduling when the task has had its turn."""
-    task = flowcoro.current_task()
+    task = _current_task()
     if task.budget > 0:
         task.budget -= 1
     else:
@@ -1481,6 +1484,8 @@ class _Calling(_Outgoing, _Caller):
         options, number = self._options, self._next_id()
         seconds = options.timeout if timeout is _MISSING else _seconds(timeout)
         message = encode_request(method, params, number, self._more(seconds) if options.propagate else None)
+        if _current_task().budget <= 0:
+            await flowcoro.checkpoint()         # who is cancelled already sends nothing
         if self._queued - self._written > MAX_UNSENT:
             seconds = await self._until_room_for(method, seconds)
         reply = _Reply(self, number, method, seconds)
@@ -1532,6 +1537,7 @@ class _Calling(_Outgoing, _Caller):
                 raise TypeError(f"batch({one!r:.80}): it takes Request(method, params) and Notification(method, params)")
         if not texts:
             raise ValueError("batch(): an empty batch is none")
+        await _turn()
         seconds = await self._until_room_for("a batch", seconds)
         self._register(replies, b"[%b]" % b",".join(texts))
         try:
@@ -1546,6 +1552,7 @@ class _Calling(_Outgoing, _Caller):
         seconds, number = _seconds(timeout), self._next_id()
         message = encode_request(method, params, number, {"$/stream": window, **self._more(math.inf)})
         feed, taken = _Feed(self, number, method, window), 0
+        await _turn()
         await self._until_room()
         self._register([feed], message)
         try:
@@ -2282,13 +2289,19 @@ class RpcServer(Methods):
         """Listen, and serve in the background until close(), a requested stop, or the end of main. Returns the TcpServer.
 
         framing: Newline, ContentLength, Netstring, LengthPrefixed or Concatenated. tls, listen: as for TcpServer.listen(), whose
-        errors it raises. max_connections: at once; more wait.
+        errors it raises. max_connections: at once; more wait. ClosedError after close().
         """
+        self._check_open()
         return self._start(await flowcoro_net.TcpServer.listen(host, port, tls=tls, **listen), framing, max_connections)
 
     async def start_unix_server(self, path, *, framing=Newline, max_connections=math.inf, **listen):
         """The same on a Unix socket. Returns the UnixServer."""
+        self._check_open()
         return self._start(await flowcoro_net.UnixServer.listen(path, **listen), framing, max_connections)
+
+    def _check_open(self):
+        if self._closing:
+            raise flowcoro.ClosedError(f"{self!r} has been closed here; make another one")
 
     def _start(self, listening, framing, max_connections):
         self._listening[listening] = flowcoro.spawn(self._serve(listening, framing, max_connections), name=f"serve {listening!r}")

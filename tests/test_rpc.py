@@ -1252,10 +1252,15 @@ async def test_each_operation_is_a_checkpoint(connect):
             await client.notify("fast")
         with assert_checkpoints():
             await client.batch(Notification("fast"))
-        with flowcoro.CancelScope() as scope:
-            scope.cancel()
-            await client.call("fast")
-        assert scope.cancelled_caught
+        sent = client.peer.transport.statistics()["bytes_sent"]
+        for operation in (client.call("fast"), client.notify("fast"), client.batch(Request("fast")),
+                          anext(client.stream("count", 5))):
+            with flowcoro.CancelScope() as scope:
+                scope.cancel()
+                await operation
+            assert scope.cancelled_caught
+        await flowcoro.sleep(1)
+        assert client.peer.transport.statistics()["bytes_sent"] == sent
 
 
 @in_kernel
@@ -1680,6 +1685,8 @@ def test_over_tcp_and_unix_sockets(tmp_path):
             assert server.statistics()["connections"] == 2
         await server.close()
         await server.wait_closed()
+        with pytest.raises(flowcoro.ClosedError):
+            await server.start_tcp_server(0)
 
     flowcoro.run(main())
 
