@@ -122,6 +122,9 @@ MAX_UNSENT = 2**20
 # Bytes that are written at once, and seconds in which the peer has to take them: else it is taken for dead.
 WRITE_CHUNK, WRITE_TIMEOUT = 256 * 2**10, 60.0
 
+# Seconds for the answer to a probe, which asks whether anybody is there when a call had none in time, and nothing else has come.
+PROBE_TIMEOUT = 10.0
+
 # Seconds for the calls under way when a server is closed; flowcoro_net has the same.
 DRAIN_TIMEOUT = 8.0
 
@@ -1277,7 +1280,7 @@ class _Outgoing:
 class _Reply:
     """A call of ours, and the task that waits for its answer."""
 
-    __slots__ = ("peer", "id", "method", "seconds", "task", "done", "due", "value", "error", "begin", "end", "message")
+    __slots__ = ("peer", "id", "method", "seconds", "task", "done", "due", "value", "error", "begin", "end", "message", "heard")
 
     def __init__(self, peer, number, method, seconds=math.inf):
         self.peer, self.id, self.method, self.seconds = peer, number, method, seconds
@@ -1285,6 +1288,7 @@ class _Reply:
         self.done = False
         self.message = None             # what it was sent in: calls of one batch share it
         self.begin = self.end = 0       # where its bytes are, of all that were queued
+        self.heard = peer._heard        # how often something had come when it was made
 
     def park(self, task):
         task.park_reason, task.abort_function = "wait for the answer to a call", self._abort
@@ -1313,12 +1317,26 @@ class _Reply:
         if self.id in self.peer._pending:
             self.peer._give_up(self.id)
             self.settle(None, TimeoutError(f"no answer to {self.method!r} within timeout={self.seconds:g} s; it may have run"))
+            if self.heard == self.peer._heard:
+                self.peer._probe()
 
     def take(self):
         """The result, or its error."""
         if self.error is not None:
             raise self.error
         return self.value
+
+
+class _Probe(_Reply):
+    """A call of a method that nobody has, which each peer answers: with an error."""
+
+    __slots__ = ()
+
+    def expire(self):
+        """Nobody is there, unless something else has come."""
+        if self.peer._pending.pop(self.id, None) is not None and self.heard == self.peer._heard:
+            self.peer._lose(flowcoro_net.BrokenError(None, f"{self.peer!r}: nothing has come any more, not even the answer to a "
+                                                     f"probe within {self.seconds:g} s"))
 
 
 class _Feed(_Reply):
@@ -1384,7 +1402,8 @@ class _Caller:
         Returns the result. timeout: seconds, None for no limit; the default is that of the connection. TimeoutError when it has
         passed, RpcError for an answer that is an error, ConnectionLost, ClosedError; LimitError for a call that is too large,
         TypeError and ValueError for what has no JSON. After a timeout, and when it is cancelled, the peer is told by
-        $/cancelRequest; the call may have run.
+        $/cancelRequest; the call may have run. When a timeout has passed in which nothing at all has come, the peer is asked
+        for a sign of life; without one for 10 seconds the connection is lost.
         """
         params = list(args) if args and not named and params is _MISSING else _given(args, named, params)
         return self._call(method, params, timeout)
@@ -1423,6 +1442,7 @@ class _Calling(_Outgoing, _Caller):
         super().__init__(wire)
         self._options = options
         self._pending = {}              # id -> _Reply: R2
+        self._heard = 0                 # how often something has come
         self._next_id = itertools.count(1).__next__
         self._deadlines = _Deadlines.of_kernel()
 
@@ -1517,6 +1537,12 @@ class _Calling(_Outgoing, _Caller):
         if self._pending.pop(number, None) is not None and self._lost is None:
             self._post(encode_request("$/cancelRequest", {"id": number}))
             self._flush_later()
+
+    def _probe(self):
+        """Ask whether anybody is there."""
+        if self._lost is None and not self._input_ended and not any(one.__class__ is _Probe for one in self._pending.values()):
+            probe = _Probe(self, self._next_id(), "$/ping", PROBE_TIMEOUT)
+            self._register([probe], encode_request(probe.method, None, probe.id))
 
     async def _notify(self, method, params):
         message = encode_request(method, params, more=self._more(math.inf))
@@ -2035,6 +2061,7 @@ class _Reading(_Answering):
                         if self._input_ended:
                             return await self._at_end()
                         if data := await read():
+                            self._heard += 1
                             wire.receive_data(data)
                         else:
                             wire.receive_end()

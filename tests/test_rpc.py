@@ -1518,6 +1518,46 @@ async def test_what_was_not_sent_has_not_run_and_what_was_sent_in_part_nobody_kn
 
 
 @in_kernel
+async def test_a_peer_that_says_nothing_any_more_is_asked_for_a_sign_of_life():
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours) as client:
+        for answers in (True, False):
+            with pytest.raises(TimeoutError):
+                await client.call("a", timeout=1)
+            heard = [await hear(theirs) for _ in range(3)]
+            assert [one["method"] for one in heard] == ["a", "$/cancelRequest", "$/ping"]
+            if answers:
+                await tell(theirs, {"jsonrpc": "2.0", "error": {"code": -32601, "message": ""}, "id": heard[2]["id"]})
+                await flowcoro.sleep(100)
+                assert not client.peer.closed
+        with pytest.raises(TimeoutError):
+            await client.call("b", timeout=1)           # no second probe while one is under way
+        assert [(await hear(theirs))["method"] for _ in range(2)] == ["b", "$/cancelRequest"]
+        before = flowcoro.now()
+        with pytest.raises(ConnectionLost, match="probe"):
+            await client.call("c", timeout=100)
+        assert flowcoro.now() - before <= 10
+
+
+@in_kernel
+async def test_a_peer_that_says_something_else_is_not_asked_for_a_sign_of_life():
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours) as client, flowcoro.TaskGroup() as group:
+        async def call():
+            with pytest.raises(TimeoutError):
+                await client.call("a", timeout=1)
+
+        task = group.spawn(call())
+        await wait_all_tasks_parked()
+        await tell(theirs, {"jsonrpc": "2.0", "method": "alive"})
+        await task
+        assert [(await hear(theirs))["method"] for _ in range(2)] == ["a", "$/cancelRequest"]
+        with flowcoro.move_on_after(20) as scope:
+            await theirs.read()
+        assert scope.cancelled_caught
+
+
+@in_kernel
 async def test_a_client_connects_again_with_more_and_more_patience(connect):
     server = slow_server()
     async with await connect(server, reconnect=Backoff(1, 8, jitter=0)) as client:
