@@ -54,6 +54,7 @@ Errors:
         DeadlineExceeded    -32010  the server has ended it, as its time was up
         ShuttingDown        -32011  the server is being closed; it has not run
         AnswerTooLarge      -32012  it has run, and its result is more than a message may have
+        Overloaded          -32013  there are too many calls of this connection; it has not run
         CallCancelled       -32800  by $/cancelRequest (the number is LSP's)
       ProtocolError         the peer has sent what cannot be a message; the connection is closed
       ConnectionLost        the connection has ended before the answer; sent: whether the call may have run; also a
@@ -93,7 +94,7 @@ __version__ = "0.1.0"
 __all__ = ["RpcServer", "RpcClient", "Peer", "Context", "Methods", "Newline", "ContentLength", "Netstring", "LengthPrefixed",
            "Concatenated", "NEED_DATA", "Request", "Notification", "Response", "Batch", "Invalid", "read_message",
            "encode_request", "encode_result", "encode_error", "RpcError", "ParseError", "InvalidRequest", "MethodNotFound",
-           "InvalidParams", "InternalError", "DeadlineExceeded", "ShuttingDown", "AnswerTooLarge", "CallCancelled",
+           "InvalidParams", "InternalError", "DeadlineExceeded", "ShuttingDown", "AnswerTooLarge", "Overloaded", "CallCancelled",
            "ProtocolError", "ConnectionLost", "Backoff", "RpcPool", "Proxy", "StandardStreams"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
@@ -110,8 +111,9 @@ SHORT_ANSWER = 100
 # Calls of one connection, and of a server, that run at once; more wait. HTTP/2 servers allow 100 to 250 streams.
 MAX_CONCURRENT, MAX_CONCURRENT_IN_ALL = 100, 10_000
 
-# Calls of one connection that wait for their turn; when there are so many, nothing more is read.
-MAX_WAITING = 100
+# Calls of one connection that wait for their turn; when there are so many, nothing more is read, for so many seconds. After that
+# those that come are refused until there is room: what those that run may wait for (answers, cancellations, credit) comes behind.
+MAX_WAITING, PAUSE = 100, 1.0
 
 # Seconds that a call waits for its answer, and that one may run on the server, unless it is told otherwise.
 CALL_TIMEOUT, DEADLINE = 30.0, 60.0
@@ -223,6 +225,12 @@ class AnswerTooLarge(_Known):
     code, message = -32012, "Answer too large"
 
 
+class Overloaded(_Known):
+    """The server has too many calls of this connection. This one has not run."""
+
+    code, message = -32013, "Too many calls"
+
+
 class CallCancelled(_Known):
     """The call was cancelled by $/cancelRequest."""
 
@@ -230,7 +238,7 @@ class CallCancelled(_Known):
 
 
 _BY_CODE = {kind.code: kind for kind in (ParseError, InvalidRequest, MethodNotFound, InvalidParams, InternalError,
-                                         DeadlineExceeded, ShuttingDown, AnswerTooLarge, CallCancelled)}
+                                         DeadlineExceeded, ShuttingDown, AnswerTooLarge, Overloaded, CallCancelled)}
 
 
 def _as_error(error):
@@ -1826,6 +1834,7 @@ class _Answering(_Calling):
         self._todo = collections.deque()        # members of a batch that were read and not yet begun: (event, slot)
         self._waiting = collections.deque()     # calls that wait for a place: (request, slot)
         self._catching_up = False               # whether a task begins these
+        self._stalled = False                   # whether reading has paused for them in vain: no more are taken
         self._calls = {}                        # id, or of a notification the _Call itself -> _Call, of those that wait
         self._begun_calls = 0                   # how many have a place
         self.strays = 0                         # what has come and belongs to no call
@@ -1929,11 +1938,7 @@ class _Answering(_Calling):
             if not call.answered:
                 self._fail(number, slot, error)
         except Exception as error:
-            gone = self._lost is not None or self._all_read         # then it is no wonder that nobody can be called back
-            if gone and isinstance(error, (ConnectionLost, flowcoro.ClosedError)):
-                error = InternalError()
-            else:
-                error = self._internal(error, call.request.method)
+            error = self._internal(error, call.request.method)
             if not call.answered:
                 self._fail(number, slot, error)
         finally:
@@ -1955,7 +1960,9 @@ class _Answering(_Calling):
         return min(limit, said) if said.__class__ in (int, float) and said >= 0 else limit
 
     def _internal(self, error, method):
-        """The answer for an error of a handler, which is reported."""
+        """The answer for an error of a handler, which is reported, unless it is that a peer that is gone cannot be called back."""
+        if (self._lost is not None or self._all_read) and isinstance(error, (ConnectionLost, flowcoro.ClosedError)):
+            return InternalError()
         reference = os.urandom(8).hex()
         flowcoro_net.report_error(error, f"method {method!r} failed; its caller was given the reference {reference}",
                                   "flowcoro_rpc")
@@ -1967,8 +1974,16 @@ class _Answering(_Calling):
         return self._begun_calls < self._options.max_concurrent and self._places.taken < self._places.most
 
     def _wait(self, request, slot):
-        self._waiting.append((request, slot))
-        self._begin_waiting()
+        if self._stalled:
+            self._fail(request.id if request.__class__ is Request else _MISSING, slot, Overloaded())
+        else:
+            self._waiting.append((request, slot))
+            self._begin_waiting()
+
+    def _more_room(self):
+        """One call less waits."""
+        self._stalled = False
+        self._paused.unpark()
 
     def _begin_waiting(self):
         """Have a task begin the calls that wait, if there is a place. Whether there is one now for that."""
@@ -1987,7 +2002,7 @@ class _Answering(_Calling):
         try:
             while self._waiting and self._has_place():
                 request, slot = self._waiting.popleft()
-                self._paused.unpark()
+                self._more_room()
                 rest = self._begin(request, slot)
                 if rest is not None:
                     break
@@ -2075,7 +2090,7 @@ class _Reading(_Answering):
                 if rest is not None:
                     self._lead()
                     return await rest
-                if self._queued - self._written > MAX_UNSENT or len(self._waiting) >= most:
+                if self._queued - self._written > MAX_UNSENT or len(self._waiting) >= most and not self._stalled:
                     await self._until_fewer()
                 if task.budget > 0:
                     task.budget -= 1
@@ -2110,17 +2125,23 @@ class _Reading(_Answering):
         """R3: read no more while the peer does not read, or too many calls wait."""
         self._flush()
         await self._until_room()
-        most = self._options.max_waiting
-        await self._paused.park_unless(lambda: len(self._waiting) < most)
+        with flowcoro.move_on_after(PAUSE):
+            await self._paused.park_unless(lambda: len(self._waiting) < self._options.max_waiting)
+            return
+        self._stalled = True
 
     async def _refuse(self, error):
         """What has come cannot be cut into messages: say so, and end."""
+        self._waiting.clear()
         self._post(encode_error(None, error.code, InvalidRequest.message, str(error)))
         self._flush()
-        with flowcoro.move_on_after(LINGER):
-            while self._queued > self._written and self._lost is None:
-                await self._room.park_unless(lambda: self._queued <= self._written or self._lost is not None)
-            await self._wire.linger()
+        try:
+            with flowcoro.move_on_after(LINGER):
+                while self._queued > self._written and self._lost is None:
+                    await self._room.park_unless(lambda: self._queued <= self._written or self._lost is not None)
+                await self._wire.linger()
+        except (flowcoro_net.NetworkError, flowcoro.ClosedError):       # then nobody is there to be told
+            pass
         self._lose(error)
 
     # -- messages
@@ -2181,6 +2202,7 @@ class _Reading(_Answering):
         for index, (request, slot) in enumerate(self._waiting):
             if request.__class__ is Request and request.id == number:
                 del self._waiting[index]
+                self._more_room()
                 self._fail(number, slot, CallCancelled())
                 return
 
@@ -2295,7 +2317,8 @@ class RpcServer(Methods):
     title, version: what rpc.discover says, which discover=False turns off. Limits, of which each may be given: max_message bytes,
     either way; max_depth of arrays and objects in each other; max_batch members of a batch, whose answers have max_message bytes
     together; max_concurrent calls of one connection at once, and max_concurrent_in_all; max_waiting calls of a connection that
-    wait for their turn, beyond which nothing is read; deadline: seconds that a call may take (streams: no limit), None for none;
+    wait for their turn, beyond which nothing is read for a second, and then those that come are refused; deadline: seconds that
+    a call may take (streams: no limit), None for none;
     timeout: of calls that go to a client; end_grace: seconds that calls may go on when a client sends no more, which it does when
     it is gone, or waits for its last answers.
 
@@ -2633,7 +2656,8 @@ class RpcPool(_Caller):
     """Clients of several servers that do the same: each call goes to the one with the fewest under way. `await
     RpcPool.connect(…)` makes one.
 
-    A call that has not run where it was sent, since the connection was lost before or the server shuts down, goes to the next.
+    A call that has not run where it was sent, since the connection was lost before, or the server shuts down or has too many
+    calls, goes to the next.
     """
 
     def __init__(self, clients):
@@ -2667,7 +2691,7 @@ class RpcPool(_Caller):
         for client in others:
             try:
                 return await call(client)
-            except (ShuttingDown, flowcoro.ClosedError):
+            except (ShuttingDown, Overloaded, flowcoro.ClosedError):
                 pass
             except ConnectionLost as error:
                 if error.sent is not False:

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import random
+import socket
+import struct
 import subprocess
 import sys
 import typing
@@ -688,13 +690,29 @@ async def test_when_too_many_calls_wait_nothing_more_is_read():
             for number in itertools.count():
                 await tell(sock, request("slow", number, id=number))
         assert number < 20
-        answers = 0
-        with flowcoro.move_on_after(1000):
-            while True:
-                answers += (await sock.read()).count(b"\n")
-                if answers >= number:
-                    break
-        assert answers >= number
+        found = [await hear(sock) for _ in range(number)]
+        assert [answer["result"] for answer in found] == list(range(number))
+
+
+@in_kernel
+async def test_when_reading_has_paused_in_vain_calls_are_refused_and_what_comes_behind_them_gets_through():
+    server = slow_server(max_concurrent=1, max_waiting=2)
+    async with raw_connection(server) as sock:
+        await tell(sock, request("count", 3, id=1, **{"$/stream": 1}))
+        assert (await hear(sock))["params"]["items"] == [0]
+        for number in range(2, 7):
+            await tell(sock, request("fast", number, id=number))
+        await tell(sock, {"jsonrpc": "2.0", "method": "fast"})
+        await tell(sock, {"jsonrpc": "2.0", "method": "$/stream", "params": {"id": 1, "credit": 9}})
+        found = [await hear(sock) for _ in range(8)]
+        assert [(one["id"], one["error"]["code"]) for one in found if "error" in one] == [(4, -32013), (5, -32013), (6, -32013)]
+        assert [one["result"] for one in found if "result" in one] == [None, 2, 3]
+        assert (await ask(sock, request("fast", 5)))["result"] == 5
+        await tell(sock, request("count", 3, id=1, **{"$/stream": 1}))
+        for number in range(2, 7):
+            await tell(sock, request("fast", number, id=number))
+        await flowcoro.sleep(0.5)           # it is gone while nobody reads
+    assert flowcoro.now() < 10
 
 
 @in_kernel
@@ -869,6 +887,20 @@ async def test_what_cannot_be_cut_into_messages_is_answered_and_ends_the_connect
             received.receive_data(piece)
         error = json.loads(received.next_message())
         assert error["id"] is None and error["error"]["code"] == -32600 and error["error"]["data"]
+
+
+@in_kernel
+async def test_who_is_gone_is_not_told_that_he_was_refused():
+    server = slow_server(max_message=1000)
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with flowcoro.TaskGroup() as group:
+        task = group.spawn(server.serve_connection(theirs))
+        await ours.write(b"x" * 2000)
+        ours.raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await wait_all_tasks_parked()
+        ours.close_nowait()             # a reset
+        with flowcoro.timeout(3):
+            await task
 
 
 @pytest.mark.parametrize("framing", [flowcoro_rpc.Newline, flowcoro_rpc.ContentLength, flowcoro_rpc.Netstring,
@@ -1113,7 +1145,7 @@ async def test_errors_come_as_the_exceptions_of_their_codes(connect):
         raise RpcError(code, "told", [code])
 
     async with await connect(server) as client:
-        for code in (-32700, -32600, -32601, -32602, -32603, -32010, -32011, -32012, -32800, -32000, 5):
+        for code in (-32700, -32600, -32601, -32602, -32603, -32010, -32011, -32012, -32013, -32800, -32000, 5):
             with pytest.raises(RpcError) as caught:
                 await client.call("fail", code)
             error = caught.value
@@ -1121,7 +1153,7 @@ async def test_errors_come_as_the_exceptions_of_their_codes(connect):
             assert type(error).__name__ == {
                 -32700: "ParseError", -32600: "InvalidRequest", -32601: "MethodNotFound", -32602: "InvalidParams",
                 -32603: "InternalError", -32010: "DeadlineExceeded", -32011: "ShuttingDown", -32012: "AnswerTooLarge",
-                -32800: "CallCancelled"}.get(code, "RpcError")
+                -32013: "Overloaded", -32800: "CallCancelled"}.get(code, "RpcError")
 
 
 @in_kernel
