@@ -1960,8 +1960,9 @@ class _Answering(_Calling):
         return min(limit, said) if said.__class__ in (int, float) and said >= 0 else limit
 
     def _internal(self, error, method):
-        """The answer for an error of a handler, which is reported, unless it is that a peer that is gone cannot be called back."""
-        if (self._lost is not None or self._all_read) and isinstance(error, (ConnectionLost, flowcoro.ClosedError)):
+        """The answer for an error of a handler, which is reported, unless it is that who is gone cannot be called back."""
+        gone = self._lost is not None or self._input_ended and self._wire.__class__ is not _OneWire
+        if gone and isinstance(error, (ConnectionLost, flowcoro.ClosedError)):
             return InternalError()
         reference = os.urandom(8).hex()
         flowcoro_net.report_error(error, f"method {method!r} failed; its caller was given the reference {reference}",

@@ -5,6 +5,7 @@ for several processes to share them. A failure names its seed, which repeats it.
 """
 
 import gc
+import json
 import math
 import os
 import random
@@ -17,7 +18,7 @@ import flowcoro
 import flowcoro_net
 import flowcoro_rpc
 from flowcoro_rpc import Backoff, ConnectionLost, Methods, Notification, Request, RpcClient, RpcError, RpcServer
-from flowcoro_testing import SimulatedNetwork, VirtualClock, wait_all_tasks_parked
+from flowcoro_testing import SimulatedNetwork, VirtualClock, memory_socket_pair, wait_all_tasks_parked
 
 FIRST_SEED = int(os.environ.get("FLOWCORO_FIRST_SEED", 0))
 RUNS = range(FIRST_SEED, FIRST_SEED + int(os.environ.get("FLOWCORO_SEEDS", 40)))
@@ -271,3 +272,114 @@ def test_the_chaos_is_one_in_which_calls_end_in_every_way():
         for name, count in run_chaos(seed).counts.items():
             total[name] = total.get(name, 0) + count
     assert all(count for count in total.values()), total
+
+
+# ---- peers that say anything ---------------------------------------------------------------------------------
+# Messages that are right, wrong, answers to nothing, credit for nothing, ids used again, broken frames; clients that read slowly,
+# end what they send, or are gone. What must hold: each connection ends when its client has, no call is left, nothing is reported.
+
+FRAMINGS = [flowcoro_rpc.Newline, flowcoro_rpc.ContentLength, flowcoro_rpc.Netstring, flowcoro_rpc.LengthPrefixed,
+            flowcoro_rpc.Concatenated]
+
+
+def anything(draw):
+    number = draw.choice([1, 2, 3, "a", None, 1.5, True, [], {}])
+    message = {"jsonrpc": "2.0", "id": number}
+    kind = draw.randrange(10)
+    if kind < 4:
+        method = draw.choice(["fast", "slow", "count", "back", "rpc.discover", "nothing", "$/nothing"])
+        return message | {"method": method, "params": draw.choice([[1], [], {"a": 1}, [0.1], 5, [[]]])}
+    if kind == 4:
+        return {"jsonrpc": "2.0", "method": "$/cancelRequest", "params": {"id": number}}
+    if kind == 5:
+        more = draw.choice([{"credit": draw.choice([1, 5, -1, "x", 10**6])}, {"items": draw.choice([[1], [], 5, None])}])
+        return {"jsonrpc": "2.0", "method": "$/stream", "params": {"id": number, **more}}
+    if kind == 6:
+        return message | {"result": draw.choice([1, None, "x"])}
+    if kind == 7:
+        error = draw.choice([{"code": 1, "message": "x"}, {"code": -32601, "message": "", "data": [1]}, None, 5])
+        return message | {"error": error}
+    if kind == 8:
+        return [anything(draw) for _ in range(draw.randrange(5))]
+    return message | {"method": "count", "params": [draw.randrange(6)], "$/stream": draw.choice([1, 2, 30, 0, "x"]),
+                      "$/context": draw.choice([{"timeout": 0.1}, {"timeout": -1}, 5, {"a": "b"}])}
+
+
+def server_for_anything(draw):
+    server = RpcServer(max_concurrent=draw.choice([1, 2, 100]), max_waiting=draw.choice([1, 5, 100]), deadline=2,
+                       max_message=draw.choice([200, 2000, 10**6]), max_concurrent_in_all=draw.choice([1, 3, 100]))
+    server.method(lambda a=0: a, name="fast")
+
+    @server.method
+    async def slow(a=1):
+        await flowcoro.sleep(draw.random())
+        return a
+
+    @server.method
+    async def count(to: int):
+        for number in range(to):
+            if draw.random() < 0.3:
+                await flowcoro.sleep(0.01)
+            yield number
+
+    @server.method
+    async def back(peer, a=1):
+        try:
+            return await peer.call("x", a, timeout=1)
+        except (TimeoutError, RpcError):
+            return 0
+
+    return server
+
+
+async def talk(draw, server, framing):
+    """A client, from its first word to the end of its connection."""
+    sock, theirs = memory_socket_pair(flowcoro_net.Socket, capacity=draw.choice([100, 10_000]))
+
+    async def read():
+        while await sock.read():
+            if draw.random() < 0.1:
+                await flowcoro.sleep(0.05)
+
+    async def speak():
+        for _ in range(draw.randrange(1, 40)):
+            message = json.dumps(anything(draw)).encode()
+            frame = bytearray(framing.frame(message) if draw.random() < 0.97 else message)
+            if draw.random() < 0.05:
+                frame[draw.randrange(len(frame))] = draw.randrange(256)
+            await sock.write(bytes(frame))
+            if draw.random() < 0.3:
+                await flowcoro.sleep(draw.random() * 0.1)
+        if draw.random() < 0.5:
+            await sock.shutdown_write()
+            await flowcoro.sleep(draw.random() * 3)
+
+    async with flowcoro.TaskGroup() as group:
+        serving = group.spawn(server.serve_connection(theirs, framing=framing))
+        try:
+            with flowcoro.timeout(500):
+                await flowcoro.when_any(speak(), read())
+        except ExceptionGroup as errors:            # the server has ended it
+            assert errors.split(flowcoro_net.BrokenError)[1] is None
+        sock.close_nowait()
+        with flowcoro.timeout(100):
+            await serving
+
+
+@pytest.mark.parametrize("seeds", [RUNS[start:start + 10] for start in range(0, len(RUNS), 10)])
+def test_whatever_clients_say_their_connections_end_with_them_and_no_call_is_left(seeds):
+    async def main(draw):
+        server, framing = server_for_anything(draw), draw.choice(FRAMINGS)
+        await flowcoro.when_all(*(talk(draw, server, framing) for _ in range(3)))
+        assert server.statistics() == {"connections": 0, "calls_running": 0, "calls_queued": 0}
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for seed in seeds:
+            patch.setattr(sys, "unraisablehook", lambda got: found.append(f"seed {seed}: {got.err_msg}: {got.exc_value!r}"))
+            try:
+                flowcoro.run(main(random.Random(f"anything {seed}")), clock=VirtualClock(), seed=seed)
+            except BaseException as error:
+                error.add_note(f"seed {seed}")
+                raise
+    assert found == []
