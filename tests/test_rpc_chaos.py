@@ -96,7 +96,8 @@ class Chaos:
                                         split=draw.choice([0, 0.3]), bandwidth=draw.choice([20_000, 1e9]))
         self.framing = draw.choice([flowcoro_rpc.Newline, flowcoro_rpc.ContentLength, flowcoro_rpc.Netstring,
                                     flowcoro_rpc.LengthPrefixed, flowcoro_rpc.Concatenated])
-        self.bank = Bank(self.framing, draw.choice([{}, {"max_concurrent": 2, "max_waiting": 3}, {"deadline": 0.5}]))
+        self.bank = Bank(self.framing, draw.choice([
+            {}, {"max_concurrent": 2, "max_waiting": 3}, {"deadline": 0.5 + 8 * (self.latency + self.jitter)}]))
         self.host = self.network.host("bank")
         self.hosts = [self.network.host(f"client{index}") for index in range(CLIENTS)]
         self.outcomes, self.number = {}, 0
