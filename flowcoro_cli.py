@@ -1,7 +1,7 @@
 """flowcoro_cli 0.1.0: the command line of FlowCoro, what `python -m flowcoro` runs.
 
     python -m flowcoro demo [NAME …] [--list]     what coroutines are good for, measured on this machine
-    python -m flowcoro demo http --keep           a web server to try; it runs until Ctrl-C
+    python -m flowcoro demo chat --keep           a chat to try in a browser; it runs until Ctrl-C (`http` does, too)
     python -m flowcoro vendor DEST [module …]     copy FlowCoro's files, and what they need, into a project
     python -m flowcoro vendor --check DEST        does the copy there differ from this version?
     python -m flowcoro get URL [-o FILE] …        fetch what is at a URL; a transfer that was interrupted goes on with -C
@@ -21,17 +21,17 @@ Example:
         assert (copies / "flowcoro.py").exists() and (copies / "__init__.py").exists()
         assert flowcoro_cli.main(["vendor", "--check", str(copies)]) == 0
 
-Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the eight scenes ·
+Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the nine scenes ·
 demo · vendor · bench · serve · the command line.
 
 How it works:
     A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
     module is imported when its row is asked for, no earlier, so that a missing file costs its own rows only
-    (flowcoro_net.py: the scenes `echo`, `http` and `network`; of these `http` needs flowcoro_http.py and `network`
-    flowcoro_testing.py too); the message then says which file to copy. No module of a lower layer imports this one: a
-    command is handed its arguments (a list of strings) and returns the exit status, a scene is handed a Screen and draws on it.
-    Exit status: 0 done · 1 a scene failed, or a vendored copy differs · 2 the command line cannot be obeyed ·
-    130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
+    (flowcoro_net.py: the scenes `echo`, `http`, `chat` and `network`; of these `http` and `chat` need flowcoro_http.py, `chat`
+    flowcoro_websocket.py and `network` flowcoro_testing.py too); the message then says which file to copy. No module of a lower
+    layer imports this one: a command is handed its arguments (a list of strings) and returns the exit status, a scene is handed a
+    Screen and draws on it. Exit status: 0 done · 1 a scene failed, or a vendored copy differs · 2 the command line cannot be
+    obeyed · 130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
     `vendor` decides everything before it writes anything, writes to a temporary folder in the destination and
     renames from there: at any moment a copy is the old file or the new one. A package needs relative imports;
     every FlowCoro file imports a sibling as `import flowcoro_x` at column 0, so one regular expression makes
@@ -111,6 +111,7 @@ SCENES = {              # scene, in the order of the demo: (module, function(scr
     "echo": ("flowcoro_cli", "_scene_echo", "a TCP echo server with 1,000 live clients, in one thread"),
     "network": ("flowcoro_cli", "_scene_network", "a simulated network has a bad minute, and has it again"),
     "http": ("flowcoro_cli", "_scene_http", "a live web server: routes, events, 10,000 requests, and rude clients"),
+    "chat": ("flowcoro_cli", "_scene_chat", "a room of people and browsers by WebSocket, and a sleeper in it"),
     "timeouts": ("flowcoro_cli", "_scene_timeouts", "who is cancelled when, drawn as a time-line"),
     "workers": ("flowcoro_cli", "_scene_workers", "three workers: who ran what, and what becomes of a blocked one"),
     "deadlock": ("flowcoro_cli", "_scene_deadlock", "two tasks lock each other out: caught, and explained"),
@@ -129,7 +130,7 @@ THREADS = 1_000         # few systems allow 100,000; nearly all allow 1,000, and
 ROUNDS = 2              # each measurement runs twice and the better one counts: noise only makes it worse
 SLOW = 5                # seconds for the first round of them; on a machine that needs more it is the only one
 PROMISE = 5             # times cheaper than a thread
-CHILD_TIMEOUT = 60      # seconds; a measurement takes about one, so this one hangs
+CHILD_TIMEOUT = 60      # seconds; a measurement takes about one, so this one hangs; the scene chat, too
 
 WORD = re.compile(rb"[a-z]+", re.IGNORECASE)
 READERS = 4             # files read at the same time; a disk seldom gains from more
@@ -137,6 +138,8 @@ CLIENTS = 1_000
 MESSAGES = 10           # per client: 10,000 round trips, about a second
 REQUESTS = 10_000       # of the scene http: about a second, too
 HEAD_SECONDS = 1.0      # that the head of a request may take there
+LISTENERS = 500         # of the scene chat, who say nothing
+DREAMS = 4_000            # lines of the largest size that are said there while one sleeps: more than the system keeps for him
 SPARE_FILES = 64        # descriptors the process needs besides the sockets of the clients
 
 MODULE = r"flowcoro(?:_\w+)?"
@@ -752,11 +755,8 @@ class _Visit:
         return time.perf_counter() - start
 
 
-def _scene_http(screen):
-    """A teahouse on the web: what it answers, how many it serves, and whom it shows the door."""
-    http, net = _load("flowcoro_http"), _load("flowcoro_net")
-    screen.say("Look at the requests per second, and at what became of those who sent no proper request.")
-    visit = _Visit(http, net, screen)
+def _run_visit(screen, visit):
+    """Run visit.run(), which listens; from when `visit.over` is set on, Ctrl-C is the way to end."""
     try:
         flowcoro.run(visit.run())
     except KeyboardInterrupt:
@@ -768,6 +768,292 @@ def _scene_http(screen):
         if not isinstance(first, (SceneFailed, OSError, flowcoro.FlowCoroError)):
             raise
         raise SceneFailed(str(first)) from error
+
+
+def _scene_http(screen):
+    """A teahouse on the web: what it answers, how many it serves, and whom it shows the door."""
+    http, net = _load("flowcoro_http"), _load("flowcoro_net")
+    screen.say("Look at the requests per second, and at what became of those who sent no proper request.")
+    _run_visit(screen, _Visit(http, net, screen))
+
+
+# ---- Scene: chat -------------------------------------------------------------------------------------------
+# A room with a page for browsers, and people of our own who come by flowcoro_websocket's client. Who speaks sends his text as it
+# is; who is in the room is sent JSON: {"who", "text"}, and {"here": [names]} when somebody comes or goes.
+
+CHAT_PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Chat</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; font: 1.1em sans-serif }
+main { max-width: 40em; margin: 2em auto; padding: 0 1em; overflow-wrap: anywhere }
+#said { height: 20em; overflow-y: auto; border: 1px solid; padding: 0 1em }
+label, input, button { font: inherit; margin: .2em 0 } #text { width: 25em; max-width: 100% }
+</style>
+<main>
+<h1>Chat</h1>
+<form id="door"><label for="name">Your name</label> <input id="name" required maxlength="30" autocomplete="nickname" autofocus>
+<button>Enter</button></form>
+<p>Here: <b id="here">nobody you know of</b></p>
+<div id="said" role="log" aria-label="What is said" tabindex="0"></div>
+<form id="speak" hidden><label for="text">Your words</label> <input id="text" maxlength="500" autocomplete="off">
+<button>Say</button></form>
+<p id="state" role="status">Not connected</p>
+</main>
+<script>
+const part = id => document.getElementById(id);
+let socket;
+
+function show(who, text) {
+    const line = document.createElement("p"), name = document.createElement("b");
+    name.textContent = who + ":";
+    line.append(name, " " + text);          // as text: what somebody says is never HTML
+    part("said").append(line);
+    part("said").scrollTop = part("said").scrollHeight;
+}
+
+function enter() {
+    const scheme = location.protocol == "https:" ? "wss" : "ws";
+    socket = new WebSocket(`${scheme}://${location.host}/room?name=${encodeURIComponent(part("name").value)}`);
+    socket.onopen = () => part("state").textContent = "Connected";
+    socket.onmessage = event => {
+        const {who, text, here} = JSON.parse(event.data);
+        if (here) part("here").textContent = here.join(", ");
+        if (text) show(who, text);
+    };
+    socket.onclose = event => {
+        part("state").textContent = `Not connected (${event.code} ${event.reason}), I try again`;
+        setTimeout(enter, 1000);
+    };
+}
+
+part("door").onsubmit = event => {
+    event.preventDefault();
+    part("door").hidden = true;
+    part("speak").hidden = false;
+    part("text").focus();
+    enter();
+};
+part("speak").onsubmit = event => {
+    event.preventDefault();
+    if (part("text").value && socket.readyState == WebSocket.OPEN) {
+        socket.send(part("text").value);
+        part("text").value = "";
+    }
+};
+</script>
+"""
+
+CHAT_POLICY = ("Content-Security-Policy", "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+                                          "img-src data:; connect-src 'self'")
+CHAT_LINE = 16_384              # bytes of what one says at once
+
+
+def _chat(http, websocket, heard):
+    """The web application of the scene: a page, and the room. heard(name, text) is called for all that is said."""
+    app = http.HttpServer(websocket=websocket.accept)
+    members = {}                # {WebSocket: name}
+
+    def tell(**message):
+        """All who are here. Who does not keep up is not, any more."""
+        if missed := websocket.broadcast(members, json.dumps(message, ensure_ascii=False), slow="close"):
+            for ws in missed:
+                del members[ws]
+            tell_who_is_here()
+
+    def tell_who_is_here():
+        tell(here=sorted(filter(None, members.values())))
+
+    @app.get("/")
+    async def page(request):
+        return http.Response(200, CHAT_PAGE, [CHAT_POLICY], media_type="text/html; charset=utf-8")
+
+    @app.websocket("/room", max_message=CHAT_LINE)
+    async def room(ws):
+        members[ws] = name = " ".join(ws.request.query.get("name", "").split())[:30]
+        if name:                # who has none listens only, and is not told of
+            tell_who_is_here()
+        try:
+            async for text in ws:
+                if not name or not isinstance(text, str):
+                    return await ws.close(1003, "text, please, and a name")
+                heard(name, text)
+                tell(who=name, text=text)
+        finally:
+            if members.pop(ws, None):
+                tell_who_is_here()
+
+    return app
+
+
+class _Evening:
+    """Three people talk in the room, and others come who are no such pleasure."""
+
+    TALK = [("Ada", "Is anybody here?"), ("Ben", "I am. Tea?"), ("Cleo", "Yes, please. Oolong, 95 °C, дважды"),
+            ("Ada", "For me, too. Who brings the cups?"), ("Ben", "The one who asks ☕")]
+    PEOPLE = sorted({name for name, _ in TALK})
+
+    def __init__(self, http, net, websocket, screen):
+        self.http, self.net, self.websocket, self.screen = http, net, websocket, screen
+        self.over = False               # from now on Ctrl-C is the way to end
+        self.shows = True               # whether what is said is shown
+
+    def heard(self, name, text):
+        if self.shows:
+            self.screen.say(f"{name:>10}: {text[:500]}")
+
+    async def run(self):
+        app = _chat(self.http, self.websocket, self.heard)
+        try:
+            listener = await app.listen("127.0.0.1", 0)
+        except OSError as error:
+            raise SceneFailed(f"no TCP on 127.0.0.1 here: {error}") from error
+        async with listener as server, flowcoro.TaskGroup() as group:
+            group.spawn(server.serve(), name="server")
+            self.address = server.local
+            with flowcoro.timeout(CHILD_TIMEOUT):
+                await self.talk()
+                await self.intrude()
+                self.shows = False
+                await self.crowd()
+                await self.sleep()
+            if self.screen.keep:
+                await self.stay(server)
+            else:
+                self.screen.say("With --keep it goes on, for your browser: open http://127.0.0.1:PORT/ in two windows")
+            server.close()
+
+    def enter(self, name, **options):
+        return self.websocket.connect(f"ws://127.0.0.1:{self.address[1]}/room?name={name}", **options)
+
+    async def lines(self, ws):
+        """What is said, as (who, text)."""
+        async for message in ws:
+            message = json.loads(message)
+            if "text" in message:
+                yield message["who"], message["text"]
+
+    async def talk(self):
+        """Everybody says his lines, each when he has heard the one before."""
+        async def person(name):
+            async with self.enter(name) as ws:
+                heard[name] = []
+                await everybody.wait()
+                if self.TALK[0][0] == name:
+                    await ws.send(self.TALK[0][1])
+                async for line in self.lines(ws):
+                    heard[name].append(line)
+                    if len(heard[name]) == len(self.TALK):
+                        return
+                    who, text = self.TALK[len(heard[name])]
+                    if who == name:
+                        await ws.send(text)
+
+        heard, everybody = {}, flowcoro.Barrier(len(self.PEOPLE))
+        async with flowcoro.TaskGroup() as group:
+            for name in self.PEOPLE:
+                group.spawn(person(name), name=name)
+        self.screen.check(list(heard.values()) == [self.TALK] * len(self.PEOPLE), f"not all have heard all: {heard}")
+        self.screen.say(f"Each of the {len(self.PEOPLE)} has heard all {len(self.TALK)} lines, in this order.", "green")
+
+    async def intrude(self):
+        """A page from elsewhere, and bytes that are no text."""
+        status = None
+        try:
+            async with self.enter("Mallory", origin="https://elsewhere.example"):
+                pass
+        except self.websocket.HandshakeError as error:
+            status = error.status
+        self.screen.check(status == 403, f"a page from elsewhere was answered with {status}, not 403")
+        self.screen.say(f"{'Origin: https://elsewhere.example':40} {status}   no page of others speaks for its visitors")
+        async with await self.net.Socket.connect(*self.address) as sock:
+            await sock.write(b"GET /room HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+                             b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+            await sock.read_until(b"\r\n\r\n", limit=10_000)
+            await sock.write(b"\x01\x82\0\0\0\0\xc3\x28")       # the first of many frames
+            kind = None
+            while kind != 0x88:         # a close; before it somebody may have left, of which all hear
+                kind, size = await sock.read_exactly(2)
+                payload = await sock.read_exactly(size)
+            code = int.from_bytes(payload[:2], "big")
+        self.screen.check(code == 1007, f"what is no UTF-8 was answered with the close code {code}, not 1007")
+        self.screen.say(f"{'a text with the bytes C3 28':40} {code}  no UTF-8: closed at that byte, before the message ended")
+
+    async def crowd(self):
+        """One line for many."""
+        async def listener():
+            async with self.enter("") as ws:
+                await here.send(ws)
+                async for line in self.lines(ws):
+                    arrived.append(line == ("Ada", "Good night, all"))
+                    times.append(time.perf_counter())
+                    return
+
+        count = _affordable_clients(LISTENERS)
+        here, arrived, times = flowcoro.Channel(math.inf), [], []
+        async with flowcoro.TaskGroup() as group:
+            for number in range(count):
+                group.spawn(listener())
+                await here.receive()
+                self.screen.progress(number + 1, count)
+            async with self.enter("Ada") as ada:
+                start = time.perf_counter()
+                await ada.send("Good night, all")
+                while len(times) < count:
+                    await flowcoro.sleep(0.001)
+        self.screen.check(arrived == [True] * count, "a listener has heard something else")
+        self.screen.say(f"One line reached {count:,} listeners within {1000 * (max(times) - start):.1f} ms, "
+                        "they and the server in the same thread", "green")
+
+    async def sleep(self):
+        """Somebody who reads nothing, among those who do."""
+        async with self.enter("Ada") as ada, self.enter("Ben") as ben, self.enter("Sleeper") as sleeper:
+            async with flowcoro.TaskGroup() as group:
+                awake = group.spawn(self.count(ben))
+                said, is_here = 0, True
+                while is_here and said < DREAMS:
+                    await ada.send("z" * CHAT_LINE)
+                    said += 1
+                    while "text" not in (message := json.loads(await ada.receive())):
+                        is_here = "Sleeper" in message["here"]
+                self.screen.check(not is_here, f"who reads nothing was still kept after {said} long lines")
+                await ada.send("The end")
+                heard = await awake
+            with contextlib.suppress(self.websocket.ConnectionClosed):
+                while True:             # at last: what had been sent to him before, and the end
+                    await sleeper.receive()
+        self.screen.check(heard == said, f"who reads has heard {heard} of {said} long lines")
+        self.screen.check(sleeper.close_code == 1013, f"who reads nothing was closed with {sleeper.close_code}, not 1013")
+        self.screen.say(f"{'one who reads nothing':40} 1013  closed after {said} long lines; the others have heard them all")
+
+    async def count(self, ws):
+        """How many long lines are said, before the end."""
+        heard = 0
+        async for who, text in self.lines(ws):
+            if text == "The end":
+                return heard
+            heard += len(text) == CHAT_LINE
+
+    async def stay(self, server):
+        """Until Ctrl-C. Ben stays, too, and answers."""
+        async def answer():
+            async for who, text in self.lines(ben):
+                if who != "Ben":
+                    await ben.send(f"{who}, it is late. But tell me more about {text[:40]!r}.")
+
+        self.over = self.shows = True
+        async with self.enter("Ben") as ben, flowcoro.TaskGroup() as group:
+            group.spawn(answer(), name="Ben")
+            self.screen.say(f"It stays until Ctrl-C. Open {server.url}/ in a browser, best in two windows.", "bold")
+            await flowcoro.stop_requested()
+            group.cancel()
+
+
+def _scene_chat(screen):
+    """A chat room: everybody hears everything in the same order, strangers are shown the door, sleepers hold up nobody."""
+    http, net, websocket = _load("flowcoro_http"), _load("flowcoro_net"), _load("flowcoro_websocket")
+    screen.say("Look at the names: who speaks is one task, and who listens another, all by WebSocket, in one thread.")
+    _run_visit(screen, _Evening(http, net, websocket, screen))
 
 
 # ---- Scene: timeouts ---------------------------------------------------------------------------------------
@@ -1042,7 +1328,7 @@ def _demo_command(arguments):
     parser = _parser("demo", "Shows what coroutines are good for, with figures measured here and now.")
     parser.add_argument("scenes", nargs="*", metavar="NAME", help="scenes to run (default: all)")
     parser.add_argument("--list", action="store_true", help="list the scenes")
-    parser.add_argument("--keep", action="store_true", help="the server of the scene http stays until Ctrl-C")
+    parser.add_argument("--keep", action="store_true", help="the server of the scenes http and chat stays until Ctrl-C")
     options = parser.parse_args(arguments)
     if options.list:
         for name, (_, _, line) in SCENES.items():

@@ -4669,6 +4669,19 @@ class Part:
         return f"<Part {self.name!r}{'' if self.filename is None else f' {self.filename!r}'}>"
 
 
+def _its_websocket(request):
+    """The WebSocket that its connection has become, or None. Who makes one of it sets this: then it is closed when the server
+    ends, by its close_nowait(1001), and that a handler fails because it was closed is not reported."""
+    return None if request._source is None else request._source.websocket
+
+
+def _becomes_websocket(request, ws):
+    if request._source is not None:
+        request._source.websocket = ws
+        if request.closing.is_set():
+            ws.close_nowait(1001)
+
+
 class Request:
     """A request, as a handler gets it.
 
@@ -4779,6 +4792,8 @@ class Request:
     @host.setter
     def host(self, host):
         self._host = host
+
+    websocket = property(_its_websocket, _becomes_websocket)
 
     @property
     def url(self):
@@ -5225,11 +5240,16 @@ class _Clock:
 _CLOCK = _Clock()
 
 
+# What a connection has instead of its codec when another protocol is spoken on it.
+_UPGRADED = types.SimpleNamespace(our_state=SWITCHED)
+
+
 class _Exchange:
     """What a Request asks of its connection."""
 
     __slots__ = ("run", "app", "sock", "http", "client", "server", "scheme", "tls", "trailers", "with_files", "phase", "turn",
-                 "seen", "since", "waited", "lasted", "received", "progress", "scope", "part", "events", "fault")
+                 "seen", "since", "waited", "lasted", "received", "progress", "scope", "part", "events", "fault", "websocket",
+                 "speaker")
 
     def __init__(self, run, sock):
         self.run, self.app, self.sock = run, run.app, sock
@@ -5240,6 +5260,7 @@ class _Exchange:
         self.tls = sock.tls.version() if sock.tls else None
         self.scheme = "https" if sock.tls else "http"
         self.trailers = self.fault = None
+        self.websocket = self.speaker = None        # what it has become; (handler, arguments) of that, for _speak()
         self.with_files = None              # a Request whose files are to be closed
         self.phase, self.turn = _IDLE, 0
         self.seen = None                    # the sweep's: (turn, phase) when it looked last,
@@ -5498,12 +5519,20 @@ class _Connection(_Answering):
             with contextlib.suppress(flowcoro_net.BrokenError, flowcoro.ClosedError):       # the client has gone; it was cut
                 with flowcoro.CancelScope() as self.scope:
                     await self._serve()
+                if self.speaker is not None:
+                    return await self._speak()
                 if self.fault is not None and self.http.our_state is IDLE:      # a head that has taken too long
                     with flowcoro.move_on_after(LINGER):
                         await self._refuse(self.fault)
         finally:
             if self.with_files is not None:
                 self.with_files._close()
+
+    def _speak(self):
+        """To be awaited: the handler of a WebSocket. _serve() has returned, and HTTP is over: neither is on the way of a message,
+        and what they held is given back, half a KiB in a coroutine and as much in a codec."""
+        self.http, (handler, arguments) = _UPGRADED, self.speaker
+        return _spoken(handler, self.websocket, arguments)
 
     async def _serve(self):
         app, sock, http, find, now = self.app, self.sock, self.http, self.app.find, _CLOCK.now
@@ -5708,7 +5737,9 @@ class _Connection(_Answering):
     def close(self):
         """The server closes: what waits for a request, or for ever, ends."""
         events = self.events
-        if events is not None:
+        if self.websocket is not None:
+            self.websocket.close_nowait(1001)
+        elif events is not None:
             events.cancel()
         elif self.phase is _IDLE and self.turn:         # the first one may be on its way: that is the sweep's
             self.scope.cancel()
@@ -5748,6 +5779,7 @@ class _Run:
             flowcoro_net.report_error(error, f"a handler failed; its connection, {sock!r}, is cut", "flowcoro_http")
         finally:
             del self.connections[sock]
+            connection.websocket = connection.speaker = None        # it knows its request, which knows this
 
     async def sweep(self):
         last = flowcoro.now()
@@ -5813,14 +5845,16 @@ class HttpServer(Router):
     Limits, in seconds (None: no limit): head_timeout, for the handshake of TLS, and from the first byte of a head; body_timeout,
     for all of a body; idle_timeout, between requests; send_timeout, for a client that does not read. min_body_rate, bytes a
     second, on average after 5 s. In bytes: max_body (413; None: no limit but that of body() and form()), max_request_line (414),
-    max_field_line, max_head, and max_fields, lines (431). They are looked at twice a second. The rest is Router's.
+    max_field_line, max_head, and max_fields, lines (431). They are looked at twice a second. websocket: what speaks WebSocket,
+    flowcoro_websocket.accept, for websocket(). The rest is Router's.
     """
 
     def __init__(self, *, head_timeout=HEAD_TIMEOUT, body_timeout=BODY_TIMEOUT, idle_timeout=IDLE_TIMEOUT,
                  send_timeout=SEND_TIMEOUT, min_body_rate=MIN_BODY_RATE, max_body=None, max_request_line=MAX_REQUEST_LINE,
                  max_field_line=MAX_FIELD_LINE, max_fields=MAX_FIELDS, max_head=MAX_HEAD, prefix="", redirect_slashes=False,
-                 json_depth=flowcoro_schema.JSON_DEPTH, max_errors=flowcoro_schema.ERRORS):
+                 json_depth=flowcoro_schema.JSON_DEPTH, max_errors=flowcoro_schema.ERRORS, websocket=None):
         super().__init__(prefix, redirect_slashes, json_depth=json_depth, max_errors=max_errors)
+        self._accept_websocket = websocket
         for name, seconds in (("head_timeout", head_timeout), ("body_timeout", body_timeout), ("idle_timeout", idle_timeout),
                               ("send_timeout", send_timeout)):
             if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds > 0):
@@ -5959,7 +5993,7 @@ class HttpServer(Router):
     async def _respond_to_error(self, request, error):
         """The Response that an error is answered with; never an Exception."""
         source, of_http = request._source, isinstance(error, HttpError)
-        gone = source is not None and source.sock.caused(error)
+        gone = source is not None and (source.sock.caused(error) or _is_its_end(error, source.websocket))
         if source is not None and source.upgraded:
             if not gone:
                 flowcoro_net.report_error(error, f"{request!r} was upgraded, and its handler failed; its connection is closed",
@@ -6020,6 +6054,23 @@ class HttpServer(Router):
         if page is not None:
             self.add(page, for_people, documented=False)
 
+    def websocket(self, path, *, name=None, host=None, **options):
+        """A decorator: `async def handler(ws, …)` gets the WebSocket of whoever asks for one at `path`, whose parameters it names
+        as other handlers do. It is closed when the handler returns, with 1011 if that fails, and with 1001 when the server ends.
+
+        `options` are those of flowcoro_websocket.accept(): origins, subprotocols, max_message … The handshake goes through the
+        middleware; `ws.request` is its request. A handler that lets the ConnectionClosed of its client go on is not reported.
+        RuntimeError without HttpServer(websocket=).
+        """
+        if self._accept_websocket is None:
+            raise RuntimeError(f"@app.websocket({path!r}): say what speaks it: HttpServer(websocket=flowcoro_websocket.accept)")
+
+        def decorate(handler):
+            serve = _websocket_handler(self._accept_websocket, handler, options)
+            self.add(path, serve, name=name, host=host, documented=False)
+            return handler
+        return decorate
+
     # -- serving
 
     async def listen(self, host="127.0.0.1", port=8000, *, unix=None, mode=None, tls=None, backlog=None, reuse_port=False):
@@ -6066,13 +6117,65 @@ class HttpServer(Router):
         """An HttpClient of this app without a network, for tests: `async with app.test_client() as client:`.
 
         The app runs while the client is open, with startup and shutdown; connections are in memory, and URLs may begin with their
-        path. options: HttpClient's. An https URL says so to the app's URLs, but there is no TLS.
+        path. options: HttpClient's. An https URL says so to the app's URLs, but there is no TLS. `await client.socket()` is a
+        connection of its own: `connect("ws://testserver/…", socket=await client.socket())`, of flowcoro_websocket, is a
+        WebSocket.
         """
         return _test_client(self, **options)
 
     def statistics(self):
         """{"running": servers of this application in this process, "refused": what came and was no request}"""
         return {"running": self._runs, "refused": self._refused}
+
+
+def _websocket_handler(accept, handler, options):
+    """The handler of a route for what websocket() decorates."""
+    if not inspect.iscoroutinefunction(handler):
+        raise TypeError(f"{_shown_handler(handler)}: a handler of a WebSocket is `async def handler(ws)`")
+
+    @functools.wraps(handler)
+    async def serve(request, **arguments):
+        ws = await _accepted(accept, request, options)
+        if request._source is not None and not request.app._middleware:         # that may want to know how it ends
+            request._source.speaker = handler, arguments
+        else:
+            await _spoken(handler, ws, arguments)
+    return serve
+
+
+async def _spoken(handler, ws, arguments):
+    """Have a handler speak, and close its WebSocket."""
+    try:
+        async with ws:
+            await handler(ws, **arguments)
+    except Exception as error:
+        if not _is_its_end(error, ws):
+            flowcoro_net.report_error(error, f"{ws.request!r} was upgraded, and its handler failed; its WebSocket is closed",
+                                      "flowcoro_http")
+
+
+async def _accepted(accept, request, options):
+    """The WebSocket, which is told when the server ends. HttpError."""
+    try:
+        ws = await accept(request, **options)
+    except HttpError:
+        raise
+    except Exception as error:              # its HandshakeError, whose class is not known here
+        if type(getattr(error, "status", None)) is not int:
+            raise
+        raise HttpError(error.status, str(error), error.headers) from error
+    if request.websocket is not ws:
+        request.websocket = ws
+    return ws
+
+
+def _is_its_end(error, ws):
+    """Whether an error, or all of a group, says that this WebSocket (if it is one) was closed."""
+    if ws is None:
+        return False
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_its_end(each, ws) for each in error.exceptions)
+    return isinstance(error, flowcoro_net.BrokenError) and getattr(error, "code", None) == ws.close_code is not None
 
 
 @contextlib.contextmanager
@@ -6162,8 +6265,8 @@ class HttpListener:
             if heard and signal.getsignal(signal.SIGHUP) is reload:
                 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-    async def _serve_one(self, sock):
-        await self._run.serve(sock)
+    def _serve_one(self, sock):
+        return self._run.serve(sock)
 
     def close(self):
         """Accept no more, and end as serve() says. Twice is once. Never blocks."""
@@ -9409,10 +9512,18 @@ class _InMemory:
             await self._run.serve(sock)
 
 
+class _TestClient(HttpClient):
+    """An HttpClient that has its app in the same process."""
+
+    async def socket(self):
+        """Another connection to the app, a flowcoro_net.Socket: flowcoro_websocket.connect("ws://testserver/…", socket=…)."""
+        return await self._around.connect("testserver", 80, None)
+
+
 def _test_client(app, **options):
     """HttpServer.test_client(): an HttpClient of `app`, which runs while the client is open; nothing listens. TLS is left out."""
     inside = _InMemory(app)
-    client = HttpClient(**{"base_url": "http://testserver", "trust_env": False, "connect": inside.connect, **options})
+    client = _TestClient(**{"base_url": "http://testserver", "trust_env": False, "connect": inside.connect, **options})
     client._around = inside
     return client
 
@@ -10354,12 +10465,11 @@ class _AsgiLife:
 
 
 class _AsgiWebSocket:
-    """A WebSocket at an application. What speaks WebSocket is what websocket= of asgi_app() makes of the request."""
+    """A WebSocket at an application. What speaks WebSocket is websocket= of asgi_app()."""
 
     def __init__(self, host, request, scope):
         self.host, self.request, self.scope = host, request, scope
-        self.connection = host.websocket(request)
-        self.state = "connecting"       # then "open", then "closed"; or "denied"
+        self.state, self.ws = "connecting", None        # then "open", then "closed"; or "denied"
         self.asked = False
         self.response = Response(403, "the application has refused the WebSocket")
 
@@ -10368,26 +10478,28 @@ class _AsgiWebSocket:
             await self.host.application(self.scope, self.receive, self.send)
         except Exception as error:
             if self.state == "open":
-                await self.connection.close(1011, "")
-                self.state = "closed"
+                await self.ws.close(1011)
+            if isinstance(self.response, HttpError):
+                raise self.response from error
             raise _asgi_failure(self.host.application, error) from error.__cause__
         if self.state == "open":
-            await self.connection.close(1000, "")
+            await self.ws.close()
+        if isinstance(self.response, HttpError):
+            raise self.response
         return self.response
 
     async def receive(self):
         if not self.asked:
             self.asked = True
             return {"type": "websocket.connect"}
-        if self.state != "open":
-            return {"type": "websocket.disconnect", "code": 1006, "reason": ""}
-        message = await self.connection.receive()
-        if isinstance(message, str):
-            return {"type": "websocket.receive", "text": message}
-        if isinstance(message, bytes):
-            return {"type": "websocket.receive", "bytes": message}
-        self.state, (code, reason) = "closed", message
-        return {"type": "websocket.disconnect", "code": code, "reason": reason}
+        if self.state == "open":
+            try:
+                message = await self.ws.receive()
+                return {"type": "websocket.receive", "text" if isinstance(message, str) else "bytes": message}
+            except flowcoro_net.BrokenError:            # its ConnectionClosed, whose class is not known here
+                self.state = "closed"
+        ws = self.ws
+        return {"type": "websocket.disconnect", "code": ws and ws.close_code or 1006, "reason": ws and ws.close_reason or ""}
 
     async def send(self, message):
         kind = _asgi_type(message)
@@ -10404,8 +10516,15 @@ class _AsgiWebSocket:
         await move(message)
 
     async def _accept(self, message):
-        headers = _asgi_headers(message).items()
-        await self.connection.accept(message.get("subprotocol"), headers)
+        chosen, offered = message.get("subprotocol"), self.scope["subprotocols"]
+        if chosen is not None and chosen not in offered:
+            raise ValueError(f"websocket.accept: subprotocol={chosen!r:.80} is none of those that the client speaks: {offered}")
+        options = {"subprotocols": () if chosen is None else (chosen,), "headers": _asgi_headers(message).items()}
+        try:
+            self.ws = await _accepted(self.host.websocket, self.request, options)
+        except HttpError as error:
+            self.response, self.state = error, "closed"
+            raise _is_gone() from error
         self.state = "open"
 
     async def _deny(self, message):
@@ -10422,11 +10541,11 @@ class _AsgiWebSocket:
 
     async def _send(self, message):
         text = message.get("text")
-        await self.connection.send(_asgi_field(message, "bytes", bytes) if text is None else _asgi_field(message, "text", str))
+        await self.ws.send(_asgi_field(message, "bytes", bytes) if text is None else _asgi_field(message, "text", str))
 
     async def _close(self, message):
         self.state = "closed"
-        await self.connection.close(message.get("code", 1000), message.get("reason") or "")
+        await self.ws.close(message.get("code", 1000), message.get("reason") or "")
 
 
 def asgi_app(application, *, websocket=None, disconnect_timeout=ASGI_DISCONNECT):
@@ -10441,13 +10560,9 @@ def asgi_app(application, *, websocket=None, disconnect_timeout=ASGI_DISCONNECT)
     BrokenError, an OSError; after `disconnect_timeout` seconds it is cancelled. What the specification forbids raises
     RuntimeError, TypeError or ValueError in send(); an error is reported and answered with 500, or by cutting the connection.
 
-    websocket: what speaks WebSocket; without it such requests are answered with 501, and the application never sees them. A
-    function that takes the Request and returns an object with
-
-        await accept(subprotocol or None, pairs of headers)     answer 101 (request.upgrade())
-        await receive()                 the next message, str or bytes; or (code, reason) once it is closed
-        await send(str or bytes)
-        await close(code, reason)
+    websocket: what speaks WebSocket, flowcoro_websocket.accept (functools.partial(accept, origins=…) gives it options); without
+    it such requests are answered with 501, and the application never sees them. A handshake that is none is answered when the
+    application accepts it, whose send() raises an OSError then. When the server ends it receives websocket.disconnect, 1001.
     """
     if not callable(application):
         raise TypeError(f"asgi_app({application!r}): give the application, an async callable that takes scope, receive and send")

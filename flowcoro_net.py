@@ -1169,6 +1169,48 @@ class _Stream(_Owner):
         await _turn()
         await self._write_rest(_as_bytes(data, "write()"))
 
+    def write_nowait(self, data):
+        """Write what the system takes at once of `data` (bytes-like); returns how many bytes: 0 while a task writes, while the
+        peer does not read, and with TLS, whose records write() makes. The rest is yours to write. Never blocks: no checkpoint.
+        """
+        pollable = self._pollable
+        if self._special or self._writer is not None or data.__class__ is not bytes or not pollable.writable:
+            return self._write_nowait_otherwise(data)
+        try:
+            sent = self._send(data, _NO_SIGNAL)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise self._broken(error, "writing") from error
+        self._sent += sent
+        if sent != len(data):
+            pollable.writable = False
+        return sent
+
+    def _write_nowait_otherwise(self, data):
+        view = _as_bytes(data, "write_nowait()")
+        try:
+            self._begin_write()
+        except flowcoro.BusyError:
+            return 0
+        pollable = self._pollable
+        try:
+            if self._tls is not None or not pollable.writable:
+                return 0
+            pollable.writable = False           # first this, then try: no edge is lost
+            sent = self._send(view, _NO_SIGNAL)
+            if sent == len(view):
+                pollable.writable = True
+            self._sent += sent
+            return sent
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            pollable.writable = True
+            raise self._broken(error, "writing") from error
+        finally:
+            self._end_write()
+
     async def _write_rest(self, view):
         self._begin_write()
         try:

@@ -61,7 +61,6 @@ CONNECTIONS = 64        # of wrk
 LARGE_AT_ONCE = 4       # files of 10 MiB: with more of them on their way the generator has to wait for memory, not for the server
 ANSWER_LIMIT = 10       # seconds until an answer has to be there, when it is checked
 LONGEST = 100           # seconds that --seconds may say: net.LOAD_LIMIT has to be longer
-CPUCLOCK_SCHED = 2      # of Linux: the clock of a process's processor time, as in clock_getcpuclockid(3)
 
 
 # ---- the cases ---------------------------------------------------------------------------------------------------
@@ -189,19 +188,6 @@ def check(port, head, content, wanted, decode=bytes):
         raise Failed(f"a wrong answer: {head.splitlines()[0]}, {found[:100]!r}")
 
 
-def await_server(port):
-    """Return when somebody listens."""
-    limit = time.monotonic() + net.START_LIMIT
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError as error:
-            if time.monotonic() > limit:
-                raise Failed(f"the server does not listen after {net.START_LIMIT} s: {error}") from None
-            time.sleep(0.02)
-
-
 # ---- processor time ----------------------------------------------------------------------------------------------
 
 def processes_of(pid):
@@ -219,9 +205,9 @@ def processes_of(pid):
 
 
 def processor_time(pid):
-    """Seconds of the process and its descendants: in nanoseconds, where /proc/PID/stat counts ticks of 10 ms."""
+    """Seconds of the process and its descendants."""
     try:
-        return sum(time.clock_gettime(~one << 3 | CPUCLOCK_SCHED) for one in processes_of(pid))
+        return sum(time.clock_gettime(net.clock_of(one)) for one in processes_of(pid))
     except OSError as error:
         raise Failed(f"a process of the server has ended: {error}") from None
 
@@ -290,7 +276,7 @@ class Lab:
 
     def wrk_target(self, case, contender, target, wanted):
         with net.serving(self.command(contender, case.server, f"core={self.cores[0]}")) as (process, port):
-            await_server(port)
+            net.await_server(port)
             check(port, head_of(target), b"", wanted)
             return self.wrk(process, port, target, core=self.cores[1])
 
@@ -302,7 +288,7 @@ class Lab:
 
     def wrk_processes(self, case, contender):
         with net.serving(self.command(contender, case.server)) as (process, port):
-            await_server(port)
+            net.await_server(port)
             check(port, head_of("/"), b"", harness.work().encode())
             first, *further = processes_of(process.pid)
             for one, core in zip(further or [first], self.cores):       # else both may stay on one: no other is idle for long
@@ -312,7 +298,7 @@ class Lab:
     def wrk_api(self, case, contender):
         document, targets = json.dumps(harness.DOCUMENT, separators=(",", ":")), api_targets()
         with net.serving(self.command(contender, case.server, f"core={self.cores[0]}")) as (process, port):
-            await_server(port)
+            net.await_server(port)
             for target, wanted in targets.items():
                 check(port, head_of(target, "Content-Type: application/json", f"Content-Length: {len(document)}",
                                     f"Cookie: {harness.COOKIES}"), document.encode(), wanted, json.loads)
@@ -324,7 +310,7 @@ class Lab:
         request = self.folder / "request"
         request.write_text(head_of(target))
         with net.serving(self.command(contender, case.server, f"core={self.cores[0]}")) as (process, port):
-            await_server(port)
+            net.await_server(port)
             check(port, head_of(target), b"", wanted)
             return net.run_load(self.load, self.cores, [
                 *words, f"port={port}", f"pid={process.pid}", f"pattern={self.folder / 'pattern'}", f"http={request}",
@@ -345,7 +331,7 @@ class Lab:
 
     def run_client(self, case, contender):
         with net.serving(self.command("nginx", "hello", f"core={self.cores[1]}")) as (process, port):
-            await_server(port)
+            net.await_server(port)
             check(port, head_of("/"), b"", harness.CONTENT)
             began, server = time.monotonic(), processor_time(process.pid)
             report = kernel.ask(self.command(contender, "client", f"core={self.cores[0]}", f"url=http://127.0.0.1:{port}/",

@@ -1,9 +1,11 @@
-/* The load generator of net.py and http.py: one thread, one epoll, as many connections as asked for.
+/* The load generator of net.py, http.py and websocket.py: one thread, one epoll, as many connections as asked for.
 
    load echo     port=N connections=N size=BYTES seconds=S     each connection sends a request, awaits the answer, sends the next
    load paced    port=N connections=N size=BYTES seconds=S     each connection sends one request a second, whatever the answers
                                                                do; with rate=N, all of them together N a second
    load connect  port=N connections=N size=BYTES seconds=S     connect, one request, one answer, close, and again
+   load broadcast port=N connections=N size=BYTES seconds=S websocket=PATH    the first connection sends a message, which the
+                                                               server sends to all; when all have it, it sends the next
    load push     port=N bytes=N repeat=N                       send so many bytes; the answer is how many have come
    load pull     port=N bytes=N repeat=N                       ask for so many bytes and receive them
 
@@ -12,6 +14,10 @@
             tls=1            by TLS, without looking at the certificate; only when compiled with -DTLS -lssl -lcrypto
             http=FILE        echo, paced: FILE is the request, of HTTP/1.1; each answer has to be a response with status 200 and
                              `size` bytes of content, which are the pattern's first, again and again
+            websocket=PATH   echo, paced, broadcast: the peer speaks WebSocket at this path. What is sent are binary messages, in
+                             one masked frame each; no extension is offered. The first answer is that to the handshake
+            text=1           the messages are text: the pattern has to be
+            burst=N          broadcast: the first connection sends so many messages at once
             warm=S           seconds that are not counted, at the start
             think=US         echo: microseconds between an answer and the next request, for a single connection; else the next
                              one is there before a slow server has gone to sleep, and the fast one pays for waking up
@@ -48,6 +54,9 @@
 
 enum { PATTERN = 1 << 20, LARGEST = 1 << 20, AT_A_TIME = 64, EVENTS = 512, PIECE = 256 << 10, HEAD = 2048 };
 
+/* WebSocket: of opcodes, and the longest head of a frame with its key. RFC 6455, section 5.2. */
+enum { CONTINUATION, TEXT, BINARY, CLOSE = 8, PING, PONG, FRAME_HEAD = 14 };
+
 /* Seconds: until all connections have to be set up, and until one answer has to be there. A bulk transfer gets PATIENCE
    after its last byte of progress. */
 enum { SETTING_UP = 60, PATIENCE = 20 };
@@ -56,9 +65,11 @@ typedef struct {
     int fd;                     /* -1: broken, or not yet there */
     uint32_t id, turn;          /* which connection, and its how many-th request: these choose the bytes */
     uint32_t sent, received;    /* of the request, of the answer; of HTTP's answers: of the content */
-    char *head;                 /* HTTP: what has come of an answer's head, and what came with it */
+    char *head;                 /* HTTP: what has come of an answer's head, and what came with it; WebSocket: of a frame's */
     uint32_t head_size;
-    int in_content;             /* HTTP: the head is complete */
+    int in_content;             /* HTTP: the head is complete; WebSocket: that of a frame */
+    int upgraded;               /* WebSocket: the handshake is over */
+    uint32_t frame_left;        /* WebSocket: bytes of the frame's payload that are still to come */
     int busy, watches_out;      /* a request is under way; epoll reports room to write */
     int64_t due;                /* when the request was due, or sent; nanoseconds */
 #ifdef TLS
@@ -67,14 +78,20 @@ typedef struct {
 } Connection;
 
 static int port, number = 1, repeat = 1, use_tls, spin, think;
-static uint32_t size = 1024, request_size, http_size;
+static uint32_t size = 1024, http_size;
 static char *http;              /* the request; NULL where the peer echoes */
+static char *websocket;         /* the path; NULL where it is not spoken */
+static char handshake[HEAD];    /* the request for it */
+static int message_type = BINARY;
+static uint32_t burst = 1, said;    /* broadcast: messages at once; how many have been sent, */
+static int waiting;                 /* and how many connections have not got the last of them */
 static int64_t bytes = 1 << 30;
 static double seconds = 1, warm = 0.2, rate;
 static long pid;
 static unsigned char pattern[PATTERN + LARGEST], scratch[LARGEST > PIECE ? LARGEST : PIECE];
+static unsigned char masked[PATTERN + LARGEST], frame[FRAME_HEAD + LARGEST];
 static Connection *all;
-static int epoll, is_paced, is_connect;
+static int epoll, is_paced, is_connect, is_broadcast;
 static int setting_up, ready_count, broken, unanswered, skipped, counting;
 static int64_t answers, stop_at;
 static int64_t idle;            /* nanoseconds in which there was nothing to do */
@@ -228,15 +245,54 @@ static int wants_out(Connection *c) {
     return c->fd >= 0;
 }
 
+/* A frame of a client, whose payload is already masked. `masked` is masked with this key from its first byte on, so a part that
+   begins elsewhere is masked with the key turned round: no payload has to be masked for each request. */
+static const unsigned char KEY[4] = {0x37, 0xfa, 0x21, 0x3d};
+
+static uint32_t size_of_head(uint32_t count) { return count < 126 ? 6 : count < 65536 ? 8 : FRAME_HEAD; }
+
+static unsigned char *write_frame(unsigned char *end, int first, const unsigned char *payload, uint32_t count, size_t from) {
+    int digits = count < 126 ? 0 : count < 65536 ? 2 : 8;
+    *end++ = first;
+    *end++ = 0x80 | (digits == 0 ? count : digits == 2 ? 126 : 127);
+    while (digits--) *end++ = (uint64_t)count >> 8 * digits & 255;
+    for (int i = 0; i < 4; i++) *end++ = KEY[(from + i) % 4];
+    memcpy(end, payload, count);
+    return end + count;
+}
+
 /* The bytes of the request that is under way: others for each connection and each turn, so that an answer which belongs to
    another connection, or to an earlier request, is not taken for the right one. */
+static size_t place(Connection *c) {
+    return (is_broadcast ? (said + c->turn) * 104729ULL : c->id * 7919ULL + c->turn * 104729ULL) % PATTERN;
+}
+
+/* Broadcast: the messages of the burst that is under way, in a frame each. */
+static const unsigned char *write_burst(void) {
+    unsigned char *end = frame;
+    for (uint32_t i = 0; i < burst; i++) {
+        size_t from = (said + i) * 104729ULL % PATTERN;
+        end = write_frame(end, 0x80 | message_type, masked + from, size, from);
+    }
+    return frame;
+}
+
 static const unsigned char *request(Connection *c) {
     if (http) return (const unsigned char *)http;
-    return pattern + (c->id * 7919ULL + c->turn * 104729ULL) % PATTERN;
+    if (!websocket) return pattern + place(c);
+    if (!c->upgraded) return (const unsigned char *)handshake;
+    if (is_broadcast) return write_burst();
+    write_frame(frame, 0x80 | message_type, masked + place(c), size, place(c));
+    return frame;
+}
+
+static uint32_t size_of_request(Connection *c) {
+    if (http) return http_size;
+    return !websocket ? size : c->upgraded ? burst * (size_of_head(size) + size) : strlen(handshake);
 }
 
 static void go_on_sending(Connection *c) {
-    while (c->sent < request_size) {
+    for (uint32_t request_size = size_of_request(c); c->sent < request_size;) {
         ssize_t count = give(c, request(c) + c->sent, request_size - c->sent);
         if (count < 0 && errno == EAGAIN) {
             if (c->watches_out != wants_out(c)) watch(c, !c->watches_out);
@@ -253,8 +309,8 @@ static void go_on_sending(Connection *c) {
 
 static void begin_request(Connection *c, int64_t due) {
     c->turn++;
-    c->sent = c->received = c->head_size = 0;
-    c->in_content = 0;
+    c->sent = c->received = 0;
+    if (http) c->head_size = c->in_content = 0;
     c->due = due;
     c->busy = 1;
     go_on_sending(c);
@@ -274,11 +330,12 @@ static void open_connection(Connection *c) {
         SSL_set_connect_state(c->ssl);
     }
 #endif
-    if (http && !(c->head = malloc(HEAD + 1))) fail("no memory for connection %u", c->id);
+    if ((http || websocket) && !(c->head = malloc(HEAD + 1))) fail("no memory for connection %u", c->id);
     c->turn = 0;
     c->busy = 1;
     c->sent = c->received = 0;
     c->watches_out = -1;
+    c->upgraded = 0;
     watch(c, 1);                /* the request is sent once there is room, which is when it is connected */
 }
 
@@ -288,6 +345,16 @@ static void open_more(void) {
         c->id = ready_count + setting_up++;
         open_connection(c);
     }
+}
+
+/* Broadcast: the next messages, which all are to get. */
+static void say(int64_t due) {
+    said += burst;
+    waiting = number;
+    for (int i = 0; i < number; i++) all[i].received = all[i].turn = 0, all[i].busy = 1;
+    all->sent = 0;
+    all->due = due;
+    go_on_sending(all);
 }
 
 static int64_t after_thinking(int64_t at) {
@@ -307,6 +374,13 @@ static void answered(Connection *c, int64_t at) {
             c->due = at;
             open_connection(c);
         }
+        return;
+    }
+    if (is_broadcast && waiting) {
+        if (counting) count_answer(at - all->due);
+        c->received = 0;
+        c->busy = ++c->turn < burst;
+        if (!c->busy && !--waiting && at < stop_at) say(at);
         return;
     }
     if (counting && c->turn) count_answer(at - c->due);
@@ -330,25 +404,103 @@ static void receive_content(Connection *c, const void *content, size_t count) {
     if (c->received == size) answered(c, now());
 }
 
-/* The head of an answer of HTTP, or a part of it, and what came with it. */
-static void receive_head(Connection *c) {
+/* What came after the head of an answer of HTTP, once that is there; NULL before. */
+static char *take_head(Connection *c) {
     size_t count = take_some(c, c->head + c->head_size, HEAD - c->head_size);
-    if (!count) return;
+    if (!count) return NULL;
     c->head_size += count;
     c->head[c->head_size] = 0;
     char *end = memmem(c->head, c->head_size, "\r\n\r\n", 4);
     if (!end && c->head_size == HEAD) fail("the head of an answer has more than %d bytes", HEAD);
-    if (!end) return;
+    if (!end) return NULL;
     *end = 0;
+    return end + 4;
+}
+
+/* The head of an answer of HTTP, or a part of it, and what came with it. */
+static void receive_head(Connection *c) {
+    char *rest = take_head(c);
+    if (!rest) return;
     if (strncmp(c->head, "HTTP/1.1 200 ", 13)) fail("the answer was %.*s", (int)strcspn(c->head, "\r"), c->head);
     char *length = strcasestr(c->head, "\r\nContent-Length:");
     if (!length || strtoul(length + 17, NULL, 10) != size) fail("an answer has no `Content-Length: %u`", size);
     c->in_content = 1;
-    receive_content(c, end + 4, c->head + c->head_size - end - 4);
+    receive_content(c, rest, c->head + c->head_size - rest);
+}
+
+/* A ping is answered; a half-sent message may be in the way, and then it is not: the server sends another. */
+static void on_control(Connection *c, int opcode, const unsigned char *payload, uint32_t count) {
+    unsigned char answer[125];
+    if (opcode == CLOSE) return lost(c, "waiting for an answer", "the server closed it");
+    if (opcode != PING && opcode != PONG) fail("a frame with the opcode %d has come", opcode);
+    if (opcode == PONG || c->sent < size_of_request(c)) return;
+    for (uint32_t i = 0; i < count; i++) answer[i] = payload[i] ^ KEY[i % 4];
+    uint32_t whole = size_of_head(count) + count;
+    write_frame(frame, 0x80 | PONG, answer, count, 0);
+    if (give(c, frame, whole) != whole) fail("no room for a pong");
+}
+
+/* Another byte of a frame's head, and with control frames of the payload. Whether more of them are wanted. */
+static int wants_more_head(Connection *c, unsigned char byte) {
+    const unsigned char *head = (const unsigned char *)c->head;
+    c->head[c->head_size++] = byte;
+    if (c->head_size < 2) return 1;
+    if (head[0] & 0x70 || head[1] & 0x80) fail("a frame begins with %02x %02x", head[0], head[1]);
+    uint32_t digits = head[1] < 126 ? 0 : head[1] == 126 ? 2 : 8, opcode = head[0] & 15;
+    if (opcode >= CLOSE && digits) fail("a control frame with more than 125 bytes has come");
+    if (c->head_size < 2 + digits + (opcode >= CLOSE ? head[1] : 0)) return 1;
+    c->head_size = 0;
+    if (opcode >= CLOSE) {
+        on_control(c, opcode, head + 2, head[1]);
+        return 1;
+    }
+    uint64_t length = digits ? 0 : head[1];
+    for (uint32_t i = 0; i < digits; i++) length = length << 8 | head[2 + i];
+    if (opcode != CONTINUATION && (int)opcode != message_type) fail("a message of another type came than was sent");
+    if (!c->busy || length > size - c->received) fail("more came than was sent");
+    c->frame_left = length;
+    return 0;
+}
+
+/* Some bytes after the handshake. Messages may come in any number of frames. */
+static void receive_frames(Connection *c, const unsigned char *data, size_t count) {
+    for (size_t some; count && c->fd >= 0; data += some, count -= some) {
+        some = 1;
+        if (!c->in_content) {
+            if (wants_more_head(c, *data)) continue;
+            c->in_content = 1;
+        } else {
+            some = count < c->frame_left ? count : c->frame_left;
+            if (memcmp(data, pattern + place(c) + c->received, some)) fail("an answer differs from its request");
+            c->received += some;
+            c->frame_left -= some;
+        }
+        if (c->frame_left) continue;
+        c->in_content = 0;
+        if (!(c->head[0] & 0x80)) continue;
+        if (c->received != size) fail("a message of %u bytes came back with %u", size, c->received);
+        answered(c, now());
+    }
+}
+
+static void receive_handshake(Connection *c) {
+    char *rest = take_head(c);
+    if (!rest) return;
+    if (strncmp(c->head, "HTTP/1.1 101 ", 13)) fail("the handshake was answered with %.*s", (int)strcspn(c->head, "\r"), c->head);
+    if (!strcasestr(c->head, "\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")) fail("the handshake has no right key");
+    size_t count = c->head + c->head_size - rest;
+    memcpy(scratch, rest, count);
+    c->upgraded = 1;
+    c->sent = size_of_request(c);       /* nothing is being sent */
+    c->head_size = 0;
+    answered(c, now());
+    receive_frames(c, scratch, count);
 }
 
 static void receive_answer(Connection *c) {
     if (http && !c->in_content) return receive_head(c);
+    if (websocket && !c->upgraded) return receive_handshake(c);
+    if (websocket) return receive_frames(c, scratch, take_some(c, scratch, PIECE));
     uint32_t left = size - c->received, most = http ? PIECE : LARGEST - 1;
     size_t count = take_some(c, scratch, (left < most ? left : most) + 1);      /* 1 more: nothing may come after it */
     if (!count) return;
@@ -367,7 +519,7 @@ static void on_event(Connection *c, uint32_t events) {
         if (!c->turn && !getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &failed, &length) && failed)
             fail("cannot connect to 127.0.0.1:%d: %s", port, strerror(failed));
         go_on_sending(c);
-    } else if (c->sent < request_size && c->busy) {
+    } else if (c->sent < size_of_request(c) && c->busy) {
         go_on_sending(c);       /* TLS: the handshake goes on when something has come */
     }
     if (c->fd >= 0 && events & (EPOLLIN | EPOLLHUP | EPOLLERR)) receive_answer(c);
@@ -421,7 +573,10 @@ static void finish_answers(void) {
 static void echo(void) {
     int64_t began = now(), ends = began + (int64_t)(warm * 1e9);
     stop_at = INT64_MAX;
-    for (int i = 0; i < number; i++)
+    if (is_broadcast) {
+        turn(began + 200000000LL);      /* the last handshake is answered before its connection hears what is said */
+        say(now());
+    } else for (int i = 0; i < number; i++)
         is_connect ? (all[i].id = i, all[i].due = began, open_connection(all + i)) : begin_request(all + i, now());
     while (now() < ends) turn(ends);
     counting = 1;
@@ -536,6 +691,12 @@ static void read_request(const char *name) {
     fclose(file);
 }
 
+static void prepare_websocket(void) {
+    snprintf(handshake, sizeof handshake, "GET %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+             "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n", websocket, port);
+    for (size_t i = 0; i < sizeof masked; i++) masked[i] = pattern[i] ^ KEY[i % 4];
+}
+
 static void read_option(char *option) {
     char *value = strchr(option, '=');
     if (!value) fail("%s: options are name=value", option);
@@ -548,6 +709,9 @@ static void read_option(char *option) {
     else if (!strcmp(option, "seconds")) seconds = atof(value);
     else if (!strcmp(option, "rate")) rate = atof(value);
     else if (!strcmp(option, "http")) read_request(value);
+    else if (!strcmp(option, "websocket")) websocket = value;
+    else if (!strcmp(option, "text")) message_type = atoi(value) ? TEXT : BINARY;
+    else if (!strcmp(option, "burst")) burst = atoi(value);
     else if (!strcmp(option, "warm")) warm = atof(value);
     else if (!strcmp(option, "pid")) pid = atol(value);
     else if (!strcmp(option, "spin")) spin = atoi(value);
@@ -558,7 +722,7 @@ static void read_option(char *option) {
 }
 
 int main(int count, char **words) {
-    if (count < 2) fail("usage: load echo|paced|connect|push|pull name=value…; see the head of load.c");
+    if (count < 2) fail("usage: load echo|paced|connect|broadcast|push|pull name=value…; see the head of load.c");
     for (int i = 2; i < count; i++) read_option(words[i]);
     const char *mode = words[1];
     if (port < 1 || port > 65535) fail("port=%d: a number from 1 to 65535 is wanted", port);
@@ -566,7 +730,13 @@ int main(int count, char **words) {
     if (number < 1) fail("connections=%d: at least 1 is wanted", number);
     if (rate < 0) fail("rate=%g: requests a second are wanted", rate);
     if (http && strcmp(mode, "echo") && strcmp(mode, "paced")) fail("http=FILE: only for echo and paced");
-    request_size = http ? http_size : size;
+    is_broadcast = !strcmp(mode, "broadcast");
+    if (websocket && !is_broadcast && strcmp(mode, "echo") && strcmp(mode, "paced"))
+        fail("websocket=PATH: only for echo, paced and broadcast");
+    if (is_broadcast && !websocket) fail("broadcast needs websocket=PATH");
+    if (burst != 1 && (!is_broadcast || burst < 1 || burst > LARGEST / (size + FRAME_HEAD)))
+        fail("burst=%u: at least 1 is wanted, for broadcast alone, and a MiB in all at most", burst);
+    if (websocket) prepare_websocket();
     if (use_tls) {
 #ifdef TLS
         if (!(tls = SSL_CTX_new(TLS_client_method()))) fail("OpenSSL has no context for us");
@@ -582,7 +752,7 @@ int main(int count, char **words) {
     if (!(all = calloc(number, sizeof *all))) fail("no memory for %d connections", number);
     is_paced = !strcmp(mode, "paced");
     is_connect = !strcmp(mode, "connect");
-    if (!strcmp(mode, "echo")) set_up(), echo();
+    if (!strcmp(mode, "echo") || is_broadcast) set_up(), echo();
     else if (is_paced) paced();
     else if (is_connect) echo();
     else if (!strcmp(mode, "push")) bulk(push);

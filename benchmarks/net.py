@@ -39,10 +39,12 @@ import platform
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 
 import kernel
 from kernel import Failed, say
@@ -56,6 +58,7 @@ LOAD_LIMIT = 150        # seconds until a load generator is given up; it has lim
 NAME_OF_PYTHON = "import json, platform as p; print(json.dumps(f'{p.python_implementation()} {p.python_version()}'))"
 BUSY = 0.9              # of its time: beyond that the generator may be what was measured
 SPARE = 200             # descriptors that a process has besides its connections
+CPUCLOCK_SCHED = 2      # of Linux
 
 
 # ---- the cases ---------------------------------------------------------------------------------------------------
@@ -254,6 +257,24 @@ def serving(command):
             yield process, json.loads(line)["port"]
         finally:
             os.killpg(process.pid, signal.SIGKILL)          # not waited for yet, so the number is still its own
+
+
+def await_server(port):
+    """Return when somebody listens."""
+    limit = time.monotonic() + START_LIMIT
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError as error:
+            if time.monotonic() > limit:
+                raise Failed(f"the server does not listen after {START_LIMIT} s: {error}") from None
+            time.sleep(0.02)
+
+
+def clock_of(pid):
+    """The clock of a process's processor time, as in clock_getcpuclockid(3): nanoseconds, where /proc/PID/stat counts ticks."""
+    return ~pid << 3 | CPUCLOCK_SCHED
 
 
 def run_load(program, cores, words):

@@ -20,11 +20,13 @@ import pytest
 import flowcoro
 import flowcoro_cli
 import flowcoro_net
+import flowcoro_websocket
 
 ROOT = pathlib.Path(flowcoro_cli.__file__).resolve().parent
 PATIENCE = 120              # seconds until a program counts as hanging; the slowest needs about ten
 
-SMALL = {"COROUTINES": 2_000, "THREADS": 20, "ROUNDS": 1, "CLIENTS": 30, "MESSAGES": 3, "REQUESTS": 200, "HEAD_SECONDS": 0.2}
+SMALL = {"COROUTINES": 2_000, "THREADS": 20, "ROUNDS": 1, "CLIENTS": 30, "MESSAGES": 3, "REQUESTS": 200, "HEAD_SECONDS": 0.2,
+         "LISTENERS": 20}
 
 
 def environment(**more):
@@ -292,7 +294,7 @@ def wait_for_child(process):
     time.sleep(0.05)            # from the child's exec to the end of Popen()
 
 
-@pytest.mark.parametrize("scene", ["threads", "echo", "http", "timeouts"])
+@pytest.mark.parametrize("scene", ["threads", "echo", "http", "chat", "timeouts"])
 def test_ctrl_c_ends_the_demo_with_130_and_one_line(scene):
     with start("demo", scene, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while "Look at" not in process.stdout.readline():
@@ -468,6 +470,72 @@ def test_the_http_scene_is_kept_until_ctrl_c():
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (0, "") and "Closed." in out
+
+
+def test_the_chat_scene_shows_what_is_said_and_who_is_closed(cli, small):
+    status, out, _ = cli("demo", "chat")
+    assert status == 0
+    rows = [r" +Ada: Is anybody here\?", r" +Ben: .*☕", r"Each of the 3 has heard all 5 lines", r"Origin: https://else\S+ +403 ",
+            r"a text with .* 1007 ", r"One line reached 20 listeners", r"one who reads nothing +1013  closed after \d+ long"]
+    assert [row for row in rows if not re.search(rf"^  {row}", out, re.MULTILINE)] == []
+
+
+def deaf(websocket):
+    """The module, whose broadcast() tells the last who came nothing."""
+    def broadcast(members, message, **options):
+        return websocket.broadcast(list(members)[:-1], message, **options)
+
+    return types.SimpleNamespace(accept=websocket.accept, broadcast=broadcast)
+
+
+def open_to_all(websocket):
+    async def accept(request, **options):
+        return await websocket.accept(request, origins=["*"], **options)
+
+    return types.SimpleNamespace(accept=accept, broadcast=websocket.broadcast)
+
+
+@pytest.mark.parametrize(("spoilt", "said"), [
+    (deaf, "timeout(0.5)"), (open_to_all, "a page from elsewhere was answered with None, not 403")])
+def test_the_chat_scene_fails_if_the_room_is_not_what_it_should_be(cli, small, monkeypatch, spoilt, said):
+    honest = flowcoro_cli._chat
+    monkeypatch.setattr(flowcoro_cli, "_chat", lambda http, websocket, heard: honest(http, spoilt(websocket), heard))
+    monkeypatch.setattr(flowcoro_cli, "CHILD_TIMEOUT", 0.5 if spoilt is deaf else 60)
+    status, out, err = cli("demo", "chat")
+    assert (status, err) == (1, "") and f"FAILED: {said}" in out
+
+
+def test_the_chat_scene_fails_if_who_reads_nothing_is_kept(cli, small, monkeypatch):
+    monkeypatch.setattr(flowcoro_cli, "DREAMS", 3)
+    status, out, _ = cli("demo", "chat")
+    assert status == 1 and "FAILED: who reads nothing was still kept after 3 long lines" in out
+
+
+def test_the_chat_scene_makes_do_with_the_open_files_it_may_have(cli, small, monkeypatch):
+    limit_of_open_files(monkeypatch, 64, 80)
+    status, out, _ = cli("demo", "chat")
+    assert status == 0 and "One line reached 8 listeners" in out
+
+
+def test_the_chat_scene_is_kept_until_ctrl_c_and_somebody_is_there():
+    async def visit(host):
+        async with flowcoro_websocket.connect(f"ws://{host}/room?name=Eve") as ws:
+            await ws.send("anything")
+            return [json.loads(await ws.receive()) for _ in range(3)]
+
+    with start("demo", "chat", "--keep", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for line in process.stdout:
+            if found := re.search(r"Open http://(127\.0\.0\.1:\d+)/ in a browser", line):
+                break
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://{found[1]}/", timeout=PATIENCE) as response:
+            page = response.read().decode()
+        here, said, answer = flowcoro.run(visit(found[1]))
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert '<label for="text">' in page and not re.search(r"(src|href)=\"(?!data:)", page)        # nothing comes from elsewhere
+    assert "Eve" in here["here"] and said == {"who": "Eve", "text": "anything"} and answer["who"] == "Ben"
+    assert (process.returncode, err) == (0, "") and "Eve: anything" in out and "Closed." in out
 
 
 def test_the_timeouts_scene_draws_a_row_per_task(cli):

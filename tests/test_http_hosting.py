@@ -1646,22 +1646,29 @@ UPGRADE = [("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"),
 class Lines:
     """What websocket= makes of a request; here a message is a line, and the end is the end."""
 
-    def __init__(self, request):
-        self.request = request
+    close_code, close_reason = None, ""
 
-    async def accept(self, subprotocol, headers):
-        chosen = [("Sec-WebSocket-Protocol", subprotocol)] if subprotocol else []
-        self.sock = await self.request.upgrade("websocket", [*chosen, *headers])
+    @classmethod
+    async def accept(cls, request, subprotocols, headers):
+        lines, chosen = cls(), [("Sec-WebSocket-Protocol", name) for name in subprotocols]
+        lines.sock = await request.upgrade("websocket", [*chosen, *headers])
+        return lines
 
     async def receive(self):
         line = await self.sock.read_until(b"\n")
-        return line[:-1].decode() if line.isascii() and line else line[:-1] or (1001, "away")
+        if not line:
+            self.close_code, self.close_reason = 1001, "away"
+            raise flowcoro_net.BrokenError(None, "closed")
+        return line[:-1].decode() if line.isascii() else line[:-1]
 
     async def send(self, message):
         await self.sock.write((message.encode() if isinstance(message, str) else message) + b"\n")
 
-    async def close(self, code, reason):
+    async def close(self, code=1000, reason=""):
         await self.sock.write(f"closed {code} {reason}\n".encode())
+
+    def close_nowait(self, code):
+        pass
 
 
 def websocket_request(connection="Upgrade"):
@@ -1705,7 +1712,7 @@ def test_an_application_speaks_websocket_by_what_is_plugged_in(lines, heard):
             await sock.shutdown_write()
             return head, await read_all(sock)
 
-    head, rest = hosting(asgi_app(websocket_echo, websocket=Lines), client)
+    head, rest = hosting(asgi_app(websocket_echo, websocket=Lines.accept), client)
     assert head.startswith(b"HTTP/1.1 101 ") and b"Sec-WebSocket-Protocol: super\r\n" in head and b"x-a: b\r\n" in head
     assert rest == heard
 
@@ -1723,7 +1730,7 @@ def test_an_application_may_refuse_a_websocket(steps, status, content):
                 await send(step)
 
     asked = websocket_request("Upgrade, close")
-    answer = Answer(hosting(asgi_app(application, websocket=Lines), lambda server: exchange(server, asked)))
+    answer = Answer(hosting(asgi_app(application, websocket=Lines.accept), lambda server: exchange(server, asked)))
     assert (answer.status, answer.body) == (status, content)
 
 
@@ -1733,5 +1740,5 @@ def test_a_websocket_whose_application_fails_is_closed_with_1011(reports):
             await send({"type": "websocket.accept"})
             raise ZeroDivisionError("in a WebSocket")
 
-    raw = hosting(asgi_app(application, websocket=Lines), lambda server: exchange(server, websocket_request()))
+    raw = hosting(asgi_app(application, websocket=Lines.accept), lambda server: exchange(server, websocket_request()))
     assert raw.endswith(b"closed 1011 \n") and "in a WebSocket" in str(reports[0][1])
