@@ -23,7 +23,7 @@ async def echo(sock):
     try:
         while True:
             await write(sock, await read(sock))
-    except flowcoro_net.IncompleteError:        # the client has gone
+    except flowcoro_net.BrokenError:        # the client has gone
         pass
 
 
