@@ -1,0 +1,118 @@
+"""python-lsp-jsonrpc and pygls: what ../test_rpc_foreign.py talks to.
+
+    python rpc_peers.py lsp-client PORT         an Endpoint of python-lsp-jsonrpc calls a server
+    python rpc_peers.py lsp-server              prints {"port": …}: one is called, and calls who comes there
+    python rpc_peers.py pygls FILE PROGRAM …    pygls' client opens FILE with a language server, which is PROGRAM
+    python rpc_peers.py openrpc SCHEMA          reads an OpenRPC document from stdin, and checks it with jsonschema
+
+An interpreter that has them runs it. It prints what it has found, as a line of JSON.
+
+SPDX-License-Identifier: MIT
+"""
+
+import json
+import pathlib
+import socket
+import sys
+import threading
+
+LIMIT = 20              # seconds for each answer; a test that hangs is to say so
+
+
+def say(found):
+    print(json.dumps(found), flush=True)
+
+
+# ---- python-lsp-jsonrpc ----------------------------------------------------------------------------------------
+
+class LspEnd:
+    """One end of a connection, served by a thread until the other one ends it."""
+
+    def __init__(self, sock, methods):
+        from pylsp_jsonrpc.endpoint import Endpoint
+        from pylsp_jsonrpc.streams import JsonRpcStreamReader, JsonRpcStreamWriter
+
+        self.sock = sock
+        self.files = [sock.makefile("rb"), sock.makefile("wb")]
+        self.reader = JsonRpcStreamReader(self.files[0])
+        self.endpoint = Endpoint(methods, JsonRpcStreamWriter(self.files[1]).write)
+        self.thread = threading.Thread(target=self.reader.listen, args=[self.endpoint.consume])
+        self.thread.start()
+
+    def ask(self, method, params=None):
+        """The result, or {"code", "message", "data"} of the error."""
+        from pylsp_jsonrpc.exceptions import JsonRpcException
+
+        try:
+            return self.endpoint.request(method, params).result(timeout=LIMIT)
+        except JsonRpcException as error:
+            return error.to_dict()
+
+    def close(self):
+        self.sock.shutdown(socket.SHUT_WR)
+        self.wait()
+
+    def wait(self):
+        self.thread.join()
+        self.endpoint.shutdown()
+        for each in [*self.files, self.sock]:
+            each.close()
+
+
+def lsp_client(port):
+    asked = []
+
+    def answer(params):
+        asked.append(params)
+        return f"{params['question']}? Yes."
+
+    end = LspEnd(socket.create_connection(("127.0.0.1", int(port)), LIMIT), {"answer": answer})
+    found = {"placed": end.ask("greet", ["größe 𝄞", "Servus"]), "named": end.ask("greet", {"name": "Ada"}),
+             "nothing": end.ask("nothing"), "large": len(end.ask("greet", ["ä" * 300_000, ""])),
+             "divided": end.ask("divide", [1, 0]), "unknown": end.ask("unheard-of"), "wrong": end.ask("greet", {"name": 1}),
+             "back": end.ask("ask", ["Tea"]), "asked": asked}
+    requests = [end.endpoint.request("turn", [number, 20]) for number in range(20)]
+    found["together"] = [request.result(timeout=LIMIT) for request in requests]
+    end.endpoint.notify("note", ["the last word"])
+    found["noted"] = end.ask("noted")
+    end.close()
+    say(found)
+
+
+def lsp_server():
+    from pylsp_jsonrpc.exceptions import JsonRpcException
+
+    notes = []
+
+    def divide(params):
+        raise JsonRpcException("by zero", 7, [1, 0])
+
+    methods = {"add": lambda params: sum(params), "greet": lambda params: f"Hello, {params['name']}", "nothing": lambda params: None,
+               "divide": divide, "note": lambda params: notes.append(params[0]),
+               "ask": lambda params: lambda: "You said: " + end.ask("answer", params)}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        say({"port": listener.getsockname()[1]})
+        listener.settimeout(LIMIT)
+        sock, _ = listener.accept()
+    sock.settimeout(LIMIT)
+    end = LspEnd(sock, methods)
+    end.wait()
+    say({"notes": notes})
+
+
+# ---- the meta-schema of OpenRPC --------------------------------------------------------------------------------
+
+def openrpc(schema):
+    """[what is wrong with it, …]."""
+    import jsonschema
+
+    schema = json.loads(pathlib.Path(schema).read_text(encoding="utf-8"))
+    kind = jsonschema.validators.validator_for(schema)
+    kind.check_schema(schema)
+    say([f"{error.json_path}: {error.message:.200}" for error in kind(schema).iter_errors(json.load(sys.stdin))])
+
+
+PROGRAMS = {"lsp-client": lsp_client, "lsp-server": lsp_server, "openrpc": openrpc}
+
+if __name__ == "__main__":
+    PROGRAMS[sys.argv[1]](*sys.argv[2:])
