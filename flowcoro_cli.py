@@ -6,6 +6,7 @@
     python -m flowcoro vendor --check DEST        does the copy there differ from this version?
     python -m flowcoro get URL [-o FILE] …        fetch what is at a URL; a transfer that was interrupted goes on with -C
     python -m flowcoro bench …                    the benchmarks that come with a clone of the repository
+    python -m flowcoro rpc HOST:PORT [METHOD …]   list the methods of a JSON-RPC server, or call one
     python -m flowcoro serve module:app …         an application (its own, WSGI, ASGI) or a folder, over HTTP
 
 To vendor, copy: flowcoro.py, flowcoro_cli.py
@@ -22,7 +23,7 @@ Example:
         assert flowcoro_cli.main(["vendor", "--check", str(copies)]) == 0
 
 Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the nine scenes ·
-demo · vendor · bench · serve · the command line.
+demo · vendor · bench · get · rpc · serve · the command line.
 
 How it works:
     A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
@@ -102,6 +103,7 @@ COMMANDS = {            # subcommand: (module, function(arguments) -> exit statu
     "vendor": ("flowcoro_cli", "_vendor_command", "copy FlowCoro's files, and what they need, to a project"),
     "bench": ("flowcoro_cli", "_bench_command", "the benchmarks that come with a clone of the repository"),
     "get": ("flowcoro_cli", "_get_command", "fetch what is at a URL, as a person expects of curl"),
+    "rpc": ("flowcoro_cli", "_rpc_command", "call a JSON-RPC server, or list its methods"),
     "serve": ("flowcoro_cli", "_serve_command", "an application (module:app) or a folder, over HTTP"),
 }
 
@@ -1851,6 +1853,192 @@ def _get_command(arguments):
         status, said = 23, str(error)
     print(f"flowcoro: {said}{download.left() if download and status in (18, 28, 56) else ''}", file=sys.stderr)
     return status
+
+
+# ---- rpc ---------------------------------------------------------------------------------------------------
+
+RPC_EPILOG = """\
+Without METHOD it lists what the server can be called with (rpc.discover). An argument is JSON, or else a plain text: 3 is a number,
+"3" (with the quotes) a text, and so is three. NAME=VALUE is an argument by its name; all are, or none. The result is printed as
+JSON, and each item of a stream on a line.
+
+exit status, as `get` has it: 0 done · 2 the command line · 6 no such host · 7 no connection · 8 no JSON-RPC · 22 the answer is an
+error · 28 out of time · 35 no TLS · 56 the connection broke · 60 a certificate that is not trusted
+"""
+
+FRAMINGS = {"newline": "Newline", "content-length": "ContentLength", "netstring": "Netstring", "length": "LengthPrefixed",
+            "concatenated": "Concatenated"}
+
+
+def _rpc_parser():
+    parser = _parser("rpc", "Calls a method of a JSON-RPC 2.0 server, and prints its result.")
+    parser.usage = "python -m flowcoro rpc [options] (HOST:PORT | --unix PATH) [METHOD [ARGUMENT …]]"
+    parser.epilog, parser.formatter_class = RPC_EPILOG, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("words", nargs="*", metavar="HOST:PORT METHOD ARGUMENT", help="what to call, and with what")
+    parser.add_argument("--unix", metavar="PATH", help="a Unix socket, instead of HOST:PORT")
+    parser.add_argument("--framing", choices=FRAMINGS, default="newline", help="how messages are told apart (default: newline)")
+    parser.add_argument("--tls", action="store_true", help="by TLS")
+    parser.add_argument("--cacert", metavar="FILE", help="with --tls: certificates to trust instead of the system's")
+    parser.add_argument("-k", "--insecure", action="store_true", help="with --tls: trust anybody, who may be in the middle")
+    parser.add_argument("-m", "--timeout", metavar="SECONDS", type=float, default=30.0, help="for all of it (default: 30)")
+    parser.add_argument("--notify", action="store_true", help="ask for no answer")
+    parser.add_argument("--stream", action="store_true", help="print the items of a stream, as they come")
+    return parser
+
+
+def _rpc_address(text):
+    """(host, port) of "host:port", "[::1]:port" or ":port"."""
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise UsageError(f"{text!r}: write an address of IPv6 in brackets, as [::1]:4000")
+    if not colon or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise UsageError(f"{text!r} is no HOST:PORT, as localhost:4000")
+    return host or "127.0.0.1", int(port)
+
+
+def _rpc_value(schema, text):
+    """The value that an argument stands for. What looks like JSON has to be."""
+    try:
+        return schema.load_json(text.encode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        if text.lstrip()[:1] in ("{", "[", '"'):
+            raise UsageError(f"{text!r} is no JSON: {error}") from error
+        return text
+
+
+def _rpc_params(schema, words):
+    """The parameters: a list, a dict, or None where there are none."""
+    named = [re.match(r"[^\W\d]\w*=", word) for word in words]
+    if not any(named):
+        return [_rpc_value(schema, word) for word in words] or None
+    params = {}
+    for word, found in zip(words, named):
+        if not found:
+            raise UsageError(f"{word!r} has no name, and others have: give a name to all arguments, or to none")
+        name = found[0][:-1]
+        if name in params:
+            raise UsageError(f"{name}= is there twice")
+        params[name] = _rpc_value(schema, word[len(found[0]):])
+    return params
+
+
+def _shown(text):
+    """Without what a terminal would obey."""
+    return re.sub(r"[\0-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _pretty(value, indent=2):
+    """A value as JSON; text that a terminal would obey is escaped."""
+    return re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, indent=indent, ensure_ascii=False))
+
+
+def _type_words(schema):
+    """A JSON Schema in a word or two."""
+    if not isinstance(schema, dict):
+        return "any"
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if isinstance(either := schema.get("anyOf") or schema.get("oneOf"), list):
+        return " | ".join(_type_words(one) for one in either)
+    if isinstance(among := schema.get("enum"), list):
+        return " | ".join(_pretty(one, None) for one in among)
+    if schema.get("type") == "array" and "items" in schema:
+        return f"[{_type_words(schema['items'])}]"
+    kind = schema.get("type", "any")
+    return " | ".join(map(str, kind)) if isinstance(kind, list) else str(kind)
+
+
+def _method_lines(method):
+    """What is said of a method of an OpenRPC document: how it is called, and what it is for."""
+    params = [f"{one.get('name')}{'' if one.get('required') else '?'}: {_type_words(one.get('schema'))}"
+              for one in method.get("params", []) if isinstance(one, dict)]
+    result = method.get("result")
+    gives = f" -> {_type_words(result.get('schema'))}" if isinstance(result, dict) else ""
+    yield f"{method.get('name')}({', '.join(params)}){gives}"
+    if about := method.get("summary") or method.get("description"):
+        yield f"    {str(about).strip().partition(chr(10))[0]}"
+
+
+async def _rpc(rpc, tls, options, address, method, params):
+    """Do it: lines to print, one after the other."""
+    framing = getattr(rpc, FRAMINGS[options.framing])
+    async with await rpc.RpcClient.connect(*address, unix=options.unix, tls=tls, framing=framing, reconnect=None) as client:
+        if method is None:
+            document = await client.call("rpc.discover", timeout=None)
+            methods = document.get("methods") if isinstance(document, dict) else None
+            if not isinstance(methods, list):
+                raise rpc.ProtocolError("what rpc.discover answers is no OpenRPC document")
+            for one in methods:
+                if isinstance(one, dict):
+                    for line in _method_lines(one):
+                        print(_shown(line))
+        elif options.notify:
+            await client.notify(method, params=params)
+        elif options.stream:
+            async for item in client.stream(method, params=params, timeout=None):
+                print(_pretty(item, None), flush=True)
+        else:
+            print(_pretty(await client.call(method, params=params, timeout=None)))
+
+
+def _rpc_status(rpc, net, error):
+    """(exit status, what to say) of an error of _rpc()."""
+    cause = error.__cause__
+    if isinstance(error, rpc.RpcError):
+        data = "" if error.data is None else f": {_pretty(error.data, None)}"
+        return 22, f"{_shown(error.message)} ({error.code}){data}"
+    if isinstance(error, rpc.ProtocolError):
+        return 8, _shown(str(error))
+    if isinstance(error, net.ResolveError):
+        return 6, str(error)
+    if isinstance(error, net.TlsError):
+        return 60 if isinstance(cause, ssl.SSLCertVerificationError) else 35, str(error)
+    return 56 if isinstance(error, rpc.ConnectionLost) else 7, str(error)
+
+
+def _rpc_command(arguments):
+    """`rpc HOST:PORT [METHOD ARGUMENT …]`."""
+    options = _rpc_parser().parse_intermixed_args(arguments)
+    rpc, net, schema = _load("flowcoro_rpc"), _load("flowcoro_net"), _load("flowcoro_schema")
+    words, address = options.words, (None, None)
+    if options.unix is None:
+        if not words:
+            raise UsageError("give the server's HOST:PORT, or --unix PATH")
+        address, words = _rpc_address(words[0]), words[1:]
+    method, params = words[0] if words else None, _rpc_params(schema, words[1:])
+    if not options.timeout > 0:
+        raise UsageError(f"--timeout {options.timeout:g}: give more than 0 seconds")
+    if method is None and (options.notify or options.stream):
+        raise UsageError("--notify and --stream need a METHOD")
+    if options.notify and options.stream:
+        raise UsageError("--notify asks for no answer, and --stream for many")
+    if (options.cacert or options.insecure) and not options.tls:
+        raise UsageError("--cacert and --insecure are for --tls")
+    where = options.unix or f"{address[0]}:{address[1]}"
+
+    async def in_time():
+        with flowcoro.timeout(options.timeout):
+            await _rpc(rpc, tls, options, address, method, params)
+
+    try:
+        tls = net.client_tls(ca=options.cacert, verify=not options.insecure) if options.tls else None
+    except OSError as error:
+        raise UsageError(f"--cacert {options.cacert}: {error.strerror or error}") from error
+    try:
+        flowcoro.run(in_time())
+        return 0
+    except TimeoutError:
+        status, said = 28, f"not done within --timeout {options.timeout:g} seconds"
+    except (rpc.RpcError, rpc.ProtocolError, net.NetworkError) as error:
+        status, said = _rpc_status(rpc, net, error)
+        if method is None and getattr(error, "code", None) == rpc.MethodNotFound.code:
+            said = f"it does not say what its methods are (there is no rpc.discover); name one: {said}"
+    print(f"flowcoro: {where}{f' {_shown(method)}' if method else ''}: {said}", file=sys.stderr)
+    return status
+
+
 # ---- serve -------------------------------------------------------------------------------------------------
 
 KEPT = "FLOWCORO_KEPT_SOCKETS"          # environment: numbers of listening sockets that --reload hands to the next program
