@@ -22,17 +22,17 @@ Example:
         assert (copies / "flowcoro.py").exists() and (copies / "__init__.py").exists()
         assert flowcoro_cli.main(["vendor", "--check", str(copies)]) == 0
 
-Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the nine scenes ·
+Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the ten scenes ·
 demo · vendor · bench · get · rpc · serve · the command line.
 
 How it works:
     A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
     module is imported when its row is asked for, no earlier, so that a missing file costs its own rows only
-    (flowcoro_net.py: the scenes `echo`, `http`, `chat` and `network`; of these `http` and `chat` need flowcoro_http.py, `chat`
-    flowcoro_websocket.py and `network` flowcoro_testing.py too); the message then says which file to copy. No module of a lower
-    layer imports this one: a command is handed its arguments (a list of strings) and returns the exit status, a scene is handed a
-    Screen and draws on it. Exit status: 0 done · 1 a scene failed, or a vendored copy differs · 2 the command line cannot be
-    obeyed · 130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
+    (flowcoro_net.py: the scenes `echo`, `http`, `chat`, `rpc` and `network`; of these `http` and `chat` need flowcoro_http.py, `chat`
+    flowcoro_websocket.py, `rpc` flowcoro_rpc.py and `network` flowcoro_testing.py too); the message then says which file to copy.
+    No module of a lower layer imports this one: a command is handed its arguments (a list of strings) and returns the exit status,
+    a scene is handed a Screen and draws on it. Exit status: 0 done · 1 a scene failed, or a vendored copy differs · 2 the command
+    line cannot be obeyed · 130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
     `vendor` decides everything before it writes anything, writes to a temporary folder in the destination and
     renames from there: at any moment a copy is the old file or the new one. A package needs relative imports;
     every FlowCoro file imports a sibling as `import flowcoro_x` at column 0, so one regular expression makes
@@ -114,6 +114,7 @@ SCENES = {              # scene, in the order of the demo: (module, function(scr
     "network": ("flowcoro_cli", "_scene_network", "a simulated network has a bad minute, and has it again"),
     "http": ("flowcoro_cli", "_scene_http", "a live web server: routes, events, 10,000 requests, and rude clients"),
     "chat": ("flowcoro_cli", "_scene_chat", "a room of people and browsers by WebSocket, and a sleeper in it"),
+    "rpc": ("flowcoro_cli", "_scene_rpc", "calls both ways over one connection, a stream, and a lost connection"),
     "timeouts": ("flowcoro_cli", "_scene_timeouts", "who is cancelled when, drawn as a time-line"),
     "workers": ("flowcoro_cli", "_scene_workers", "three workers: who ran what, and what becomes of a blocked one"),
     "deadlock": ("flowcoro_cli", "_scene_deadlock", "two tasks lock each other out: caught, and explained"),
@@ -1056,6 +1057,163 @@ def _scene_chat(screen):
     http, net, websocket = _load("flowcoro_http"), _load("flowcoro_net"), _load("flowcoro_websocket")
     screen.say("Look at the names: who speaks is one task, and who listens another, all by WebSocket, in one thread.")
     _run_visit(screen, _Evening(http, net, websocket, screen))
+
+
+# ---- Scene: rpc --------------------------------------------------------------------------------------------
+# A tea kitchen with a guest, who calls it and is called by it over one connection. Left is what the guest sees, right the kitchen.
+
+KITCHEN_MINUTE = 0.01           # seconds
+CUPS = 1_000_000                # that a stream would have, if somebody wanted them all
+
+
+class _Kitchen:
+    """What can be called there, what the guest is called with, and what either has seen."""
+
+    def __init__(self, rpc, screen):
+        self.rpc, self.screen = rpc, screen
+        self.over = False
+        self.poured, self.events = 0, []            # cups; what has happened, of which the scene wants to be sure
+
+    def guest_sees(self, text):
+        self.screen.say(text)
+
+    def kitchen_sees(self, text, event=None):
+        self.events.append(event)
+        self.screen.say(f"{'':38}{text}")
+
+    def methods(self):
+        """The kitchen's."""
+        server = self.rpc.RpcServer()
+
+        @server.method
+        async def brew(tea: str, minutes: float) -> str:
+            """A pot of tea."""
+            self.kitchen_sees(f"brews {tea}", ("brew", tea))
+            try:
+                await flowcoro.sleep(minutes * KITCHEN_MINUTE)
+            except flowcoro.Cancelled:
+                self.kitchen_sees(f"cancelled: empties the pot of {tea}", ("emptied", tea))
+                raise
+            return f"a pot of {tea}"
+
+        @server.method
+        async def order(peer, tea: str) -> str:
+            """Asks the guest, in the middle of his call."""
+            self.kitchen_sees("calls the guest: sugar?")
+            return f"{tea} with {await peer.call('sugar', tea)} lumps"
+
+        @server.method
+        async def pour(cups: int):
+            """A stream."""
+            try:
+                for self.poured in range(1, cups + 1):
+                    yield f"cup {self.poured}"
+            finally:
+                self.kitchen_sees(f"stops after {self.poured} cups: no more were asked for", "stopped")
+
+        return server
+
+    def guest(self):
+        """What the guest is called with."""
+        methods = self.rpc.Methods()
+
+        @methods.method
+        async def sugar(tea: str) -> int:
+            self.guest_sees(f"is called: sugar({tea!r}), answers 2")
+            return 2
+
+        return methods
+
+    async def run(self):
+        server = self.methods()
+        try:
+            listening = await server.start_tcp_server(0)
+        except OSError as error:
+            raise SceneFailed(f"no TCP on 127.0.0.1 here: {error}") from error
+        with flowcoro.timeout(CHILD_TIMEOUT):
+            try:
+                async with await self.rpc.RpcClient.connect(*listening.local[:2], methods=self.guest(), reconnect=None) as client:
+                    await self.out_of_order(client)
+                    await self.both_ways(client)
+                    await self.stream(client)
+                    await self.give_up(client)
+                    await self.lose(client, server)
+            finally:
+                await server.close(drain_timeout=0)
+
+    async def out_of_order(self, client):
+        async def brew(tea, minutes):
+            self.guest_sees(f"calls brew({tea!r}, {minutes})")
+            got = await client.call("brew", tea, minutes)
+            self.guest_sees(f"has {got}")
+            answers.append(got)
+
+        answers = []
+        await flowcoro.when_all(brew("Oolong", 6), brew("Earl Grey", 2))
+        self.screen.check(answers == ["a pot of Earl Grey", "a pot of Oolong"], f"the answers were {answers}")
+        self.screen.say("The second call was answered first.", "green")
+
+    async def both_ways(self, client):
+        self.guest_sees("calls order('Assam')")
+        got = await client.call("order", "Assam")
+        self.screen.check(got == "Assam with 2 lumps", f"the answer to a call with a call in it was {got!r}")
+        self.guest_sees(f"has {got}")
+        self.screen.say("Either side calls the other, over the same connection.", "green")
+
+    async def stream(self, client):
+        self.guest_sees(f"streams pour({CUPS:,}), and takes 3")
+        cups = []
+        async with contextlib.aclosing(client.stream("pour", CUPS)) as stream:
+            async for cup in stream:
+                cups.append(cup)
+                if len(cups) == 3:
+                    break
+        self.screen.check(cups == ["cup 1", "cup 2", "cup 3"], f"the stream began with {cups}")
+        await self.until("stopped")
+        self.screen.check(self.poured < 10_000, f"{self.poured:,} cups were poured for one who took 3")
+        self.screen.say("A stream makes as much as its reader takes, and a little ahead.", "green")
+
+    async def give_up(self, client):
+        self.guest_sees("calls brew('Pu-erh', 60000), with a timeout")
+        try:
+            await client.call("brew", "Pu-erh", 60_000, timeout=5 * KITCHEN_MINUTE)
+            raise SceneFailed("a call outlived its timeout")
+        except TimeoutError:
+            self.guest_sees("TimeoutError")
+        await self.until(("emptied", "Pu-erh"))
+        self.screen.say("Who is not waited for any more need not go on.", "green")
+
+    async def lose(self, client, server):
+        """The kitchen is closed while it brews; the guest calls once more."""
+        async def brew(tea):
+            try:
+                self.guest_sees(f"calls brew({tea!r}, 60000)")
+                await client.call("brew", tea, 60_000)
+            except self.rpc.ConnectionLost as error:
+                self.guest_sees(f"ConnectionLost, sent={error.sent}")
+                return error.sent
+
+        async with flowcoro.TaskGroup() as group:
+            first = group.spawn(brew("Sencha"))
+            await self.until(("brew", "Sencha"))
+            self.kitchen_sees("is shut")
+            await server.close(drain_timeout=0)
+            found = await first, await brew("Matcha")
+        self.screen.check(found[0] in (True, None) and found[1] is False and ("brew", "Matcha") not in self.events,
+                          f"what was lost is told wrong: sent={found[0]} of a call that ran, sent={found[1]} of one that did not")
+        self.screen.say("What was under way ended at once, and each knows whether it may have run.", "green")
+
+    async def until(self, event):
+        """Return when that has happened."""
+        while event not in self.events:
+            await flowcoro.sleep(0.001)
+
+
+def _scene_rpc(screen):
+    """Calls both ways over one connection, a stream, a call that is given up, and a connection that is lost."""
+    rpc = _load("flowcoro_rpc")
+    screen.say("Look at who sees what: left a guest, right the kitchen that he calls, by JSON-RPC over TCP.")
+    _run_visit(screen, _Kitchen(rpc, screen))
 
 
 # ---- Scene: timeouts ---------------------------------------------------------------------------------------

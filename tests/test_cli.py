@@ -20,6 +20,7 @@ import pytest
 import flowcoro
 import flowcoro_cli
 import flowcoro_net
+import flowcoro_rpc
 import flowcoro_websocket
 
 ROOT = pathlib.Path(flowcoro_cli.__file__).resolve().parent
@@ -294,7 +295,7 @@ def wait_for_child(process):
     time.sleep(0.05)            # from the child's exec to the end of Popen()
 
 
-@pytest.mark.parametrize("scene", ["threads", "echo", "http", "chat", "timeouts"])
+@pytest.mark.parametrize("scene", ["threads", "echo", "http", "chat", "rpc", "timeouts"])
 def test_ctrl_c_ends_the_demo_with_130_and_one_line(scene):
     with start("demo", scene, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while "Look at" not in process.stdout.readline():
@@ -536,6 +537,34 @@ def test_the_chat_scene_is_kept_until_ctrl_c_and_somebody_is_there():
     assert '<label for="text">' in page and not re.search(r"(src|href)=\"(?!data:)", page)        # nothing comes from elsewhere
     assert "Eve" in here["here"] and said == {"who": "Eve", "text": "anything"} and answer["who"] == "Ben"
     assert (process.returncode, err) == (0, "") and "Eve: anything" in out and "Closed." in out
+
+
+def test_the_rpc_scene_shows_what_either_side_sees(cli):
+    status, out, _ = cli("demo", "rpc")
+    assert status == 0
+    rows = [r"calls brew\('Oolong', 6\)", r" {38}brews Earl Grey", r"has a pot of Earl Grey\n  has a pot of Oolong",
+            r" {38}calls the guest: sugar\?\n  is called: sugar\('Assam'\), answers 2\n  has Assam with 2 lumps",
+            r" {38}stops after \d+ cups", r"TimeoutError\n {40}cancelled: empties the pot of Pu-erh",
+            r" {38}is shut", r"ConnectionLost, sent=(True|None)\n", r"ConnectionLost, sent=False\n"]
+    assert [row for row in rows if not re.search(rf"^  {row}", out, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize(("method", "instead", "said"), [
+    ("brew", lambda tea, minutes: tea, "the answers were ['Oolong', 'Earl Grey']"),
+    ("order", lambda tea: tea, "the answer to a call with a call in it was 'Assam'"),
+    ("pour", lambda cups: cups, "")])
+def test_the_rpc_scene_fails_if_an_answer_is_not_what_it_should_be(cli, monkeypatch, method, instead, said):
+    def methods(self):
+        server = honest(self)
+        spoilt = flowcoro_rpc.RpcServer()
+        for name, plan in server._methods.items():
+            spoilt.method(name)(instead if name == method else plan.function)
+        return spoilt
+
+    honest = flowcoro_cli._Kitchen.methods
+    monkeypatch.setattr(flowcoro_cli._Kitchen, "methods", methods)
+    status, out, err = cli("demo", "rpc")
+    assert (status, err) == (1, "") and f"FAILED: {said}" in out
 
 
 def test_the_timeouts_scene_draws_a_row_per_task(cli):
