@@ -1139,7 +1139,7 @@ class _Kitchen:
                     await self.give_up(client)
                     await self.lose(client, server)
             finally:
-                await server.close(drain_timeout=0)
+                await server.close(timeout=0)
 
     async def out_of_order(self, client):
         async def brew(tea, minutes):
@@ -1197,7 +1197,7 @@ class _Kitchen:
             first = group.spawn(brew("Sencha"))
             await self.until(("brew", "Sencha"))
             self.kitchen_sees("is shut")
-            await server.close(drain_timeout=0)
+            await server.close(timeout=0)
             found = await first, await brew("Matcha")
         self.screen.check(found[0] in (True, None) and found[1] is False and ("brew", "Matcha") not in self.events,
                           f"what was lost is told wrong: sent={found[0]} of a call that ran, sent={found[1]} of one that did not")

@@ -54,10 +54,8 @@ async def latency():
 
 async def batch():
     async with await connect() as client:
-        async def call_all(texts):
-            async with client.batch() as calls:
-                results = [calls.call("echo", text) for text in texts]
-            return [result.result() for result in results]
+        def call_all(texts):
+            return client.batch(*(flowcoro_rpc.Request("echo", [text]) for text in texts))
         await harness.batch(call_all)
 
 
