@@ -71,15 +71,17 @@ SPDX-License-Identifier: MIT
 
 import collections
 import contextvars
+import dataclasses
 import functools
 import inspect
 import itertools
 import math
+import random
 import re
-import struct
 import types
 import typing
 import uuid
+import weakref
 
 import flowcoro
 import flowcoro_net
@@ -91,7 +93,7 @@ __all__ = ["RpcServer", "RpcClient", "Peer", "Context", "Methods", "Newline", "C
            "Concatenated", "NEED_DATA", "Request", "Notification", "Response", "Batch", "Invalid", "read_message",
            "encode_request", "encode_result", "encode_error", "RpcError", "ParseError", "InvalidRequest", "MethodNotFound",
            "InvalidParams", "InternalError", "DeadlineExceeded", "ShuttingDown", "AnswerTooLarge", "CallCancelled",
-           "ProtocolError", "ConnectionLost"]
+           "ProtocolError", "ConnectionLost", "Backoff", "RpcPool", "Proxy"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -118,6 +120,18 @@ WRITE_CHUNK, WRITE_TIMEOUT = 256 * 2**10, 60.0
 
 # Seconds for the calls under way when a server is closed; flowcoro_net has the same.
 DRAIN_TIMEOUT = 8.0
+
+# Seconds that calls may go on when the peer sends no more: it is gone, or (`nc`) waits for the answers to what it has sent.
+END_GRACE = 1.0
+
+# Seconds for which we read on after a failure, so that the answer that tells why arrives (else the system may reset).
+LINGER = 2.0
+
+# Seconds that a deadline of the server may be late: all calls of a kernel share one timer.
+GRAIN = 0.05
+
+# Items of a stream that may be on the way to who takes them; and that one grant of credit may have.
+STREAM_WINDOW, MAX_CREDIT = 32, 2**31 - 1
 
 # Bytes that one read asks for.
 CHUNK = 64 * 2**10
@@ -320,6 +334,209 @@ class Newline(_Framing):
         return message + b"\n"
 
 
+class _Counted(_Framing):
+    """What has the length of a message before it: `_size` is that of the one that has begun, or None."""
+
+    __slots__ = ("_size",)
+
+    # Bytes after a message.
+    _AFTER = 0
+
+    def __init__(self, max_message=MAX_MESSAGE):
+        super().__init__(max_message)
+        self._size = None
+
+    def next_message(self):
+        """The next message, or NEED_DATA. ProtocolError when what comes is none, or too large."""
+        if self._size is None:
+            self._size = self._read_size()
+            if self._size is None:
+                return NEED_DATA
+            if self._size > self.max_message:
+                raise self._too_large(self._size)
+        end = self._at + self._size
+        if len(self._buffer) < end + self._AFTER:
+            return NEED_DATA
+        self._size = None
+        return self._take(self._at, end, end + self._AFTER)
+
+    def receive_end(self):
+        """The peer sends no more. ProtocolError if that is in the middle of a message."""
+        if self._size is not None or len(self._buffer) > self._at:
+            raise ProtocolError(f"the peer ended in the middle of a message, after {len(self._buffer) - self._at} bytes of it")
+
+
+_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e]*)").fullmatch
+_UTF8 = re.compile(rb"charset[ \t]*=[ \t]*\"?utf-?8\"?[ \t]*(?:;|\Z)", re.IGNORECASE).search
+
+
+class ContentLength(_Counted):
+    """A head, as HTTP's, before each message: that of the Language Server Protocol."""
+
+    __slots__ = ()
+
+    def _read_size(self):
+        buffer, start = self._buffer, self._at
+        end = buffer.find(b"\r\n\r\n", max(start, self._scan - 3), start + MAX_HEAD)
+        if end < 0:
+            if len(buffer) - start >= MAX_HEAD:
+                raise ProtocolError(f"a head of more than {MAX_HEAD} bytes")
+            self._check_begin(buffer[start:start + 20])
+            self._scan = len(buffer)
+            return None
+        size = None
+        for line in bytes(buffer[start:end]).split(b"\r\n"):
+            field = _FIELD(line)
+            if field is None:
+                raise ProtocolError(f"a line of the head is no field: {line[:60]!r}")
+            name, value = field[1].lower(), field[2].strip()
+            if name == b"content-length":
+                if size is not None or not value.isdigit() or len(value) > 18:
+                    raise ProtocolError(f"the length of a message is {value[:60]!r}{', after another one' * (size is not None)}")
+                size = int(value)
+            elif name == b"content-type" and b"charset" in value.lower() and not _UTF8(value):
+                raise ProtocolError(f"messages are in UTF-8, not in {value[:60]!r}")
+        if size is None:
+            raise ProtocolError("the head of a message has no Content-Length")
+        self._at = self._scan = end + 4
+        return size
+
+    @staticmethod
+    def _check_begin(data):
+        """Tell soon who speaks something else."""
+        if data[:1] not in (b"", b"c", b"C"):
+            raise ProtocolError(f"no head of a message begins with {bytes(data)!r}: Content-Length is its first field")
+
+    @staticmethod
+    def frame(message):
+        """A message as bytes to send."""
+        return b"Content-Length: %d\r\n\r\n%b" % (len(message), message)
+
+
+class Netstring(_Counted):
+    """A message is `length:bytes,`, the length in decimal digits."""
+
+    __slots__ = ()
+    _AFTER = 1
+
+    def _read_size(self):
+        buffer, start = self._buffer, self._at
+        most = len(str(self.max_message))
+        end = buffer.find(b":", start, start + most + 1)
+        digits = bytes(buffer[start:end if end >= 0 else start + most + 1])
+        if digits and (not digits.isdigit() or digits[:1] == b"0" != digits) or end == start:
+            raise ProtocolError(f"no netstring begins with {digits[:20]!r}")
+        if end < 0:
+            if len(digits) > most:
+                raise self._too_large(f"{digits.decode()}…")
+            return None
+        self._at = end + 1
+        return int(digits)
+
+    def next_message(self):
+        """The next message, or NEED_DATA. ProtocolError when what comes is none, or too large."""
+        message = super().next_message()
+        if message is not NEED_DATA and self._buffer[self._at - 1] != 0x2C:
+            raise ProtocolError("a netstring does not end with a comma")
+        return message
+
+    @staticmethod
+    def frame(message):
+        """A message as bytes to send."""
+        return b"%d:%b," % (len(message), message)
+
+
+class LengthPrefixed(_Counted):
+    """The length of a message in four bytes, the most significant first, before it."""
+
+    __slots__ = ()
+
+    def _read_size(self):
+        if len(self._buffer) - self._at < 4:
+            return None
+        self._at += 4
+        return int.from_bytes(self._buffer[self._at - 4:self._at], "big")
+
+    @staticmethod
+    def frame(message):
+        """A message as bytes to send."""
+        return len(message).to_bytes(4, "big") + message
+
+
+# What ends a step of the scan: outside of a value, in one, in a string, in a word at the top (1, true, or what is no JSON).
+_BEGINS = re.compile(rb"[^ \t\r\n]").search
+_NESTS = re.compile(rb'["\[\]{}]').search
+_QUOTES = re.compile(rb'["\\]').search
+_WORD_ENDS = re.compile(rb'[ \t\r\n"\[{]').search
+
+
+class Concatenated(_Framing):
+    """JSON values one after the other, with whitespace between them, or nothing.
+
+    Where a value ends is seen from its brackets and strings alone. What has no end, such as a string that is not closed, is waited
+    for: no other framing recovers as badly from what is no JSON.
+    """
+
+    __slots__ = ("_depth", "_in_string", "_in_word")
+
+    def __init__(self, max_message=MAX_MESSAGE):
+        super().__init__(max_message)
+        self._depth, self._in_string, self._in_word = 0, False, False
+
+    def next_message(self):
+        """The next message, or NEED_DATA. ProtocolError when it is too large."""
+        end = self._find_end()
+        size = (len(self._buffer) if end is None else end) - self._at
+        if size > self.max_message:
+            raise self._too_large(f"{'at least ' * (end is None)}{size}")
+        return NEED_DATA if end is None else self._take(self._at, end, end)
+
+    def _find_end(self):
+        """Where the value ends; None if it has not yet. `_scan` is where the search goes on."""
+        buffer = self._buffer
+        if not self._depth and not self._in_string and not self._in_word:
+            found = _BEGINS(buffer, self._at)
+            self._at = self._scan = len(buffer) if found is None else found.start()
+            if found is None:
+                return None
+            self._in_word = found[0] not in b'"[{'
+        while True:
+            search = _QUOTES if self._in_string else _WORD_ENDS if self._in_word else _NESTS
+            found = search(buffer, self._scan)
+            if found is None:
+                self._scan = len(buffer)
+                return None
+            at, byte = found.start(), found[0]
+            if self._in_word:
+                self._in_word = False
+                return at
+            if byte == b"\\":
+                if at + 1 == len(buffer):       # what it escapes is still to come
+                    self._scan = at
+                    return None
+                self._scan = at + 2
+                continue
+            self._scan = at + 1
+            if byte == b'"':
+                self._in_string = not self._in_string
+            else:
+                self._depth = max(self._depth + (1 if byte in b"[{" else -1), 0)
+            if not self._depth and not self._in_string:
+                return self._scan
+
+    def receive_end(self):
+        """The peer sends no more: a number at the end is whole now. ProtocolError if that is in the middle of another value."""
+        if self._in_word:
+            self._buffer += b" "
+        elif self._depth or self._in_string:
+            super().receive_end()
+
+    @staticmethod
+    def frame(message):
+        """A message as bytes to send: itself, as it is an object or an array."""
+        return message
+
+
 # ---- codec ----------------------------------------------------------------------------------------------------
 #
 # A message is judged by read_message(); of a batch each member alone. What has a "method" is a request; else what has a "result" or
@@ -328,12 +545,12 @@ class Newline(_Framing):
 class Request(typing.NamedTuple):
     """A call: it has an id (str, int, float or None), and wants an answer. params: a list, a dict, or None where there are none.
 
-    more: the whole object, for members that are not the specification's.
+    more: the whole object, for members that are not the specification's. batch() takes it without an id.
     """
 
     method: str
-    params: object
-    id: object
+    params: object = None
+    id: object = None
     more: dict = {}
 
 
@@ -341,7 +558,7 @@ class Notification(typing.NamedTuple):
     """A call that wants no answer."""
 
     method: str
-    params: object
+    params: object = None
     more: dict = {}
 
 
@@ -471,7 +688,7 @@ class _Method:
     """A function that is called from outside: how parameters are bound to its signature, before it is called."""
 
     __slots__ = ("name", "function", "wants", "is_async", "is_stream", "fields", "required", "most", "named", "takes_named",
-                 "rest", "_checked", "_required_names", "_plain")
+                 "rest", "returns", "_required_names", "_plain")
 
     def __init__(self, name, function, said):
         self.name, self.function = name, function
@@ -482,7 +699,8 @@ class _Method:
             inner = type(inner).__call__
         self.is_async, self.is_stream = inspect.iscoroutinefunction(inner), inspect.isasyncgenfunction(inner)
         parameters = list(inspect.signature(function).parameters.values())
-        hints = _hints(inner, parameters, said)
+        hints = _hints(inner, function, said)
+        self.returns = hints.get("return", inspect.Parameter.empty)
         self.wants = self._wanted(parameters, hints)
         if self.wants is not None:
             del parameters[0]
@@ -493,9 +711,9 @@ class _Method:
         self.most = len(self.fields) if self.rest is None else math.inf
         self._required_names = [name for name, field in self.named.items() if field.default is _MISSING]
         only_named = [name for name in self._required_names if self.named[name] not in self.fields]
-        self._checked = any(not isinstance(field.kind, flowcoro_schema.Anything)
-                            for field in (*self.fields, *self.named.values(), self.rest, self.takes_named) if field is not None)
-        self._plain = not self._checked and not only_named      # places that are counted, and no more
+        checked = any(not isinstance(field.kind, flowcoro_schema.Anything)
+                      for field in (*self.fields, *self.named.values(), self.rest, self.takes_named) if field is not None)
+        self._plain = not checked and not only_named      # places that are counted, and no more
 
     @staticmethod
     def _wanted(parameters, hints):
@@ -566,12 +784,15 @@ class _Method:
         return [], values
 
 
-def _hints(function, parameters, said):
-    """{name: annotation}. TypeError when one has a name that is not there."""
-    given = {one.name: one.annotation for one in parameters if one.annotation is not one.empty}
+def _hints(inner, function, said):
+    """{name, or "return": annotation}. TypeError when one has a name that is not there."""
+    signature = inspect.signature(function)
+    given = {one.name: one.annotation for one in signature.parameters.values() if one.annotation is not one.empty}
+    if signature.return_annotation is not signature.empty:
+        given["return"] = signature.return_annotation
     try:
         return typing.get_type_hints(types.SimpleNamespace(__annotations__=given),
-                                     getattr(inspect.unwrap(function), "__globals__", {}), include_extras=True)
+                                     getattr(inspect.unwrap(inner), "__globals__", {}), include_extras=True)
     except (NameError, SyntaxError) as error:
         raise TypeError(f"{said}: {error}; annotations are looked up in the module of the function") from None
 
@@ -580,7 +801,8 @@ class Methods:
     """What can be called from outside, by name. An RpcServer is one; a client is given one for what the server calls."""
 
     def __init__(self):
-        self._methods = {}
+        self._methods, self._around = {}, []
+        self._title, self._version, self._discovers = "JSON-RPC", "1", False
 
     def method(self, function=None, *, name=None):
         """Decorates a function: `@server.method`, or `@server.method("name")`, and gives it back.
@@ -609,54 +831,653 @@ class Methods:
             if not name.startswith("_") and inspect.isroutine(getattr(thing, name)):
                 self.method(getattr(thing, name), name=prefix + name)
 
+    def middleware(self, function):
+        """Decorates `async def around(context, call_next)`: it is called around each call, the first added the outermost.
+
+        `await call_next(context)` gives what the handler has returned (of a stream the async generator); what this returns is the
+        answer. Parameters have been bound and checked by then.
+        """
+        self._around.append(function)
+        return function
+
+    def _find(self, name):
+        """The _Method of a name. MethodNotFound."""
+        method = self._methods.get(name)
+        if method is None:
+            if name == "rpc.discover" and self._discovers:
+                return _Method(name, self.discover, "rpc.discover")
+            raise MethodNotFound
+        return method
+
+    def discover(self):
+        """The OpenRPC 1.3 document of the methods, made from signatures and docstrings: what "rpc.discover" answers."""
+        schemas = flowcoro_schema.Schemas()
+        methods = [_openrpc_method(method, schemas) for _, method in sorted(self._methods.items())]
+        document = {"openrpc": "1.3.2", "info": {"title": self._title, "version": self._version}, "methods": methods}
+        if schemas.schemas:
+            document["components"] = {"schemas": schemas.schemas}
+        return document
+
+
+def _openrpc_method(method, schemas):
+    """A Method Object of OpenRPC."""
+    summary, _, rest = inspect.cleandoc(inspect.getdoc(method.function) or "").partition("\n")
+    fields = [*method.fields, *(field for field in method.named.values() if field not in method.fields)]
+    document = {"name": method.name, "params": [_descriptor(field, schemas) for field in fields],
+                "result": {"name": "result", "schema": _result_schema(method, schemas)},
+                "paramStructure": "by-position" if len(method.named) < len(fields) else
+                "by-name" if len(method.fields) < len(fields) else "either"}
+    if summary:
+        document["summary"] = summary
+    if rest.strip():
+        document["description"] = rest.strip()
+    return document
+
+
+def _descriptor(field, schemas):
+    schema = field.schema(schemas)
+    described = {"description": schema.pop("description")} if field.description else {}
+    return {"name": field.name, "required": field.default is _MISSING, **described, "schema": schema}
+
+
+def _result_schema(method, schemas):
+    """The schema of what it returns, of a stream of all items together; {} where no annotation says so."""
+    returned = method.returns
+    if method.is_stream:
+        returned = list[typing.get_args(returned)[:1] or (typing.Any,)]
+    try:
+        return flowcoro_schema.kind_of(returned).schema(schemas)
+    except TypeError:
+        return {}
+
 
 class Context:
     """What a handler may want to know of its call.
 
-    `peer`: the Peer of the connection, None for a message by itself (HTTP); `method`, `params`, `id` (None for a notification);
-    `headers`: dict of str; `state`: a dict for middleware.
+    `peer`: the Peer that calls; of a message by itself (HTTP) one that cannot be called back. `method`, `params`, `id` (None for a
+    notification). `headers`: a dict of texts, which came with the call ("$/context") or were given to answer(); "traceparent" is
+    that of W3C. `state`: a dict for middleware.
     """
 
     __slots__ = ("peer", "method", "params", "id", "headers", "state")
 
-    def __init__(self, peer, request, headers):
-        self.peer, self.method, self.params = peer, request.method, request.params
-        self.id = getattr(request, "id", None)
-        self.headers, self.state = headers, {}
+    def __init__(self, peer, request):
+        self.peer, self.method, self.params, self.id = peer, request.method, request.params, getattr(request, "id", None)
+        more = request.more.get("$/context")
+        self.headers, self.state = {**peer.headers, **_texts(more)}, {}
+
+
+def _texts(more):
+    """The texts of a "$/context" member."""
+    return {name: text for name, text in more.items() if text.__class__ is str} if more.__class__ is dict else {}
 
 
 # ---- transports -----------------------------------------------------------------------------------------------
+#
+# What a Peer reads from and writes to. Frames are given out in their order, and what could not be written is given back.
 
 class _SocketWire:
-    """Messages over a Socket."""
+    """Messages over a Socket, cut by a framing."""
 
     def __init__(self, sock, framing):
-        self.sock, self.framing = sock, framing
-        self.next_message, self.frame = framing.next_message, framing.frame
+        self._sock, self._framing = sock, framing
+        self.next_message, self.frame, self.max_message = framing.next_message, framing.frame, framing.max_message
 
     async def read(self):
         """Let the framing have more; whether there was any before the end."""
-        data = await self.sock.read(CHUNK)
+        data = await self._sock.read(CHUNK)
         if data:
-            self.framing.receive_data(data)
+            self._framing.receive_data(data)
             return True
-        self.framing.receive_end()
+        self._framing.receive_end()
         return False
 
     def write_nowait(self, frames):
-        """Write frames; what is left, as bytes."""
-        data = frames[0] if len(frames) == 1 else b"".join(frames)
-        sent = self.sock.write_nowait(data)
-        return b"" if sent == len(data) else memoryview(data)[sent:]
+        """Write frames; returns how many bytes the system has taken."""
+        return self._sock.write_nowait(frames[0] if len(frames) == 1 else b"".join(frames))
 
-    async def write(self, data):
-        await self.sock.write(data)
+    async def write(self, frames):
+        """Write frames, and give the number of bytes after each part that the system has taken."""
+        data = memoryview(frames[0] if len(frames) == 1 else b"".join(frames))
+        for start in range(0, len(data), WRITE_CHUNK):
+            part = data[start:start + WRITE_CHUNK]
+            with flowcoro.timeout(WRITE_TIMEOUT):
+                await self._sock.write(part)
+            yield len(part)
+
+    async def linger(self):
+        """After what was wrong: end what we send, and read until the peer has seen why."""
+        with flowcoro.move_on_after(LINGER):
+            await self._sock.shutdown_write()
+            while await self._sock.read(CHUNK):
+                pass
+
+    async def close(self):
+        await self._sock.close()
+
+    def close_nowait(self):
+        self._sock.close_nowait()
+
+    def __str__(self):
+        return repr(self._sock)
 
 
-# ---- peers ----------------------------------------------------------------------------------------------------
+class _MessageWire:
+    """Messages that come whole, by `await receive()`, and go by `await send(text)`: a WebSocket, say."""
+
+    def __init__(self, messages, max_message):
+        self._messages, self._next, self.max_message = messages, NEED_DATA, max_message
+
+    @staticmethod
+    def frame(message):
+        return message
+
+    def next_message(self):
+        message, self._next = self._next, NEED_DATA
+        return message
+
+    async def read(self):
+        try:
+            message = await self._messages.receive()
+        except flowcoro_net.BrokenError as error:
+            if getattr(error, "code", None) in (1000, 1001, 1005):      # a WebSocket that was closed in order
+                return False
+            raise
+        if message is None:
+            return False
+        self._next = message.encode() if isinstance(message, str) else bytes(message)
+        if len(self._next) > self.max_message:
+            raise ProtocolError(f"a message of {len(self._next)} bytes, where max_message={self.max_message} are allowed")
+        return True
+
+    def write_nowait(self, frames):
+        return 0
+
+    async def write(self, frames):
+        for frame in frames:
+            with flowcoro.timeout(WRITE_TIMEOUT):
+                await self._messages.send(bytes(frame).decode())
+            yield len(frame)
+
+    async def linger(self):
+        pass
+
+    async def close(self):
+        pass                    # it is the caller's
+
+    def close_nowait(self):
+        pass
+
+    def __str__(self):
+        return repr(self._messages)
+
+
+class _OneWire:
+    """A single message, and what answers it: HTTP."""
+
+    def __init__(self, message, max_message):
+        self._next, self.max_message, self.answers = message, max_message, []
+
+    @staticmethod
+    def frame(message):
+        return message
+
+    def next_message(self):
+        message, self._next = self._next, NEED_DATA
+        return message
+
+    async def read(self):
+        return False
+
+    def write_nowait(self, frames):
+        self.answers += frames
+        return sum(map(len, frames))
+
+    async def linger(self):
+        pass
+
+    async def close(self):
+        pass
+
+    def close_nowait(self):
+        pass
+
+    def __str__(self):
+        return "<a message by itself>"
+
+
+# ---- peers: what goes out -------------------------------------------------------------------------------------
+#
+# Frames wait in `_out`. Who has reason to think that no other frame comes in this turn writes them at once (_flush); else the
+# writer does, a task which is woken when the first one comes (_flush_later), and so has its turn after all that are ready now.
+# `_queued`, `_begun` and `_written` count bytes: of frames that have come, that a write has begun with, that the system has taken.
+
+class _Outgoing:
+    """How a Peer writes."""
+
+    def __init__(self, wire):
+        self._wire = wire
+        self._out, self._queued, self._begun, self._written = [], 0, 0, 0
+        self._group = None              # of its tasks, while it runs
+        self._writing, self._writer = False, None
+        self._work = flowcoro.ParkingLot("wait for something to send")
+        self._room = flowcoro.ParkingLot("wait until the peer reads what was sent")
+        self._ended = flowcoro.Event()
+        self._lost = None               # why the connection is over: an exception
+
+    @flowcoro.atomic
+    def _post(self, message):
+        """Add a message to those that are to be sent."""
+        frame = self._wire.frame(message)
+        self._out.append(frame)
+        self._queued += len(frame)
+
+    @flowcoro.atomic
+    def _begin_writing(self):
+        """The frames to be written; None if there are none, or somebody writes."""
+        if self._writing or not self._out or self._lost is not None:
+            return None
+        frames, self._out = self._out, []
+        self._writing, self._begun = True, self._queued
+        return frames
+
+    @flowcoro.atomic
+    def _end_writing(self, frames, taken):
+        """`taken` bytes of the frames were written; the rest comes first the next time."""
+        self._written += taken
+        if self._written < self._begun:
+            for count, frame in enumerate(frames, 1):
+                taken -= len(frame)
+                if taken < 0:
+                    self._out[:0] = [memoryview(frame)[taken:], *frames[count:]]
+                    break
+        self._writing = False
+
+    def _flush(self):
+        """Write now what the system takes. Never blocks."""
+        frames = self._begin_writing()
+        if frames is None:
+            return
+        taken = 0
+        try:
+            taken = self._wire.write_nowait(frames)
+        except flowcoro.FlowCoroError as error:
+            self._lose(error)
+        finally:
+            self._end_writing(frames, taken)
+        if self._out:
+            self._flush_later()
+        self._look_for_end()
+
+    @flowcoro.atomic
+    def _flush_later(self):
+        """Have it written at the end of this turn."""
+        if self._writer is None and self._group is not None and self._lost is None:
+            self._writer = self._group.spawn(self._write(), name="write of an RPC connection")
+        elif self._work:
+            self._work.unpark()
+
+    async def _write(self):
+        """The writer."""
+        while True:
+            frames = self._begin_writing()
+            if frames is None:
+                await self._work.park_unless(lambda: self._out and not self._writing)
+                continue
+            taken = 0
+            try:
+                async for part in self._wire.write(frames):
+                    taken += part
+            except (flowcoro.FlowCoroError, TimeoutError) as error:
+                self._lose(error)
+                return
+            finally:
+                self._end_writing(frames, taken)
+            self._room.unpark_all()
+            self._look_for_end()
+
+    async def _until_room(self):
+        """Wait while the peer does not read what was sent; the end of the connection ends it, too."""
+        while self._queued - self._written > MAX_UNSENT and self._lost is None:
+            await self._room.park_unless(lambda: self._queued - self._written <= MAX_UNSENT or self._lost is not None)
+
+    @flowcoro.atomic
+    def _lose(self, error):
+        """The connection is over: who waits is told at once, and run() ends."""
+        if self._lost is None:
+            self._lost = error
+            self._room.unpark_all()
+            self._settle_all(error)
+            self._ended.set()
+
+
+# ---- peers: calls ---------------------------------------------------------------------------------------------
+
+class _Reply:
+    """A call of ours, and the task that waits for its answer."""
+
+    __slots__ = ("task", "done", "value", "error", "begin", "end", "message")
+
+    def __init__(self, message):
+        self.task = self.value = self.error = None
+        self.done = False
+        self.message = message          # what it was sent in: calls of one batch share it
+        self.begin = self.end = 0       # where its bytes are, of all that were queued
+
+    def park(self, task):
+        task.park_reason, task.abort_function = "wait for the answer to a call", self._abort
+        if self.done:
+            flowcoro.reschedule(task)
+        else:
+            self.task = task
+
+    def _abort(self, task):
+        self.task = None
+        return True
+
+    @flowcoro.atomic
+    def settle(self, value, error):
+        """The call has ended. Once."""
+        self.value, self.error, self.done = value, error, True
+        self._wake()
+
+    def _wake(self):
+        task, self.task = self.task, None
+        if task is not None:
+            flowcoro.reschedule(task)
+
+    def take(self):
+        """The result, or its error."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class _Feed(_Reply):
+    """A stream of ours: `items` that have come and were not yet taken, and how many may still come."""
+
+    __slots__ = ("items", "credit")
+
+    def __init__(self, message, credit):
+        super().__init__(message)
+        self.items, self.credit = collections.deque(), credit
+
+    def park(self, task):
+        super().park(task)
+        if self.items and not self.done:
+            self._wake()
+
+    @flowcoro.atomic
+    def receive(self, items):
+        """More of it. ProtocolError if that is more than was asked for."""
+        self.credit -= len(items)
+        if self.credit < 0:
+            raise ProtocolError("a stream has sent more items than it was given credit for")
+        self.items.extend(items)
+        self._wake()
+
+
+class Proxy:
+    """The methods of a peer as attributes: `await client.proxy.math.add(1, 2)` calls "math.add"."""
+
+    __slots__ = ("_target", "_name")
+
+    def __init__(self, target, name=""):
+        self._target, self._name = target, name
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Proxy(self._target, f"{self._name}.{name}" if self._name else name)
+
+    def __call__(self, *args, **named):
+        return self._target.call(self._name, *args, **named)
+
+
+def _given(args, named, params):
+    """The params of a call."""
+    if params is not _MISSING:
+        if args or named:
+            raise TypeError("give params= alone, or the parameters themselves")
+        return params
+    if args and named:
+        raise TypeError("JSON-RPC has parameters by position or by name; give all of them one way")
+    return list(args) if args else named or None
+
+
+class _Caller:
+    """What a Peer and an RpcClient have: the ways to call."""
+
+    def call(self, method, /, *args, params=_MISSING, timeout=_MISSING, **named):
+        """`await peer.call("add", 1, 2)`, or by name, `call("add", a=1, b=2)`; params= gives a list or a dict as it is.
+
+        Returns the result. timeout: seconds, None for no limit; the default is that of the connection. TimeoutError when it has
+        passed, RpcError for an answer that is an error, ConnectionLost, ClosedError; LimitError for a call that is too large,
+        TypeError and ValueError for what has no JSON. After a timeout, and when it is cancelled, the peer is told by
+        $/cancelRequest; the call may have run.
+        """
+        return self._call(method, _given(args, named, params), timeout)
+
+    def notify(self, method, /, *args, params=_MISSING, **named):
+        """`await peer.notify("log", "…")`: a call without an answer. Returns when it is on its way: nobody tells whether it has
+        arrived. Errors as call(). Cancelled: it was not sent."""
+        return self._notify(method, _given(args, named, params))
+
+    def batch(self, *calls, timeout=_MISSING):
+        """`await peer.batch(Request("add", [1, 2]), Notification("log", ["…"]))`: several in one message.
+
+        Returns a list with the result of each Request, in order; an RpcError instead where the answer is one. Errors of call()
+        for all of them together; ValueError for none.
+        """
+        return self._batch(calls, timeout)
+
+    def stream(self, method, /, *args, params=_MISSING, timeout=None, window=STREAM_WINDOW, **named):
+        """`async for item in peer.stream("count", 5)`: call an async generator of the peer, or what returns a list.
+
+        timeout: seconds for each item. window: items that the peer may be ahead of who takes them. Errors as call(). Leaving the
+        loop, also by a cancellation, ends it at the peer.
+        """
+        return self._stream(method, _given(args, named, params), timeout, window)
+
+    @property
+    def proxy(self):
+        """A Proxy: `await peer.proxy.math.add(1, 2)`."""
+        return Proxy(self)
+
+
+class _Calling(_Outgoing, _Caller):
+    """How a Peer calls."""
+
+    def __init__(self, wire, options):
+        super().__init__(wire)
+        self._options = options
+        self._pending = {}              # id -> _Reply: R2
+        self._next_id = itertools.count(1).__next__
+        self._burst = False             # the last read has brought more than one answer: more than one call will follow
+
+    def _more(self, timeout):
+        """The members of a request that are not the specification's, or None."""
+        options = self._options
+        if not options.propagate:
+            return None
+        context = dict(options.headers() if callable(options.headers) else options.headers or ())
+        if timeout != math.inf:
+            context["timeout"] = timeout
+        return {"$/context": context} if context else None
+
+    def _register(self, replies, message):
+        """Send a message; the replies by their ids."""
+        if len(message) > self._wire.max_message:
+            raise flowcoro_net.LimitError(f"a call of {len(message)} bytes, where max_message={self._wire.max_message} are allowed; "
+                                          "allow more at both ends, or send several")
+        if self._enter(replies, message):
+            self._flush()
+        else:
+            self._flush_later()
+
+    @flowcoro.atomic
+    def _enter(self, replies, message):
+        """Whether it is the only one under way, and so is best sent at once."""
+        if self._lost is not None or self._input_ended:
+            raise self._ended_error(self._lost or self._ended_by_peer(), False)
+        alone = not self._pending and not self._burst
+        self._pending.update(replies)
+        begin = self._queued
+        self._post(message)
+        for reply in replies.values():
+            reply.begin, reply.end = begin, self._queued
+        return alone
+
+    @staticmethod
+    def _ended_error(cause, sent):
+        if isinstance(cause, flowcoro.ClosedError):
+            return flowcoro.ClosedError(str(cause))
+        lost = ConnectionLost("the connection was lost" + {
+            False: ", and the call has not run", True: "; the call was sent, and may have run",
+            None: "; nobody knows whether the call has run"}[sent] + f": {cause}", sent)
+        lost.__cause__ = cause
+        return lost
+
+    @flowcoro.atomic
+    def _settle_all(self, cause):
+        """What waits for an answer gets none."""
+        while self._pending:
+            _, reply = self._pending.popitem()
+            sent = False if reply.begin >= self._begun else True if reply.end <= self._written else None
+            reply.settle(None, self._ended_error(cause, sent))
+
+    def _seconds(self, timeout):
+        return _seconds(self._options.timeout if timeout is _MISSING else timeout)
+
+    async def _call(self, method, params, timeout):
+        seconds, number = self._seconds(timeout), self._next_id()
+        message = encode_request(method, params, number, self._more(seconds))
+        reply = _Reply(message)
+        with flowcoro.move_on_after(seconds) as scope:
+            if self._queued - self._written > MAX_UNSENT:
+                await self._until_room()
+            self._register({number: reply}, message)
+            try:
+                await flowcoro.park(reply.park)
+            finally:
+                if not reply.done:
+                    self._give_up(number)
+            return reply.take()
+        raise self._late(scope, method, seconds)
+
+    @staticmethod
+    def _late(scope, method, seconds):
+        return TimeoutError(f"no answer to {method!r} within timeout={seconds:g} s; it may have run")
+
+    def _give_up(self, number):
+        """Nobody waits for this answer any more: tell the peer."""
+        if self._pending.pop(number, None) is not None and self._lost is None:
+            self._post(encode_request("$/cancelRequest", {"id": number}))
+            self._flush_later()
+
+    async def _notify(self, method, params):
+        message = encode_request(method, params, more=self._more(math.inf))
+        await flowcoro.checkpoint()
+        await self._until_room()
+        self._register({}, message)
+
+    async def _batch(self, calls, timeout):
+        seconds, replies, texts = self._seconds(timeout), {}, []
+        for one in calls:
+            if isinstance(one, Notification):
+                texts.append(encode_request(one.method, one.params))
+            elif isinstance(one, Request):
+                number = self._next_id()
+                replies[number] = _Reply(None)
+                texts.append(encode_request(one.method, one.params, number, self._more(seconds)))
+            else:
+                raise TypeError(f"batch({one!r:.80}): it takes Request(method, params) and Notification(method, params)")
+        if not texts:
+            raise ValueError("batch(): an empty batch is none")
+        message = b"[%b]" % b",".join(texts)
+        for reply in replies.values():
+            reply.message = message
+        with flowcoro.move_on_after(seconds) as scope:
+            await self._until_room()
+            self._register(replies, message)
+            try:
+                for reply in replies.values():
+                    await flowcoro.park(reply.park)
+            finally:
+                for number, reply in replies.items():
+                    if not reply.done:
+                        self._give_up(number)
+            return [reply.error if isinstance(reply.error, RpcError) else reply.take() for reply in replies.values()]
+        raise self._late(scope, "a batch", seconds)
+
+    async def _stream(self, method, params, timeout, window):
+        seconds, number = _seconds(timeout), self._next_id()
+        message = encode_request(method, params, number, {"$/stream": window, **(self._more(math.inf) or {})})
+        feed, taken = _Feed(message, window), 0
+        await self._until_room()
+        self._register({number: feed}, message)
+        try:
+            while True:
+                while feed.items:
+                    item = feed.items.popleft()
+                    taken += 1
+                    if taken >= max(window // 2, 1) and not feed.done:
+                        feed.credit += taken
+                        self._post(encode_request("$/stream", {"id": number, "credit": taken}))
+                        self._flush_later()
+                        taken = 0
+                    yield item
+                if feed.done:
+                    break
+                with flowcoro.move_on_after(seconds):
+                    await flowcoro.park(feed.park)
+                    continue
+                raise TimeoutError(f"no item of {method!r} within timeout={seconds:g} s")
+            for item in feed.take() or ():          # of one that knows no streams: a list
+                yield item
+        finally:
+            if not feed.done:
+                self._give_up(number)
+
+    # -- answers
+
+    def _take_response(self, response):
+        error = None if response.error is None else _as_error(response.error)
+        reply = self._pending.pop(response.id, None)
+        if reply is not None:
+            reply.settle(response.result, error)
+        elif response.id is None and error is not None:
+            # What we have sent was not understood: if all that is under way was one message, it is that.
+            messages = {id(reply.message) for reply in self._pending.values()}
+            if len(messages) == 1:
+                while self._pending:
+                    self._pending.popitem()[1].settle(None, error)
+                return
+        else:
+            self.strays += 1
+
+    def _take_items(self, params):
+        feed = self._pending.get(_id_of(params))
+        items = params.get("items") if params.__class__ is dict else None
+        if feed.__class__ is _Feed and items.__class__ is list:
+            feed.receive(items)
+        else:
+            self.strays += 1
+
+
+def _id_of(params):
+    """The "id" of a notification's params; _MISSING if there is none."""
+    number = params.get("id", _MISSING) if params.__class__ is dict else _MISSING
+    return number if number.__class__ in _ID_TYPES else _MISSING
+
+
+# ---- peers: what comes in -------------------------------------------------------------------------------------
 
 class _Rest:
-    """To be awaited: what is left of a coroutine whose first step was made already, and gave `trap`."""
+    """To be awaited: what is left of a coroutine whose first step was made already, and gave `trap`.
+
+    It hands on what the coroutine says to the kernel and the kernel to it, and runs each step in the context of the call.
+    """
 
     __slots__ = ("_coro", "_trap", "_run", "_begun")
 
@@ -686,236 +1507,972 @@ class _Rest:
         self._coro.close()
 
 
-class _Reply:
-    """A call of ours, and the task that waits for its answer."""
+def _surround(around, call_next):
+    return lambda context: around(context, call_next)
 
-    __slots__ = ("task", "done", "value", "error", "end")
 
-    def __init__(self):
-        self.task = self.value = self.error = None
-        self.done = False
+class _Answers:
+    """The answers to a batch, until there are all: one message."""
 
-    def park(self, task):
-        task.park_reason, task.abort_function = "wait for the answer to a call", self._abort
-        if self.done:
-            flowcoro.reschedule(task)
-        else:
-            self.task = task
+    __slots__ = ("_peer", "_answers", "_left", "_size")
 
-    def _abort(self, task):
-        self.task = None
+    def __init__(self, peer, count):
+        self._peer, self._answers, self._left, self._size = peer, [None] * count, count, 1
+
+    def set(self, index, answer):
+        """The answer to one member, or None for none."""
+        self._answers[index] = answer
+        self._left -= 1
+        if not self._left:
+            answers = [answer for answer in self._answers if answer is not None]
+            if answers:
+                self._peer._post(b"[%b]" % b",".join(answers))
+
+    def room_for(self, answer):
+        """Whether the message does not get too large by it."""
+        if self._size + len(answer) + 1 > self._peer._wire.max_message:
+            return False
+        self._size += len(answer) + 1
         return True
 
+
+class _Call:
+    """A call of the peer's that is under way: `task` is the one that it runs in."""
+
+    __slots__ = ("peer", "request", "id", "slot", "task", "due", "answered", "credit", "lot")
+
+    def __init__(self, peer, request, slot):
+        self.peer, self.request, self.slot = peer, request, slot
+        self.id = getattr(request, "id", _MISSING)
+        self.task = self.due = self.lot = None
+        self.answered = False
+        self.credit = 0                 # items that it may send, of a stream
+
+    def end(self, kind):
+        """End it: the answer is this error, and the task is cancelled."""
+        self.peer._fail(self, kind())
+        self.peer._flush_later()
+        self.task.cancel()
+
+    def grant(self, credit):
+        """A stream may send more."""
+        self.credit += credit
+        if self.lot is not None:
+            self.lot.unpark()
+
+    async def until_credit(self):
+        """Wait until a stream may send more."""
+        if self.lot is None:
+            self.lot = flowcoro.ParkingLot("wait until the peer takes more of a stream")
+        while not self.credit:
+            await self.lot.park_unless(lambda: self.credit)
+
+
+class _Deadlines:
+    """Ends the calls of a kernel whose time is up: one task for all, which looks at what is due each GRAIN seconds."""
+
+    all = weakref.WeakKeyDictionary()
+
+    def __init__(self):
+        self.due, self.runs = {}, False         # tick -> {call: None}
+        self.scope = None                       # around the sleep of the sweep
+
+    @classmethod
+    def of_kernel(cls):
+        kernel = flowcoro.current_kernel()
+        return cls.all.get(kernel) or cls.all.setdefault(kernel, cls())
+
     @flowcoro.atomic
-    def settle(self, value, error):
-        self.value, self.error, self.done = value, error, True
-        task, self.task = self.task, None
-        if task is not None:
-            flowcoro.reschedule(task)
+    def add(self, call, seconds):
+        """End it after so many seconds, at most GRAIN more."""
+        call.due = tick = int((flowcoro.now() + seconds) / GRAIN) + 1
+        self.due.setdefault(tick, {})[call] = None
+        if not self.runs:
+            self.runs = True
+            flowcoro.spawn(self.sweep(), name="deadlines of RPC")
+        elif self.scope is not None and tick * GRAIN < self.scope.deadline:
+            self.scope.deadline = tick * GRAIN
 
+    @flowcoro.atomic
+    def remove(self, call):
+        calls = self.due.get(call.due)
+        if calls is not None:
+            calls.pop(call, None)
+            if not calls:
+                del self.due[call.due]
 
-class Peer:
-    """One end of a connection."""
+    @flowcoro.atomic
+    def expire(self):
+        """End what is due. Whether there is more."""
+        now = flowcoro.now() / GRAIN
+        for tick in [tick for tick in self.due if tick <= now]:
+            for call in self.due.pop(tick):
+                call.end(DeadlineExceeded)
+        self.runs = bool(self.due)
+        return self.runs
 
-    def __init__(self, wire, methods):
-        self._wire, self._methods = wire, methods
-        self._pending, self._numbers = {}, itertools.count(1)
-        self._out, self._writing = [], False
-        self._group = None
-        self._over = flowcoro.Event()
-        self._lost = None
-        self._wake = flowcoro.ParkingLot("wait for something to send")
-
-    # -- out
-    def _flush(self):
-        if self._out and not self._writing:
-            frames, self._out = self._out, []
-            left = self._wire.write_nowait(frames)
-            if left:
-                self._out.insert(0, bytes(left))
-                self._wake.unpark()
-
-    def _post(self, message, at_once):
-        self._out.append(self._wire.frame(message))
-        if at_once:
-            self._flush()
-        else:
-            self._wake.unpark()
-
-    async def _write(self):
-        while True:
-            await self._wake.park_unless(lambda: self._out)
-            frames, self._out = self._out, []
-            self._writing = True
-            try:
-                await self._wire.write(b"".join(frames))
-            finally:
-                self._writing = False
-
-    # -- calls
-    async def call(self, method, /, *args, params=_MISSING, timeout=CALL_TIMEOUT, **named):
-        """Call a method of the peer and return its result."""
-        if params is _MISSING:
-            params = list(args) if args else named or None
-        if self._lost is not None:
-            raise ConnectionLost("the connection has ended", False)
-        number = next(self._numbers)
-        message = encode_request(method, params, number)
-        reply = _Reply()
-        self._pending[number] = reply
+    async def sweep(self):
         try:
-            self._post(message, len(self._pending) == 1)
-            with flowcoro.timeout(timeout):
-                await flowcoro.park(reply.park)
+            while self.expire():
+                with flowcoro.CancelScope(deadline=min(self.due) * GRAIN) as self.scope:
+                    await flowcoro.sleep(math.inf)
         finally:
-            self._pending.pop(number, None)
-        if reply.error is not None:
-            raise reply.error
-        return reply.value
+            self.runs = False
 
-    async def notify(self, method, /, *args, params=_MISSING, **named):
-        """Send a notification."""
-        if params is _MISSING:
-            params = list(args) if args else named or None
-        self._post(encode_request(method, params), True)
-        await flowcoro.checkpoint()
 
-    # -- in
-    async def _read(self):
-        wire = self._wire
+class _Places:
+    """How many calls run at once, of all connections; and the connections that have some waiting for a place."""
+
+    __slots__ = ("most", "taken", "peers")
+
+    def __init__(self, most):
+        self.most, self.taken, self.peers = most, 0, {}
+
+    def release(self):
+        """One has ended: the connection that waits longest may begin one."""
+        self.taken -= 1
+        for peer in self.peers:
+            del self.peers[peer]
+            peer._begin_waiting()
+            break
+
+
+class _Answering(_Calling):
+    """How a Peer answers calls."""
+
+    def __init__(self, wire, methods, options, places):
+        super().__init__(wire, options)
+        self._methods, self._places = methods, places
+        self._todo = collections.deque()        # members of a batch that were read and not yet begun: (event, slot)
+        self._waiting = collections.deque()     # calls that wait for a place: (request, slot)
+        self._catching_up = False               # whether a task begins these
+        self._calls = {}                        # id, or of a notification the _Call itself -> _Call, of those that wait
+        self._begun_calls = 0                   # how many have a place
+        self._answered = self.strays = 0        # answers that have come; what has come and belongs to no call
+        self._paused = flowcoro.ParkingLot("wait until fewer calls of an RPC connection wait for a place")
+        self._draining = self._input_ended = False
+        self._base = contextvars.copy_context()
+
+    def _begin(self, request, slot):
+        """Begin a call. Returns what is to be awaited, or None if it has ended."""
+        call = _Call(self, request, slot)
         try:
-            while True:
-                message = wire.next_message()
-                if message is NEED_DATA:
-                    self._flush()
-                    if not await wire.read():
-                        break
-                    continue
-                rest = self._take(read_message(message))
-                if rest is not None:
-                    self._group.spawn(self._read(), name="read")
-                    await rest
-                    return
-        except flowcoro_net.NetworkError as error:
-            self._lost = error
-        self._over.set()
-
-    def _take(self, event):
-        if event.__class__ is Response:
-            reply = self._pending.pop(event.id, None)
-            if reply is not None:
-                reply.settle(event.result, event.error and _as_error(event.error))
-        elif event.__class__ is Request or event.__class__ is Notification:
-            return self._begin(event)
-        elif event.__class__ is Invalid:
-            kind = _BY_CODE[event.code]
-            self._out.append(self._wire.frame(encode_error(event.id, kind.code, kind.message)))
-
-    def _begin(self, request):
-        number = getattr(request, "id", _MISSING)
-        try:
-            plan = self._methods._methods.get(request.method)
-            if plan is None:
-                raise MethodNotFound
-            args, named = plan.bind(request.params)
-            if plan.wants:
-                args = [self if plan.wants == "peer" else Context(self, request, {}), *args]
-            run = contextvars.copy_context().run
-            result = run(plan.function, *args, **named)
-            if plan.is_async:
+            methods, number = self._methods, call.id
+            method = methods._find(request.method)
+            args, named = method.bind(request.params)
+            if number is not _MISSING and number in self._calls:
+                raise InvalidRequest("a call with this id is under way")
+            run = self._base.copy().run
+            if methods._around or method.is_stream:
+                result = self._go_through(method, call, args, named)
+            elif method.wants is None:
+                result = run(method.function, *args, **named)
+            else:
+                result = run(method.function, self._wanted(method, call), *args, **named)
+            if result.__class__ is types.CoroutineType:
                 try:
                     trap = run(result.send, None)
                 except StopIteration as stop:
                     result = stop.value
                 else:
-                    return self._finish(number, _Rest(result, trap, run))
-            self._answer(number, result)
+                    return self._enrol(call, _Rest(result, trap, run))
+            self._answer(call, result)
         except RpcError as error:
-            self._fail(number, error)
+            self._fail(call, error)
         except Exception as error:
-            self._fail(number, self._internal(error, request.method))
+            self._fail(call, self._internal(error, request.method))
+        return None
 
-    async def _finish(self, number, rest):
+    def _wanted(self, method, call):
+        return self if method.wants == "peer" else Context(self, call.request)
+
+    async def _go_through(self, method, call, args, named):
+        """A call that has middleware around it, or is a stream."""
+        context = Context(self, call.request)
+
+        async def innermost(context):
+            wanted = () if method.wants is None else (self if method.wants == "peer" else context,)
+            result = method.function(*wanted, *args, **named)
+            return await result if inspect.isawaitable(result) else result
+
+        call_next = innermost
+        for around in reversed(self._methods._around):
+            call_next = _surround(around, call_next)
+        result = await call_next(context)
+        return await self._send_items(call, result) if isinstance(result, types.AsyncGeneratorType) else result
+
+    async def _send_items(self, call, items):
+        """A stream: its items as notifications, when the caller has asked for that; else all as a list."""
+        credit = call.request.more.get("$/stream")
+        listed, size = [], 0
         try:
-            self._answer(number, await rest)
+            if (credit.__class__ is not int or not 0 < credit <= MAX_CREDIT or call.slot is not None or call.id is _MISSING
+                    or self._wire.__class__ is _OneWire):
+                async for item in items:
+                    listed.append(item)
+                    size += len(flowcoro_schema.encode_json(item))
+                    if size > self._wire.max_message:
+                        raise AnswerTooLarge
+                return listed
+            call.credit = credit
+            async for item in items:
+                if not call.credit:
+                    await call.until_credit()
+                call.credit -= 1
+                message = encode_request("$/stream", {"id": call.id, "items": [item]})
+                if len(message) > self._wire.max_message:
+                    raise AnswerTooLarge
+                self._post(message)
+                self._flush_later()
+                await self._until_room()
+            return None
+        finally:
+            await items.aclose()
+
+    def _enrol(self, call, rest):
+        """A call has to wait: it takes a place. Returns what is to be awaited."""
+        call.task = flowcoro.current_task()
+        self._calls[call if call.id is _MISSING else call.id] = call
+        self._begun_calls += 1
+        self._places.taken += 1
+        seconds = self._deadline_of(call.request)
+        if seconds != math.inf:
+            _Deadlines.of_kernel().add(call, seconds)
+        return self._stay(call, rest)
+
+    async def _stay(self, call, rest):
+        """The task that has begun a call stays with it to its end."""
+        try:
+            result = await rest
         except RpcError as error:
-            self._fail(number, error)
+            self._fail(call, error)
         except Exception as error:
-            self._fail(number, self._internal(error, "?"))
-        self._wake.unpark()
+            self._fail(call, self._internal(error, call.request.method))
+        else:
+            self._answer(call, result)
+        finally:
+            if call.due is not None:
+                _Deadlines.of_kernel().remove(call)
+            del self._calls[call if call.id is _MISSING else call.id]
+            self._begun_calls -= 1
+            self._places.release()
+            self._begin_waiting()
+            if self._out:
+                self._flush_later()
+            self._look_for_end()
+
+    def _deadline_of(self, request):
+        """Seconds that a call may take: the server's limit, or what the caller says, if that is less."""
+        more = request.more.get("$/context")
+        said = more.get("timeout") if more.__class__ is dict else None
+        limit = math.inf if "$/stream" in request.more else self._options.deadline
+        return min(limit, said) if said.__class__ in (int, float) and said >= 0 else limit
 
     def _internal(self, error, method):
-        reference = str(uuid.uuid4())
-        flowcoro_net.report_error(error, f"method {method!r} failed, reference {reference}", "flowcoro_rpc")
+        """The answer for an error of a handler, which is reported."""
+        reference = uuid.uuid4().hex
+        flowcoro_net.report_error(error, f"method {method!r} failed; its caller was given the reference {reference}",
+                                  "flowcoro_rpc")
         return InternalError({"reference": reference})
 
-    def _answer(self, number, result):
-        if number is not _MISSING:
-            self._out.append(self._wire.frame(encode_result(number, result)))
+    # -- places
 
-    def _fail(self, number, error):
-        if number is not _MISSING:
-            self._out.append(self._wire.frame(encode_error(number, error.code, error.message, error.data)))
+    def _has_place(self):
+        if self._begun_calls >= self._options.max_concurrent:
+            return False
+        if self._places.taken >= self._places.most:
+            self._places.peers[self] = None
+            return False
+        return True
 
-    async def run(self):
-        """Serve until the connection ends."""
+    def _wait(self, request, slot):
+        if self._places.taken >= self._places.most:
+            self._places.peers[self] = None
+        self._waiting.append((request, slot))
+
+    def _begin_waiting(self):
+        """There may be a place for a call that waits."""
+        if self._waiting and not self._catching_up and self._lost is None and self._has_place():
+            self._catching_up = True
+            self._group.spawn(self._catch_up(), name="begin calls that have waited")
+
+    async def _catch_up(self):
+        """As _read(), of the calls that have waited."""
+        while self._waiting and self._has_place():
+            request, slot = self._waiting.popleft()
+            self._paused.unpark()
+            rest = self._begin(request, slot)
+            if rest is not None:
+                self._catching_up = False
+                self._begin_waiting()
+                await rest
+                return
+            await flowcoro.checkpoint()
+        self._catching_up = False
+        self._flush_later()
+        self._look_for_end()
+
+    # -- answers
+
+    def _reply(self, slot, answer):
+        if slot is None:
+            self._post(answer)
+        else:
+            slot[0].set(slot[1], answer)
+
+    def _answer(self, call, result):
+        if call.answered:
+            return
+        if call.id is _MISSING:
+            call.answered = True
+            if call.slot is not None:
+                self._reply(call.slot, None)
+            return
+        slot, answer = call.slot, encode_result(call.id, result)
+        if len(answer) > self._wire.max_message if slot is None else not slot[0].room_for(answer):
+            raise AnswerTooLarge
+        call.answered = True
+        self._reply(slot, answer)
+
+    def _fail(self, call, error):
+        if call.answered:
+            return
+        call.answered = True
+        if call.id is not _MISSING:
+            try:
+                answer = encode_error(call.id, error.code, error.message, error.data)
+            except (TypeError, ValueError) as wrong:
+                answer = encode_error(call.id, InternalError.code, InternalError.message,
+                                      self._internal(wrong, call.request.method).data)
+            self._reply(call.slot, answer)
+        elif call.slot is not None:
+            self._reply(call.slot, None)
+
+
+class _Reading(_Answering):
+    """How a Peer reads."""
+
+    def _lead(self):
+        """Have a task read (R1)."""
+        self._group.spawn(self._read(), name="read of an RPC connection")
+
+    async def _read(self):
+        """Read until a call has to wait: then another task goes on, and this one stays with the call."""
+        wire, todo, task = self._wire, self._todo, flowcoro.current_task()
+        next_message, max_depth, max_batch = wire.next_message, self._options.max_depth, self._options.max_batch
         try:
-            async with flowcoro.TaskGroup(pinned=True) as group:
-                self._group = group
-                group.spawn(self._read(), name="read")
-                group.spawn(self._write(), name="write")
-                await self._over.wait()
-                group.cancel()
+            while True:
+                if todo:
+                    event, slot = todo.popleft()
+                else:
+                    message = next_message()
+                    if message is NEED_DATA:
+                        if not await self._more_data():
+                            return
+                        continue
+                    event, slot = read_message(message, max_depth=max_depth, max_batch=max_batch), None
+                rest = self._take(event, slot)
+                if rest is not None:
+                    self._lead()
+                    await rest
+                    return
+                if self._queued - self._written > MAX_UNSENT or len(self._waiting) >= self._options.max_waiting:
+                    await self._until_fewer()
+                if task.budget > 0:
+                    task.budget -= 1
+                else:
+                    self._flush()
+                    await flowcoro.checkpoint()
+        except ProtocolError as error:
+            await self._refuse(error)
+        except (flowcoro_net.NetworkError, flowcoro.ClosedError) as error:
+            self._lose(error)
+
+    async def _more_data(self):
+        """Send what there is, and read. False at the end."""
+        if self._out:
+            self._flush()
+        answered = self._answered
+        if await self._wire.read():
+            self._burst = self._answered - answered > 1
+            return True
+        self._input_ended = True
+        self._settle_all(self._ended_by_peer())
+        self._look_for_end()
+        if self._lost is None and self._options.end_grace != math.inf:
+            await flowcoro.sleep(self._options.end_grace)       # then nobody is there to hear the answers
+            self._lose(self._ended_by_peer())
+        return False
+
+    def _ended_by_peer(self):
+        return flowcoro_net.BrokenError(None, f"{self!r}: the peer has ended the connection")
+
+    def _look_for_end(self):
+        """Whether it is time to end, as nothing comes any more, or is to come, and nothing is left to do or to say."""
+        if ((self._input_ended or self._draining) and not self._begun_calls and not self._waiting and not self._todo
+                and self._queued == self._written and self._lost is None):
+            self._lose(self._ended_by_peer() if self._input_ended else
+                       flowcoro.ClosedError(f"{self!r} has been closed here"))
+
+    async def _until_fewer(self):
+        """R3: read no more while the peer does not read, or too many calls wait."""
+        self._flush()
+        await self._until_room()
+        most = self._options.max_waiting
+        await self._paused.park_unless(lambda: len(self._waiting) < most or self._lost is not None)
+
+    async def _refuse(self, error):
+        """What has come cannot be cut into messages: say so, and end."""
+        self._post(encode_error(None, error.code, InvalidRequest.message, str(error)))
+        self._flush()
+        with flowcoro.move_on_after(LINGER):
+            while self._queued > self._written and self._lost is None:
+                await self._room.park_unless(lambda: self._queued <= self._written or self._lost is not None)
+            await self._wire.linger()
+        self._lose(error)
+
+    # -- messages
+
+    def _take(self, event, slot):
+        """Do what a message asks for. Returns what is to be awaited, of a call that has to wait, or None."""
+        kind = event.__class__
+        if kind is Request:
+            if self._draining:
+                return self._fail(_Call(self, event, slot), ShuttingDown())
+            if self._waiting or not self._has_place():
+                self._wait(event, slot)
+                return None
+            return self._begin(event, slot)
+        if kind is Response:
+            self._answered += 1
+            self._take_response(event)
+        elif kind is Notification:
+            if event.method.startswith("$/"):
+                self._control(event.method, event.params)
+            elif not self._draining:
+                if self._waiting or not self._has_place():
+                    self._wait(event, slot)
+                    return None
+                return self._begin(event, slot)
+            if slot is not None:
+                slot[0].set(slot[1], None)
+            return None
+        elif kind is Batch:
+            answers = _Answers(self, len(event.members))
+            self._todo.extend((member, (answers, index)) for index, member in enumerate(event.members))
+        elif event.code is not None:
+            self._reply(slot, encode_error(event.id, event.code, _BY_CODE[event.code].message))
+            return None
+        else:
+            self.strays += 1
+        if slot is not None:
+            slot[0].set(slot[1], None)
+        return None
+
+    def _control(self, method, params):
+        """A notification of the protocol itself; what is not known is left alone."""
+        if method == "$/cancelRequest":
+            number = _id_of(params)
+            call = self._calls.get(number)
+            if call is not None:
+                call.end(CallCancelled)
+            else:
+                self._cancel_waiting(number)
+        elif method == "$/stream" and params.__class__ is dict:
+            if "items" in params:
+                self._take_items(params)
+                return
+            call, credit = self._calls.get(_id_of(params)), params.get("credit")
+            if call is not None and credit.__class__ is int and 0 < credit <= MAX_CREDIT:
+                call.grant(credit)
+
+    def _cancel_waiting(self, number):
+        for index, (request, slot) in enumerate(self._waiting):
+            if request.__class__ is Request and request.id == number:
+                del self._waiting[index]
+                self._fail(_Call(self, request, slot), CallCancelled())
+                return
+
+
+class Peer(_Reading):
+    """One end of a connection: what calls the other end, and is called by it.
+
+    A handler gets that of its caller; an RpcClient has one for each connection. `headers`: a dict of texts that hold for all of it;
+    `state`: a dict for what you like to keep; `transport`: the Socket, or what was given to serve_messages().
+    """
+
+    def __init__(self, wire, methods, options, places, *, transport=None, headers=()):
+        super().__init__(wire, methods, options, places)
+        self.transport, self.headers, self.state = transport, dict(headers), {}
+
+    async def _run(self):
+        """Serve the connection to its end."""
+        try:
+            async with flowcoro.TaskGroup(pinned=True) as self._group:
+                self._lead()
+                if self._out:
+                    self._flush_later()
+                await self._ended.wait()
+                self._group.cancel()
         finally:
-            for reply in list(self._pending.values()):
-                reply.settle(None, ConnectionLost("the connection has ended before the answer", True))
-            self._wire.sock.close_nowait()
+            self._lose(flowcoro.ClosedError(f"{self!r} has been closed here"))
+            self._places.peers.pop(self, None)
+            self._places = _Places(math.inf)        # nobody is let in any more by those who end late
+            if isinstance(self._lost, flowcoro_net.BrokenError):
+                self._wire.close_nowait()
+            else:
+                await self._wire.close()
+
+    def _drain(self):
+        """Begin no more calls, and end when those under way have."""
+        self._draining = True
+        self._look_for_end()
+
+    async def close(self, *, timeout=DRAIN_TIMEOUT):
+        """Close the connection in order: calls that come are answered with ShuttingDown, those that run may go on for `timeout`
+        seconds, then they are cancelled. Calls of ours that wait for an answer get ClosedError at once. Twice is once.
+
+        Not by a handler of this connection, which would wait for itself: close_nowait(). Cancelled: it is closed at once.
+        """
+        self._settle_all(flowcoro.ClosedError(f"{self!r} has been closed here"))
+        self._drain()
+        try:
+            with flowcoro.move_on_after(timeout):
+                await self._ended.wait()
+        finally:
+            self.close_nowait()
+
+    def close_nowait(self):
+        """Close the connection at once: calls that run are cancelled, those that wait for an answer get ClosedError."""
+        self._lose(flowcoro.ClosedError(f"{self!r} has been closed here"))
+
+    @property
+    def closed(self):
+        """Whether the connection is over."""
+        return self._lost is not None
+
+    def statistics(self):
+        """{"calls_waiting": ours, for an answer; "calls_running": the peer's; "calls_queued": those that wait for a place;
+        "bytes_unsent"; "strays": answers and items that belong to no call}"""
+        return {"calls_waiting": len(self._pending), "calls_running": self._begun_calls, "calls_queued": len(self._waiting),
+                "bytes_unsent": self._queued - self._written, "strays": self.strays}
+
+    def __repr__(self):
+        return f"<Peer {self._wire}{' closed' if self._lost is not None else ''}>"
+
+
+def _seconds(seconds):
+    """A limit in seconds; None is math.inf."""
+    if seconds is None:
+        return math.inf
+    if seconds.__class__ not in (int, float) or not seconds >= 0:
+        raise ValueError(f"timeout={seconds!r}: give seconds, 0 or more; None for no limit")
+    return seconds
+
+
+@dataclasses.dataclass
+class _Options:
+    """What holds for a connection."""
+
+    max_message: int = MAX_MESSAGE
+    max_depth: int = flowcoro_schema.JSON_DEPTH
+    max_batch: int = MAX_BATCH
+    max_concurrent: int = MAX_CONCURRENT
+    max_waiting: int = MAX_WAITING
+    deadline: float = DEADLINE
+    timeout: float = CALL_TIMEOUT
+    end_grace: float = END_GRACE
+    propagate: bool = False
+    headers: object = None
+
+    def __post_init__(self):
+        for name in ("max_message", "max_depth", "max_batch", "max_concurrent", "max_waiting"):
+            value = getattr(self, name)
+            if value.__class__ is not int and value != math.inf or value < 1:
+                raise ValueError(f"{name}={value!r}: give a number, 1 or more")
+        for name in ("deadline", "timeout", "end_grace"):
+            setattr(self, name, _seconds(getattr(self, name)))
 
 
 # ---- server ---------------------------------------------------------------------------------------------------
 
 class RpcServer(Methods):
-    """A server: methods, and connections that call them."""
+    """A server of JSON-RPC 2.0: methods, and what serves them over connections.
 
-    async def serve_connection(self, sock, *, framing=Newline):
-        """Serve a Socket until it ends."""
-        await Peer(_SocketWire(sock, framing()), self).run()
+    title, version: what rpc.discover says, which discover=False turns off. Limits, of which each may be given: max_message bytes,
+    either way; max_depth of arrays and objects in each other; max_batch members of a batch, whose answers have max_message bytes
+    together; max_concurrent calls of one connection at once, and max_concurrent_in_all; max_waiting calls of a connection that wait
+    for their turn, beyond which nothing is read; deadline: seconds that a call may take (streams: no limit), None for none;
+    timeout: of calls that go to a client; end_grace: seconds that calls may go on when a client sends no more, which it does when
+    it is gone, or waits for its last answers.
 
-    async def start_tcp_server(self, port, host="127.0.0.1", *, tls=None, framing=Newline):
-        """Listen, and serve in the background. Returns the TcpServer."""
-        listening = await flowcoro_net.TcpServer.listen(host, port, tls=tls)
-        self._listening = listening
-        flowcoro.spawn(listening.serve(functools.partial(self.serve_connection, framing=framing)), name="serve RPC")
+    Calls begin in the order in which they have come, and end as they do. ValueError for a limit that is none.
+    """
+
+    def __init__(self, *, title="JSON-RPC", version="1", discover=True, max_concurrent_in_all=MAX_CONCURRENT_IN_ALL, **limits):
+        super().__init__()
+        self._title, self._version, self._discovers = title, version, discover
+        self._options, self._places = _Options(**limits), _Places(max_concurrent_in_all)
+        self._listening, self._peers, self._closing = {}, {}, False
+        self._gone = flowcoro.ParkingLot("wait for the connections of an RPC server to end")
+
+    # -- transports
+
+    async def start_tcp_server(self, port, host="127.0.0.1", *, tls=None, framing=Newline, max_connections=math.inf, **listen):
+        """Listen, and serve in the background until close(), a requested stop, or the end of main. Returns the TcpServer.
+
+        framing: Newline, ContentLength, Netstring, LengthPrefixed or Concatenated. tls, listen: as for TcpServer.listen(), whose
+        errors it raises. max_connections: at once; more wait.
+        """
+        return self._start(await flowcoro_net.TcpServer.listen(host, port, tls=tls, **listen), framing, max_connections)
+
+    async def start_unix_server(self, path, *, framing=Newline, max_connections=math.inf, **listen):
+        """The same on a Unix socket. Returns the UnixServer."""
+        return self._start(await flowcoro_net.UnixServer.listen(path, **listen), framing, max_connections)
+
+    def _start(self, listening, framing, max_connections):
+        self._listening[listening] = flowcoro.spawn(self._serve(listening, framing, max_connections), name=f"serve {listening!r}")
         return listening
 
-    async def close(self):
-        """Close it."""
-        self._listening.close()
-        await flowcoro.checkpoint()
+    async def _serve(self, listening, framing, max_connections):
+        async with listening, flowcoro.TaskGroup() as group:
+            group.spawn(self._close_on_stop(), name="close the RPC server on a stop")
+            await listening.serve(functools.partial(self.serve_connection, framing=framing), max_connections=max_connections,
+                                  drain_timeout=math.inf)
+            group.cancel()
+        self._gone.unpark_all()
+
+    async def _close_on_stop(self):
+        await flowcoro.stop_requested()
+        flowcoro.spawn(self.close(), name="close the RPC server")
+
+    async def serve_connection(self, sock, *, framing=Newline):
+        """Serve a Socket to its end: what TcpServer.serve() calls. Errors of the connection end it without a word."""
+        await self._serve_peer(_SocketWire(sock, framing(self._options.max_message)), sock)
+
+    async def serve_messages(self, messages, *, headers=()):
+        """Serve what has `await receive()` and `await send(text)`, a WebSocket, say, to its end. headers: for Context."""
+        await self._serve_peer(_MessageWire(messages, self._options.max_message), messages, headers)
+
+    async def _serve_peer(self, wire, transport, headers=()):
+        peer = Peer(wire, self, self._options, self._places, transport=transport, headers=headers)
+        self._peers[peer] = None
+        if self._closing:
+            peer._draining = True
+        try:
+            await peer._run()
+        finally:
+            del self._peers[peer]
+            self._gone.unpark_all()
+
+    async def answer(self, data, *, headers=()):
+        """The answer to a message (bytes) as bytes, or None if it wants none: for `@app.post("/rpc")` of an HTTP server.
+
+        headers: a dict of texts for Context. Streams are answered with a list; a handler cannot call back. Cancelled: the calls are.
+        """
+        if len(data) > self._options.max_message:
+            return encode_error(None, InvalidRequest.code, InvalidRequest.message,
+                                f"a message of {len(data)} bytes, where max_message={self._options.max_message} are allowed")
+        wire = _OneWire(data, self._options.max_message)
+        options = dataclasses.replace(self._options, end_grace=None)
+        peer = Peer(wire, self, options, self._places, headers=headers)
+        peer._input_ended = True
+        await peer._run()
+        return wire.answers[0] if wire.answers else None
+
+    # -- the end
+
+    async def close(self, *, timeout=DRAIN_TIMEOUT):
+        """Listen no more, let the calls under way end for `timeout` seconds, then cancel them. Twice is once.
+
+        Calls that come meanwhile are answered with ShuttingDown. Cancelled: all is closed at once.
+        """
+        self._closing = True
+        for listening in self._listening:
+            listening.close()
+        for peer in list(self._peers):
+            peer._drain()
+        try:
+            with flowcoro.move_on_after(timeout):
+                await self._until_gone()
+        finally:
+            for peer in list(self._peers):
+                peer.close_nowait()
+        await self._until_gone()
+
+    async def _until_gone(self):
+        await self._gone.park_unless(lambda: not self._peers and all(task.done() for task in self._listening.values()))
+
+    async def wait_closed(self):
+        """Wait until close() was called, or a stop requested, and all connections have ended."""
+        for task in list(self._listening.values()):
+            await task
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, kind, error, trace):
+        await self.close(timeout=DRAIN_TIMEOUT if kind is None else 0)
+
+    # -- about it
+
+    @property
+    def peers(self):
+        """The Peers of the connections that there are now: a list."""
+        return list(self._peers)
+
+    def statistics(self):
+        """{"connections", "calls_running", "calls_queued"}"""
+        return {"connections": len(self._peers), "calls_running": self._places.taken,
+                "calls_queued": sum(len(peer._waiting) for peer in self._peers)}
+
+    def __repr__(self):
+        return f"<RpcServer {', '.join(map(repr, self._listening))}{' closed' if self._closing else ''}>"
 
 
 # ---- client ---------------------------------------------------------------------------------------------------
 
-class RpcClient:
-    """A client."""
+@dataclasses.dataclass(frozen=True)
+class Backoff:
+    """How long to wait before each attempt to connect again: `first` seconds, then `times` as much each time, `most` at most; of
+    that a random part of `jitter` less, so that not all clients come at once. attempts: in a row; math.inf for ever."""
 
-    def __init__(self):
-        raise TypeError("use `await RpcClient.connect(…)`")
+    first: float = 0.1
+    most: float = 10.0
+    times: float = 2.0
+    jitter: float = 0.5
+    attempts: float = math.inf
+
+    def delay(self, attempt, random):
+        """Seconds before attempt 0, 1, 2 …; random: from 0 to 1."""
+        try:
+            seconds = min(self.first * self.times ** attempt, self.most)
+        except OverflowError:
+            seconds = self.most
+        return seconds * (1 - self.jitter * random)
+
+
+class RpcClient(_Caller):
+    """A client of JSON-RPC 2.0 that connects again when its connection is lost. `await RpcClient.connect(…)` makes one.
+
+    Any number of tasks may call at a time, over one connection. Best in `async with`, which closes it.
+    """
+
+    def __init__(self, open, framing, methods, options, reconnect):
+        self._open, self._framing, self._options, self._reconnect = open, framing, options, reconnect
+        self._methods = Methods() if methods is None else methods
+        self._peer, self._task, self._failure, self._closed = None, None, None, False
+        self._change = flowcoro.ParkingLot("wait for a connection")
 
     @classmethod
-    async def connect(cls, host, port, *, tls=None, framing=Newline, methods=None):
-        """Connect."""
-        self = cls.__new__(cls)
-        sock = await flowcoro_net.Socket.connect(host, port, tls=tls)
-        self.peer = Peer(_SocketWire(sock, framing()), methods or Methods())
-        self._task = flowcoro.spawn(self.peer.run(), name="RPC client")
-        self.call, self.notify = self.peer.call, self.peer.notify
+    async def connect(cls, host=None, port=None, *, unix=None, tls=None, server_name=None, framing=Newline, methods=None,
+                      reconnect=Backoff(), connect_timeout=10.0, timeout=CALL_TIMEOUT, propagate=False, headers=None, **limits):
+        """Connect to a host and a port, or to the Unix socket `unix`.
+
+        tls, server_name: as for Socket.connect(). framing: as the server's. methods: a Methods that the server may call.
+        reconnect: a Backoff, or None: a lost connection stays lost. connect_timeout, timeout: seconds to connect, and for a call,
+        None for no limit. propagate: send with each call, as the member "$/context", its timeout and `headers`, a dict of texts or
+        a function that gives one: for servers that know it. limits: as RpcServer's.
+        Errors as Socket.connect(): the first connection has to succeed.
+        """
+        options = _Options(timeout=timeout, propagate=propagate, headers=headers, **limits)
+        if unix is not None:
+            open = functools.partial(flowcoro_net.Socket.connect_unix, unix, tls=tls, server_name=server_name, timeout=connect_timeout)
+        else:
+            open = functools.partial(flowcoro_net.Socket.connect, host, port, tls=tls, server_name=server_name,
+                                     timeout=connect_timeout)
+        self = cls(open, framing, methods, options, reconnect)
+        self._begin(await open())
+        self._task = flowcoro.spawn(self._keep(), name=f"connection of {self!r}")
         return self
 
+    def _begin(self, sock):
+        wire = _SocketWire(sock, self._framing(self._options.max_message))
+        self._peer = Peer(wire, self._methods, self._options, _Places(math.inf), transport=sock)
+        self._change.unpark_all()
+
+    async def _keep(self):
+        """Run one connection after the other."""
+        try:
+            while True:
+                await self._peer._run()
+                self._failure = self._peer._lost
+                if self._closed or self._reconnect is None or not await self._connect_again():
+                    return
+        finally:
+            self._closed = True
+            self._change.unpark_all()
+
+    async def _connect_again(self):
+        """Whether there is a connection again."""
+        for attempt in itertools.count():
+            if attempt >= self._reconnect.attempts:
+                return False
+            await flowcoro.sleep(self._reconnect.delay(attempt, random.random()))
+            try:
+                self._begin(await self._open())
+                return True
+            except (OSError, TimeoutError) as error:
+                self._failure = error
+
+    async def _connected(self):
+        """The Peer of a connection that is there. ClosedError, ConnectionLost."""
+        def ready():
+            return self._closed or self._peer is not None and self._peer._lost is None and not self._peer._input_ended
+
+        await self._change.park_unless(ready)
+        if self._closed:
+            if isinstance(self._failure, (OSError, TimeoutError)):
+                raise ConnectionLost(f"{self!r}: there is no connection any more: {self._failure}", False) from self._failure
+            raise flowcoro.ClosedError(f"{self!r} has been closed here")
+        return self._peer
+
+    async def _again(self, call):
+        """What `call(peer)` gives, over the first connection that takes it: what was not sent has not run."""
+        while True:
+            peer = await self._connected()
+            try:
+                return await call(peer)
+            except ConnectionLost as error:
+                if error.sent is not False or self._reconnect is None:
+                    raise
+                await flowcoro.checkpoint()
+
+    async def _call(self, method, params, timeout):
+        peer = self._peer
+        if peer._lost is None:
+            try:
+                return await peer._call(method, params, timeout)
+            except ConnectionLost as error:
+                if error.sent is not False or self._reconnect is None:
+                    raise
+        with flowcoro.move_on_after(_seconds(self._options.timeout if timeout is _MISSING else timeout)):
+            return await self._again(lambda peer: peer._call(method, params, None))
+        raise TimeoutError(f"{self!r}: no connection, or no answer to {method!r}, within the timeout: {self._failure}")
+
+    async def _notify(self, method, params):
+        await self._again(lambda peer: peer._notify(method, params))
+
+    async def _batch(self, calls, timeout):
+        return await self._again(lambda peer: peer._batch(calls, timeout))
+
+    async def _stream(self, method, params, timeout, window):
+        peer = await self._connected()
+        async for item in peer._stream(method, params, timeout, window):
+            yield item
+
+    async def subscribe(self, method, /, *args, params=_MISSING, window=STREAM_WINDOW, **named):
+        """`async for item in client.subscribe("prices", "ACME")`: as stream(), and begun anew when the connection is lost: what
+        was said in between is missed. It ends when the peer ends it, or the client is closed."""
+        params = _given(args, named, params)
+        while True:
+            try:
+                peer = await self._connected()
+                async for item in peer._stream(method, params, None, window):
+                    yield item
+                return
+            except ConnectionLost:
+                if self._reconnect is None or self._closed:
+                    raise
+            except flowcoro.ClosedError:
+                return
+
+    @property
+    def peer(self):
+        """The Peer of the connection that there is now, or was."""
+        return self._peer
+
+    @property
+    def closed(self):
+        """Whether there is no connection, and will be none."""
+        return self._closed
+
     async def close(self):
-        """Close it."""
-        self.peer._over.set()
-        await self._task
+        """Close it: calls that wait for an answer get ClosedError. Twice is once. Cancelled: it is closed at once."""
+        closing, self._closed = self._closed, True
+        if not closing:
+            self._failure = None
+            self._change.unpark_all()
+            try:
+                await self._peer.close()
+            finally:
+                self._peer.close_nowait()
+                self._task.cancel()
+        while not self._task.done():
+            await self._change.park_unless(self._task.done)
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, kind, error, trace):
+        await self.close()
+
+    def __repr__(self):
+        return f"<RpcClient {self._peer!r}{' closed' if self._closed else ''}>"
+
+
+# ---- pool -----------------------------------------------------------------------------------------------------
+
+class RpcPool(_Caller):
+    """Clients of several servers that do the same: each call goes to the one with the fewest under way. `await RpcPool.connect(…)`.
+
+    A call that has not run where it was sent, since the connection was lost before or the server shuts down, goes to the next.
+    """
+
+    def __init__(self, clients):
+        self._clients = list(clients)
+        self._turn = 0
+        if not self._clients:
+            raise ValueError("RpcPool([]): give one client at least")
+
+    @classmethod
+    async def connect(cls, addresses, **options):
+        """Connect to each (host, port). Options and errors as RpcClient.connect()."""
+        clients = []
+        try:
+            for host, port in addresses:
+                clients.append(await RpcClient.connect(host, port, **options))
+        except BaseException:
+            for client in clients:
+                await client.close()
+            raise
+        return cls(clients)
+
+    def _order(self):
+        """The clients, the best first: connected, and with the fewest calls under way; among equals each has its turn."""
+        self._turn += 1
+        start = self._turn % len(self._clients)
+        turned = self._clients[start:] + self._clients[:start]
+        return sorted(turned, key=lambda client: (client._peer._lost is not None, len(client._peer._pending)))
+
+    async def _try_each(self, call):
+        *others, last = self._order()
+        for client in others:
+            try:
+                return await call(client)
+            except (ShuttingDown, flowcoro.ClosedError):
+                pass
+            except ConnectionLost as error:
+                if error.sent is not False:
+                    raise
+        return await call(last)
+
+    async def _call(self, method, params, timeout):
+        return await self._try_each(lambda client: client._call(method, params, timeout))
+
+    async def _notify(self, method, params):
+        await self._try_each(lambda client: client._notify(method, params))
+
+    async def _batch(self, calls, timeout):
+        return await self._try_each(lambda client: client._batch(calls, timeout))
+
+    def _stream(self, method, params, timeout, window):
+        return self._order()[0]._stream(method, params, timeout, window)
+
+    async def close(self):
+        """Close all clients."""
+        for client in self._clients:
+            await client.close()
 
     async def __aenter__(self):
         return self

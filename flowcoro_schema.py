@@ -110,8 +110,15 @@ def _no_constant(text):
     raise ValueError(f"{text} is no JSON")
 
 
+def _finite(value):
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError("a number is beyond what a float holds")
+    return value
+
+
 # Made once: json.loads() would make a decoder each time that it is given a hook, 4 µs.
-_DECODER = json.JSONDecoder(object_pairs_hook=_no_name_twice, parse_constant=_no_constant)
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_name_twice, parse_constant=_no_constant, parse_float=_finite)
 
 
 def _decode_json(text):
@@ -129,14 +136,16 @@ def _decode_json(text):
 def load_json(data, *, max_depth=JSON_DEPTH):
     """The value of a JSON text (RFC 8259): bytes in UTF-8, or a str. JsonError if it is none, names something twice, is too deep.
 
-    max_depth: arrays and objects in each other. NaN and infinities are no JSON; half of a surrogate pair is refused as well.
+    max_depth: arrays and objects in each other. NaN and infinities are no JSON, and 1e400 would be one; half of a surrogate pair is
+    refused as well.
     """
     try:
         text = data if isinstance(data, str) else data.decode()
         value = _decode_json(text)
-        if text.count("[") + text.count("{") > max_depth:           # else it cannot be that deep
+        # Else it cannot be that deep. (To count them takes 0.7 µs for 1 KiB, to look for "\\u" 0.9, for "\\" 0.03.)
+        if len(text.split("[", max_depth + 1)) + len(text.split("{", max_depth + 1)) - 2 > max_depth:
             _check_depth(value, max_depth)
-        if "\\u" in text and _SURROGATE(text):
+        if "\\" in text and _SURROGATE(text):
             json.dumps(value, ensure_ascii=False).encode()          # half of a pair cannot be encoded, here or by who asks
     except UnicodeEncodeError:
         raise JsonError("a string has half of a surrogate pair") from None
@@ -320,13 +329,6 @@ def _matching(pattern, convert):
             raise ValueError
         return convert(text)
     return take
-
-
-def _finite(value):
-    value = float(value)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
 
 
 _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
