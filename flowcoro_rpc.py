@@ -1849,6 +1849,9 @@ class _Answering(_Calling):
             self._reply(call.slot, None)
 
 
+_CONTROLS = "$/cancelRequest", "$/stream"
+
+
 class _Reading(_Answering):
     """How a Peer reads."""
 
@@ -1925,10 +1928,13 @@ class _Reading(_Answering):
         """What has come cannot be cut into messages: say so, and end."""
         self._post(encode_error(None, error.code, InvalidRequest.message, str(error)))
         self._flush()
-        with flowcoro.move_on_after(LINGER):
-            while self._queued > self._written and self._lost is None:
-                await self._room.park_unless(lambda: self._queued <= self._written or self._lost is not None)
-            await self._wire.linger()
+        try:
+            with flowcoro.move_on_after(LINGER):
+                while self._queued > self._written and self._lost is None:
+                    await self._room.park_unless(lambda: self._queued <= self._written or self._lost is not None)
+                await self._wire.linger()
+        except flowcoro_net.NetworkError:
+            pass                                # who has sent it has gone
         self._lose(error)
 
     # -- messages
@@ -1947,7 +1953,7 @@ class _Reading(_Answering):
             self._answered += 1
             self._take_response(event)
         elif kind is Notification:
-            if event.method.startswith("$/"):
+            if event.method in _CONTROLS:           # others that begin so, as LSP's $/progress, are for methods
                 self._control(event.method, event.params)
             elif not self._draining:
                 if self._waiting or not self._has_place():
@@ -1970,7 +1976,7 @@ class _Reading(_Answering):
         return None
 
     def _control(self, method, params):
-        """A notification of the protocol itself; what is not known is left alone."""
+        """A notification of the protocol itself."""
         if method == "$/cancelRequest":
             number = _id_of(params)
             call = self._calls.get(number)
