@@ -295,7 +295,7 @@ def wait_for_child(process):
     time.sleep(0.05)            # from the child's exec to the end of Popen()
 
 
-@pytest.mark.parametrize("scene", ["threads", "echo", "http", "chat", "rpc", "timeouts"])
+@pytest.mark.parametrize("scene", ["threads", "echo", "http", "chat", "timeouts"])
 def test_ctrl_c_ends_the_demo_with_130_and_one_line(scene):
     with start("demo", scene, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while "Look at" not in process.stdout.readline():
@@ -549,22 +549,36 @@ def test_the_rpc_scene_shows_what_either_side_sees(cli):
     assert [row for row in rows if not re.search(rf"^  {row}", out, re.MULTILINE)] == []
 
 
+class NothingRan(flowcoro_rpc.ConnectionLost):
+    sent = property(lambda self: False, lambda self, sent: None)
+
+
 @pytest.mark.parametrize(("method", "instead", "said"), [
     ("brew", lambda tea, minutes: tea, "the answers were ['Oolong', 'Earl Grey']"),
     ("order", lambda tea: tea, "the answer to a call with a call in it was 'Assam'"),
-    ("pour", lambda cups: cups, "")])
+    ("pour", lambda cups: ["cup 0"] * 3, "the stream began with ['cup 0', 'cup 0', 'cup 0']")])
 def test_the_rpc_scene_fails_if_an_answer_is_not_what_it_should_be(cli, monkeypatch, method, instead, said):
-    def methods(self):
-        server = honest(self)
-        spoilt = flowcoro_rpc.RpcServer()
-        for name, plan in server._methods.items():
-            spoilt.method(name)(instead if name == method else plan.function)
-        return spoilt
+    class Spoilt(flowcoro_rpc.RpcServer):
+        def method(self, function):
+            return super().method(instead if function.__name__ == method else function, name=function.__name__)
 
-    honest = flowcoro_cli._Kitchen.methods
-    monkeypatch.setattr(flowcoro_cli._Kitchen, "methods", methods)
+    monkeypatch.setattr(flowcoro_rpc, "RpcServer", Spoilt)
     status, out, err = cli("demo", "rpc")
     assert (status, err) == (1, "") and f"FAILED: {said}" in out
+
+
+def test_the_rpc_scene_fails_if_it_is_not_told_that_a_call_has_run(cli, monkeypatch):
+    monkeypatch.setattr(flowcoro_rpc, "ConnectionLost", NothingRan)
+    status, out, err = cli("demo", "rpc")
+    assert (status, err) == (1, "") and "FAILED: what was lost is told wrong: sent=False of a call that ran" in out
+
+
+def test_the_rpc_scene_fails_if_a_stream_runs_ahead(cli, monkeypatch):
+    monkeypatch.setattr(flowcoro_cli, "CUPS", 20_000)
+    honest = flowcoro_rpc.RpcClient.stream
+    monkeypatch.setattr(flowcoro_rpc.RpcClient, "stream", lambda self, *args: honest(self, *args, window=15_000))
+    status, out, _ = cli("demo", "rpc")
+    assert status == 1 and re.search(r"FAILED: 1\d,\d{3} cups were poured for one who took 3", out)
 
 
 def test_the_timeouts_scene_draws_a_row_per_task(cli):

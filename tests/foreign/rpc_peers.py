@@ -64,7 +64,7 @@ def lsp_client(port):
 
     def answer(params):
         asked.append(params)
-        return f"{params['question']}? Yes."
+        return f"{params[0]}? Yes."
 
     end = LspEnd(socket.create_connection(("127.0.0.1", int(port)), LIMIT), {"answer": answer})
     found = {"placed": end.ask("greet", ["größe 𝄞", "Servus"]), "named": end.ask("greet", {"name": "Ada"}),
