@@ -5,6 +5,7 @@ NODE_PATH says.
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -23,6 +24,7 @@ from flowcoro_http import HttpServer, Response
 from flowcoro_os import open_process, run_process
 from flowcoro_rpc import ContentLength, Methods, Newline, RpcClient, RpcError, RpcServer
 from test_net import PATIENCE, nothing_is_left_behind, run  # noqa: F401  (a fixture)
+from test_rpc_openrpc import shop
 
 FOREIGN = pathlib.Path(__file__).resolve().parent / "foreign"
 PEERS = os.environ.get("FLOWCORO_PEERS") or sys.executable
@@ -44,17 +46,26 @@ def node():
     return ["node", str(FOREIGN / "rpc_node.js")]
 
 
-@pytest.fixture(scope="module")
-def python():
-    """The command that runs ours for Python's libraries."""
-    probe = "import pylsp_jsonrpc"
+@functools.cache
+def has(module):
+    """Whether the Python of the peers has a module."""
     if PEERS == sys.executable:
-        missing = importlib.util.find_spec("pylsp_jsonrpc") is None
-    else:
-        missing = subprocess.run([PEERS, "-c", probe], capture_output=True, timeout=PATIENCE).returncode
-    if missing:
-        pytest.skip("python-lsp-jsonrpc is not installed: name a Python that has it in FLOWCORO_PEERS")
+        return importlib.util.find_spec(module) is not None
+    return subprocess.run([PEERS, "-c", f"import {module}"], capture_output=True, timeout=PATIENCE).returncode == 0
+
+
+@pytest.fixture
+def python(request):
+    """The command that runs ours for a library of Python's."""
+    module, library = request.param
+    if not has(module):
+        pytest.skip(f"{library} is not installed: name a Python that has it in FLOWCORO_PEERS")
     return [PEERS, str(FOREIGN / "rpc_peers.py")]
+
+
+def of(module, library):
+    """That a test needs the library, which is imported as `module`."""
+    return pytest.mark.parametrize("python", [(module, library)], ids=[library], indirect=True)
 
 
 # ---- the server ------------------------------------------------------------------------------------------------
@@ -182,6 +193,7 @@ def test_jayson_calls(node):
     assert second["id"] == "second" and second["error"]["code"] == -32601
 
 
+@of("pylsp_jsonrpc", "python-lsp-jsonrpc")
 def test_python_lsp_jsonrpc_calls_and_is_called(python):
     found, service = called_by([*python, "lsp-client"], ContentLength)
     assert (found["placed"], found["named"]) == (GREETINGS["placed"], GREETINGS["named"]) and found["nothing"] is None
@@ -298,6 +310,7 @@ def test_jayson_is_called(node):
     calls([*node, "jayson-server"], Newline, visit)
 
 
+@of("pylsp_jsonrpc", "python-lsp-jsonrpc")
 def test_python_lsp_jsonrpc_is_called_and_calls(python):
     async def visit(client):
         assert await client.call("add", 1, 2) == 3
@@ -311,6 +324,17 @@ def test_python_lsp_jsonrpc_is_called_and_calls(python):
     methods = Client()
     assert calls([*python, "lsp-server"], ContentLength, visit, methods) == {"notes": ["the last word"]}
     assert methods.asked == ["Tea"]
+
+
+# ---- OpenRPC ---------------------------------------------------------------------------------------------------
+
+@of("jsonschema", "jsonschema")
+def test_jsonschema_finds_nothing_wrong_with_what_the_server_says_of_itself(python):
+    async def main():
+        document = json.dumps(shop().discover()).encode()
+        return await found_by(*python, "openrpc", str(FOREIGN / "openrpc_meta_schema.json"), input=document)
+
+    assert run(main) == []
 
 
 # ---- by hand ---------------------------------------------------------------------------------------------------

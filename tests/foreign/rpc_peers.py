@@ -1,8 +1,7 @@
-"""python-lsp-jsonrpc and pygls: what ../test_rpc_foreign.py talks to.
+"""python-lsp-jsonrpc, and jsonschema: what ../test_rpc_foreign.py talks to.
 
     python rpc_peers.py lsp-client PORT         an Endpoint of python-lsp-jsonrpc calls a server
     python rpc_peers.py lsp-server              prints {"port": …}: one is called, and calls who comes there
-    python rpc_peers.py pygls FILE PROGRAM …    pygls' client opens FILE with a language server, which is PROGRAM
     python rpc_peers.py openrpc SCHEMA          reads an OpenRPC document from stdin, and checks it with jsonschema
 
 An interpreter that has them runs it. It prints what it has found, as a line of JSON.
@@ -37,7 +36,10 @@ class LspEnd:
         self.reader = JsonRpcStreamReader(self.files[0])
         self.endpoint = Endpoint(methods, JsonRpcStreamWriter(self.files[1]).write)
         self.thread = threading.Thread(target=self.reader.listen, args=[self.endpoint.consume])
+
+    def start(self):
         self.thread.start()
+        return self
 
     def ask(self, method, params=None):
         """The result, or {"code", "message", "data"} of the error."""
@@ -66,7 +68,7 @@ def lsp_client(port):
         asked.append(params)
         return f"{params[0]}? Yes."
 
-    end = LspEnd(socket.create_connection(("127.0.0.1", int(port)), LIMIT), {"answer": answer})
+    end = LspEnd(socket.create_connection(("127.0.0.1", int(port)), LIMIT), {"answer": answer}).start()
     found = {"placed": end.ask("greet", ["größe 𝄞", "Servus"]), "named": end.ask("greet", {"name": "Ada"}),
              "nothing": end.ask("nothing"), "large": len(end.ask("greet", ["ä" * 100_000, ""])),
              "divided": end.ask("divide", [1, 0]), "unknown": end.ask("unheard-of"), "wrong": end.ask("greet", {"name": 1}),
@@ -96,20 +98,29 @@ def lsp_server():
         sock, _ = listener.accept()
     sock.settimeout(LIMIT)
     end = LspEnd(sock, methods)
-    end.wait()
+    end.start().wait()
     say({"notes": notes})
 
 
 # ---- the meta-schema of OpenRPC --------------------------------------------------------------------------------
 
 def openrpc(schema):
-    """[what is wrong with it, …]."""
+    """[what is wrong with it, …]. Where it wants a JSON Schema, which it takes from meta.json-schema.tools, one of draft 7 has to
+    be; they are the same, but for the words about them."""
     import jsonschema
+    import referencing
+    from referencing.jsonschema import DRAFT7
 
+    kind = jsonschema.Draft7Validator
+    draft = {"allOf": [{"$ref": "http://json-schema.org/draft-07/schema#"}],
+             "definitions": {"JSONSchemaObject": {"properties": {"$ref": {"type": "string"}}}}}
+    resource = referencing.Resource(contents=draft, specification=DRAFT7)
+    registry = jsonschema.validators.SPECIFICATIONS.with_resources([
+        ("https://meta.json-schema.tools", resource), ("https://meta.json-schema.tools/", resource)])
     schema = json.loads(pathlib.Path(schema).read_text(encoding="utf-8"))
-    kind = jsonschema.validators.validator_for(schema)
-    kind.check_schema(schema)
-    say([f"{error.json_path}: {error.message:.200}" for error in kind(schema).iter_errors(json.load(sys.stdin))])
+    validator = kind(schema, registry=registry)
+    document = json.load(sys.stdin)
+    say([f"{error.json_path}: {error.message:.200}" for error in validator.iter_errors(document)])
 
 
 PROGRAMS = {"lsp-client": lsp_client, "lsp-server": lsp_server, "openrpc": openrpc}
