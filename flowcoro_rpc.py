@@ -133,6 +133,9 @@ GRAIN = 0.05
 # Items of a stream that may be on the way to who takes them; and that one grant of credit may have.
 STREAM_WINDOW, MAX_CREDIT = 32, 2**31 - 1
 
+# Bytes of messages that are written before the turn is over: the peer works on them while we make more.
+FLUSH = 16 * 2**10
+
 # Bytes that one read asks for.
 CHUNK = 64 * 2**10
 
@@ -302,27 +305,44 @@ class _Framing:
 class Newline(_Framing):
     """A message is a line (the default). Empty lines are skipped; the last one may have no end."""
 
-    __slots__ = ("_ended",)
+    __slots__ = ("_line", "_ended")
 
     def __init__(self, max_message=MAX_MESSAGE):
         super().__init__(max_message)
+        self._line = None           # a line that has come alone, and whole: most do
         self._ended = False
+
+    def receive_data(self, data):
+        """What the peer has sent."""
+        if not self._buffer and self._line is None and data.find(b"\n") == len(data) - 1 < self.max_message:
+            self._line = bytes(data[:-1])
+            return
+        if self._line is not None:
+            self._buffer += self._line + b"\n"
+            self._line = None
+        super().receive_data(data)
 
     def next_message(self):
         """The next message, or NEED_DATA. ProtocolError when it is too large."""
-        while True:
+        line, self._line = self._line, None
+        if line and line != b"\r":
+            return line
+        while self._at < len(self._buffer):
             buffer, start = self._buffer, self._at
             end = buffer.find(b"\n", self._scan)
             if (size := (end if end >= 0 else len(buffer)) - start) > self.max_message:
                 raise self._too_large(f"{'at least ' * (end < 0)}{size}")
             if end < 0:
-                if not self._ended or not size:
+                if not self._ended:
                     self._scan = len(buffer)
                     return NEED_DATA
                 end = len(buffer)
             message = self._take(start, end, min(end + 1, len(buffer)))
             if message and message != b"\r":
                 return message
+        self._buffer.clear()
+        self._at = self._scan = 0
+        return NEED_DATA
 
     def receive_end(self):
         """The peer sends no more: what there is, is a line."""
@@ -914,23 +934,15 @@ def _texts(more):
 
 # ---- transports -----------------------------------------------------------------------------------------------
 #
-# What a Peer reads from and writes to. Frames are given out in their order, and what could not be written is given back.
+# What a Peer reads from, by `data = await read()`, and writes to: a framing with a place to write to.
 
 class _SocketWire:
     """Messages over a Socket, cut by a framing."""
 
     def __init__(self, sock, framing):
-        self._sock, self._framing = sock, framing
-        self.next_message, self.frame, self.max_message = framing.next_message, framing.frame, framing.max_message
-
-    async def read(self):
-        """Let the framing have more; whether there was any before the end."""
-        data = await self._sock.read(CHUNK)
-        if data:
-            self._framing.receive_data(data)
-            return True
-        self._framing.receive_end()
-        return False
+        self._sock, self.frame, self.max_message = sock, framing.frame, framing.max_message
+        self.next_message, self.receive_data, self.receive_end = framing.next_message, framing.receive_data, framing.receive_end
+        self.read = functools.partial(sock.read, CHUNK)
 
     def write_nowait(self, frames):
         """Write frames; returns how many bytes the system has taken."""
@@ -981,14 +993,17 @@ class _MessageWire:
             message = await self._messages.receive()
         except flowcoro_net.BrokenError as error:
             if getattr(error, "code", None) in (1000, 1001, 1005):      # a WebSocket that was closed in order
-                return False
+                return b""
             raise
-        if message is None:
-            return False
-        self._next = message.encode() if isinstance(message, str) else bytes(message)
-        if len(self._next) > self.max_message:
-            raise ProtocolError(f"a message of {len(self._next)} bytes, where max_message={self.max_message} are allowed")
-        return True
+        return b"" if message is None else message.encode() if isinstance(message, str) else bytes(message)
+
+    def receive_data(self, message):
+        if len(message) > self.max_message:
+            raise ProtocolError(f"a message of {len(message)} bytes, where max_message={self.max_message} are allowed")
+        self._next = message
+
+    def receive_end(self):
+        pass
 
     def write_nowait(self, frames):
         return 0
@@ -1027,7 +1042,10 @@ class _OneWire:
         return message
 
     async def read(self):
-        return False
+        return b""
+
+    def receive_end(self):
+        pass
 
     def write_nowait(self, frames):
         self.answers += frames
@@ -1060,6 +1078,9 @@ class _Outgoing:
         self._out, self._queued, self._begun, self._written = [], 0, 0, 0
         self._group = None              # of its tasks, while it runs
         self._writing, self._writer = False, None
+        self._several = flowcoro.runtime_info()["workers"] > 1
+        # The peer sends no more; all that it has sent has been looked at; no more calls are begun.
+        self._input_ended = self._all_read = self._draining = False
         self._work = flowcoro.ParkingLot("wait for something to send")
         self._room = flowcoro.ParkingLot("wait until the peer reads what was sent")
         self._ended = flowcoro.Event()
@@ -1071,43 +1092,33 @@ class _Outgoing:
         frame = self._wire.frame(message)
         self._out.append(frame)
         self._queued += len(frame)
-
-    @flowcoro.atomic
-    def _begin_writing(self):
-        """The frames to be written; None if there are none, or somebody writes."""
-        if self._writing or not self._out or self._lost is not None:
-            return None
-        frames, self._out = self._out, []
-        self._writing, self._begun = True, self._queued
-        return frames
-
-    @flowcoro.atomic
-    def _end_writing(self, frames, taken):
-        """`taken` bytes of the frames were written; the rest comes first the next time."""
-        self._written += taken
-        if self._written < self._begun:
-            for count, frame in enumerate(frames, 1):
-                taken -= len(frame)
-                if taken < 0:
-                    self._out[:0] = [memoryview(frame)[taken:], *frames[count:]]
-                    break
-        self._writing = False
+        if self._queued - self._begun >= FLUSH:
+            self._flush()
 
     def _flush(self):
-        """Write now what the system takes. Never blocks."""
-        frames = self._begin_writing()
-        if frames is None:
-            return
-        taken = 0
-        try:
-            taken = self._wire.write_nowait(frames)
-        except flowcoro.FlowCoroError as error:
-            self._lose(error)
-        finally:
-            self._end_writing(frames, taken)
-        if self._out:
+        """Write now what the system takes. Never blocks. With several workers the writer alone writes."""
+        if self._several:
             self._flush_later()
-        self._look_for_end()
+        elif self._out and not self._writing and self._lost is None:
+            frames, self._out = self._out, []
+            self._begun = self._queued
+            try:
+                self._taken(frames, self._wire.write_nowait(frames))
+            except flowcoro.FlowCoroError as error:
+                self._lose(error)
+
+    def _taken(self, frames, count):
+        """The system has taken so many bytes of the frames; the rest comes first the next time."""
+        self._written += count
+        if self._written < self._begun:
+            for index, frame in enumerate(frames, 1):
+                count -= len(frame)
+                if count < 0:
+                    self._out[:0] = [memoryview(frame)[count:], *frames[index:]]
+                    break
+            self._flush_later()
+        elif self._all_read or self._draining:
+            self._look_for_end()
 
     @flowcoro.atomic
     def _flush_later(self):
@@ -1117,24 +1128,29 @@ class _Outgoing:
         elif self._work:
             self._work.unpark()
 
+    @flowcoro.atomic
+    def _take_out(self):
+        frames, self._out = self._out, []
+        self._begun = self._queued
+        return frames
+
     async def _write(self):
         """The writer."""
         while True:
-            frames = self._begin_writing()
-            if frames is None:
-                await self._work.park_unless(lambda: self._out and not self._writing)
-                continue
-            taken = 0
+            await self._work.park_unless(lambda: self._out)
+            frames = self._take_out()
+            count, self._writing = 0, True
             try:
                 async for part in self._wire.write(frames):
-                    taken += part
+                    count += part
             except (flowcoro.FlowCoroError, TimeoutError) as error:
+                self._written += count
                 self._lose(error)
                 return
             finally:
-                self._end_writing(frames, taken)
+                self._writing = False
+            self._taken(frames, count)
             self._room.unpark_all()
-            self._look_for_end()
 
     async def _until_room(self):
         """Wait while the peer does not read what was sent; the end of the connection ends it, too."""
@@ -1156,12 +1172,13 @@ class _Outgoing:
 class _Reply:
     """A call of ours, and the task that waits for its answer."""
 
-    __slots__ = ("task", "done", "value", "error", "begin", "end", "message")
+    __slots__ = ("peer", "id", "method", "seconds", "task", "done", "due", "value", "error", "begin", "end", "message")
 
-    def __init__(self, message):
-        self.task = self.value = self.error = None
+    def __init__(self, peer, number, method, seconds=math.inf):
+        self.peer, self.id, self.method, self.seconds = peer, number, method, seconds
+        self.task = self.due = self.value = self.error = None
         self.done = False
-        self.message = message          # what it was sent in: calls of one batch share it
+        self.message = None             # what it was sent in: calls of one batch share it
         self.begin = self.end = 0       # where its bytes are, of all that were queued
 
     def park(self, task):
@@ -1186,6 +1203,12 @@ class _Reply:
         if task is not None:
             flowcoro.reschedule(task)
 
+    def expire(self):
+        """Its time is up."""
+        if self.id in self.peer._pending:
+            self.peer._give_up(self.id)
+            self.settle(None, TimeoutError(f"no answer to {self.method!r} within timeout={self.seconds:g} s; it may have run"))
+
     def take(self):
         """The result, or its error."""
         if self.error is not None:
@@ -1198,8 +1221,8 @@ class _Feed(_Reply):
 
     __slots__ = ("items", "credit")
 
-    def __init__(self, message, credit):
-        super().__init__(message)
+    def __init__(self, peer, number, method, credit):
+        super().__init__(peer, number, method)
         self.items, self.credit = collections.deque(), credit
 
     def park(self, task):
@@ -1293,20 +1316,20 @@ class _Calling(_Outgoing, _Caller):
         self._options = options
         self._pending = {}              # id -> _Reply: R2
         self._next_id = itertools.count(1).__next__
-        self._burst = False             # the last read has brought more than one answer: more than one call will follow
+        self._deadlines = _Deadlines.of_kernel()
 
     def _more(self, timeout):
-        """The members of a request that are not the specification's, or None."""
+        """The members of a request that are not the specification's."""
         options = self._options
         if not options.propagate:
-            return None
+            return {}
         context = dict(options.headers() if callable(options.headers) else options.headers or ())
         if timeout != math.inf:
             context["timeout"] = timeout
-        return {"$/context": context} if context else None
+        return {"$/context": context} if context else {}
 
     def _register(self, replies, message):
-        """Send a message; the replies by their ids."""
+        """Send a message with these calls in it."""
         if len(message) > self._wire.max_message:
             raise flowcoro_net.LimitError(f"a call of {len(message)} bytes, where max_message={self._wire.max_message} are allowed; "
                                           "allow more at both ends, or send several")
@@ -1320,12 +1343,13 @@ class _Calling(_Outgoing, _Caller):
         """Whether it is the only one under way, and so is best sent at once."""
         if self._lost is not None or self._input_ended:
             raise self._ended_error(self._lost or self._ended_by_peer(), False)
-        alone = not self._pending and not self._burst
-        self._pending.update(replies)
-        begin = self._queued
+        alone, begin = not self._pending, self._queued
         self._post(message)
-        for reply in replies.values():
-            reply.begin, reply.end = begin, self._queued
+        for reply in replies:
+            reply.message, reply.begin, reply.end = message, begin, self._queued
+            self._pending[reply.id] = reply
+            if reply.seconds != math.inf:
+                self._deadlines.add(reply, reply.seconds)
         return alone
 
     @staticmethod
@@ -1346,28 +1370,35 @@ class _Calling(_Outgoing, _Caller):
             sent = False if reply.begin >= self._begun else True if reply.end <= self._written else None
             reply.settle(None, self._ended_error(cause, sent))
 
-    def _seconds(self, timeout):
-        return _seconds(self._options.timeout if timeout is _MISSING else timeout)
-
     async def _call(self, method, params, timeout):
-        seconds, number = self._seconds(timeout), self._next_id()
-        message = encode_request(method, params, number, self._more(seconds))
-        reply = _Reply(message)
-        with flowcoro.move_on_after(seconds) as scope:
-            if self._queued - self._written > MAX_UNSENT:
-                await self._until_room()
-            self._register({number: reply}, message)
-            try:
-                await flowcoro.park(reply.park)
-            finally:
-                if not reply.done:
-                    self._give_up(number)
-            return reply.take()
-        raise self._late(scope, method, seconds)
+        options, number = self._options, self._next_id()
+        seconds = options.timeout if timeout is _MISSING else _seconds(timeout)
+        message = encode_request(method, params, number, self._more(seconds) if options.propagate else None)
+        if self._queued - self._written > MAX_UNSENT:
+            seconds = await self._until_room_for(method, seconds)
+        reply = _Reply(self, number, method, seconds)
+        self._register([reply], message)
+        try:
+            await flowcoro.park(reply.park)
+        finally:
+            self._leave(reply)
+        if reply.error is not None:
+            raise reply.error
+        return reply.value
 
-    @staticmethod
-    def _late(scope, method, seconds):
-        return TimeoutError(f"no answer to {method!r} within timeout={seconds:g} s; it may have run")
+    def _leave(self, reply):
+        if reply.due is not None:
+            self._deadlines.remove(reply)
+        if not reply.done:
+            self._give_up(reply.id)
+
+    async def _until_room_for(self, method, seconds):
+        """Wait until the peer reads. Returns what is left of the time."""
+        began = flowcoro.now()
+        with flowcoro.move_on_after(seconds):
+            await self._until_room()
+            return max(seconds - (flowcoro.now() - began), 0)
+        raise TimeoutError(f"{method!r} was not sent within timeout={seconds:g} s, as the peer does not read; it has not run")
 
     def _give_up(self, number):
         """Nobody waits for this answer any more: tell the peer."""
@@ -1379,43 +1410,37 @@ class _Calling(_Outgoing, _Caller):
         message = encode_request(method, params, more=self._more(math.inf))
         await flowcoro.checkpoint()
         await self._until_room()
-        self._register({}, message)
+        self._register((), message)
 
     async def _batch(self, calls, timeout):
-        seconds, replies, texts = self._seconds(timeout), {}, []
+        seconds = self._options.timeout if timeout is _MISSING else _seconds(timeout)
+        replies, texts, more = [], [], self._more(seconds)
         for one in calls:
             if isinstance(one, Notification):
                 texts.append(encode_request(one.method, one.params))
             elif isinstance(one, Request):
-                number = self._next_id()
-                replies[number] = _Reply(None)
-                texts.append(encode_request(one.method, one.params, number, self._more(seconds)))
+                replies.append(_Reply(self, self._next_id(), one.method, seconds))
+                texts.append(encode_request(one.method, one.params, replies[-1].id, more))
             else:
                 raise TypeError(f"batch({one!r:.80}): it takes Request(method, params) and Notification(method, params)")
         if not texts:
             raise ValueError("batch(): an empty batch is none")
-        message = b"[%b]" % b",".join(texts)
-        for reply in replies.values():
-            reply.message = message
-        with flowcoro.move_on_after(seconds) as scope:
-            await self._until_room()
-            self._register(replies, message)
-            try:
-                for reply in replies.values():
-                    await flowcoro.park(reply.park)
-            finally:
-                for number, reply in replies.items():
-                    if not reply.done:
-                        self._give_up(number)
-            return [reply.error if isinstance(reply.error, RpcError) else reply.take() for reply in replies.values()]
-        raise self._late(scope, "a batch", seconds)
+        seconds = await self._until_room_for("a batch", seconds)
+        self._register(replies, b"[%b]" % b",".join(texts))
+        try:
+            for reply in replies:
+                await flowcoro.park(reply.park)
+        finally:
+            for reply in replies:
+                self._leave(reply)
+        return [reply.error if isinstance(reply.error, RpcError) else reply.take() for reply in replies]
 
     async def _stream(self, method, params, timeout, window):
         seconds, number = _seconds(timeout), self._next_id()
-        message = encode_request(method, params, number, {"$/stream": window, **(self._more(math.inf) or {})})
-        feed, taken = _Feed(message, window), 0
+        message = encode_request(method, params, number, {"$/stream": window, **self._more(math.inf)})
+        feed, taken = _Feed(self, number, method, window), 0
         await self._until_room()
-        self._register({number: feed}, message)
+        self._register([feed], message)
         try:
             while True:
                 while feed.items:
@@ -1541,18 +1566,23 @@ class _Call:
 
     __slots__ = ("peer", "request", "id", "slot", "task", "due", "answered", "credit", "lot")
 
-    def __init__(self, peer, request, slot):
-        self.peer, self.request, self.slot = peer, request, slot
-        self.id = getattr(request, "id", _MISSING)
+    def __init__(self, peer, request, number, slot):
+        self.peer, self.request, self.id, self.slot = peer, request, number, slot
         self.task = self.due = self.lot = None
         self.answered = False
         self.credit = 0                 # items that it may send, of a stream
 
     def end(self, kind):
         """End it: the answer is this error, and the task is cancelled."""
-        self.peer._fail(self, kind())
-        self.peer._flush_later()
+        if not self.answered:
+            self.answered = True
+            self.peer._fail(self.id, self.slot, kind())
+            self.peer._flush_later()
         self.task.cancel()
+
+    def expire(self):
+        """Its time is up."""
+        self.end(DeadlineExceeded)
 
     def grant(self, credit):
         """A stream may send more."""
@@ -1569,7 +1599,7 @@ class _Call:
 
 
 class _Deadlines:
-    """Ends the calls of a kernel whose time is up: one task for all, which looks at what is due each GRAIN seconds."""
+    """Ends the calls of a kernel whose time is up, by their expire(): one task for all, which looks each GRAIN seconds at most."""
 
     all = weakref.WeakKeyDictionary()
 
@@ -1607,7 +1637,7 @@ class _Deadlines:
         now = flowcoro.now() / GRAIN
         for tick in [tick for tick in self.due if tick <= now]:
             for call in self.due.pop(tick):
-                call.end(DeadlineExceeded)
+                call.expire()
         self.runs = bool(self.due)
         return self.runs
 
@@ -1648,43 +1678,40 @@ class _Answering(_Calling):
         self._catching_up = False               # whether a task begins these
         self._calls = {}                        # id, or of a notification the _Call itself -> _Call, of those that wait
         self._begun_calls = 0                   # how many have a place
-        self._answered = self.strays = 0        # answers that have come; what has come and belongs to no call
+        self.strays = 0                         # what has come and belongs to no call
         self._paused = flowcoro.ParkingLot("wait until fewer calls of an RPC connection wait for a place")
-        self._draining = self._input_ended = False
         self._base = contextvars.copy_context()
 
     def _begin(self, request, slot):
         """Begin a call. Returns what is to be awaited, or None if it has ended."""
-        call = _Call(self, request, slot)
+        number = request.id if request.__class__ is Request else _MISSING
         try:
-            methods, number = self._methods, call.id
+            methods = self._methods
             method = methods._find(request.method)
             args, named = method.bind(request.params)
-            if number is not _MISSING and number in self._calls:
+            if self._calls and number in self._calls:
                 raise InvalidRequest("a call with this id is under way")
-            run = self._base.copy().run
+            run, call = self._base.copy().run, None
             if methods._around or method.is_stream:
+                call = _Call(self, request, number, slot)
                 result = self._go_through(method, call, args, named)
             elif method.wants is None:
                 result = run(method.function, *args, **named)
             else:
-                result = run(method.function, self._wanted(method, call), *args, **named)
+                result = run(method.function, self if method.wants == "peer" else Context(self, request), *args, **named)
             if result.__class__ is types.CoroutineType:
                 try:
                     trap = run(result.send, None)
                 except StopIteration as stop:
                     result = stop.value
                 else:
-                    return self._enrol(call, _Rest(result, trap, run))
-            self._answer(call, result)
+                    return self._enrol(call or _Call(self, request, number, slot), _Rest(result, trap, run))
+            self._answer(number, slot, result)
         except RpcError as error:
-            self._fail(call, error)
+            self._fail(number, slot, error)
         except Exception as error:
-            self._fail(call, self._internal(error, request.method))
+            self._fail(number, slot, self._internal(error, request.method))
         return None
-
-    def _wanted(self, method, call):
-        return self if method.wants == "peer" else Context(self, call.request)
 
     async def _go_through(self, method, call, args, named):
         """A call that has middleware around it, or is a stream."""
@@ -1737,22 +1764,26 @@ class _Answering(_Calling):
         self._places.taken += 1
         seconds = self._deadline_of(call.request)
         if seconds != math.inf:
-            _Deadlines.of_kernel().add(call, seconds)
+            self._deadlines.add(call, seconds)
         return self._stay(call, rest)
 
     async def _stay(self, call, rest):
         """The task that has begun a call stays with it to its end."""
+        number, slot = call.id, call.slot
         try:
             result = await rest
+            if not call.answered:
+                self._answer(number, slot, result)
         except RpcError as error:
-            self._fail(call, error)
+            if not call.answered:
+                self._fail(number, slot, error)
         except Exception as error:
-            self._fail(call, self._internal(error, call.request.method))
-        else:
-            self._answer(call, result)
+            error = self._internal(error, call.request.method)
+            if not call.answered:
+                self._fail(number, slot, error)
         finally:
             if call.due is not None:
-                _Deadlines.of_kernel().remove(call)
+                self._deadlines.remove(call)
             del self._calls[call if call.id is _MISSING else call.id]
             self._begun_calls -= 1
             self._places.release()
@@ -1820,33 +1851,27 @@ class _Answering(_Calling):
         else:
             slot[0].set(slot[1], answer)
 
-    def _answer(self, call, result):
-        if call.answered:
-            return
-        if call.id is _MISSING:
-            call.answered = True
-            if call.slot is not None:
-                self._reply(call.slot, None)
-            return
-        slot, answer = call.slot, encode_result(call.id, result)
-        if len(answer) > self._wire.max_message if slot is None else not slot[0].room_for(answer):
-            raise AnswerTooLarge
-        call.answered = True
-        self._reply(slot, answer)
+    def _answer(self, number, slot, result):
+        if number is not _MISSING:
+            answer = encode_result(number, result)
+            if len(answer) > self._wire.max_message if slot is None else not slot[0].room_for(answer):
+                raise AnswerTooLarge
+            if slot is None:
+                self._post(answer)
+            else:
+                slot[0].set(slot[1], answer)
+        elif slot is not None:
+            slot[0].set(slot[1], None)
 
-    def _fail(self, call, error):
-        if call.answered:
-            return
-        call.answered = True
-        if call.id is not _MISSING:
+    def _fail(self, number, slot, error):
+        if number is not _MISSING:
             try:
-                answer = encode_error(call.id, error.code, error.message, error.data)
+                answer = encode_error(number, error.code, error.message, error.data)
             except (TypeError, ValueError) as wrong:
-                answer = encode_error(call.id, InternalError.code, InternalError.message,
-                                      self._internal(wrong, call.request.method).data)
-            self._reply(call.slot, answer)
-        elif call.slot is not None:
-            self._reply(call.slot, None)
+                answer = encode_error(number, InternalError.code, InternalError.message, self._internal(wrong, "?").data)
+            self._reply(slot, answer)
+        elif slot is not None:
+            slot[0].set(slot[1], None)
 
 
 _CONTROLS = "$/cancelRequest", "$/stream"
@@ -1861,8 +1886,9 @@ class _Reading(_Answering):
 
     async def _read(self):
         """Read until a call has to wait: then another task goes on, and this one stays with the call."""
-        wire, todo, task = self._wire, self._todo, flowcoro.current_task()
-        next_message, max_depth, max_batch = wire.next_message, self._options.max_depth, self._options.max_batch
+        wire, todo, options, task = self._wire, self._todo, self._options, flowcoro.current_task()
+        next_message, read, most = wire.next_message, wire.read, options.max_waiting
+        max_depth, max_batch = options.max_depth, options.max_batch
         try:
             while True:
                 if todo:
@@ -1870,16 +1896,22 @@ class _Reading(_Answering):
                 else:
                     message = next_message()
                     if message is NEED_DATA:
-                        if not await self._more_data():
-                            return
+                        if self._out:
+                            self._flush()
+                        if self._input_ended:
+                            return await self._at_end()
+                        if data := await read():
+                            wire.receive_data(data)
+                        else:
+                            wire.receive_end()
+                            self._input_ended = True
                         continue
                     event, slot = read_message(message, max_depth=max_depth, max_batch=max_batch), None
                 rest = self._take(event, slot)
                 if rest is not None:
                     self._lead()
-                    await rest
-                    return
-                if self._queued - self._written > MAX_UNSENT or len(self._waiting) >= self._options.max_waiting:
+                    return await rest
+                if self._queued - self._written > MAX_UNSENT or len(self._waiting) >= most:
                     await self._until_fewer()
                 if task.budget > 0:
                     task.budget -= 1
@@ -1891,30 +1923,23 @@ class _Reading(_Answering):
         except (flowcoro_net.NetworkError, flowcoro.ClosedError) as error:
             self._lose(error)
 
-    async def _more_data(self):
-        """Send what there is, and read. False at the end."""
-        if self._out:
-            self._flush()
-        answered = self._answered
-        if await self._wire.read():
-            self._burst = self._answered - answered > 1
-            return True
-        self._input_ended = True
+    async def _at_end(self):
+        """The peer sends no more: it is gone, or waits for the last answers."""
+        self._all_read = True
         self._settle_all(self._ended_by_peer())
         self._look_for_end()
         if self._lost is None and self._options.end_grace != math.inf:
-            await flowcoro.sleep(self._options.end_grace)       # then nobody is there to hear the answers
+            await flowcoro.sleep(self._options.end_grace)
             self._lose(self._ended_by_peer())
-        return False
 
     def _ended_by_peer(self):
         return flowcoro_net.BrokenError(None, f"{self!r}: the peer has ended the connection")
 
     def _look_for_end(self):
         """Whether it is time to end, as nothing comes any more, or is to come, and nothing is left to do or to say."""
-        if ((self._input_ended or self._draining) and not self._begun_calls and not self._waiting and not self._todo
+        if ((self._all_read or self._draining) and not self._begun_calls and not self._waiting and not self._todo
                 and self._queued == self._written and self._lost is None):
-            self._lose(self._ended_by_peer() if self._input_ended else
+            self._lose(self._ended_by_peer() if self._all_read else
                        flowcoro.ClosedError(f"{self!r} has been closed here"))
 
     async def _until_fewer(self):
@@ -1944,13 +1969,12 @@ class _Reading(_Answering):
         kind = event.__class__
         if kind is Request:
             if self._draining:
-                return self._fail(_Call(self, event, slot), ShuttingDown())
+                return self._fail(event.id, slot, ShuttingDown())
             if self._waiting or not self._has_place():
                 self._wait(event, slot)
                 return None
             return self._begin(event, slot)
         if kind is Response:
-            self._answered += 1
             self._take_response(event)
         elif kind is Notification:
             if event.method in _CONTROLS:           # others that begin so, as LSP's $/progress, are for methods
@@ -1996,7 +2020,7 @@ class _Reading(_Answering):
         for index, (request, slot) in enumerate(self._waiting):
             if request.__class__ is Request and request.id == number:
                 del self._waiting[index]
-                self._fail(_Call(self, request, slot), CallCancelled())
+                self._fail(number, slot, CallCancelled())
                 return
 
 

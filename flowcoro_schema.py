@@ -192,10 +192,13 @@ if json.encoder.c_make_encoder is not None:
                                                False, False, False)
 else:
     _json_chunks = None
+_json_of_text = json.encoder.encode_basestring
 
 
 def encode_json(value):
     """The JSON of a value, a str without spaces. ValueError for NaN and infinities, TypeError for what json_default() refuses."""
+    if value.__class__ is str:
+        return _json_of_text(value)
     return "".join(_json_chunks(value, 0)) if _json_chunks is not None else _ENCODER.encode(value)
 
 
