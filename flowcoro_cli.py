@@ -28,11 +28,11 @@ demo · vendor · bench · get · rpc · serve · the command line.
 How it works:
     A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
     module is imported when its row is asked for, no earlier, so that a missing file costs its own rows only
-    (flowcoro_net.py: the scenes `echo`, `http`, `chat`, `rpc` and `network`; of these `http` and `chat` need flowcoro_http.py, `chat`
-    flowcoro_websocket.py, `rpc` flowcoro_rpc.py and `network` flowcoro_testing.py too); the message then says which file to copy.
-    No module of a lower layer imports this one: a command is handed its arguments (a list of strings) and returns the exit status,
-    a scene is handed a Screen and draws on it. Exit status: 0 done · 1 a scene failed, or a vendored copy differs · 2 the command
-    line cannot be obeyed · 130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
+    (flowcoro_net.py: the scenes `echo`, `http`, `chat`, `rpc` and `network`; of these `http` and `chat` need flowcoro_http.py,
+    `chat` flowcoro_websocket.py, `rpc` flowcoro_rpc.py and `network` flowcoro_testing.py too); the message then says which file to
+    copy. No module of a lower layer imports this one: a command is handed its arguments (a list of strings) and returns the exit
+    status, a scene is handed a Screen and draws on it. Exit status: 0 done · 1 a scene failed, or a vendored copy differs · 2 the
+    command line cannot be obeyed · 130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
     `vendor` decides everything before it writes anything, writes to a temporary folder in the destination and
     renames from there: at any moment a copy is the old file or the new one. A package needs relative imports;
     every FlowCoro file imports a sibling as `import flowcoro_x` at column 0, so one regular expression makes
@@ -1060,7 +1060,8 @@ def _scene_chat(screen):
 
 
 # ---- Scene: rpc --------------------------------------------------------------------------------------------
-# A tea kitchen with a guest, who calls it and is called by it over one connection. Left is what the guest sees, right the kitchen.
+# A tea kitchen with a guest, who calls it and is called by it over one connection. Left is what the guest sees, right what the
+# kitchen does.
 
 KITCHEN_MINUTE = 0.01           # seconds
 CUPS = 1_000_000                # that a stream would have, if somebody wanted them all
@@ -2016,12 +2017,12 @@ def _get_command(arguments):
 # ---- rpc ---------------------------------------------------------------------------------------------------
 
 RPC_EPILOG = """\
-Without METHOD it lists what the server can be called with (rpc.discover). An argument is JSON, or else a plain text: 3 is a number,
-"3" (with the quotes) a text, and so is three. NAME=VALUE is an argument by its name; all are, or none. The result is printed as
-JSON, and each item of a stream on a line.
+Without METHOD it lists what the server can be called with (rpc.discover). An argument is JSON, or else a plain text: 3 is a
+number, "3" (with the quotes) a text, and so is three. NAME=VALUE is an argument by its name; all are, or none. The result is
+printed as JSON, and each item of a stream on a line.
 
-exit status, as `get` has it: 0 done · 2 the command line · 6 no such host · 7 no connection · 8 no JSON-RPC · 22 the answer is an
-error · 28 out of time · 35 no TLS · 56 the connection broke · 60 a certificate that is not trusted
+exit status, as `get` has it: 0 done · 2 the command line · 6 no such host · 7 no connection · 8 no JSON-RPC · 22 the answer is
+an error · 28 out of time · 35 no TLS · 56 the connection broke · 60 a certificate that is not trusted
 """
 
 FRAMINGS = {"newline": "Newline", "content-length": "ContentLength", "netstring": "Netstring", "length": "LengthPrefixed",

@@ -7,11 +7,12 @@
 
 `python -m flowcoro bench rpc` is the same program. It needs Linux; the environment for the peers is that of kernel.py.
 
-What is compared: `rpc_cases/` has one file for each contender, as its own manual would write it. Read them side by side before you
-believe a ratio. They do not speak the same protocol: FlowCoro's is JSON-RPC in lines, aiohttp's JSON by POST, gRPC's Protocol
-Buffers over HTTP/2, by a core in C, and RPyC's one of its own, in Python. aiohttp runs on uvloop, and its parser is in C; it takes
-64 connections for 64 calls, since HTTP/1.1 has no other way. `bare` sends a text with its length before it and has it back, on
-flowcoro_net: no JSON, no methods, no calls that are told apart.
+What is compared: `rpc_cases/` has one file for each contender, as its own manual would write it. Read them side by side before
+you believe a ratio. They do not speak the same protocol: FlowCoro's is JSON-RPC in lines, aiohttp's JSON by POST, gRPC's Protocol
+Buffers over HTTP/2, by a core in C, and RPyC's one of its own, in Python. aiohttp runs on uvloop, and its parser is in C; it
+takes 64 connections for 64 calls, since HTTP/1.1 has no other way. RPyC's client has no tasks: one loop sends 64 calls ahead by
+async_(), which it does some twenty times as fast as 64 threads that each await theirs. `bare` sends a text with its length before
+it and has it back, on flowcoro_net: no JSON, no methods, no calls that are told apart.
 
 How it is measured: each contender's client calls its own server. The server has a processor to itself, and the client, which the
 tables call the generator, another one. By the clock the slower of the two counts, which is often the client; so there are three
@@ -53,8 +54,8 @@ P50, P99 = ("p50", "p50", "µs", {}), ("p99", "p99", "µs", {})
 
 CASES = [
     Case("flight", ALL, """
-        64 calls are on their way over one connection (aiohttp: 64 connections), each with a text of 1 KiB that comes back; when one
-        is answered, the next is sent.""",
+        64 calls are on their way over one connection (aiohttp: 64 connections), each with a text of 1 KiB that comes back; when
+        one is answered, the next is sent.""",
          net.rows_of("flight", "64 calls in flight", *rates({"aiohttp": 3, "grpc": 1.5, "rpyc": 3}), P50, P99)),
     Case("latency", [*OURS, *PEERS], """
         One call at a time, and 50 µs between its answer and the next one, in which the server goes to sleep: how long an answer

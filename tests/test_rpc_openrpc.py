@@ -86,7 +86,8 @@ def discovered(server):
 
 # ---- the part of JSON Schema, draft 7, that the meta-schema is written in ---------------------------------------------
 
-KINDS = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None), "number": (int, float), "integer": int}
+KINDS = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None), "number": (int, float),
+         "integer": int}
 CHECKED = {"type", "enum", "minLength", "required", "properties", "patternProperties", "additionalProperties", "items",
            "additionalItems", "oneOf", "$ref"}
 SAID = {"$schema", "$id", "title", "description", "default", "format", "definitions"}       # which forbids nothing here

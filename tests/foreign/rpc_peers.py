@@ -89,7 +89,7 @@ def lsp_server():
     def divide(params):
         raise JsonRpcException("by zero", 7, [1, 0])
 
-    methods = {"add": lambda params: sum(params), "greet": lambda params: f"Hello, {params['name']}", "nothing": lambda params: None,
+    methods = {"add": sum, "greet": lambda params: f"Hello, {params['name']}", "nothing": lambda params: None,
                "divide": divide, "note": lambda params: notes.append(params[0]),
                "ask": lambda params: lambda: "You said: " + end.ask("answer", params)}
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -105,8 +105,8 @@ def lsp_server():
 # ---- the meta-schema of OpenRPC --------------------------------------------------------------------------------
 
 def openrpc(schema):
-    """[what is wrong with it, …]. Where it wants a JSON Schema, which it takes from meta.json-schema.tools, one of draft 7 has to
-    be; they are the same, but for the words about them."""
+    """[what is wrong with it, …]. The schema of JSON Schemas, for which it refers to meta.json-schema.tools, is that of draft 7,
+    as that one is, too."""
     import jsonschema
     import referencing
     from referencing.jsonschema import DRAFT7
