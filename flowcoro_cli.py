@@ -29,10 +29,10 @@ How it works:
     A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
     module is imported when its row is asked for, no earlier, so that a missing file costs its own rows only
     (flowcoro_net.py: the scenes `echo`, `http`, `chat`, `rpc` and `network`; of these `http` and `chat` need flowcoro_http.py,
-    `chat` flowcoro_websocket.py, `rpc` flowcoro_rpc.py and `network` flowcoro_testing.py too); the message then says which file to
-    copy. No module of a lower layer imports this one: a command is handed its arguments (a list of strings) and returns the exit
-    status, a scene is handed a Screen and draws on it. Exit status: 0 done · 1 a scene failed, or a vendored copy differs · 2 the
-    command line cannot be obeyed · 130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
+    `chat` flowcoro_websocket.py, `rpc` flowcoro_rpc.py and `network` flowcoro_testing.py too); the message then says which file
+    to copy. No module of a lower layer imports this one: a command is handed its arguments (a list of strings) and returns the
+    exit status, a scene is handed a Screen and draws on it. Exit status: 0 done · 1 a scene failed, or a vendored copy differs ·
+    2 the command line cannot be obeyed · 130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
     `vendor` decides everything before it writes anything, writes to a temporary folder in the destination and
     renames from there: at any moment a copy is the old file or the new one. A package needs relative imports;
     every FlowCoro file imports a sibling as `import flowcoro_x` at column 0, so one regular expression makes
