@@ -164,7 +164,7 @@ def test_an_error_is_told_with_its_code_and_data(rpc, served):
 
 
 def test_a_notification_is_sent_and_nothing_printed(rpc, served):
-    assert rpc("note", "a word", "--notify") == (0, "", "")
+    assert rpc("refuse", "why", "--notify") == rpc("note", "a word", "--notify") == (0, "", "")
     flowcoro.run(wait_for(served[0]))
     assert "a word" in served[0].noted
 
