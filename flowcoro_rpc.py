@@ -1047,9 +1047,15 @@ class _OneWire:
     def receive_end(self):
         pass
 
+    def receive_data(self, data):
+        pass
+
     def write_nowait(self, frames):
         self.answers += frames
         return sum(map(len, frames))
+
+    async def write(self, frames):
+        yield self.write_nowait(frames)
 
     async def linger(self):
         pass
@@ -1103,9 +1109,12 @@ class _Outgoing:
             frames, self._out = self._out, []
             self._begun = self._queued
             try:
-                self._taken(frames, self._wire.write_nowait(frames))
+                count = self._wire.write_nowait(frames)
             except flowcoro.FlowCoroError as error:
+                self._begun = self._written         # nothing of it was taken
                 self._lose(error)
+            else:
+                self._taken(frames, count)
 
     def _taken(self, frames, count):
         """The system has taken so many bytes of the frames; the rest comes first the next time."""
@@ -1471,15 +1480,13 @@ class _Calling(_Outgoing, _Caller):
         reply = self._pending.pop(response.id, None)
         if reply is not None:
             reply.settle(response.result, error)
-        elif response.id is None and error is not None:
-            # What we have sent was not understood: if all that is under way was one message, it is that.
-            messages = {id(reply.message) for reply in self._pending.values()}
-            if len(messages) == 1:
-                while self._pending:
-                    self._pending.popitem()[1].settle(None, error)
-                return
-        else:
-            self.strays += 1
+            return
+        if response.id is None and error is not None and len({id(reply.message) for reply in self._pending.values()}) == 1:
+            # What we have sent was not understood, and one message is all that is under way: it is that.
+            while self._pending:
+                self._pending.popitem()[1].settle(None, error)
+            return
+        self.strays += 1
 
     def _take_items(self, params):
         feed = self._pending.get(_id_of(params))
@@ -1576,9 +1583,16 @@ class _Call:
         """End it: the answer is this error, and the task is cancelled."""
         if not self.answered:
             self.answered = True
+            self.leave()
             self.peer._fail(self.id, self.slot, kind())
             self.peer._flush_later()
         self.task.cancel()
+
+    def leave(self):
+        """Its id may be used again."""
+        calls, key = self.peer._calls, self if self.id is _MISSING else self.id
+        if calls.get(key) is self:
+            del calls[key]
 
     def expire(self):
         """Its time is up."""
@@ -1784,7 +1798,7 @@ class _Answering(_Calling):
         finally:
             if call.due is not None:
                 self._deadlines.remove(call)
-            del self._calls[call if call.id is _MISSING else call.id]
+            call.leave()
             self._begun_calls -= 1
             self._places.release()
             self._begin_waiting()
