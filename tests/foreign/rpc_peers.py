@@ -1,7 +1,8 @@
-"""python-lsp-jsonrpc, and jsonschema: what ../test_rpc_foreign.py talks to.
+"""python-lsp-jsonrpc, pygls, and jsonschema: what ../test_rpc_foreign.py talks to.
 
     python rpc_peers.py lsp-client PORT         an Endpoint of python-lsp-jsonrpc calls a server
     python rpc_peers.py lsp-server              prints {"port": …}: one is called, and calls who comes there
+    python rpc_peers.py editor PORT             pygls' client opens a text with a language server, and asks about it
     python rpc_peers.py openrpc SCHEMA          reads an OpenRPC document from stdin, and checks it with jsonschema
 
 An interpreter that has them runs it. It prints what it has found, as a line of JSON.
@@ -9,6 +10,7 @@ An interpreter that has them runs it. It prints what it has found, as a line of 
 SPDX-License-Identifier: MIT
 """
 
+import asyncio
 import json
 import pathlib
 import socket
@@ -102,6 +104,36 @@ def lsp_server():
     say({"notes": notes})
 
 
+# ---- pygls -----------------------------------------------------------------------------------------------------
+
+def editor(port):
+    from lsprotocol import types
+    from pygls.lsp.client import BaseLanguageClient
+
+    async def main():
+        client, diagnosed = BaseLanguageClient("an editor", "1"), asyncio.get_running_loop().create_future()
+
+        @client.feature(types.TEXT_DOCUMENT_PUBLISH_DIAGNOSTICS)
+        def hear(params):
+            diagnosed.set_result([[one.range.start.line, one.range.start.character, one.message] for one in params.diagnostics])
+
+        await client.start_tcp("127.0.0.1", int(port))
+        answer = await client.initialize_async(types.InitializeParams(capabilities=types.ClientCapabilities(), root_uri="file:///"))
+        client.initialized(types.InitializedParams())
+        uri, text = "file:///notes.txt", "größe 𝄞\nTODO: tea\n"
+        client.text_document_did_open(types.DidOpenTextDocumentParams(types.TextDocumentItem(uri, "plaintext", 1, text)))
+        found = {"capabilities": [answer.capabilities.text_document_sync, answer.capabilities.hover_provider],
+                 "diagnostics": await diagnosed}
+        hover = await client.text_document_hover_async(types.HoverParams(types.TextDocumentIdentifier(uri), types.Position(1, 7)))
+        found["hover"] = hover.contents if isinstance(hover.contents, str) else hover.contents.value
+        found["shutdown"] = await client.shutdown_async(None)
+        client.exit(None)
+        await client.stop()
+        return found
+
+    say(asyncio.run(asyncio.wait_for(main(), LIMIT)))
+
+
 # ---- the meta-schema of OpenRPC --------------------------------------------------------------------------------
 
 def openrpc(schema):
@@ -123,7 +155,7 @@ def openrpc(schema):
     say([f"{error.json_path}: {error.message:.200}" for error in validator.iter_errors(document)])
 
 
-PROGRAMS = {"lsp-client": lsp_client, "lsp-server": lsp_server, "openrpc": openrpc}
+PROGRAMS = {"lsp-client": lsp_client, "lsp-server": lsp_server, "editor": editor, "openrpc": openrpc}
 
 if __name__ == "__main__":
     PROGRAMS[sys.argv[1]](*sys.argv[2:])
