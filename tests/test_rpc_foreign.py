@@ -24,7 +24,8 @@ from flowcoro_rpc import ContentLength, Methods, Newline, RpcClient, RpcError, R
 from test_net import PATIENCE, nothing_is_left_behind, run  # noqa: F401  (a fixture)
 from test_rpc_openrpc import shop
 
-FOREIGN = pathlib.Path(__file__).resolve().parent / "foreign"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FOREIGN = ROOT / "tests" / "foreign"
 PEERS = os.environ.get("FLOWCORO_PEERS") or sys.executable
 
 
@@ -202,59 +203,16 @@ def test_python_lsp_jsonrpc_calls_and_is_called(python):
     assert found["together"] == [*range(20)] and found["noted"] == ["the last word"]
 
 
-def language_server(texts, exited):
-    """Of texts: what is to do is diagnosed, and a word that is pointed at told."""
-    server = RpcServer()
-
-    @server.method
-    async def initialize(**params):
-        return {"capabilities": {"textDocumentSync": 1, "hoverProvider": True}}
-
-    @server.method("initialized")
-    async def have_initialized():
-        pass
-
-    @server.method("textDocument/didOpen")
-    async def open_document(peer, textDocument: dict):  # noqa: N803  (LSP's name)
-        uri, text = textDocument["uri"], textDocument["text"]
-        texts[uri] = text.splitlines()
-        found = [(number, line.index("TODO"), line) for number, line in enumerate(texts[uri]) if "TODO" in line]
-        await peer.notify("textDocument/publishDiagnostics", uri=uri, diagnostics=[
-            {"range": {"start": {"line": line, "character": at}, "end": {"line": line, "character": at + 4}}, "message": text}
-            for line, at, text in found])
-
-    @server.method("textDocument/hover")
-    async def hover(textDocument: dict, position: dict):  # noqa: N803
-        line, at = texts[textDocument["uri"]][position["line"]], position["character"]
-        return {"contents": line[line.rfind(" ", 0, at) + 1:(line + " ").index(" ", at)]}
-
-    @server.method
-    async def shutdown():
-        return None
-
-    @server.method
-    async def exit(peer):
-        exited.set()
-        peer.close_nowait()             # which pygls' client waits for
-
-    return server
-
-
 @of("pygls", "pygls")
-def test_an_editor_of_pygls_talks_to_a_language_server(python):
-    async def main():
-        texts, exited = {}, flowcoro.Event()
-        server = language_server(texts, exited)
-        listening = await server.start_tcp_server(0, framing=ContentLength)
-        found = await found_by(*python, "editor", str(listening.local[1]))
-        await exited.wait()
-        await server.close()
-        return found, texts
+def test_an_editor_of_pygls_starts_the_language_server_of_the_examples(python):
+    example = ROOT / "examples" / "rpc_language_server.py"
 
-    found, texts = run(main)
-    assert texts == {"file:///notes.txt": ["größe 𝄞", "TODO: tea"]}
-    assert found == {"capabilities": [1, True], "diagnostics": [[1, 0, "TODO: tea"]],
-                     "hover": "tea", "shutdown": None}
+    async def main():
+        return await found_by(*python, "editor", sys.executable, "-W", "error", str(example), "--stdio",
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+    assert run(main) == {"capabilities": [1, True], "diagnostics": [[1, 40, "60 characters"]], "hover": "word 2 of its line",
+                         "shutdown": None}
 
 
 # ---- the client ------------------------------------------------------------------------------------------------

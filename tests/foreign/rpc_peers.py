@@ -2,7 +2,7 @@
 
     python rpc_peers.py lsp-client PORT         an Endpoint of python-lsp-jsonrpc calls a server
     python rpc_peers.py lsp-server              prints {"port": …}: one is called, and calls who comes there
-    python rpc_peers.py editor PORT             pygls' client opens a text with a language server, and asks about it
+    python rpc_peers.py editor PROGRAM …        pygls' client starts a language server, and shows it a text
     python rpc_peers.py openrpc SCHEMA          reads an OpenRPC document from stdin, and checks it with jsonschema
 
 An interpreter that has them runs it. It prints what it has found, as a line of JSON.
@@ -106,7 +106,7 @@ def lsp_server():
 
 # ---- pygls -----------------------------------------------------------------------------------------------------
 
-def editor(port):
+def editor(*command):
     from lsprotocol import types
     from pygls.lsp.client import BaseLanguageClient
 
@@ -117,10 +117,10 @@ def editor(port):
         def hear(params):
             diagnosed.set_result([[one.range.start.line, one.range.start.character, one.message] for one in params.diagnostics])
 
-        await client.start_tcp("127.0.0.1", int(port))
+        await client.start_io(*command)
         answer = await client.initialize_async(types.InitializeParams(capabilities=types.ClientCapabilities(), root_uri="file:///"))
         client.initialized(types.InitializedParams())
-        uri, text = "file:///notes.txt", "größe 𝄞\nTODO: tea\n"
+        uri, text = "file:///notes.txt", "größe 𝄞\n" + "line " * 12
         client.text_document_did_open(types.DidOpenTextDocumentParams(types.TextDocumentItem(uri, "plaintext", 1, text)))
         found = {"capabilities": [answer.capabilities.text_document_sync, answer.capabilities.hover_provider],
                  "diagnostics": await diagnosed}
