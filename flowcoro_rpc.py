@@ -20,8 +20,8 @@ Example:
 
     flowcoro.run(main())
 
-Contents: constants · errors · framings · codec · methods · transports · peers: what goes out, calls, what comes in · server ·
-client · pool
+Contents: constants · errors · framings · codec · methods · transports · peers: what goes out, calls, what comes in ·
+server · client · pool
 
 How it works:
 
@@ -32,12 +32,13 @@ Neither does input or output.
     next_message()       the next whole message; NEED_DATA while there is too little
     read_message(data)   Request, Notification, Response, Batch, or Invalid with the code that answers it
 
-A *Peer* is one end of one connection. Both ends are alike: each calls the other, and answers it. One task at a time reads. It makes
-the first step of a handler itself, and most end in that; when one has to wait, the task stays with it, and another one reads on:
+A *Peer* is one end of one connection. Both ends are alike: each calls the other, and answers it. One task at a time reads. It
+makes the first step of a handler itself, and most end in that; when one has to wait, the task stays with it, and another one
+reads on:
 
     R1  one task reads; a call that waits has the task that has read it, and a call that does not wait costs none
-    R2  a call ends exactly once: by the answer, by its timeout or cancellation here, or by the end of the connection, whichever is
-        first; who takes it out of `_pending` settles it
+    R2  a call ends exactly once: by the answer, by its timeout or cancellation here, or by the end of the connection,
+        whichever is first; who takes it out of `_pending` settles it
     R3  what is answered in one turn leaves in one write; what the system does not take waits, and who reads stops reading while
         more than MAX_UNSENT bytes wait
 
@@ -76,6 +77,7 @@ import functools
 import inspect
 import itertools
 import math
+import os
 import random
 import re
 import types
@@ -93,7 +95,7 @@ __all__ = ["RpcServer", "RpcClient", "Peer", "Context", "Methods", "Newline", "C
            "Concatenated", "NEED_DATA", "Request", "Notification", "Response", "Batch", "Invalid", "read_message",
            "encode_request", "encode_result", "encode_error", "RpcError", "ParseError", "InvalidRequest", "MethodNotFound",
            "InvalidParams", "InternalError", "DeadlineExceeded", "ShuttingDown", "AnswerTooLarge", "CallCancelled",
-           "ProtocolError", "ConnectionLost", "Backoff", "RpcPool", "Proxy"]
+           "ProtocolError", "ConnectionLost", "Backoff", "RpcPool", "Proxy", "StandardStreams"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -127,8 +129,9 @@ END_GRACE = 1.0
 # Seconds for which we read on after a failure, so that the answer that tells why arrives (else the system may reset).
 LINGER = 2.0
 
-# Seconds that a deadline of the server may be late: all calls of a kernel share one timer.
-GRAIN = 0.05
+# Seconds that the end of a timeout or a deadline may be late: all calls of a kernel share one timer. A power of two, so that its
+# multiples are exact.
+GRAIN = 1 / 32
 
 # Items of a stream that may be on the way to who takes them; and that one grant of credit may have.
 STREAM_WINDOW, MAX_CREDIT = 32, 2**31 - 1
@@ -493,8 +496,8 @@ _WORD_ENDS = re.compile(rb'[ \t\r\n"\[{]').search
 class Concatenated(_Framing):
     """JSON values one after the other, with whitespace between them, or nothing.
 
-    Where a value ends is seen from its brackets and strings alone. What has no end, such as a string that is not closed, is waited
-    for: no other framing recovers as badly from what is no JSON.
+    Where a value ends is seen from its brackets and strings alone. What has no end, such as a string that is not closed, is
+    waited for: no other framing recovers as badly from what is no JSON.
     """
 
     __slots__ = ("_depth", "_in_string", "_in_word")
@@ -559,8 +562,8 @@ class Concatenated(_Framing):
 
 # ---- codec ----------------------------------------------------------------------------------------------------
 #
-# A message is judged by read_message(); of a batch each member alone. What has a "method" is a request; else what has a "result" or
-# an "error" is an answer. An answer that is none is not answered: two ends would tell each other of it for ever.
+# A message is judged by read_message(); of a batch each member alone. What has a "method" is a request; else what has a "result"
+# or an "error" is an answer. An answer that is none is not answered: two ends would tell each other of it for ever.
 
 class Request(typing.NamedTuple):
     """A call: it has an id (str, int, float or None), and wants an answer. params: a list, a dict, or None where there are none.
@@ -718,7 +721,10 @@ class _Method:
         if not inspect.isroutine(inner) and not isinstance(inner, type):
             inner = type(inner).__call__
         self.is_async, self.is_stream = inspect.iscoroutinefunction(inner), inspect.isasyncgenfunction(inner)
-        parameters = list(inspect.signature(function).parameters.values())
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except ValueError:
+            raise TypeError(f"{said}: {function!r} does not say what parameters it takes; give a lambda around it") from None
         hints = _hints(inner, function, said)
         self.returns = hints.get("return", inspect.Parameter.empty)
         self.wants = self._wanted(parameters, hints)
@@ -914,9 +920,9 @@ def _result_schema(method, schemas):
 class Context:
     """What a handler may want to know of its call.
 
-    `peer`: the Peer that calls; of a message by itself (HTTP) one that cannot be called back. `method`, `params`, `id` (None for a
-    notification). `headers`: a dict of texts, which came with the call ("$/context") or were given to answer(); "traceparent" is
-    that of W3C. `state`: a dict for middleware.
+    `peer`: the Peer that calls; of a message by itself (HTTP) one that cannot be called back. `method`, `params`, `id` (None for
+    a notification). `headers`: a dict of texts, which came with the call ("$/context") or were given to answer(); "traceparent"
+    is that of W3C. `state`: a dict for middleware.
     """
 
     __slots__ = ("peer", "method", "params", "id", "headers", "state")
@@ -972,6 +978,66 @@ class _SocketWire:
 
     def __str__(self):
         return repr(self._sock)
+
+
+class StandardStreams:
+    """Standard input and output as a connection: `await server.serve_connection(StandardStreams(), framing=ContentLength)` is
+    what a client talks to that has started this program, as editors do. What prints goes to standard error, then.
+    """
+
+    def __init__(self):
+        self._in, self._out, self._closed = 0, 1, False
+        self._blocked = os.get_blocking(self._in), os.get_blocking(self._out)
+        os.set_blocking(self._in, False)
+        os.set_blocking(self._out, False)
+
+    async def _wait(self, wait, number):
+        try:
+            await wait(number)
+        except PermissionError:             # a file: always ready
+            await flowcoro.checkpoint()
+
+    async def read(self, max_bytes=CHUNK):
+        """From 1 to `max_bytes` bytes; b"" at the end. Cancelled: nothing consumed."""
+        while True:
+            await self._wait(flowcoro.wait_readable, self._in)
+            try:
+                return os.read(self._in, max_bytes)
+            except BlockingIOError:
+                pass
+
+    def write_nowait(self, data):
+        """Nothing: write() does it."""
+        return 0
+
+    async def write(self, data):
+        """Write all of it. BrokenError when nobody reads it any more. Cancelled: an unknown part was written."""
+        view = memoryview(data)
+        while view:
+            await self._wait(flowcoro.wait_writable, self._out)
+            try:
+                view = view[os.write(self._out, view):]
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise flowcoro_net.BrokenError(error.errno, f"standard output: {error.strerror}") from error
+
+    async def shutdown_write(self):
+        """Nothing: the end of the program says it."""
+
+    async def close(self):
+        """Leave both as they were found."""
+        self.close_nowait()
+
+    def close_nowait(self):
+        """Leave both as they were found."""
+        if not self._closed:
+            self._closed = True
+            os.set_blocking(self._in, self._blocked[0])
+            os.set_blocking(self._out, self._blocked[1])
+
+    def __repr__(self):
+        return "<StandardStreams>"
 
 
 class _MessageWire:
@@ -1074,7 +1140,7 @@ class _OneWire:
 #
 # Frames wait in `_out`. Who has reason to think that no other frame comes in this turn writes them at once (_flush); else the
 # writer does, a task which is woken when the first one comes (_flush_later), and so has its turn after all that are ready now.
-# `_queued`, `_begun` and `_written` count bytes: of frames that have come, that a write has begun with, that the system has taken.
+# `_queued`, `_begun`, `_written` count bytes: of frames that have come, that a write has begun with, that the system has taken.
 
 class _Outgoing:
     """How a Peer writes."""
@@ -1340,8 +1406,8 @@ class _Calling(_Outgoing, _Caller):
     def _register(self, replies, message):
         """Send a message with these calls in it."""
         if len(message) > self._wire.max_message:
-            raise flowcoro_net.LimitError(f"a call of {len(message)} bytes, where max_message={self._wire.max_message} are allowed; "
-                                          "allow more at both ends, or send several")
+            raise flowcoro_net.LimitError(f"a call of {len(message)} bytes, where max_message={self._wire.max_message} are "
+                                          "allowed; allow more at both ends, or send several")
         if self._enter(replies, message):
             self._flush()
         else:
@@ -1613,7 +1679,7 @@ class _Call:
 
 
 class _Deadlines:
-    """Ends the calls of a kernel whose time is up, by their expire(): one task for all, which looks each GRAIN seconds at most."""
+    """Ends the calls of a kernel whose time is up, by their expire(): one task for all, and one timer, to GRAIN seconds."""
 
     all = weakref.WeakKeyDictionary()
 
@@ -1648,8 +1714,8 @@ class _Deadlines:
     @flowcoro.atomic
     def expire(self):
         """End what is due. Whether there is more."""
-        now = flowcoro.now() / GRAIN
-        for tick in [tick for tick in self.due if tick <= now]:
+        now = flowcoro.now()
+        for tick in [tick for tick in self.due if tick * GRAIN <= now]:
             for call in self.due.pop(tick):
                 call.expire()
         self.runs = bool(self.due)
@@ -1792,9 +1858,10 @@ class _Answering(_Calling):
             if not call.answered:
                 self._fail(number, slot, error)
         except Exception as error:
-            error = self._internal(error, call.request.method)
-            if not call.answered:
-                self._fail(number, slot, error)
+            if self._lost is None or not isinstance(error, (ConnectionLost, flowcoro.ClosedError)):     # else it is no wonder
+                error = self._internal(error, call.request.method)
+                if not call.answered:
+                    self._fail(number, slot, error)
         finally:
             if call.due is not None:
                 self._deadlines.remove(call)
@@ -2041,8 +2108,8 @@ class _Reading(_Answering):
 class Peer(_Reading):
     """One end of a connection: what calls the other end, and is called by it.
 
-    A handler gets that of its caller; an RpcClient has one for each connection. `headers`: a dict of texts that hold for all of it;
-    `state`: a dict for what you like to keep; `transport`: the Socket, or what was given to serve_messages().
+    A handler gets that of its caller; an RpcClient has one for each connection. `headers`: a dict of texts that hold for all of
+    it; `state`: a dict for what you like to keep; `transport`: the Socket, or what was given to serve_messages().
     """
 
     def __init__(self, wire, methods, options, places, *, transport=None, headers=()):
@@ -2145,8 +2212,8 @@ class RpcServer(Methods):
 
     title, version: what rpc.discover says, which discover=False turns off. Limits, of which each may be given: max_message bytes,
     either way; max_depth of arrays and objects in each other; max_batch members of a batch, whose answers have max_message bytes
-    together; max_concurrent calls of one connection at once, and max_concurrent_in_all; max_waiting calls of a connection that wait
-    for their turn, beyond which nothing is read; deadline: seconds that a call may take (streams: no limit), None for none;
+    together; max_concurrent calls of one connection at once, and max_concurrent_in_all; max_waiting calls of a connection that
+    wait for their turn, beyond which nothing is read; deadline: seconds that a call may take (streams: no limit), None for none;
     timeout: of calls that go to a client; end_grace: seconds that calls may go on when a client sends no more, which it does when
     it is gone, or waits for its last answers.
 
@@ -2191,7 +2258,8 @@ class RpcServer(Methods):
         flowcoro.spawn(self.close(), name="close the RPC server")
 
     async def serve_connection(self, sock, *, framing=Newline):
-        """Serve a Socket to its end: what TcpServer.serve() calls. Errors of the connection end it without a word."""
+        """Serve a Socket, or StandardStreams, to its end: what TcpServer.serve() calls. Errors of the connection end it without a
+        word."""
         await self._serve_peer(_SocketWire(sock, framing(self._options.max_message)), sock)
 
     async def serve_messages(self, messages, *, headers=()):
@@ -2212,7 +2280,8 @@ class RpcServer(Methods):
     async def answer(self, data, *, headers=()):
         """The answer to a message (bytes) as bytes, or None if it wants none: for `@app.post("/rpc")` of an HTTP server.
 
-        headers: a dict of texts for Context. Streams are answered with a list; a handler cannot call back. Cancelled: the calls are.
+        headers: a dict of texts for Context. Streams are answered with a list; a handler cannot call back. Cancelled: the calls
+        are.
         """
         if len(data) > self._options.max_message:
             return encode_error(None, InvalidRequest.code, InvalidRequest.message,
@@ -2315,13 +2384,14 @@ class RpcClient(_Caller):
 
         tls, server_name: as for Socket.connect(). framing: as the server's. methods: a Methods that the server may call.
         reconnect: a Backoff, or None: a lost connection stays lost. connect_timeout, timeout: seconds to connect, and for a call,
-        None for no limit. propagate: send with each call, as the member "$/context", its timeout and `headers`, a dict of texts or
-        a function that gives one: for servers that know it. limits: as RpcServer's.
+        None for no limit. propagate: send with each call, as the member "$/context", its timeout and `headers`, a dict of texts
+        or a function that gives one: for servers that know it. limits: as RpcServer's.
         Errors as Socket.connect(): the first connection has to succeed.
         """
         options = _Options(timeout=timeout, propagate=propagate, headers=headers, **limits)
         if unix is not None:
-            open = functools.partial(flowcoro_net.Socket.connect_unix, unix, tls=tls, server_name=server_name, timeout=connect_timeout)
+            open = functools.partial(flowcoro_net.Socket.connect_unix, unix, tls=tls, server_name=server_name,
+                                     timeout=connect_timeout)
         else:
             open = functools.partial(flowcoro_net.Socket.connect, host, port, tls=tls, server_name=server_name,
                                      timeout=connect_timeout)
@@ -2371,34 +2441,33 @@ class RpcClient(_Caller):
             raise flowcoro.ClosedError(f"{self!r} has been closed here")
         return self._peer
 
-    async def _again(self, call):
+    async def _again(self, call, what, timeout):
         """What `call(peer)` gives, over the first connection that takes it: what was not sent has not run."""
-        while True:
-            peer = await self._connected()
-            try:
-                return await call(peer)
-            except ConnectionLost as error:
-                if error.sent is not False or self._reconnect is None:
-                    raise
-                await flowcoro.checkpoint()
+        with flowcoro.move_on_after(self._options.timeout if timeout is _MISSING else _seconds(timeout)):
+            while True:
+                peer = await self._connected()
+                try:
+                    return await call(peer)
+                except ConnectionLost as error:
+                    if error.sent is not False or self._reconnect is None:
+                        raise
+                    await flowcoro.checkpoint()
+        raise TimeoutError(f"{self!r}: no connection, or no answer to {what}, within the timeout: {self._failure}")
 
     async def _call(self, method, params, timeout):
-        peer = self._peer
-        if peer._lost is None:
+        if self._peer._lost is None:
             try:
-                return await peer._call(method, params, timeout)
+                return await self._peer._call(method, params, timeout)
             except ConnectionLost as error:
                 if error.sent is not False or self._reconnect is None:
                     raise
-        with flowcoro.move_on_after(_seconds(self._options.timeout if timeout is _MISSING else timeout)):
-            return await self._again(lambda peer: peer._call(method, params, None))
-        raise TimeoutError(f"{self!r}: no connection, or no answer to {method!r}, within the timeout: {self._failure}")
+        return await self._again(lambda peer: peer._call(method, params, timeout), repr(method), timeout)
 
     async def _notify(self, method, params):
-        await self._again(lambda peer: peer._notify(method, params))
+        await self._again(lambda peer: peer._notify(method, params), repr(method), _MISSING)
 
     async def _batch(self, calls, timeout):
-        return await self._again(lambda peer: peer._batch(calls, timeout))
+        return await self._again(lambda peer: peer._batch(calls, timeout), "a batch", timeout)
 
     async def _stream(self, method, params, timeout, window):
         peer = await self._connected()
@@ -2458,7 +2527,8 @@ class RpcClient(_Caller):
 # ---- pool -----------------------------------------------------------------------------------------------------
 
 class RpcPool(_Caller):
-    """Clients of several servers that do the same: each call goes to the one with the fewest under way. `await RpcPool.connect(…)`.
+    """Clients of several servers that do the same: each call goes to the one with the fewest under way. `await
+    RpcPool.connect(…)` makes one.
 
     A call that has not run where it was sent, since the connection was lost before or the server shuts down, goes to the next.
     """

@@ -136,8 +136,8 @@ def _decode_json(text):
 def load_json(data, *, max_depth=JSON_DEPTH):
     """The value of a JSON text (RFC 8259): bytes in UTF-8, or a str. JsonError if it is none, names something twice, is too deep.
 
-    max_depth: arrays and objects in each other. NaN and infinities are no JSON, and 1e400 would be one; half of a surrogate pair is
-    refused as well.
+    max_depth: arrays and objects in each other. NaN and infinities are no JSON, and 1e400 would be one; half of a surrogate pair
+    is refused as well.
     """
     try:
         text = data if isinstance(data, str) else data.decode()

@@ -1,4 +1,4 @@
-"""flowcoro_rpc, framings: whatever way the bytes are split, the messages are the same; the limits hold before anything is kept."""
+"""flowcoro_rpc, framings: whatever way the bytes are split, the messages are the same; limits hold before anything is kept."""
 
 import json
 import os
@@ -118,7 +118,8 @@ def test_what_has_no_end_is_refused_when_the_limit_is_reached_and_not_kept(make)
     (ContentLength, b"Content-Type: a\r\n\r\n", "no Content-Length"), (ContentLength, b"Content-Length 1\r\n\r\n", "no field"),
     (ContentLength, b"Content-Length: 2\r\nContent-Type: application/x; charset=latin-1\r\n\r\n{}", "UTF-8"),
     (ContentLength, b"Content-Length: 2\n\n{}" + b" " * 5000, "4096"), (ContentLength, b"c" * 5000, "4096"),
-    (Netstring, b"2:{};", "comma"), (Netstring, b"02:{},", "begins"), (Netstring, b":,", "begins"), (Netstring, b"-1:,", "begins"),
+    (Netstring, b"2:{};", "comma"), (Netstring, b"02:{},", "begins"), (Netstring, b":,", "begins"),
+    (Netstring, b"-1:,", "begins"),
     (Netstring, b"x", "begins"), (Netstring, b"2 :{},", "begins")])
 def test_what_cannot_be_cut_into_messages_is_refused(make, data, why):
     for pieces in ([data], [data[at:at + 1] for at in range(len(data))]):
