@@ -115,10 +115,11 @@ def editor(*command):
 
         @client.feature(types.TEXT_DOCUMENT_PUBLISH_DIAGNOSTICS)
         def hear(params):
-            diagnosed.set_result([[one.range.start.line, one.range.start.character, one.message] for one in params.diagnostics])
+            diagnosed.set_result([[one.range.start.line, one.range.start.character, one.message]
+                                  for one in params.diagnostics])
 
         await client.start_io(*command)
-        answer = await client.initialize_async(types.InitializeParams(capabilities=types.ClientCapabilities(), root_uri="file:///"))
+        answer = await client.initialize_async(types.InitializeParams(types.ClientCapabilities(), root_uri="file:///"))
         client.initialized(types.InitializedParams())
         uri, text = "file:///notes.txt", "größe 𝄞\n" + "line " * 12
         client.text_document_did_open(types.DidOpenTextDocumentParams(types.TextDocumentItem(uri, "plaintext", 1, text)))
