@@ -986,14 +986,14 @@ class _Evening:
         """One line for many."""
         async def listener():
             async with self.enter("") as ws:
-                await here.send(ws)
+                await here.send(None)
                 async for line in self.lines(ws):
                     arrived.append(line == ("Ada", "Good night, all"))
                     times.append(time.perf_counter())
-                    return
+                    return await all_have_it.wait()
 
         count = _affordable_clients(LISTENERS)
-        here, arrived, times = flowcoro.Channel(math.inf), [], []
+        here, all_have_it, arrived, times = flowcoro.Channel(1), flowcoro.Barrier(count), [], []
         async with flowcoro.TaskGroup() as group:
             for number in range(count):
                 group.spawn(listener())
@@ -1002,8 +1002,6 @@ class _Evening:
             async with self.enter("Ada") as ada:
                 start = time.perf_counter()
                 await ada.send("Good night, all")
-                while len(times) < count:
-                    await flowcoro.sleep(0.001)
         self.screen.check(arrived == [True] * count, "a listener has heard something else")
         self.screen.say(f"One line reached {count:,} listeners within {1000 * (max(times) - start):.1f} ms, "
                         "they and the server in the same thread", "green")

@@ -385,22 +385,15 @@ def test_messages_in_pieces_go_both_ways_by_the_client(peer):
 def test_pings_are_answered_both_ways_by_the_client(peer):
     async def main(ws):
         assert 0 < await ws.ping() < PATIENCE
+        await ws.send("go on")
         assert await until_closed(ws) == (1000, "bye")
 
     async def waits(ws):
         assert await until_closed(ws) == (1000, "bye")
 
-    visits(peer, [["receive"], ["close", 1000, "bye"]], lambda ws: pinging(ws, main))
+    assert visits(peer, [["receive"], ["close", 1000, "bye"]], main)["steps"][0] == "go on"
     answer = visits(peer, [["ping"], ["close", 1000, "bye"]], waits, {"autoping": False})
     assert answer["steps"][0] is True
-
-
-async def pinging(ws, main):
-    """The server is in receive() until the ping has been answered."""
-    async with flowcoro.TaskGroup() as group:
-        group.spawn(main(ws))
-        await flowcoro.sleep(0.05)
-        await ws.send("go on")
 
 
 @pytest.mark.parametrize("code", [*CODES, (1012, "")], ids=str)
