@@ -7,8 +7,10 @@ import enum
 import itertools
 import json
 import math
+import os
 import random
-import ssl
+import subprocess
+import sys
 import typing
 
 import pytest
@@ -20,6 +22,7 @@ from flowcoro_rpc import (Backoff, ConnectionLost, Context, DeadlineExceeded, In
                           MethodNotFound, Methods, Notification, Peer, Request, Response, RpcClient, RpcError, RpcPool, RpcServer,
                           encode_error, encode_request, encode_result, read_message)
 from flowcoro_testing import assert_checkpoints, memory_socket_pair, run_in_kernel, wait_all_tasks_parked
+from test_net_tls import OPENSSL, certificates  # noqa: F401  (a fixture)
 
 SECRET = "the password is swordfish"
 
@@ -529,8 +532,27 @@ async def test_the_answer_to_a_batch_is_no_larger_than_a_message():
         line = await sock.read_until(b"\n", limit=2000)
         codes = [answer.get("error", {}).get("code") for answer in json.loads(line)]
         assert codes == [None, None, -32012, -32012, -32012]
-        assert (await ask(sock, [request("large", id=1)] * 9))["error"]["code"] == -32600 if len(json.dumps(
-            [request("large", id=1)] * 9)) > 1000 else True
+
+
+@in_kernel
+async def test_errors_do_not_make_an_answer_larger_than_a_message_either():
+    server = RpcServer(max_message=3000)
+
+    @server.method
+    def refuse(size: int):
+        raise RpcError(5, "No", "x" * size)
+
+    @server.method
+    def typed(*numbers: int):
+        pass
+
+    async with raw_connection(server) as sock:
+        assert (await ask(sock, request("refuse", 2000)))["error"] == {"code": 5, "message": "No", "data": "x" * 2000}
+        assert (await ask(sock, request("refuse", 3000)))["error"] == {"code": 5, "message": "Error"}
+        await tell(sock, [request("typed", *"abcdefghi", id=number) for number in range(15)])
+        line = await sock.read_until(b"\n", limit=3001)
+        errors = [answer["error"] for answer in json.loads(line)]
+        assert {error["code"] for error in errors} == {-32602} and "data" in errors[0] and "data" not in errors[-1]
 
 
 @in_kernel
@@ -604,6 +626,31 @@ async def test_no_more_calls_run_in_all_than_are_allowed():
                     await hear(sock)
         assert server.most == 4 and server.statistics()["calls_running"] == 0
         assert {name.split()[0] for name in server.done[:8]} == {"one", "two"}          # neither starves
+
+
+@in_kernel
+async def test_a_place_that_one_connection_does_not_use_goes_to_another():
+    """Calls that end at once do not take the place for which they have waited; one that is lost takes none."""
+    server = slow_server(max_concurrent_in_all=1)
+    async with raw_connection(server) as first, raw_connection(server) as two, raw_connection(server) as three:
+        await tell(first, request("slow", "first"))
+        await wait_all_tasks_parked()
+        lost, theirs = memory_socket_pair(flowcoro_net.Socket)
+        task = flowcoro.spawn(server.serve_connection(theirs))
+        await tell(lost, request("slow", "lost"))
+        await wait_all_tasks_parked()
+        for sock in (two, three):
+            await tell(sock, request("fast", "fast", id=1))
+            await tell(sock, request("slow", "slow", id=2))
+        await wait_all_tasks_parked()
+        await lost.close()
+        theirs.close_nowait()
+        with flowcoro.timeout(10):
+            await task
+            assert [(await hear(first))["result"]] == ["first"]
+            for sock in (two, three):
+                assert [(await hear(sock))["result"] for _ in range(2)] == ["fast", "slow"]
+        assert server.most == 1 and "lost" not in server.done
 
 
 @in_kernel
@@ -931,6 +978,23 @@ async def test_messages_of_a_websocket_are_served_both_ways():
 
 
 @in_kernel
+async def test_a_client_takes_what_is_connected_already():
+    server, one, other = slow_server(), flowcoro.Channel(5), flowcoro.Channel(5)
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with flowcoro.TaskGroup() as group:
+        group.spawn(server.serve_messages(Messages(one, other)))
+        async with RpcClient.over(Messages(other, one), max_message=1000) as client:
+            assert await flowcoro.when_all(client.call("slow", "é"), client.call("fast", 5)) == ["é", 5]
+            assert [item async for item in client.stream("count", 100)] == list(range(100))
+            with pytest.raises(ConnectionLost):         # it is refused by this end
+                await client.call("count", 1000)
+        one.close()
+        group.spawn(server.serve_connection(theirs))
+        async with RpcClient.over(ours) as client:
+            assert await client.call("fast", 6) == 6
+
+
+@in_kernel
 async def test_a_message_by_itself_is_answered_as_http_wants_it():
     server = slow_server(max_message=200)
 
@@ -947,7 +1011,7 @@ async def test_a_message_by_itself_is_answered_as_http_wants_it():
     assert (await server.answer(json.dumps([{"jsonrpc": "2.0", "method": "slow", "params": ["a"]}]).encode())) is None
     assert json.loads(await server.answer(b" " * 201))["error"]["code"] == -32600
     assert json.loads(await server.answer(json.dumps(request("count", 3)).encode()))["result"] == [0, 1, 2]
-    said = request("user", **{"$/context": {"b": "2", "timeout": 5}})
+    said = request("user", **{"$/context": {"a": "chosen by the caller", "b": "2", "timeout": 5}})
     assert json.loads(await server.answer(json.dumps(said).encode(), headers={"a": "1"}))["result"] == {"a": "1", "b": "2"}
 
 
@@ -978,6 +1042,8 @@ async def test_a_client_calls(connect):
             await client.call("all", 1, b=2)
         with pytest.raises(TypeError, match="params= alone"):
             await client.call("all", 1, params=[2])
+        with pytest.raises(TypeError, match="a list, a dict"):
+            await client.call("all", params=5)
         with pytest.raises(ValueError):
             await client.call("all", math.nan)
         with pytest.raises(TypeError):
@@ -1460,7 +1526,7 @@ async def test_a_closed_client_says_so(connect):
     with pytest.raises(flowcoro.ClosedError):
         await client.notify("fast")
     assert [item async for item in client.subscribe("count", 1)] == []
-    await flowcoro.sleep(2)
+    await wait_all_tasks_parked()
     assert server.cut == ["a"]
 
 
@@ -1599,3 +1665,35 @@ def test_a_stop_drains_the_server():
         await server.wait_closed()
 
     flowcoro.run(main())
+
+
+@pytest.mark.skipif(OPENSSL is None, reason="the openssl command, which makes the certificates, is not installed")
+def test_over_tls(certificates):
+    async def main():
+        server = slow_server()
+        listening = await server.start_tcp_server(0, tls=flowcoro_net.server_tls(*certificates.good))
+        trust = flowcoro_net.client_tls(ca=certificates.ca)
+        async with await RpcClient.connect(*listening.local, tls=trust) as client:
+            assert client.peer.transport.tls
+            assert await flowcoro.when_all(*(client.call("slow", number, 0.001) for number in range(20))) == list(range(20))
+            assert [item async for item in client.stream("count", 100)] == list(range(100))
+            big = "x" * 500_000
+            assert await flowcoro.when_all(*(client.call("fast", big) for _ in range(4))) == [big] * 4
+        await server.close()
+
+    flowcoro.run(main())
+
+
+def test_standard_streams_serve_who_has_started_the_program():
+    program = ("import flowcoro, flowcoro_rpc as r\nserver = r.RpcServer()\nserver.method(lambda a: a, name='echo')\n"
+               "async def main():\n    await server.serve_connection(r.StandardStreams(), framing=r.ContentLength)\n"
+               "flowcoro.run(main())")
+    big = "x" * 300_000                 # more than a pipe holds
+    messages = b"".join(flowcoro_rpc.ContentLength.frame(encode_request("echo", [big], number)) for number in range(5))
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], input=messages, capture_output=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": os.path.dirname(flowcoro_rpc.__file__)})
+    received, answers = flowcoro_rpc.ContentLength(), []
+    received.receive_data(done.stdout)
+    while (message := received.next_message()) is not flowcoro_rpc.NEED_DATA:
+        answers.append(read_message(message))
+    assert (done.returncode, done.stderr) == (0, b"") and answers == [Response(number, big, None) for number in range(5)]

@@ -51,7 +51,7 @@ class Everything:
     (b"[-Infinity]", "-Infinity is no JSON"),
     (b"[1e400]", "beyond what a float holds"), (b'{"a": 1, "a": 2}', "same name twice"), (b'{"b": {"a": 1, "a": 1}}', "twice"),
     (b'"\xff"', "not UTF-8 at byte 1"), (b'"\\ud800"', "half of a surrogate pair"), (b'{"\\udc00": 1}', "half of a surrogate"),
-    (b'"\t"', "control character"), (b"01", "Extra data"), (b"[1,]", "Expecting value"), (b"\xef\xbb\xbf1", "BOM|Expecting"),
+    (b'"\t"', "control character"), (b"01", "Extra data"), (b"[1,]", "Expecting value|trailing comma"), (b"\xef\xbb\xbf1", "BOM|Expecting"),
     ("[" * 65 + "]" * 65, "more than 64 arrays"), ("[" * 100_000, "arrays|Expecting"), ("9" * 5000, "digit")])
 def test_what_is_no_json_is_refused_with_the_reason(text, why):
     with pytest.raises(JsonError, match=why):
