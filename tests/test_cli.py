@@ -574,11 +574,9 @@ def test_the_rpc_scene_fails_if_it_is_not_told_that_a_call_has_run(cli, monkeypa
 
 
 def test_the_rpc_scene_fails_if_a_stream_runs_ahead(cli, monkeypatch):
-    monkeypatch.setattr(flowcoro_cli, "CUPS", 20_000)
-    honest = flowcoro_rpc.RpcClient.stream
-    monkeypatch.setattr(flowcoro_rpc.RpcClient, "stream", lambda self, *args: honest(self, *args, window=15_000))
+    monkeypatch.setattr(flowcoro_cli, "AHEAD", 2)
     status, out, _ = cli("demo", "rpc")
-    assert status == 1 and re.search(r"FAILED: 1\d,\d{3} cups were poured for one who took 3", out)
+    assert status == 1 and re.search(r"FAILED: \d+ cups were poured for one who took 3", out)
 
 
 def test_the_timeouts_scene_draws_a_row_per_task(cli):
