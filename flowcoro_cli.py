@@ -6,6 +6,7 @@
     python -m flowcoro vendor --check DEST        does the copy there differ from this version?
     python -m flowcoro get URL [-o FILE] …        fetch what is at a URL; a transfer that was interrupted goes on with -C
     python -m flowcoro bench …                    the benchmarks that come with a clone of the repository
+    python -m flowcoro rpc HOST:PORT [METHOD …]   list the methods of a JSON-RPC server, or call one
     python -m flowcoro serve module:app …         an application (its own, WSGI, ASGI) or a folder, over HTTP
 
 To vendor, copy: flowcoro.py, flowcoro_cli.py
@@ -21,17 +22,17 @@ Example:
         assert (copies / "flowcoro.py").exists() and (copies / "__init__.py").exists()
         assert flowcoro_cli.main(["vendor", "--check", str(copies)]) == 0
 
-Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the nine scenes ·
-demo · vendor · bench · serve · the command line.
+Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the ten scenes ·
+demo · vendor · bench · get · rpc · serve · the command line.
 
 How it works:
     A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
     module is imported when its row is asked for, no earlier, so that a missing file costs its own rows only
-    (flowcoro_net.py: the scenes `echo`, `http`, `chat` and `network`; of these `http` and `chat` need flowcoro_http.py, `chat`
-    flowcoro_websocket.py and `network` flowcoro_testing.py too); the message then says which file to copy. No module of a lower
-    layer imports this one: a command is handed its arguments (a list of strings) and returns the exit status, a scene is handed a
-    Screen and draws on it. Exit status: 0 done · 1 a scene failed, or a vendored copy differs · 2 the command line cannot be
-    obeyed · 130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
+    (flowcoro_net.py: the scenes `echo`, `http`, `chat`, `rpc` and `network`; of these `http` and `chat` need flowcoro_http.py,
+    `chat` flowcoro_websocket.py, `rpc` flowcoro_rpc.py and `network` flowcoro_testing.py too); the message then says which file
+    to copy. No module of a lower layer imports this one: a command is handed its arguments (a list of strings) and returns the
+    exit status, a scene is handed a Screen and draws on it. Exit status: 0 done · 1 a scene failed, or a vendored copy differs ·
+    2 the command line cannot be obeyed · 130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
     `vendor` decides everything before it writes anything, writes to a temporary folder in the destination and
     renames from there: at any moment a copy is the old file or the new one. A package needs relative imports;
     every FlowCoro file imports a sibling as `import flowcoro_x` at column 0, so one regular expression makes
@@ -102,6 +103,7 @@ COMMANDS = {            # subcommand: (module, function(arguments) -> exit statu
     "vendor": ("flowcoro_cli", "_vendor_command", "copy FlowCoro's files, and what they need, to a project"),
     "bench": ("flowcoro_cli", "_bench_command", "the benchmarks that come with a clone of the repository"),
     "get": ("flowcoro_cli", "_get_command", "fetch what is at a URL, as a person expects of curl"),
+    "rpc": ("flowcoro_cli", "_rpc_command", "call a JSON-RPC server, or list its methods"),
     "serve": ("flowcoro_cli", "_serve_command", "an application (module:app) or a folder, over HTTP"),
 }
 
@@ -112,6 +114,7 @@ SCENES = {              # scene, in the order of the demo: (module, function(scr
     "network": ("flowcoro_cli", "_scene_network", "a simulated network has a bad minute, and has it again"),
     "http": ("flowcoro_cli", "_scene_http", "a live web server: routes, events, 10,000 requests, and rude clients"),
     "chat": ("flowcoro_cli", "_scene_chat", "a room of people and browsers by WebSocket, and a sleeper in it"),
+    "rpc": ("flowcoro_cli", "_scene_rpc", "calls both ways over one connection, a stream, and a lost connection"),
     "timeouts": ("flowcoro_cli", "_scene_timeouts", "who is cancelled when, drawn as a time-line"),
     "workers": ("flowcoro_cli", "_scene_workers", "three workers: who ran what, and what becomes of a blocked one"),
     "deadlock": ("flowcoro_cli", "_scene_deadlock", "two tasks lock each other out: caught, and explained"),
@@ -1054,6 +1057,165 @@ def _scene_chat(screen):
     _run_visit(screen, _Evening(http, net, websocket, screen))
 
 
+# ---- Scene: rpc --------------------------------------------------------------------------------------------
+# A tea kitchen with a guest, who calls it and is called by it over one connection. Left is what the guest sees, right what the
+# kitchen does.
+
+KITCHEN_MINUTE = 0.01           # seconds
+CUPS = 1_000_000                # that a stream would have, if somebody wanted them all
+AHEAD = 1_000                   # of them are too many for one who takes 3
+
+
+class _Kitchen:
+    """What can be called there, what the guest is called with, and what either has seen."""
+
+    def __init__(self, rpc, screen):
+        self.rpc, self.screen = rpc, screen
+        self.over = False
+        self.poured, self.events = 0, []            # cups; what has happened, of which the scene wants to be sure
+
+    def guest_sees(self, text):
+        self.screen.say(text)
+
+    def kitchen_sees(self, text, event=None):
+        self.events.append(event)
+        self.screen.say(f"{'':38}{text}")
+
+    def methods(self):
+        """The kitchen's."""
+        server = self.rpc.RpcServer()
+
+        @server.method
+        async def brew(tea: str, minutes: float) -> str:
+            """A pot of tea."""
+            self.kitchen_sees(f"brews {tea}", ("brew", tea))
+            try:
+                await flowcoro.sleep(minutes * KITCHEN_MINUTE)
+            except flowcoro.Cancelled:
+                self.kitchen_sees(f"cancelled: empties the pot of {tea}", ("emptied", tea))
+                raise
+            return f"a pot of {tea}"
+
+        @server.method
+        async def order(peer, tea: str) -> str:
+            """Asks the guest, in the middle of his call."""
+            self.kitchen_sees("calls the guest: sugar?")
+            return f"{tea} with {await peer.call('sugar', tea)} lumps"
+
+        @server.method
+        async def pour(cups: int):
+            """A stream."""
+            try:
+                for self.poured in range(1, cups + 1):
+                    yield f"cup {self.poured}"
+            finally:
+                self.kitchen_sees(f"stops after {self.poured} cups: no more were asked for", "stopped")
+
+        return server
+
+    def guest(self):
+        """What the guest is called with."""
+        methods = self.rpc.Methods()
+
+        @methods.method
+        async def sugar(tea: str) -> int:
+            self.guest_sees(f"is called: sugar({tea!r}), answers 2")
+            return 2
+
+        return methods
+
+    async def run(self):
+        server = self.methods()
+        try:
+            listening = await server.start_tcp_server(0)
+        except OSError as error:
+            raise SceneFailed(f"no TCP on 127.0.0.1 here: {error}") from error
+        with flowcoro.timeout(CHILD_TIMEOUT):
+            try:
+                async with await self.rpc.RpcClient.connect(*listening.local[:2], methods=self.guest(), reconnect=None) as client:
+                    await self.out_of_order(client)
+                    await self.both_ways(client)
+                    await self.stream(client)
+                    await self.give_up(client)
+                    await self.lose(client, server)
+            finally:
+                await server.close(timeout=0)
+
+    async def out_of_order(self, client):
+        async def brew(tea, minutes):
+            self.guest_sees(f"calls brew({tea!r}, {minutes})")
+            got = await client.call("brew", tea, minutes)
+            self.guest_sees(f"has {got}")
+            answers.append(got)
+
+        answers = []
+        await flowcoro.when_all(brew("Oolong", 6), brew("Earl Grey", 2))
+        self.screen.check(answers == ["a pot of Earl Grey", "a pot of Oolong"], f"the answers were {answers}")
+        self.screen.say("The second call was answered first.", "green")
+
+    async def both_ways(self, client):
+        self.guest_sees("calls order('Assam')")
+        got = await client.call("order", "Assam")
+        self.screen.check(got == "Assam with 2 lumps", f"the answer to a call with a call in it was {got!r}")
+        self.guest_sees(f"has {got}")
+        self.screen.say("Either side calls the other, over the same connection.", "green")
+
+    async def stream(self, client):
+        self.guest_sees(f"streams pour({CUPS:,}), and takes 3")
+        cups = []
+        async with contextlib.aclosing(client.stream("pour", CUPS)) as stream:
+            async for cup in stream:
+                cups.append(cup)
+                if len(cups) == 3:
+                    break
+        self.screen.check(cups == ["cup 1", "cup 2", "cup 3"], f"the stream began with {cups}")
+        await self.until("stopped")
+        self.screen.check(self.poured < AHEAD, f"{self.poured:,} cups were poured for one who took 3")
+        self.screen.say("A stream makes as much as its reader takes, and a little ahead.", "green")
+
+    async def give_up(self, client):
+        self.guest_sees("calls brew('Pu-erh', 60000), with a timeout")
+        try:
+            await client.call("brew", "Pu-erh", 60_000, timeout=5 * KITCHEN_MINUTE)
+            raise SceneFailed("a call outlived its timeout")
+        except TimeoutError:
+            self.guest_sees("TimeoutError")
+        await self.until(("emptied", "Pu-erh"))
+        self.screen.say("Who is not waited for any more need not go on.", "green")
+
+    async def lose(self, client, server):
+        """The kitchen is closed while it brews; the guest calls once more."""
+        async def brew(tea):
+            try:
+                self.guest_sees(f"calls brew({tea!r}, 60000)")
+                await client.call("brew", tea, 60_000)
+            except self.rpc.ConnectionLost as error:
+                self.guest_sees(f"ConnectionLost, sent={error.sent}")
+                return error.sent
+
+        async with flowcoro.TaskGroup() as group:
+            first = group.spawn(brew("Sencha"))
+            await self.until(("brew", "Sencha"))
+            self.kitchen_sees("is shut")
+            await server.close(timeout=0)
+            found = await first, await brew("Matcha")
+        self.screen.check(found[0] in (True, None) and found[1] is False and ("brew", "Matcha") not in self.events,
+                          f"what was lost is told wrong: sent={found[0]} of a call that ran, sent={found[1]} of one that did not")
+        self.screen.say("What was under way ended at once, and each knows whether it may have run.", "green")
+
+    async def until(self, event):
+        """Return when that has happened."""
+        while event not in self.events:
+            await flowcoro.sleep(0.001)
+
+
+def _scene_rpc(screen):
+    """Calls both ways over one connection, a stream, a call that is given up, and a connection that is lost."""
+    rpc = _load("flowcoro_rpc")
+    screen.say("Look at who sees what: left a guest, right the kitchen that he calls, by JSON-RPC over TCP.")
+    _run_visit(screen, _Kitchen(rpc, screen))
+
+
 # ---- Scene: timeouts ---------------------------------------------------------------------------------------
 
 class _FiveEnds:
@@ -1849,6 +2011,192 @@ def _get_command(arguments):
         status, said = 23, str(error)
     print(f"flowcoro: {said}{download.left() if download and status in (18, 28, 56) else ''}", file=sys.stderr)
     return status
+
+
+# ---- rpc ---------------------------------------------------------------------------------------------------
+
+RPC_EPILOG = """\
+Without METHOD it lists what the server can be called with (rpc.discover). An argument is JSON, or else a plain text: 3 is a
+number, "3" (with the quotes) a text, and so is three. NAME=VALUE is an argument by its name; all are, or none. The result is
+printed as JSON, and each item of a stream on a line.
+
+exit status, as `get` has it: 0 done · 2 the command line · 6 no such host · 7 no connection · 8 no JSON-RPC · 22 the answer is
+an error · 28 out of time · 35 no TLS · 56 the connection broke · 60 a certificate that is not trusted
+"""
+
+FRAMINGS = {"newline": "Newline", "content-length": "ContentLength", "netstring": "Netstring", "length": "LengthPrefixed",
+            "concatenated": "Concatenated"}
+
+
+def _rpc_parser():
+    parser = _parser("rpc", "Calls a method of a JSON-RPC 2.0 server, and prints its result.")
+    parser.usage = "python -m flowcoro rpc [options] (HOST:PORT | --unix PATH) [METHOD [ARGUMENT …]]"
+    parser.epilog, parser.formatter_class = RPC_EPILOG, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("words", nargs="*", metavar="HOST:PORT METHOD ARGUMENT", help="what to call, and with what")
+    parser.add_argument("--unix", metavar="PATH", help="a Unix socket, instead of HOST:PORT")
+    parser.add_argument("--framing", choices=FRAMINGS, default="newline", help="how messages are told apart (default: newline)")
+    parser.add_argument("--tls", action="store_true", help="by TLS")
+    parser.add_argument("--cacert", metavar="FILE", help="with --tls: certificates to trust instead of the system's")
+    parser.add_argument("-k", "--insecure", action="store_true", help="with --tls: trust anybody, who may be in the middle")
+    parser.add_argument("-m", "--timeout", metavar="SECONDS", type=float, default=30.0, help="for all of it (default: 30)")
+    parser.add_argument("--notify", action="store_true", help="ask for no answer")
+    parser.add_argument("--stream", action="store_true", help="print the items of a stream, as they come")
+    return parser
+
+
+def _rpc_address(text):
+    """(host, port) of "host:port", "[::1]:port" or ":port"."""
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise UsageError(f"{text!r}: write an address of IPv6 in brackets, as [::1]:4000")
+    if not colon or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise UsageError(f"{text!r} is no HOST:PORT, as localhost:4000")
+    return host or "127.0.0.1", int(port)
+
+
+def _rpc_value(schema, text):
+    """The value that an argument stands for. What looks like JSON has to be."""
+    try:
+        return schema.load_json(text.encode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        if text.lstrip()[:1] in ("{", "[", '"'):
+            raise UsageError(f"{text!r} is no JSON: {error}") from error
+        return text
+
+
+def _rpc_params(schema, words):
+    """The parameters: a list, a dict, or None where there are none."""
+    named = [re.match(r"[^\W\d]\w*=", word) for word in words]
+    if not any(named):
+        return [_rpc_value(schema, word) for word in words] or None
+    params = {}
+    for word, found in zip(words, named):
+        if not found:
+            raise UsageError(f"{word!r} has no name, and others have: give a name to all arguments, or to none")
+        name = found[0][:-1]
+        if name in params:
+            raise UsageError(f"{name}= is there twice")
+        params[name] = _rpc_value(schema, word[len(found[0]):])
+    return params
+
+
+def _shown(text):
+    """Without what a terminal would obey."""
+    return re.sub(r"[\0-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _pretty(value, indent=2):
+    """A value as JSON; text that a terminal would obey is escaped."""
+    return re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, indent=indent, ensure_ascii=False))
+
+
+def _type_words(schema):
+    """A JSON Schema in a word or two."""
+    if not isinstance(schema, dict):
+        return "any"
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if isinstance(either := schema.get("anyOf") or schema.get("oneOf"), list):
+        return " | ".join(_type_words(one) for one in either)
+    if isinstance(among := schema.get("enum"), list):
+        return " | ".join(_pretty(one, None) for one in among)
+    if schema.get("type") == "array" and "items" in schema:
+        return f"[{_type_words(schema['items'])}]"
+    kind = schema.get("type", "any")
+    return " | ".join(map(str, kind)) if isinstance(kind, list) else str(kind)
+
+
+def _method_lines(method):
+    """What is said of a method of an OpenRPC document: how it is called, and what it is for."""
+    params = [f"{one.get('name')}{'' if one.get('required') else '?'}: {_type_words(one.get('schema'))}"
+              for one in method.get("params", []) if isinstance(one, dict)]
+    result = method.get("result")
+    gives = f" -> {_type_words(result.get('schema'))}" if isinstance(result, dict) else ""
+    yield f"{method.get('name')}({', '.join(params)}){gives}"
+    if about := method.get("summary") or method.get("description"):
+        yield f"    {str(about).strip().partition(chr(10))[0]}"
+
+
+async def _rpc(rpc, tls, options, address, method, params):
+    """Do it: lines to print, one after the other."""
+    framing = getattr(rpc, FRAMINGS[options.framing])
+    async with await rpc.RpcClient.connect(*address, unix=options.unix, tls=tls, framing=framing, reconnect=None) as client:
+        if method is None:
+            document = await client.call("rpc.discover", timeout=None)
+            methods = document.get("methods") if isinstance(document, dict) else None
+            if not isinstance(methods, list):
+                raise rpc.ProtocolError("what rpc.discover answers is no OpenRPC document")
+            for one in methods:
+                if isinstance(one, dict):
+                    for line in _method_lines(one):
+                        print(_shown(line))
+        elif options.notify:
+            await client.notify(method, params=params)
+        elif options.stream:
+            async for item in client.stream(method, params=params, timeout=None):
+                print(_pretty(item, None), flush=True)
+        else:
+            print(_pretty(await client.call(method, params=params, timeout=None)))
+
+
+def _rpc_status(rpc, net, error):
+    """(exit status, what to say) of an error of _rpc()."""
+    cause = error.__cause__
+    if isinstance(error, rpc.RpcError):
+        data = "" if error.data is None else f": {_pretty(error.data, None)}"
+        return 22, f"{_shown(error.message)} ({error.code}){data}"
+    if isinstance(error, rpc.ProtocolError) or isinstance(cause, rpc.ProtocolError):
+        return 8, _shown(str(error))
+    if isinstance(error, net.ResolveError):
+        return 6, str(error)
+    if isinstance(error, net.TlsError):
+        return 60 if isinstance(cause, ssl.SSLCertVerificationError) else 35, str(error)
+    return 56 if isinstance(error, rpc.ConnectionLost) else 7, str(error)
+
+
+def _rpc_command(arguments):
+    """`rpc HOST:PORT [METHOD ARGUMENT …]`."""
+    options = _rpc_parser().parse_intermixed_args(arguments)
+    rpc, net, schema = _load("flowcoro_rpc"), _load("flowcoro_net"), _load("flowcoro_schema")
+    words, address = options.words, (None, None)
+    if options.unix is None:
+        if not words:
+            raise UsageError("give the server's HOST:PORT, or --unix PATH")
+        address, words = _rpc_address(words[0]), words[1:]
+    method, params = words[0] if words else None, _rpc_params(schema, words[1:])
+    if not options.timeout > 0:
+        raise UsageError(f"--timeout {options.timeout:g}: give more than 0 seconds")
+    if method is None and (options.notify or options.stream):
+        raise UsageError("--notify and --stream need a METHOD")
+    if options.notify and options.stream:
+        raise UsageError("--notify asks for no answer, and --stream for many")
+    if (options.cacert or options.insecure) and not options.tls:
+        raise UsageError("--cacert and --insecure are for --tls")
+    where = options.unix or f"{address[0]}:{address[1]}"
+
+    async def in_time():
+        with flowcoro.timeout(options.timeout):
+            await _rpc(rpc, tls, options, address, method, params)
+
+    try:
+        tls = net.client_tls(ca=options.cacert, verify=not options.insecure) if options.tls else None
+    except OSError as error:
+        raise UsageError(f"--cacert {options.cacert}: {error.strerror or error}") from error
+    try:
+        flowcoro.run(in_time())
+        return 0
+    except TimeoutError:
+        status, said = 28, f"not done within --timeout {options.timeout:g} seconds"
+    except (rpc.RpcError, rpc.ProtocolError, net.NetworkError) as error:
+        status, said = _rpc_status(rpc, net, error)
+        if method is None and getattr(error, "code", None) == rpc.MethodNotFound.code:
+            said = f"it does not say what its methods are (there is no rpc.discover); name one: {said}"
+    print(f"flowcoro: {where}{f' {_shown(method)}' if method else ''}: {said}", file=sys.stderr)
+    return status
+
+
 # ---- serve -------------------------------------------------------------------------------------------------
 
 KEPT = "FLOWCORO_KEPT_SOCKETS"          # environment: numbers of listening sockets that --reload hands to the next program

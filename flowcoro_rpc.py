@@ -2055,6 +2055,9 @@ class _Answering(_Calling):
             slot[0].set(slot[1], None)
 
 
+_CONTROLS = "$/cancelRequest", "$/stream"
+
+
 class _Reading(_Answering):
     """How a Peer reads."""
 
@@ -2162,7 +2165,7 @@ class _Reading(_Answering):
                 self._wait(event, slot)
             return None
         elif kind is Notification:
-            if event.method.startswith("$/"):
+            if event.method in _CONTROLS:           # others that begin so, as LSP's $/progress, are for methods
                 self._control(event.method, event.params)
             elif not self._draining:
                 if self._waiting or not self._has_place():
@@ -2185,7 +2188,7 @@ class _Reading(_Answering):
         return None
 
     def _control(self, method, params):
-        """A notification of the protocol itself; what is not known is left alone."""
+        """A notification of the protocol itself."""
         if method == "$/cancelRequest":
             number = _id_of(params)
             call = self._calls.get(number)

@@ -105,7 +105,8 @@ def rate_of_cpu(done):
 
 
 FIGURES = {
-    "cpu": rate_of_cpu, "rate": rate, "speed": lambda done: rate(done) / 1e6,
+    "cpu": rate_of_cpu, "rate": rate, "client": lambda done: rate_of_cpu({**done, "server_cpu": done["client_cpu"]}),
+    "speed": lambda done: rate(done) / 1e6,
     "speed_of_cpu": lambda done: rate_of_cpu(done) / 1e6,
     "p50": lambda done: done["p50"] * 1e6, "p99": lambda done: done["p99"] * 1e6,
     "p50_ms": lambda done: done["p50"] * 1e3, "p99_ms": lambda done: done["p99"] * 1e3, "max_ms": lambda done: done["max"] * 1e3,

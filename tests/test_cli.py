@@ -20,6 +20,7 @@ import pytest
 import flowcoro
 import flowcoro_cli
 import flowcoro_net
+import flowcoro_rpc
 import flowcoro_websocket
 
 ROOT = pathlib.Path(flowcoro_cli.__file__).resolve().parent
@@ -536,6 +537,46 @@ def test_the_chat_scene_is_kept_until_ctrl_c_and_somebody_is_there():
     assert '<label for="text">' in page and not re.search(r"(src|href)=\"(?!data:)", page)        # nothing comes from elsewhere
     assert "Eve" in here["here"] and said == {"who": "Eve", "text": "anything"} and answer["who"] == "Ben"
     assert (process.returncode, err) == (0, "") and "Eve: anything" in out and "Closed." in out
+
+
+def test_the_rpc_scene_shows_what_either_side_sees(cli):
+    status, out, _ = cli("demo", "rpc")
+    assert status == 0
+    rows = [r"calls brew\('Oolong', 6\)", r" {38}brews Earl Grey", r"has a pot of Earl Grey\n  has a pot of Oolong",
+            r" {38}calls the guest: sugar\?\n  is called: sugar\('Assam'\), answers 2\n  has Assam with 2 lumps",
+            r" {38}stops after \d+ cups", r"TimeoutError\n {40}cancelled: empties the pot of Pu-erh",
+            r" {38}is shut", r"ConnectionLost, sent=(True|None)\n", r"ConnectionLost, sent=False\n"]
+    assert [row for row in rows if not re.search(rf"^  {row}", out, re.MULTILINE)] == []
+
+
+class NothingRan(flowcoro_rpc.ConnectionLost):
+    sent = property(lambda self: False, lambda self, sent: None)
+
+
+@pytest.mark.parametrize(("method", "instead", "said"), [
+    ("brew", lambda tea, minutes: tea, "the answers were ['Oolong', 'Earl Grey']"),
+    ("order", lambda tea: tea, "the answer to a call with a call in it was 'Assam'"),
+    ("pour", lambda cups: ["cup 0"] * 3, "the stream began with ['cup 0', 'cup 0', 'cup 0']")])
+def test_the_rpc_scene_fails_if_an_answer_is_not_what_it_should_be(cli, monkeypatch, method, instead, said):
+    class Spoilt(flowcoro_rpc.RpcServer):
+        def method(self, function):
+            return super().method(instead if function.__name__ == method else function, name=function.__name__)
+
+    monkeypatch.setattr(flowcoro_rpc, "RpcServer", Spoilt)
+    status, out, err = cli("demo", "rpc")
+    assert (status, err) == (1, "") and f"FAILED: {said}" in out
+
+
+def test_the_rpc_scene_fails_if_it_is_not_told_that_a_call_has_run(cli, monkeypatch):
+    monkeypatch.setattr(flowcoro_rpc, "ConnectionLost", NothingRan)
+    status, out, err = cli("demo", "rpc")
+    assert (status, err) == (1, "") and "FAILED: what was lost is told wrong: sent=False of a call that ran" in out
+
+
+def test_the_rpc_scene_fails_if_a_stream_runs_ahead(cli, monkeypatch):
+    monkeypatch.setattr(flowcoro_cli, "AHEAD", 2)
+    status, out, _ = cli("demo", "rpc")
+    assert status == 1 and re.search(r"FAILED: \d+ cups were poured for one who took 3", out)
 
 
 def test_the_timeouts_scene_draws_a_row_per_task(cli):
