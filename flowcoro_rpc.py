@@ -1015,6 +1015,8 @@ class StandardStreams:
     what a client talks to that has started this program, as editors do. What prints goes to standard error, then.
     """
 
+    tls = None
+
     def __init__(self):
         self._in, self._out, self._closed = 0, 1, False
         self._blocked = os.get_blocking(self._in), os.get_blocking(self._out)
