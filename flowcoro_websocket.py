@@ -848,10 +848,12 @@ def _decode_close(payload):
         raise RemoteProtocolError(1007, f"a Close whose reason is no UTF-8: {bytes(payload[2:])!r:.60}") from None
 
 
-def _check_limits(max_message, max_frame):
+def _check_limits(max_message, max_frame, max_queue=1):
     """ValueError, TypeError."""
     if max_message < 0 or (max_frame is not None and max_frame < 0):
         raise ValueError(f"max_message={max_message!r:.40}, max_frame={max_frame!r:.40}: bytes, 0 or more")
+    if max_queue < 1:
+        raise ValueError(f"max_queue={max_queue!r:.40}: messages, 1 or more")
 
 
 class _Message:
@@ -1698,7 +1700,8 @@ def _size(data):
 class _Receiver(_Sender):
     """How a WebSocket receives, and how it ends."""
 
-    __slots__ = ("_special", "_receiving", "_background", "_queue", "_queued", "_unread", "_idle", "_pings")
+    __slots__ = ("_special", "_receiving", "_background", "_queue", "_queued", "_unread", "_idle", "_pings",
+                 "_max_queue")
 
     def __init__(self, sock, codec, several):
         super().__init__(sock, codec, several)
@@ -1966,7 +1969,7 @@ class _Receiver(_Sender):
     # -- in the background
 
     def _has_room(self):
-        return self._queue is None or len(self._queue) < MAX_QUEUE and self._queued < MAX_QUEUED
+        return self._queue is None or len(self._queue) < self._max_queue and self._queued < MAX_QUEUED
 
     def _read_in_background(self):
         """Have a task read, unless somebody does, or enough is queued."""
@@ -2008,11 +2011,13 @@ class WebSocket(_Receiver):
     """
 
     __slots__ = ("request", "response_headers", "subprotocol", "latency", "state", "_ping_interval", "_ping_timeout",
-                 "_ping_due", "_pinged", "_ping_at", "_progress")
+                 "_ping_due", "_pinged", "_ping_at", "_progress", "_close_timeout")
 
-    def __init__(self, sock, role, *, deflate=None, max_message=MAX_MESSAGE, max_frame=None, ping_interval=PING_INTERVAL,
-                 ping_timeout=PING_TIMEOUT, subprotocol=None, request=None, response_headers=()):
+    def __init__(self, sock, role, *, deflate=None, max_message=MAX_MESSAGE, max_frame=None, max_queue=MAX_QUEUE,
+                 ping_interval=PING_INTERVAL, ping_timeout=PING_TIMEOUT, close_timeout=CLOSE_TIMEOUT, subprotocol=None,
+                 request=None, response_headers=()):
         """By hand, where the handshake was made elsewhere: `sock` a flowcoro_net.Socket, `role` "server" or "client"."""
+        _check_limits(max_message, max_frame, max_queue)
         keeper = _Keeper.of_kernel()
         super().__init__(sock, WebSocketConnection(role, deflate=deflate, max_message=max_message, max_frame=max_frame),
                          keeper.several)
@@ -2020,6 +2025,7 @@ class WebSocket(_Receiver):
         self.latency = self.state = None
         self._ping_interval = _seconds(ping_interval, "ping_interval")
         self._ping_timeout = _seconds(ping_timeout, "ping_timeout")
+        self._close_timeout, self._max_queue = _seconds(close_timeout, "close_timeout"), max_queue
         self._ping_due = flowcoro.now() + self._ping_interval
         self._pinged = None             # since when nothing has come, after a Ping; None: there is none under way
         self._ping_at = 0               # `_flushed` when that Ping has left
@@ -2087,12 +2093,12 @@ class WebSocket(_Receiver):
 
     # -- the end
 
-    async def close(self, code=1000, reason="", *, timeout=CLOSE_TIMEOUT):
-        """Close: send a Close, wait for the peer's, at most `timeout` seconds, and end the connection. What is received meanwhile
-        is dropped. Twice is once. LocalProtocolError for a code that may not be sent, or a reason of more than 123 bytes: nothing
-        has changed. Cancelled: the connection is ended at once.
+    async def close(self, code=1000, reason="", *, timeout=None):
+        """Close: send a Close, wait for the peer's, at most `timeout` seconds (None: close_timeout of accept() or connect()), and
+        end the connection. What is received meanwhile is dropped. Twice is once. LocalProtocolError for a code that may not be
+        sent, or a reason of more than 123 bytes: nothing has changed. Cancelled: the connection is ended at once.
         """
-        limit = flowcoro.move_on_after(timeout)
+        limit = flowcoro.move_on_after(self._close_timeout if timeout is None else timeout)
         self._say_close(code, reason)
         try:
             await _turn()
@@ -2120,7 +2126,7 @@ class WebSocket(_Receiver):
             return
         self._say_close(code, reason)
         if self._close_by is None:
-            self._close_by = flowcoro.now() + CLOSE_TIMEOUT
+            self._close_by = flowcoro.now() + self._close_timeout
         self._read_in_background()
 
     async def wait_closed(self):
@@ -2222,7 +2228,7 @@ def _seconds(seconds, name):
 # ---- server end -----------------------------------------------------------------------------------------------
 
 async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=True, max_message=MAX_MESSAGE, max_frame=None,
-                 ping_interval=PING_INTERVAL, ping_timeout=PING_TIMEOUT):
+                 max_queue=MAX_QUEUE, ping_interval=PING_INTERVAL, ping_timeout=PING_TIMEOUT, close_timeout=CLOSE_TIMEOUT):
     """Accept the WebSocket that a request asks for (RFC 6455 section 4.2). -> WebSocket
 
     request: a flowcoro_http.Request, or what has its method, version, headers, host and upgrade(); it gets the attribute
@@ -2231,7 +2237,9 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
     origins: pages of which origins may connect: ["https://example.com"], "https://*.example.com" for all below it, "null", "*"
     for all; None: those of the host that is asked for. Browsers send cookies along whatever the page; who is no browser passes.
     headers: pairs or a mapping, for the answer. deflate: True, False, or a Deflate: whether messages may be compressed.
-    max_message: bytes of a message, inflated, beyond which it is refused with 1009; max_frame: those of one frame.
+    max_message: bytes of a message, inflated, beyond which it is refused with 1009; max_frame: those of one frame. max_queue:
+    messages that are received while nobody receives, and a megabyte at most; then nothing is read. close_timeout: seconds for the
+    peer's Close, and for its end of the connection (None: no limit).
     ping_interval: seconds between Pings; ping_timeout: seconds after one without any sign of life (something comes, or the Ping
     has not left yet, and what is before it does), and the connection counts as lost; None: no Pings, no limit.
     HandshakeError, with the `status` and `headers` of the answer: 400, 403 for the origin, 405, 426. What upgrade() raises.
@@ -2239,15 +2247,16 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
     """
     _check_origins(origins)
     _check_subprotocols(subprotocols)
-    _check_limits(max_message, max_frame)
+    _check_limits(max_message, max_frame, max_queue)
     headers = _further(headers)
-    ping_interval, ping_timeout = _seconds(ping_interval, "ping_interval"), _seconds(ping_timeout, "ping_timeout")
+    seconds = {"ping_interval": _seconds(ping_interval, "ping_interval"), "ping_timeout": _seconds(ping_timeout, "ping_timeout"),
+               "close_timeout": _seconds(close_timeout, "close_timeout")}
     pairs, subprotocol, agreed = _check_request(
         request.method, request.version, request.headers.items(), subprotocols=subprotocols, origins=origins, host=request.host,
         deflate=_as_deflate(deflate))
     sock = await request.upgrade("websocket", [*pairs, *headers])
-    ws = WebSocket(sock, "server", deflate=agreed, max_message=max_message, max_frame=max_frame, ping_interval=ping_interval,
-                   ping_timeout=ping_timeout, subprotocol=subprotocol, request=request)
+    ws = WebSocket(sock, "server", deflate=agreed, max_message=max_message, max_frame=max_frame, max_queue=max_queue,
+                   subprotocol=subprotocol, request=request, **seconds)
     request.websocket = ws              # whoever serves the request closes it in the end
     return ws
 
@@ -2352,7 +2361,7 @@ class connect:
     redirects: how many are followed, 0 for none; what is for one origin (Authorization, Cookie) is not sent to another, and from
     wss to ws none leads. open_timeout: seconds for all of it. socket: a flowcoro_net.Socket that is connected already, for the
     one connection it is good for: a redirect, or the iterator's next, raises ValueError. deflate, max_message, max_frame,
-    ping_interval, ping_timeout as accept().
+    max_queue, ping_interval, ping_timeout, close_timeout as accept().
 
     Errors: HandshakeError, with status, headers and body of an answer that is no WebSocket's; TimeoutError; those of
     Socket.connect(): BrokenError, ResolveError, TlsError; ValueError, TypeError. Cancelled: nothing is left behind.
@@ -2364,8 +2373,8 @@ class connect:
     """
 
     def __init__(self, url, *, headers=(), subprotocols=(), origin=None, tls=None, proxy=None, redirects=MAX_REDIRECTS,
-                 open_timeout=OPEN_TIMEOUT, deflate=True, max_message=MAX_MESSAGE, max_frame=None, socket=None,
-                 ping_interval=PING_INTERVAL, ping_timeout=PING_TIMEOUT, on_retry=None):
+                 open_timeout=OPEN_TIMEOUT, deflate=True, max_message=MAX_MESSAGE, max_frame=None, max_queue=MAX_QUEUE,
+                 ping_interval=PING_INTERVAL, ping_timeout=PING_TIMEOUT, close_timeout=CLOSE_TIMEOUT, socket=None, on_retry=None):
         self._target = _Target(url)
         self._headers = _further(headers)
         _check_subprotocols(subprotocols)
@@ -2380,8 +2389,9 @@ class connect:
             raise TypeError(f"proxy={proxy!r:.60}: give a URL, True for the environment's, or None")
         if tls is not None and not self._target.tls:
             raise ValueError(f"tls= is for wss://, and {self._target.text!r:.200} has none")
-        _check_limits(max_message, max_frame)
-        self._options = {"max_message": max_message, "max_frame": max_frame,
+        _check_limits(max_message, max_frame, max_queue)
+        self._options = {"max_message": max_message, "max_frame": max_frame, "max_queue": max_queue,
+                         "close_timeout": _seconds(close_timeout, "close_timeout"),
                          "ping_interval": _seconds(ping_interval, "ping_interval"),
                          "ping_timeout": _seconds(ping_timeout, "ping_timeout")}
         self._sockets, self._on_retry, self._ws = None if socket is None else [socket], on_retry, None

@@ -564,6 +564,22 @@ async def test_wait_closed_waits_for_the_end_and_keeps_what_comes():
 
 
 @simulated
+async def test_how_much_is_kept_and_how_long_a_close_takes_is_the_users_choice():
+    async with served(max_queue=3, close_timeout=2.5) as (ws, peer):
+        await peer.write(b"".join(peer.codec.send_message(str(number)) for number in range(10)))
+        await flowcoro.sleep(3 * flowcoro_websocket.SWEEP)
+        assert ws.statistics()["queued"] == 3
+        began = flowcoro.now()
+        await ws.close()
+        assert flowcoro.now() - began == 2.5
+    async with served(close_timeout=2.5) as (ws, peer):
+        ws.close_nowait()
+        began = flowcoro.now()
+        await ws.wait_closed()
+        assert 2.5 <= flowcoro.now() - began <= 3.5
+
+
+@simulated
 async def test_wait_closed_learns_of_the_end_of_who_has_sent_more_than_is_kept():
     for close, code in ((True, 4000), (False, 1006)):
         async with served() as (ws, peer):

@@ -174,6 +174,7 @@ async def test_accept_by_hand_in_an_ordinary_handler():
 @pytest.mark.parametrize("options, error", [({"deflate": "yes"}, TypeError), ({"origins": "https://a"}, TypeError),
                                             ({"subprotocols": ["a b"]}, ValueError), ({"ping_interval": 0}, ValueError),
                                             ({"max_message": -1}, ValueError), ({"max_frame": "1"}, TypeError),
+                                            ({"max_queue": 0}, ValueError), ({"close_timeout": -1}, ValueError),
                                             ({"headers": {"Sec-WebSocket-Protocol": "x"}}, ValueError),
                                             ({"headers": {"Sec-WebSocket-Extensions": "permessage-deflate"}}, ValueError),
                                             ({"headers": [("sec-websocket-protocol", "chat")]}, ValueError),
