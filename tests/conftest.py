@@ -1,4 +1,4 @@
-"""What several test files use; and how the whole suite is run by two processes."""
+"""What several test files use; and how the whole suite is run by several processes."""
 
 import gc
 import json
@@ -109,16 +109,19 @@ async def parked(group, *coros):
     return tasks
 
 
-# ---- two processes --------------------------------------------------------------------------------------------
+# ---- several processes ----------------------------------------------------------------------------------------
 #
-# All tests take a processor two and a half minutes. So where there are two, a second pytest helps: it goes through the files from
-# the last to the first, and who comes to a file that the other has begun passes it over. What the helper reports is told here at
-# the end, as if it had happened here. It is no child of this process, since tests ask whether there are any, and it has no
-# thread here, since a thread might yet wake a task. FLOWCORO_PROCESSES=1 goes without.
+# All tests take a processor some three minutes, and as long again they wait. So where there are two processors, two further
+# pytests help: they go through the files from the last to the first, and from the middle on, and who comes to a file that another
+# has begun passes it over. What the helpers report is told here at the end, as if it had happened here. They are no children of
+# this process, since tests ask whether there are any, and there is no thread for them here, since a thread might yet wake a task.
+# FLOWCORO_PROCESSES: how many in all; 1 goes without.
+
+PROCESSES = int(os.environ.get("FLOWCORO_PROCESSES") or 3)
 
 # Tests from which on it pays; and arguments with which it is clear what the helper has to do: none that name files or a choice.
 MANY = int(os.environ.get("FLOWCORO_MANY", 2000))
-PATIENCE = 240          # seconds until the helper is given up, once there is nothing left to do but wait for it
+PATIENCE = 240          # seconds until the helpers are given up, once there is nothing left to do but wait for them
 HARMLESS = ("-q", "-v", "-W", "-p", "-r", "--durations", "--color", "--tb", "no:", "error")
 
 START = """
@@ -128,11 +131,11 @@ with open(sys.argv[1], "wb") as output:
 """
 
 
-class Half:
-    """One of the two: which files it has begun, and, of the helper, what it reports."""
+class Part:
+    """One of the processes: which files it has begun."""
 
     def __init__(self, folder):
-        self.folder, self.files, self.reports = pathlib.Path(folder), {}, None
+        self.folder, self.files = pathlib.Path(folder), {}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item):
@@ -145,31 +148,34 @@ class Half:
         return None if self.files[item.path] else True
 
 
-    def is_helped(self):
-        """Whether the helper is there, or on its way."""
-        try:
-            os.kill(int((self.folder / "helper").read_text() or os.getpid()), 0)
-        except FileNotFoundError:
-            pass
-        except ProcessLookupError:
-            return (self.folder / "all-reports").exists()
-        return True
+def is_there(own):
+    """Whether the helper whose folder that is is there, or on its way, or has been."""
+    try:
+        os.kill(int((own / "pid").read_text() or os.getpid()), 0)
+    except FileNotFoundError:
+        pass
+    except ProcessLookupError:
+        return (own / "all-reports").exists()
+    return True
 
 
-class Helper(Half):
-    """The second process."""
+class Helper(Part):
+    """One that helps."""
 
     def __init__(self, config):
-        super().__init__(os.environ.pop("FLOWCORO_HELPER"))
+        self.own = pathlib.Path(os.environ.pop("FLOWCORO_HELPER"))
+        super().__init__(self.own.parent)
         self.config, self.helped = config, int((self.folder / "pid").read_text())
-        self.reports = open(self.folder / "reports", "w")
-        (self.folder / "helper").write_text(str(os.getpid()))
+        self.reports = open(self.own / "reports", "w")
+        (self.own / "pid").write_text(str(os.getpid()))
 
     def pytest_collection_modifyitems(self, items):
         files = {}
         for item in items:
             files.setdefault(item.path, []).append(item)
-        items[:] = [item for path in reversed(files) for item in files[path]]
+        paths = list(reversed(files))
+        first = len(paths) // 2 * (self.own.name != "1")
+        items[:] = [item for path in paths[first:] + paths[:first] for item in files[path]]
 
     def pytest_runtest_logstart(self):
         os.kill(self.helped, 0)             # ProcessLookupError: nobody waits for this any more
@@ -180,7 +186,7 @@ class Helper(Half):
 
     def pytest_unconfigure(self):
         self.reports.close()
-        (self.folder / "reports").rename(self.folder / "all-reports")
+        (self.own / "reports").rename(self.own / "all-reports")
 
 
 def pytest_configure(config):
@@ -192,7 +198,7 @@ def pays(session):
     """Whether this is the whole suite, on a machine with two processors."""
     arguments, config = session.config.invocation_params.args, session.config
     return (len(session.items) >= MANY and len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0]) > 1
-            and os.environ.get("FLOWCORO_PROCESSES") != "1"
+            and PROCESSES > 1
             and not any(isinstance(plugin, Helper) for plugin in config.pluginmanager.get_plugins())
             and all(argument.startswith(HARMLESS) for argument in arguments))
 
@@ -204,24 +210,34 @@ def pytest_runtestloop(session):
         return
     config = session.config
     with tempfile.TemporaryDirectory() as folder:
-        half = Half(folder)
-        (half.folder / "pid").write_text(str(os.getpid()))
+        part = Part(folder)
+        (part.folder / "pid").write_text(str(os.getpid()))
         command = [sys.executable, *(f"-W{option}" for option in sys.warnoptions), "-m", "pytest",
                    *config.invocation_params.args, "-p", "no:cacheprovider"]
-        subprocess.run([sys.executable, "-c", START, half.folder / "output", *command], check=True,
-                       env=os.environ | {"FLOWCORO_HELPER": folder}, cwd=config.invocation_params.dir)
-        config.pluginmanager.register(half)
+        helpers = [part.folder / str(number) for number in range(1, PROCESSES)]
+        for own in helpers:
+            own.mkdir()
+            subprocess.run([sys.executable, "-c", START, own / "output", *command], check=True,
+                           env=os.environ | {"FLOWCORO_HELPER": str(own)}, cwd=config.invocation_params.dir)
+        config.pluginmanager.register(part)
         yield
-        config.pluginmanager.unregister(half)
-        told, begun = half.folder / "all-reports", time.monotonic()
-        while not told.exists() and half.is_helped() and time.monotonic() < begun + PATIENCE:
-            time.sleep(0.02)
-        for line in told.read_text().splitlines() if told.exists() else ():
-            data = json.loads(line)
-            if isinstance(data["longrepr"], list):          # of a test that was skipped: JSON has no tuples
-                data["longrepr"] = tuple(data["longrepr"])
-            report = config.hook.pytest_report_from_serializable(config=config, data=data)
-            config.hook.pytest_runtest_logreport(report=report)
-        if not told.exists():
-            session.testsfailed += 1
-            print(f"\nthe second process has not come to its end:\n{(half.folder / 'output').read_text()}")
+        config.pluginmanager.unregister(part)
+        begun = time.monotonic()
+        for own in helpers:
+            tell_of(own, begun + PATIENCE, session)
+
+
+def tell_of(own, limit, session):
+    """Report what a helper has reported."""
+    told, config = own / "all-reports", session.config
+    while not told.exists() and is_there(own) and time.monotonic() < limit:
+        time.sleep(0.02)
+    for line in told.read_text().splitlines() if told.exists() else ():
+        data = json.loads(line)
+        if isinstance(data["longrepr"], list):          # of a test that was skipped: JSON has no tuples
+            data["longrepr"] = tuple(data["longrepr"])
+        report = config.hook.pytest_report_from_serializable(config=config, data=data)
+        config.hook.pytest_runtest_logreport(report=report)
+    if not told.exists():
+        session.testsfailed += 1
+        print(f"\nthe helping process {own.name} has not come to its end:\n{(own / 'output').read_text()}")

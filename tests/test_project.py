@@ -881,7 +881,7 @@ def suite(folder, files, **environment):
         (folder / name).write_text(NOTE + text)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"], cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "FLOWCORO_MANY": "2", "FLOWCORO_PROCESSES": "", **environment}, timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "FLOWCORO_MANY": "2", **environment}, timeout=60,
         capture_output=True, text=True)
     notes = [line.split() for line in (folder / "notes").read_text().splitlines()]
     assert len({text for _, text in notes}) == len(notes), "a test has run twice"
@@ -889,7 +889,7 @@ def suite(folder, files, **environment):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_two_processes_run_each_test_once_and_tell_as_one(tmp_path, processes):
+def test_several_processes_run_each_test_once_and_tell_as_one(tmp_path, processes):
     if processes == 2 and len(os.sched_getaffinity(0)) < 2:
         pytest.skip("this machine has one processor")
     status, output, notes = suite(tmp_path, SUITE, FLOWCORO_PROCESSES=str(processes))
@@ -897,8 +897,9 @@ def test_two_processes_run_each_test_once_and_tell_as_one(tmp_path, processes):
     assert len(notes) == 33 and len(set(notes.values())) == processes
 
 
-def test_a_second_process_that_dies_is_a_failure(tmp_path):
+def test_a_helping_process_that_dies_is_a_failure(tmp_path):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("this machine has one processor")
-    status, output, notes = suite(tmp_path, {**SUITE, "test_d.py": "def test_end():\n    note('d')\n    os._exit(3)\n"})
-    assert status == 1 and "the second process has not come to its end" in output and "d" in notes, output
+    status, output, notes = suite(tmp_path, {**SUITE, "test_d.py": "def test_end():\n    note('d')\n    os._exit(3)\n"},
+                                  FLOWCORO_PROCESSES="2")
+    assert status == 1 and "the helping process 1 has not come to its end" in output and "d" in notes, output
