@@ -728,6 +728,7 @@ async def test_a_stopped_process_is_killed_all_the_same():
     with flowcoro.CancelScope() as scope:
         async with open_process(["sleep", HANG], grace=0) as process:
             process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)      # until it is: SIGTERM would be taken before
             scope.cancel()
             await flowcoro.checkpoint()
     assert process.returncode == -signal.SIGKILL
