@@ -1326,8 +1326,7 @@ class _Reply:
 
     def expire(self):
         """Its time is up."""
-        if self.id in self.peer._pending:
-            self.peer._give_up(self.id)
+        if self.peer._give_up(self.id):
             self.settle(None, TimeoutError(f"no answer to {self.method!r} within timeout={self.seconds:g} s; it may have run"))
             if self.heard == self.peer._heard:
                 self.peer._probe()
@@ -1352,13 +1351,13 @@ class _Probe(_Reply):
 
 
 class _Feed(_Reply):
-    """A stream of ours: `items` that have come and were not yet taken, and how many may still come."""
+    """A stream of ours: `items` that have come and were not yet taken, how many may come, and have, in all."""
 
-    __slots__ = ("items", "credit")
+    __slots__ = ("items", "granted", "received")
 
     def __init__(self, peer, number, method, credit):
         super().__init__(peer, number, method)
-        self.items, self.credit = collections.deque(), credit
+        self.items, self.granted, self.received = collections.deque(), credit, 0
 
     def park(self, task):
         super().park(task)
@@ -1368,8 +1367,8 @@ class _Feed(_Reply):
     @flowcoro.atomic
     def receive(self, items):
         """More of it. ProtocolError if that is more than was asked for."""
-        self.credit -= len(items)
-        if self.credit < 0:
+        self.received += len(items)
+        if self.received > self.granted:
             raise ProtocolError("a stream has sent more items than it was given credit for")
         self.items.extend(items)
         self._wake()
@@ -1545,10 +1544,13 @@ class _Calling(_Outgoing, _Caller):
         raise TimeoutError(f"{method!r} was not sent within timeout={seconds:g} s, as the peer does not read; it has not run")
 
     def _give_up(self, number):
-        """Nobody waits for this answer any more: tell the peer."""
-        if self._pending.pop(number, None) is not None and self._lost is None:
+        """Nobody waits for this answer any more: tell the peer. Whether there was none yet."""
+        if self._pending.pop(number, None) is None:
+            return False
+        if self._lost is None:
             self._post(encode_request("$/cancelRequest", {"id": number}))
             self._flush_later()
+        return True
 
     def _probe(self):
         """Ask whether anybody is there."""
@@ -1599,7 +1601,7 @@ class _Calling(_Outgoing, _Caller):
                     item = feed.items.popleft()
                     taken += 1
                     if taken >= max(window // 2, 1) and not feed.done:
-                        feed.credit += taken
+                        feed.granted += taken
                         self._post(encode_request("$/stream", {"id": number, "credit": taken}))
                         self._flush_later()
                         taken = 0
@@ -1624,12 +1626,17 @@ class _Calling(_Outgoing, _Caller):
         if reply is not None:
             reply.settle(response.result, error)
             return
-        if response.id is None and error is not None and len({id(reply.message) for reply in self._pending.values()}) == 1:
-            # What we have sent was not understood, and one message is all that is under way: it is that.
-            while self._pending:
-                self._pending.popitem()[1].settle(None, error)
-            return
-        self.strays += 1
+        if response.id is not None or error is None or not self._take_refusal(error):
+            self.strays += 1
+
+    @flowcoro.atomic
+    def _take_refusal(self, error):
+        """What we have sent was not understood. If one message is all that is under way, it is that. Whether it is so."""
+        if len({id(reply.message) for reply in self._pending.values()}) != 1:
+            return False
+        while self._pending:
+            self._pending.popitem()[1].settle(None, error)
+        return True
 
     def _take_items(self, params):
         feed = self._pending.get(_id_of(params))
@@ -1694,6 +1701,7 @@ class _Answers:
     def __init__(self, peer, count):
         self._peer, self._answers, self._left, self._size = peer, [None] * count, count, 1
 
+    @flowcoro.atomic
     def set(self, index, answer):
         """The answer to one member, or None for none."""
         self._answers[index] = answer
@@ -1722,8 +1730,7 @@ class _Call:
 
     def end(self, kind):
         """End it: the answer is this error, and the task is cancelled."""
-        if not self.answered:
-            self.answered = True
+        if self.claim():
             self.leave()
             self.peer._fail(self.id, self.slot, kind())
             self.peer._flush_later()
@@ -1734,6 +1741,12 @@ class _Call:
         calls, key = self.peer._calls, self if self.id is _MISSING else self.id
         if calls.get(key) is self:
             del calls[key]
+
+    @flowcoro.atomic
+    def claim(self):
+        """Whether it is still to be answered: who is told so answers."""
+        answered, self.answered = self.answered, True
+        return not answered
 
     def expire(self):
         """Its time is up."""
@@ -1790,36 +1803,50 @@ class _Deadlines:
 
     @flowcoro.atomic
     def expire(self):
-        """End what is due. Whether there is more."""
+        """End what is due. The scope to sleep in until there is more; None if there is none."""
         now = flowcoro.now()
         for tick in [tick for tick, calls in self.due.items() if not calls or tick * GRAIN <= now]:
             for call in self.due.pop(tick):
                 call.expire()
         self.runs = bool(self.due)
-        return self.runs
+        # Made in the same step: what another worker adds from now on, and is due earlier, moves it.
+        self.scope = flowcoro.CancelScope(deadline=min(self.due) * GRAIN) if self.due else None
+        return self.scope
 
     async def sweep(self):
         try:
-            while self.expire():
-                with flowcoro.CancelScope(deadline=min(self.due) * GRAIN) as self.scope:
+            while scope := self.expire():
+                with scope:
                     await flowcoro.sleep(math.inf)
-        finally:
+        except BaseException:
             self.runs = False
+            raise
 
 
 class _Places:
-    """How many calls run at once, of all connections; and the connections that have some waiting for a place."""
+    """How many calls run at once, of all connections; and the connections that have some waiting for a place.
+
+    With several workers as many calls more than `most` may run as there are other workers: who sees a place makes the first step
+    of a handler before it takes it.
+    """
 
     __slots__ = ("most", "taken", "peers")
 
     def __init__(self, most):
         self.most, self.taken, self.peers = most, 0, {}
 
+    @flowcoro.atomic
+    def take(self):
+        """One has begun."""
+        self.taken += 1
+
+    @flowcoro.atomic
     def release(self):
         """One has ended."""
         self.taken -= 1
         self.offer()
 
+    @flowcoro.atomic
     def offer(self):
         """If there is a place, the connection that waits longest may begin a call. Who does not take it has to offer it again."""
         while self.peers and self.taken < self.most:
@@ -1923,9 +1950,7 @@ class _Answering(_Calling):
     def _enrol(self, call, rest):
         """A call has to wait: it takes a place. Returns what is to be awaited."""
         call.task = flowcoro.current_task()
-        self._calls[call if call.id is _MISSING else call.id] = call
-        self._begun_calls += 1
-        self._places.taken += 1
+        self._take_place(call)
         seconds = self._deadline_of(call.request)
         if seconds != math.inf:
             self._deadlines.add(call, seconds)
@@ -1933,25 +1958,22 @@ class _Answering(_Calling):
 
     async def _stay(self, call, rest):
         """The task that has begun a call stays with it to its end."""
-        number, slot = call.id, call.slot
+        number, slot, ours = call.id, call.slot, False
         try:
             result = await rest
-            if not call.answered:
+            if ours := call.claim():
                 self._answer(number, slot, result)
         except RpcError as error:
-            if not call.answered:
+            if ours or call.claim():
                 self._fail(number, slot, error)
         except Exception as error:
             error = self._internal(error, call.request.method)
-            if not call.answered:
+            if ours or call.claim():
                 self._fail(number, slot, error)
         finally:
             if call.due is not None:
                 self._deadlines.remove(call)
-            call.leave()
-            self._begun_calls -= 1
-            self._places.release()
-            self._begin_waiting()
+            self._give_place(call)
             if self._out:
                 self._flush_later()
             self._look_for_end()
@@ -1975,6 +1997,19 @@ class _Answering(_Calling):
 
     # -- places
 
+    @flowcoro.atomic
+    def _take_place(self, call):
+        self._calls[call if call.id is _MISSING else call.id] = call
+        self._begun_calls += 1
+        self._places.take()
+
+    @flowcoro.atomic
+    def _give_place(self, call):
+        call.leave()
+        self._begun_calls -= 1
+        self._places.release()
+        self._begin_waiting()
+
     def _has_place(self):
         return self._begun_calls < self._options.max_concurrent and self._places.taken < self._places.most
 
@@ -1990,6 +2025,15 @@ class _Answering(_Calling):
         self._stalled = False
         self._paused.unpark()
 
+    @flowcoro.atomic
+    def _next_waiting(self):
+        """(request, slot) of the call that waits longest, if it may begin; else None."""
+        if not self._waiting or not self._has_place():
+            return None
+        self._more_room()
+        return self._waiting.popleft()
+
+    @flowcoro.atomic
     def _begin_waiting(self):
         """Have a task begin the calls that wait, if there is a place. Whether there is one now for that."""
         if not self._waiting or self._catching_up or self._lost is not None:
@@ -2004,16 +2048,12 @@ class _Answering(_Calling):
 
     async def _catch_up(self):
         """As _read(), of the calls that have waited."""
+        rest = None
         try:
-            while self._waiting and self._has_place():
-                request, slot = self._waiting.popleft()
-                self._more_room()
-                rest = self._begin(request, slot)
-                if rest is not None:
-                    break
-                await flowcoro.checkpoint()
-            else:
-                rest = None
+            while rest is None and (waiting := self._next_waiting()):
+                rest = self._begin(*waiting)
+                if rest is None:
+                    await flowcoro.checkpoint()
         finally:
             self._catching_up = False
             self._begin_waiting()
@@ -2124,8 +2164,8 @@ class _Reading(_Answering):
 
     def _look_for_end(self):
         """End, if it is time: nothing comes any more, or is to come, and nothing is left to do or to say."""
-        if ((self._all_read or self._draining) and not self._begun_calls and not self._waiting and not self._todo
-                and self._queued == self._written and self._lost is None):
+        if ((self._all_read or self._draining) and not self._begun_calls and not self._waiting and not self._catching_up
+                and not self._todo and self._queued == self._written and self._lost is None):
             self._lose(self._ended_by_peer() if self._all_read else
                        flowcoro.ClosedError(f"{self!r} has been closed here"))
 
@@ -2206,6 +2246,7 @@ class _Reading(_Answering):
             if call is not None and credit.__class__ is int and 0 < credit <= MAX_CREDIT:
                 call.grant(credit)
 
+    @flowcoro.atomic
     def _cancel_waiting(self, number):
         for index, (request, slot) in enumerate(self._waiting):
             if request.__class__ is Request and request.id == number:
@@ -2457,7 +2498,7 @@ class RpcServer(Methods):
     def statistics(self):
         """{"connections", "calls_running", "calls_queued"}"""
         return {"connections": len(self._peers), "calls_running": self._places.taken,
-                "calls_queued": sum(len(peer._waiting) for peer in self._peers)}
+                "calls_queued": sum(len(peer._waiting) for peer in self.peers)}
 
     def __repr__(self):
         return f"<RpcServer {', '.join(map(repr, self._listening))}{' closed' if self._closing else ''}>"

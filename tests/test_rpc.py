@@ -1807,15 +1807,46 @@ def test_several_workers_serve_and_call():
     flowcoro.run(main(), workers=3)
 
 
+def test_several_workers_share_the_places_of_a_server():
+    async def main():
+        server = slow_server(max_concurrent=2, max_concurrent_in_all=3)
+        listening = await server.start_tcp_server(0)
+
+        async def work(base):
+            async with await RpcClient.connect(*listening.local) as client:
+                numbers = list(range(base, base + 30))
+                assert await flowcoro.when_all(*(client.call("slow", number, 0) for number in numbers)) == numbers
+                found = await client.batch(*(Request("slow", [number, 0]) for number in numbers))
+                assert found == numbers
+                assert [item async for item in client.stream("count", 50, window=2)] == list(range(50))
+
+        await flowcoro.when_all(*(work(100 * index) for index in range(6)))
+        assert server.statistics()["calls_running"] == server.statistics()["calls_queued"] == 0
+        await server.close()
+
+    flowcoro.run(main(), workers=4)
+
+
 def test_a_stop_drains_the_server():
     async def main():
-        server = slow_server()
+        server, begun, go_on = RpcServer(), flowcoro.Event(), flowcoro.Event()
+
+        @server.method
+        async def wait():
+            begun.set()
+            await go_on.wait()
+            return "a"
+
         listening = await server.start_tcp_server(0)
         async with await RpcClient.connect(*listening.local, reconnect=None) as client:
             async with flowcoro.TaskGroup() as group:
-                task = group.spawn(client.call("slow", "a", 0.05))
-                await flowcoro.sleep(0.02)
+                task = group.spawn(client.call("wait"))
+                await begun.wait()
                 flowcoro.request_stop()
+                with pytest.raises(flowcoro_rpc.ShuttingDown):
+                    while True:
+                        await client.call("rpc.discover")
+                go_on.set()
                 assert await task == "a"
         await server.wait_closed()
 
