@@ -2271,13 +2271,15 @@ class Peer(_Reading):
         """Serve the connection to its end."""
         try:
             async with flowcoro.TaskGroup(pinned=True) as self._group:
-                self._lead()
-                if self._out:
-                    self._flush_later()
-                await self._ended.wait()
-                self._group.cancel()
+                try:
+                    self._lead()
+                    if self._out:
+                        self._flush_later()
+                    await self._ended.wait()
+                    self._group.cancel()
+                finally:                    # before its handlers have been cancelled, which may take its time
+                    self._lose(flowcoro.ClosedError(f"{self!r} has been closed here"))
         finally:
-            self._lose(flowcoro.ClosedError(f"{self!r} has been closed here"))
             self._places.peers.pop(self, None)
             if isinstance(self._lost, flowcoro_net.BrokenError):
                 self._wire.close_nowait()
@@ -2403,6 +2405,9 @@ class RpcServer(Methods):
             raise flowcoro.ClosedError(f"{self!r} has been closed here; make another one")
 
     def _start(self, listening, framing, max_connections):
+        if self._closing:                   # while it began to listen
+            listening.close()
+            self._check_open()
         self._listening[listening] = flowcoro.spawn(self._serve(listening, framing, max_connections), name=f"serve {listening!r}")
         return listening
 
@@ -2457,7 +2462,8 @@ class RpcServer(Methods):
     async def close(self, *, timeout=DRAIN_TIMEOUT):
         """Listen no more, let the calls under way end for `timeout` seconds, then cancel them. Twice is once.
 
-        Calls that come meanwhile are answered with ShuttingDown. Cancelled: all is closed at once.
+        Calls that come meanwhile are answered with ShuttingDown. Cancelled: all is closed at once. A handler that takes long
+        to be cancelled is waited for; and one that awaits this waits for itself, so let it spawn a task for that.
         """
         self._closing = True
         for listening in self._listening:
@@ -2609,9 +2615,9 @@ class RpcClient(_Caller):
 
         await self._change.park_unless(ready)
         if self._closed:
-            if isinstance(self._failure, (OSError, TimeoutError)):
-                raise ConnectionLost(f"{self!r}: there is no connection any more: {self._failure}", False) from self._failure
-            raise flowcoro.ClosedError(f"{self!r} has been closed here")
+            if self._failure is None or isinstance(self._failure, flowcoro.ClosedError):
+                raise flowcoro.ClosedError(f"{self!r} has been closed here")
+            raise ConnectionLost(f"{self!r}: there is no connection any more: {self._failure}", False) from self._failure
         return self._peer
 
     async def _again(self, call, what, timeout):
@@ -2701,6 +2707,12 @@ class RpcClient(_Caller):
 
 # ---- pool -----------------------------------------------------------------------------------------------------
 
+async def _close_all(clients):
+    async with flowcoro.TaskGroup() as group:
+        for client in clients:
+            group.spawn(client.close())
+
+
 class RpcPool(_Caller):
     """Clients of several servers that do the same: each call goes to the one with the fewest under way. `await
     RpcPool.connect(…)` makes one.
@@ -2723,8 +2735,7 @@ class RpcPool(_Caller):
             for host, port in addresses:
                 clients.append(await RpcClient.connect(host, port, **options))
         except BaseException:
-            for client in clients:
-                await client.close()
+            await _close_all(clients)
             raise
         return cls(clients)
 
@@ -2738,9 +2749,11 @@ class RpcPool(_Caller):
     async def _try_each(self, call):
         *others, last = self._order()
         for client in others:
+            if client.closed:           # what ClosedError ends may have run, so that one is not looked for below
+                continue
             try:
                 return await call(client)
-            except (ShuttingDown, Overloaded, flowcoro.ClosedError):
+            except (ShuttingDown, Overloaded):
                 pass
             except ConnectionLost as error:
                 if error.sent is not False:
@@ -2760,9 +2773,8 @@ class RpcPool(_Caller):
         return self._order()[0]._stream(method, params, timeout, window)
 
     async def close(self):
-        """Close all clients."""
-        for client in self._clients:
-            await client.close()
+        """Close all clients, at the same time. Cancelled: they are closed at once."""
+        await _close_all(self._clients)
 
     async def __aenter__(self):
         return self

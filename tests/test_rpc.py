@@ -1007,6 +1007,35 @@ async def test_a_drain_lets_calls_end_and_refuses_new_ones():
 
 
 @in_kernel
+async def test_when_serving_is_cancelled_calls_of_ours_end_before_the_handlers_have():
+    server, ended = RpcServer(), []
+
+    @server.method
+    async def stubborn():
+        try:
+            await flowcoro.sleep(math.inf)
+        finally:
+            with flowcoro.CancelScope(shield=True):
+                await flowcoro.sleep(50)
+
+    async def call(peer):
+        with pytest.raises(flowcoro.ClosedError):
+            await peer.call("a")
+        ended.append(flowcoro.now())
+
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with ours, flowcoro.TaskGroup() as group:
+        serving = group.spawn(server.serve_connection(theirs))
+        await tell(ours, request("stubborn"))
+        await wait_all_tasks_parked()
+        group.spawn(call(server.peers[0]))
+        await wait_all_tasks_parked()
+        before = flowcoro.now()
+        serving.cancel()
+    assert ended == [before] and flowcoro.now() == before + 50
+
+
+@in_kernel
 async def test_a_drain_has_an_end():
     server = slow_server()
     async with raw_connection(server) as sock:
@@ -1609,6 +1638,20 @@ async def test_a_client_connects_again_with_more_and_more_patience(connect):
 
 
 @in_kernel
+async def test_who_has_ended_a_connection_is_told_right_also_afterwards():
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours, max_message=1000) as client:
+        await theirs.write(b"x" * 2000)
+        assert "max_message" in (await hear(theirs))["error"]["data"]
+        await theirs.close()
+        while not client.closed:
+            await flowcoro.sleep(0.1)
+        with pytest.raises(ConnectionLost, match="max_message=1000") as caught:
+            await client.call("a")
+        assert caught.value.sent is False and isinstance(caught.value.__cause__, flowcoro_rpc.ProtocolError)
+
+
+@in_kernel
 async def test_a_client_gives_up_after_its_attempts(connect):
     async with await connect(slow_server(), reconnect=Backoff(1, jitter=0, attempts=3)) as client:
         client.memory.refusals = 10
@@ -1727,6 +1770,50 @@ async def test_a_pool_gives_each_call_to_the_least_busy_and_goes_on_without_thos
 
 
 @in_kernel
+async def test_a_pool_does_not_send_again_what_was_cut_by_its_own_close(connect):
+    servers = [slow_server() for _ in range(2)]
+    pool = RpcPool([await connect(server) for server in servers])
+    async with flowcoro.TaskGroup() as group:
+        async def call():
+            with pytest.raises(flowcoro.ClosedError):
+                await pool.call("never", "a")
+
+        task = group.spawn(call())
+        await wait_all_tasks_parked()
+        for client in sorted(pool._clients, key=lambda client: -client.peer.statistics()["calls_waiting"]):
+            await client.close()            # first the one that has it
+        await task
+    await wait_all_tasks_parked()
+    assert sum((server.cut for server in servers), []) == ["a"]
+
+
+@in_kernel
+async def test_a_pool_that_is_closed_or_cannot_connect_leaves_no_client_open(connect, monkeypatch):
+    servers = [slow_server() for _ in range(3)]
+    clients = [await connect(server) for server in servers]
+    with flowcoro.CancelScope() as scope:
+        scope.cancel()
+        await RpcPool(clients).close()
+    assert scope.cancelled_caught and all(client.closed and client.peer.closed for client in clients)
+    memory, begun = Memory(servers[0]), []
+
+    async def open(host, port, **options):
+        if port == 3:
+            await flowcoro.sleep(math.inf)
+        begun.append(await memory.open())
+        return begun[-1]
+
+    monkeypatch.setattr(flowcoro_net.Socket, "connect", open)
+    with flowcoro.move_on_after(1) as scope:
+        await RpcPool.connect([("memory", port) for port in (1, 2, 3)])
+    assert scope.cancelled_caught and len(begun) == 2
+    with pytest.raises(flowcoro.ClosedError):
+        await begun[0].read()
+    with pytest.raises(flowcoro.ClosedError):
+        await begun[1].read()
+
+
+@in_kernel
 async def test_a_pool_goes_on_without_a_server_that_shuts_down(connect):
     servers = [slow_server() for _ in range(2)]
     async with RpcPool([await connect(server) for server in servers]) as pool, flowcoro.TaskGroup() as group:
@@ -1759,6 +1846,24 @@ def test_over_tcp_and_unix_sockets(tmp_path):
         await server.wait_closed()
         with pytest.raises(flowcoro.ClosedError):
             await server.start_tcp_server(0)
+
+    flowcoro.run(main())
+
+
+def test_a_server_that_was_closed_while_it_began_to_listen_does_not_serve(monkeypatch):
+    async def main():
+        server, listening = RpcServer(), []
+        original = flowcoro_net.TcpServer.listen
+
+        async def listen(*args, **options):
+            listening.append(await original(*args, **options))
+            await server.close()
+            return listening[0]
+
+        monkeypatch.setattr(flowcoro_net.TcpServer, "listen", listen)
+        with pytest.raises(flowcoro.ClosedError):
+            await server.start_tcp_server(0)
+        assert listening[0].closed
 
     flowcoro.run(main())
 
