@@ -728,8 +728,8 @@ def encode_error(id, code, message, data=None):
 class _Method:
     """A function that is called from outside: how parameters are bound to its signature, before it is called."""
 
-    __slots__ = ("name", "function", "wants", "is_async", "is_stream", "fields", "required", "most", "named", "takes_named",
-                 "rest", "returns", "_required_names", "_takers")
+    __slots__ = ("name", "function", "wants", "is_stream", "fields", "required", "most", "named", "takes_named", "rest",
+                 "returns", "_required_names", "_takers")
 
     def __init__(self, name, function, said):
         self.name, self.function = name, function
@@ -738,7 +738,7 @@ class _Method:
             inner = inner.func
         if not inspect.isroutine(inner) and not isinstance(inner, type):
             inner = type(inner).__call__
-        self.is_async, self.is_stream = inspect.iscoroutinefunction(inner), inspect.isasyncgenfunction(inner)
+        self.is_stream = inspect.isasyncgenfunction(inner)
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except ValueError:
@@ -869,7 +869,9 @@ class Methods:
             return functools.partial(self.method, name=function or name)
         if not callable(function):
             raise TypeError(f"method({function!r}): give a function")
-        name = name or function.__name__
+        name = name or getattr(function, "__name__", None)
+        if not isinstance(name, str):
+            raise TypeError(f"method({function!r}): it has no name; give name=, a str")
         said = f"method {name!r}"
         if name.startswith("rpc."):
             raise ValueError(f"{said}: names that begin with \"rpc.\" are reserved by JSON-RPC 2.0, section 8")
@@ -1030,13 +1032,15 @@ class StandardStreams:
             await flowcoro.checkpoint()
 
     async def read(self, max_bytes=CHUNK):
-        """From 1 to `max_bytes` bytes; b"" at the end. Cancelled: nothing consumed."""
+        """From 1 to `max_bytes` bytes; b"" at the end. BrokenError when it cannot be read. Cancelled: nothing consumed."""
         while True:
             await self._wait(flowcoro.wait_readable, self._in)
             try:
                 return os.read(self._in, max_bytes)
             except BlockingIOError:
                 pass
+            except OSError as error:            # a terminal that is gone
+                raise flowcoro_net.BrokenError(error.errno, f"standard input: {error.strerror}") from error
 
     def write_nowait(self, data):
         """Nothing: write() does it."""
@@ -1910,7 +1914,7 @@ class _Answering(_Calling):
         async def innermost(context):
             wanted = () if method.wants is None else (self if method.wants == "peer" else context,)
             result = method.function(*wanted, *args, **named)
-            return await result if inspect.isawaitable(result) else result
+            return await result if result.__class__ is types.CoroutineType else result          # as _begin()
 
         call_next = innermost
         for around in reversed(self._methods._around):

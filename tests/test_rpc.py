@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 import enum
+import functools
 import itertools
 import json
 import math
@@ -385,6 +386,8 @@ def test_names_of_methods():
         server.method(lambda: 1, name="a")
     with pytest.raises(TypeError, match="give a function"):
         server.method(5)
+    with pytest.raises(TypeError, match="give name="):
+        server.method(functools.partial(max, 1))
     with pytest.raises(TypeError, match="no JSON is made"):
         @server.method
         def wrong(a: set):
