@@ -127,6 +127,10 @@ WRITE_CHUNK, WRITE_TIMEOUT = 256 * 2**10, 60.0
 # Seconds for the answer to a probe, which asks whether anybody is there when a call had none in time, and nothing else has come.
 PROBE_TIMEOUT = 10.0
 
+# Seconds in which nothing has come, after which a stream without a timeout probes too. Without, it would wait for ever for who is
+# gone without a word: nothing is sent that the system could find to be lost. WebSocket servers send a Ping every 20 to 30.
+SILENCE = 30.0
+
 # Seconds for the calls under way when a server is closed; flowcoro_net has the same.
 DRAIN_TIMEOUT = 8.0
 
@@ -1360,13 +1364,21 @@ class _Feed(_Reply):
     __slots__ = ("items", "granted", "received")
 
     def __init__(self, peer, number, method, credit):
-        super().__init__(peer, number, method)
+        super().__init__(peer, number, method, SILENCE)
         self.items, self.granted, self.received = collections.deque(), credit, 0
 
     def park(self, task):
         super().park(task)
         if self.items and not self.done:
             self._wake()
+
+    def expire(self):
+        """If nothing has come since the last time, ask whether anybody is there."""
+        if self.id in self.peer._pending:
+            if self.heard == self.peer._heard:
+                self.peer._probe()
+            self.heard = self.peer._heard
+            self.peer._deadlines.add(self, self.seconds)
 
     @flowcoro.atomic
     def receive(self, items):
@@ -1619,8 +1631,7 @@ class _Calling(_Outgoing, _Caller):
             for item in feed.take() or ():          # of one that knows no streams: a list
                 yield item
         finally:
-            if not feed.done:
-                self._give_up(number)
+            self._leave(feed)
 
     # -- answers
 
@@ -2659,7 +2670,8 @@ class RpcClient(_Caller):
 
     async def subscribe(self, method, /, *args, params=_MISSING, window=STREAM_WINDOW, **named):
         """`async for item in client.subscribe("prices", "ACME")`: as stream(), and begun anew when the connection is lost: what
-        was said in between is missed. It ends when the peer ends it, or the client is closed."""
+        was said in between is missed. It ends when the peer ends it, or the client is closed. After 30 seconds in which nothing has
+        come the peer is asked for a sign of life, as after a timeout of call(); so it is for a stream() without a timeout."""
         params = _given(args, named, params)
         while True:
             try:

@@ -1622,6 +1622,29 @@ async def test_a_peer_that_says_something_else_is_not_asked_for_a_sign_of_life()
 
 
 @in_kernel
+async def test_a_stream_does_not_wait_for_ever_for_who_is_gone_without_a_word():
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours) as client, flowcoro.TaskGroup() as group:
+        async def take():
+            with pytest.raises(ConnectionLost, match="probe"):
+                async for item in client.stream("prices"):
+                    taken.append(item)
+
+        taken, began = [], flowcoro.now()
+        task = group.spawn(take())
+        number = (await hear(theirs))["id"]
+        for heard in (30, 90):                  # it answers the first; and what has come meanwhile is a sign, too
+            probe = await hear(theirs)
+            assert probe["method"] == "$/ping" and heard <= flowcoro.now() - began <= heard + 0.2
+            if heard == 30:
+                await tell(theirs, {"jsonrpc": "2.0", "error": {"code": -32601, "message": ""}, "id": probe["id"]})
+                await flowcoro.sleep(5)
+                await tell(theirs, {"jsonrpc": "2.0", "method": "$/stream", "params": {"id": number, "items": ["x"]}})
+        await task
+        assert taken == ["x"] and 100 <= flowcoro.now() - began <= 100.3
+
+
+@in_kernel
 async def test_a_client_connects_again_with_more_and_more_patience(connect):
     server = slow_server()
     async with await connect(server, reconnect=Backoff(1, 8, jitter=0)) as client:
