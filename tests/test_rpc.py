@@ -21,6 +21,9 @@ import pytest
 import flowcoro
 import flowcoro_net
 import flowcoro_rpc
+import flowcoro_websocket
+from flowcoro_http import HttpServer
+from flowcoro_http import Response as HttpResponse
 from flowcoro_rpc import (Backoff, ConnectionLost, Context, DeadlineExceeded, Invalid, InvalidParams, InvalidRequest,
                           MethodNotFound, Methods, Notification, Peer, Request, Response, RpcClient, RpcError, RpcPool, RpcServer,
                           encode_error, encode_request, encode_result, read_message)
@@ -1980,6 +1983,40 @@ def test_a_stop_drains_the_server():
                 go_on.set()
                 assert await task == "a"
         await server.wait_closed()
+
+    flowcoro.run(main())
+
+
+def test_over_http_and_a_websocket_of_one_server():
+    app, rpc = HttpServer(websocket=flowcoro_websocket.accept), slow_server(max_message=5000)
+
+    @app.post("/rpc")
+    async def over_http(request):
+        answer = await rpc.answer(await request.body(), headers=dict(request.headers.items()))
+        return HttpResponse(204) if answer is None else HttpResponse(200, answer, media_type="application/json")
+
+    @app.websocket("/rpc")
+    async def over_websocket(ws):
+        await rpc.serve_messages(ws, headers={"who": "a WebSocket"})
+
+    @rpc.method
+    async def back(peer, context: str):
+        return [peer.headers, await peer.call("turned", context)]
+
+    async def main():
+        ours = Methods()
+        ours.method(lambda text: text[::-1], name="turned")
+        async with app.test_client() as http:
+            answer = await http.post("/rpc", content=encode_request("slow", ["é", 0.001], 1))
+            assert (answer.status, answer.content) == (200, encode_result(1, "é"))
+            assert (await http.post("/rpc", content=encode_request("fast"))).status == 204
+            async with flowcoro_websocket.connect("ws://testserver/rpc", socket=await http.socket()) as ws:
+                async with RpcClient.over(ws, methods=ours, max_message=5000) as client:
+                    assert await flowcoro.when_all(client.call("slow", "é", 0.001), client.call("fast", 5)) == ["é", 5]
+                    assert await client.call("back", "abc") == [{"who": "a WebSocket"}, "cba"]
+                    assert [item async for item in client.stream("count", 100)] == list(range(100))
+                await ws.close()
+        assert rpc.statistics() == {"connections": 0, "calls_running": 0, "calls_queued": 0}
 
     flowcoro.run(main())
 
