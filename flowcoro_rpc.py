@@ -267,6 +267,7 @@ class ConnectionLost(flowcoro_net.BrokenError):
     def __init__(self, message, sent=None):
         super().__init__(None, message)
         self.sent = sent
+        self._left = None           # seconds that the call would still have had
 
 
 # ---- framings -------------------------------------------------------------------------------------------------
@@ -759,6 +760,10 @@ class _Method:
         self.most = len(self.fields) if self.rest is None else math.inf
         self._required_names = [name for name, field in self.named.items() if field.default is _MISSING]
         only_named = [name for name in self._required_names if self.named[name] not in self.fields]
+        only_placed = [field.name for field in self.fields if field.default is _MISSING and field.name not in self.named]
+        if only_named and only_placed:
+            raise TypeError(f"{said}: nobody can call it: {only_placed[0]} is given by its place, {only_named[0]} by its name, "
+                            "and JSON-RPC gives all of them one way")
         # What takes the value in each place, or raises ValueError; None where there is more to it.
         self._takers = None if only_named or self.rest is not None else [_taker(field.kind) for field in self.fields]
 
@@ -885,9 +890,15 @@ class Methods:
         return function
 
     def add(self, thing, *, prefix=""):
-        """Add the public methods of an object: each under `prefix` and its name; "math.add" for prefix="math."."""
+        """Add the public methods of an object: each under `prefix` and its name; "math.add" for prefix="math.". Errors as
+        method(); TypeError for a class whose methods need an object."""
         for name in dir(thing):
-            if not name.startswith("_") and inspect.isroutine(getattr(thing, name)):
+            found = inspect.getattr_static(thing, name, None)
+            if name.startswith("_") or isinstance(found, (property, functools.cached_property)):        # which would be asked
+                continue
+            if isinstance(thing, type) and isinstance(found, types.FunctionType):
+                raise TypeError(f"add({thing!r}): {name} needs an object; give one of this class")
+            if inspect.isroutine(getattr(thing, name)):
                 self.method(getattr(thing, name), name=prefix + name)
 
     def middleware(self, function):
@@ -1497,7 +1508,7 @@ class _Calling(_Outgoing, _Caller):
     def _enter(self, replies, message):
         """Whether it is the only one under way, and so is best sent at once."""
         if self._lost is not None or self._input_ended:
-            raise self._ended_error(self._lost or self._ended_by_peer(), False)
+            raise self._ended_error(self._lost or self._ended_by_peer(), False, replies[0].seconds if replies else math.inf)
         alone, begin = not self._pending, self._queued
         for reply in replies:
             reply.message, reply.begin, reply.end = message, begin, math.inf
@@ -1510,13 +1521,13 @@ class _Calling(_Outgoing, _Caller):
         return alone
 
     @staticmethod
-    def _ended_error(cause, sent):
+    def _ended_error(cause, sent, left):
         if isinstance(cause, flowcoro.ClosedError):
             return flowcoro.ClosedError(str(cause))
         lost = ConnectionLost("the connection was lost" + {
             False: ", and the call has not run", True: "; the call was sent, and may have run",
             None: "; nobody knows whether the call has run"}[sent] + f": {cause}", sent)
-        lost.__cause__ = cause
+        lost.__cause__, lost._left = cause, left
         return lost
 
     @flowcoro.atomic
@@ -1525,7 +1536,8 @@ class _Calling(_Outgoing, _Caller):
         while self._pending:
             _, reply = self._pending.popitem()
             sent = False if reply.begin >= self._begun else True if reply.end <= self._written else None
-            reply.settle(None, self._ended_error(cause, sent))
+            left = math.inf if reply.due is None else max(reply.due * GRAIN - flowcoro.now(), 0)
+            reply.settle(None, self._ended_error(cause, sent, left))
 
     async def _call(self, method, params, timeout):
         options, number = self._options, self._next_id()
@@ -2655,6 +2667,7 @@ class RpcClient(_Caller):
             except ConnectionLost as error:
                 if error.sent is not False or self._reconnect is None:
                     raise
+                timeout = error._left
         return await self._again(lambda peer: peer._call(method, params, timeout), repr(method), timeout)
 
     async def _notify(self, method, params):

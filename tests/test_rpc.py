@@ -395,6 +395,8 @@ def test_names_of_methods():
         @server.method
         def wrong(a: set):
             pass
+    with pytest.raises(TypeError, match="nobody can call it"):
+        server.method(lambda a, /, *, b: 1, name="one way or the other")
     with pytest.raises(TypeError, match="Nowhere"):
         @server.method
         def lost(a: "Nowhere"):     # noqa: F821
@@ -419,8 +421,19 @@ async def test_objects_are_namespaces():
         def _hidden(self):
             raise AssertionError
 
+        @property
+        def asked(self):
+            raise AssertionError
+
+        @staticmethod
+        def nothing():
+            return 0
+
     server = RpcServer()
     server.add(Calculator(5), prefix="math.")
+    with pytest.raises(TypeError, match="add needs an object"):
+        server.add(Calculator)
+    assert await outcome(server, "math.nothing") == 0
     assert await outcome(server, "math.add", [1]) == 6
     assert await outcome(server, "math.later") == "later"
     assert (await outcome(server, "math._hidden"))["code"] == (await outcome(server, "math.start"))["code"] == -32601
@@ -1664,6 +1677,33 @@ async def test_a_client_connects_again_with_more_and_more_patience(connect):
         with pytest.raises(TimeoutError, match="refused"):
             await client.call("fast", 3, timeout=20)
         assert flowcoro.now() - before == 20
+
+
+@in_kernel
+async def test_a_call_that_is_sent_again_has_no_more_time_than_it_had(monkeypatch):
+    pairs = []
+
+    async def open(*where, **options):
+        await flowcoro.checkpoint()
+        if pairs:
+            raise flowcoro_net.BrokenError(111, "connection refused")
+        pairs.append(memory_socket_pair(flowcoro_net.Socket, capacity=1000))
+        return pairs[0][0]
+
+    async def fails(error, coro):
+        with pytest.raises(error):
+            await coro
+        return flowcoro.now()
+
+    monkeypatch.setattr(flowcoro_net.Socket, "connect", open)
+    async with await RpcClient.connect("memory", 1) as client, flowcoro.TaskGroup() as group:
+        group.spawn(fails(ConnectionLost, client.call("a", "x" * 10_000)))      # nobody reads it
+        await wait_all_tasks_parked()
+        began = flowcoro.now()
+        tasks = [group.spawn(fails(TimeoutError, client.call("b", timeout=seconds))) for seconds in (10, 20)]
+        await flowcoro.sleep(8)
+        pairs[0][1].close_nowait()
+        assert [await task - began for task in tasks] == pytest.approx([10, 20], abs=0.1)
 
 
 @in_kernel
