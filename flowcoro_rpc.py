@@ -743,7 +743,7 @@ class _Method:
             inner = inner.func
         if not inspect.isroutine(inner) and not isinstance(inner, type):
             inner = type(inner).__call__
-        self.is_stream = inspect.isasyncgenfunction(inner)
+        self.is_stream = inspect.isasyncgenfunction(inspect.unwrap(inner))          # also below a decorator
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except ValueError:
@@ -1957,6 +1957,7 @@ class _Answering(_Calling):
                     size += len(flowcoro_schema.encode_json(item))
                     if size > self._wire.max_message:
                         raise AnswerTooLarge
+                    await _turn()
                 return listed
             call.credit = credit
             async for item in items:

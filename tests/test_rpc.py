@@ -1427,6 +1427,36 @@ async def test_an_async_generator_arrives_as_an_async_iterator(connect):
 
 
 @in_kernel
+async def test_a_generator_below_a_decorator_is_a_stream_too_and_as_a_list_it_lets_the_others_run(connect):
+    server, given = RpcServer(), 0
+
+    def decorator(function):
+        @functools.wraps(function)
+        def decorated(*args):
+            return function(*args)
+        return decorated
+
+    @server.method
+    @decorator
+    async def count(to: int):
+        for number in range(to):
+            yield number
+
+    @server.method
+    async def endless():
+        nonlocal given
+        while True:
+            given += 1
+            yield "x"
+
+    async with await connect(server) as client:
+        assert [item async for item in client.stream("count", 3)] == await client.call("count", 3) == [0, 1, 2]
+    with pytest.raises(TimeoutError), flowcoro.timeout(0):
+        await server.answer(encode_request("endless", None, 1))
+    assert given < 10_000               # of 350,000 that a message has room for
+
+
+@in_kernel
 async def test_a_stream_is_ahead_of_who_takes_it_by_its_window_at_most(connect):
     server, given = RpcServer(), 0
 
