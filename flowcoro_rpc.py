@@ -127,8 +127,8 @@ WRITE_CHUNK, WRITE_TIMEOUT = 256 * 2**10, 60.0
 # Seconds for the answer to a probe, which asks whether anybody is there when a call had none in time, and nothing else has come.
 PROBE_TIMEOUT = 10.0
 
-# Seconds in which nothing has come, after which a stream without a timeout probes too. Without, it would wait for ever for who is
-# gone without a word: nothing is sent that the system could find to be lost. WebSocket servers send a Ping every 20 to 30.
+# Seconds in which nothing has come, after which a stream probes too. Without, it would wait for ever for who is gone without a
+# word: nothing is sent that the system could find to be lost. WebSocket servers send a Ping every 20 to 30.
 SILENCE = 30.0
 
 # Seconds for the calls under way when a server is closed; flowcoro_net has the same.
@@ -2684,8 +2684,8 @@ class RpcClient(_Caller):
 
     async def subscribe(self, method, /, *args, params=_MISSING, window=STREAM_WINDOW, **named):
         """`async for item in client.subscribe("prices", "ACME")`: as stream(), and begun anew when the connection is lost: what
-        was said in between is missed. It ends when the peer ends it, or the client is closed. After 30 seconds in which nothing has
-        come the peer is asked for a sign of life, as after a timeout of call(); so it is for a stream() without a timeout."""
+        was said in between is missed. It ends when the peer ends it, or the client is closed. After 30 seconds in which nothing
+        has come the peer is asked for a sign of life, as after a timeout of call(); so it is for each stream()."""
         params = _given(args, named, params)
         while True:
             try:

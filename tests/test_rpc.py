@@ -1906,10 +1906,10 @@ async def test_a_pool_that_is_closed_or_cannot_connect_leaves_no_client_open(con
     with flowcoro.move_on_after(1) as scope:
         await RpcPool.connect([("memory", port) for port in (1, 2, 3)])
     assert scope.cancelled_caught and len(begun) == 2
-    with pytest.raises(flowcoro.ClosedError):
-        await begun[0].read()
-    with pytest.raises(flowcoro.ClosedError):
-        await begun[1].read()
+    await wait_all_tasks_parked()
+    for sock in begun:
+        with pytest.raises(flowcoro.ClosedError):
+            await sock.read()
 
 
 @in_kernel
