@@ -908,6 +908,24 @@ async def test_what_cannot_be_cut_into_messages_is_answered_and_ends_the_connect
         assert error["id"] is None and error["error"]["code"] == -32600 and error["error"]["data"]
 
 
+@pytest.mark.parametrize("framing, data", [
+    (flowcoro_rpc.ContentLength, b"Content-Length: 9\r\n\r\n{}"), (flowcoro_rpc.ContentLength, b"Content-Le"),
+    (flowcoro_rpc.Netstring, b"9:{}"), (flowcoro_rpc.LengthPrefixed, b"\0\0\0\x09{}"), (flowcoro_rpc.Concatenated, b'{"a"')])
+@in_kernel
+async def test_a_connection_that_ends_in_the_middle_of_a_message_is_told_so(framing, data):
+    server = slow_server()
+    async with raw_connection(server, framing=framing) as sock:
+        await sock.write(framing.frame(encode_request("fast", [1], 1)) + data)
+        await sock.shutdown_write()
+        received, answers = framing(), []
+        while piece := await sock.read():
+            received.receive_data(piece)
+        while (message := received.next_message()) is not flowcoro_rpc.NEED_DATA:
+            answers.append(read_message(message))
+        assert answers[0] == Response(1, 1, None) and "in the middle of a message" in answers[1].error["data"]
+        assert answers[1].error["code"] == -32600 and len(answers) == 2
+
+
 @in_kernel
 async def test_who_is_gone_is_not_told_that_he_was_refused():
     server = slow_server(max_message=1000)
