@@ -2088,8 +2088,8 @@ def test_over_http_and_a_websocket_of_one_server():
         await rpc.serve_messages(ws, headers={"who": "a WebSocket"})
 
     @rpc.method
-    async def back(peer, context: str):
-        return [peer.headers, await peer.call("turned", context)]
+    async def back(peer, text: str):
+        return [peer.headers, await peer.call("turned", text)]
 
     async def main():
         ours = Methods()
