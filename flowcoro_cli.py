@@ -2144,6 +2144,8 @@ async def _rpc(rpc, tls, options, address, method, params):
 def _rpc_status(rpc, net, error):
     """(exit status, what to say) of an error of _rpc()."""
     cause = error.__cause__
+    if isinstance(error, net.LimitError):               # the arguments are more than a message may have
+        return 2, str(error)
     if isinstance(error, rpc.RpcError):
         data = "" if error.data is None else f": {_pretty(error.data, None)}"
         return 22, f"{_shown(error.message)} ({error.code}){data}"
@@ -2189,7 +2191,7 @@ def _rpc_command(arguments):
         return 0
     except TimeoutError:
         status, said = 28, f"not done within --timeout {options.timeout:g} seconds"
-    except (rpc.RpcError, rpc.ProtocolError, net.NetworkError) as error:
+    except flowcoro.FlowCoroError as error:
         status, said = _rpc_status(rpc, net, error)
         if method is None and getattr(error, "code", None) == rpc.MethodNotFound.code:
             said = f"it does not say what its methods are (there is no rpc.discover); name one: {said}"

@@ -127,6 +127,10 @@ WRITE_CHUNK, WRITE_TIMEOUT = 256 * 2**10, 60.0
 # Seconds for the answer to a probe, which asks whether anybody is there when a call had none in time, and nothing else has come.
 PROBE_TIMEOUT = 10.0
 
+# Seconds in which nothing has come, after which a stream probes too. Without, it would wait for ever for who is gone without a
+# word: nothing is sent that the system could find to be lost. WebSocket servers send a Ping every 20 to 30.
+SILENCE = 30.0
+
 # Seconds for the calls under way when a server is closed; flowcoro_net has the same.
 DRAIN_TIMEOUT = 8.0
 
@@ -263,6 +267,7 @@ class ConnectionLost(flowcoro_net.BrokenError):
     def __init__(self, message, sent=None):
         super().__init__(None, message)
         self.sent = sent
+        self._left = None           # seconds that the call would still have had
 
 
 # ---- framings -------------------------------------------------------------------------------------------------
@@ -728,8 +733,8 @@ def encode_error(id, code, message, data=None):
 class _Method:
     """A function that is called from outside: how parameters are bound to its signature, before it is called."""
 
-    __slots__ = ("name", "function", "wants", "is_async", "is_stream", "fields", "required", "most", "named", "takes_named",
-                 "rest", "returns", "_required_names", "_takers")
+    __slots__ = ("name", "function", "wants", "is_stream", "fields", "required", "most", "named", "takes_named", "rest",
+                 "returns", "_required_names", "_takers")
 
     def __init__(self, name, function, said):
         self.name, self.function = name, function
@@ -738,7 +743,7 @@ class _Method:
             inner = inner.func
         if not inspect.isroutine(inner) and not isinstance(inner, type):
             inner = type(inner).__call__
-        self.is_async, self.is_stream = inspect.iscoroutinefunction(inner), inspect.isasyncgenfunction(inner)
+        self.is_stream = inspect.isasyncgenfunction(inspect.unwrap(inner))          # also below a decorator
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except ValueError:
@@ -755,6 +760,10 @@ class _Method:
         self.most = len(self.fields) if self.rest is None else math.inf
         self._required_names = [name for name, field in self.named.items() if field.default is _MISSING]
         only_named = [name for name in self._required_names if self.named[name] not in self.fields]
+        only_placed = [field.name for field in self.fields if field.default is _MISSING and field.name not in self.named]
+        if only_named and only_placed:
+            raise TypeError(f"{said}: nobody can call it: {only_placed[0]} is given by its place, {only_named[0]} by its name, "
+                            "and JSON-RPC gives all of them one way")
         # What takes the value in each place, or raises ValueError; None where there is more to it.
         self._takers = None if only_named or self.rest is not None else [_taker(field.kind) for field in self.fields]
 
@@ -869,7 +878,9 @@ class Methods:
             return functools.partial(self.method, name=function or name)
         if not callable(function):
             raise TypeError(f"method({function!r}): give a function")
-        name = name or function.__name__
+        name = name or getattr(function, "__name__", None)
+        if not isinstance(name, str):
+            raise TypeError(f"method({function!r}): it has no name; give name=, a str")
         said = f"method {name!r}"
         if name.startswith("rpc."):
             raise ValueError(f"{said}: names that begin with \"rpc.\" are reserved by JSON-RPC 2.0, section 8")
@@ -879,9 +890,15 @@ class Methods:
         return function
 
     def add(self, thing, *, prefix=""):
-        """Add the public methods of an object: each under `prefix` and its name; "math.add" for prefix="math."."""
+        """Add the public methods of an object: each under `prefix` and its name; "math.add" for prefix="math.". Errors as
+        method(); TypeError for a class whose methods need an object."""
         for name in dir(thing):
-            if not name.startswith("_") and inspect.isroutine(getattr(thing, name)):
+            found = inspect.getattr_static(thing, name, None)
+            if name.startswith("_") or isinstance(found, (property, functools.cached_property)):        # which would be asked
+                continue
+            if isinstance(thing, type) and isinstance(found, types.FunctionType):
+                raise TypeError(f"add({thing!r}): {name} needs an object; give one of this class")
+            if inspect.isroutine(getattr(thing, name)):
                 self.method(getattr(thing, name), name=prefix + name)
 
     def middleware(self, function):
@@ -1030,13 +1047,15 @@ class StandardStreams:
             await flowcoro.checkpoint()
 
     async def read(self, max_bytes=CHUNK):
-        """From 1 to `max_bytes` bytes; b"" at the end. Cancelled: nothing consumed."""
+        """From 1 to `max_bytes` bytes; b"" at the end. BrokenError when it cannot be read. Cancelled: nothing consumed."""
         while True:
             await self._wait(flowcoro.wait_readable, self._in)
             try:
                 return os.read(self._in, max_bytes)
             except BlockingIOError:
                 pass
+            except OSError as error:            # a terminal that is gone
+                raise flowcoro_net.BrokenError(error.errno, f"standard input: {error.strerror}") from error
 
     def write_nowait(self, data):
         """Nothing: write() does it."""
@@ -1326,8 +1345,7 @@ class _Reply:
 
     def expire(self):
         """Its time is up."""
-        if self.id in self.peer._pending:
-            self.peer._give_up(self.id)
+        if self.peer._give_up(self.id):
             self.settle(None, TimeoutError(f"no answer to {self.method!r} within timeout={self.seconds:g} s; it may have run"))
             if self.heard == self.peer._heard:
                 self.peer._probe()
@@ -1352,24 +1370,32 @@ class _Probe(_Reply):
 
 
 class _Feed(_Reply):
-    """A stream of ours: `items` that have come and were not yet taken, and how many may still come."""
+    """A stream of ours: `items` that have come and were not yet taken, how many may come, and have, in all."""
 
-    __slots__ = ("items", "credit")
+    __slots__ = ("items", "granted", "received")
 
     def __init__(self, peer, number, method, credit):
-        super().__init__(peer, number, method)
-        self.items, self.credit = collections.deque(), credit
+        super().__init__(peer, number, method, SILENCE)
+        self.items, self.granted, self.received = collections.deque(), credit, 0
 
     def park(self, task):
         super().park(task)
         if self.items and not self.done:
             self._wake()
 
+    def expire(self):
+        """If nothing has come since the last time, ask whether anybody is there."""
+        if self.id in self.peer._pending:
+            if self.heard == self.peer._heard:
+                self.peer._probe()
+            self.heard = self.peer._heard
+            self.peer._deadlines.add(self, self.seconds)
+
     @flowcoro.atomic
     def receive(self, items):
         """More of it. ProtocolError if that is more than was asked for."""
-        self.credit -= len(items)
-        if self.credit < 0:
+        self.received += len(items)
+        if self.received > self.granted:
             raise ProtocolError("a stream has sent more items than it was given credit for")
         self.items.extend(items)
         self._wake()
@@ -1482,7 +1508,7 @@ class _Calling(_Outgoing, _Caller):
     def _enter(self, replies, message):
         """Whether it is the only one under way, and so is best sent at once."""
         if self._lost is not None or self._input_ended:
-            raise self._ended_error(self._lost or self._ended_by_peer(), False)
+            raise self._ended_error(self._lost or self._ended_by_peer(), False, replies[0].seconds if replies else math.inf)
         alone, begin = not self._pending, self._queued
         for reply in replies:
             reply.message, reply.begin, reply.end = message, begin, math.inf
@@ -1495,13 +1521,13 @@ class _Calling(_Outgoing, _Caller):
         return alone
 
     @staticmethod
-    def _ended_error(cause, sent):
+    def _ended_error(cause, sent, left):
         if isinstance(cause, flowcoro.ClosedError):
             return flowcoro.ClosedError(str(cause))
         lost = ConnectionLost("the connection was lost" + {
             False: ", and the call has not run", True: "; the call was sent, and may have run",
             None: "; nobody knows whether the call has run"}[sent] + f": {cause}", sent)
-        lost.__cause__ = cause
+        lost.__cause__, lost._left = cause, left
         return lost
 
     @flowcoro.atomic
@@ -1510,7 +1536,8 @@ class _Calling(_Outgoing, _Caller):
         while self._pending:
             _, reply = self._pending.popitem()
             sent = False if reply.begin >= self._begun else True if reply.end <= self._written else None
-            reply.settle(None, self._ended_error(cause, sent))
+            left = math.inf if reply.due is None else max(reply.due * GRAIN - flowcoro.now(), 0)
+            reply.settle(None, self._ended_error(cause, sent, left))
 
     async def _call(self, method, params, timeout):
         options, number = self._options, self._next_id()
@@ -1545,10 +1572,13 @@ class _Calling(_Outgoing, _Caller):
         raise TimeoutError(f"{method!r} was not sent within timeout={seconds:g} s, as the peer does not read; it has not run")
 
     def _give_up(self, number):
-        """Nobody waits for this answer any more: tell the peer."""
-        if self._pending.pop(number, None) is not None and self._lost is None:
+        """Nobody waits for this answer any more: tell the peer. Whether there was none yet."""
+        if self._pending.pop(number, None) is None:
+            return False
+        if self._lost is None:
             self._post(encode_request("$/cancelRequest", {"id": number}))
             self._flush_later()
+        return True
 
     def _probe(self):
         """Ask whether anybody is there."""
@@ -1599,7 +1629,7 @@ class _Calling(_Outgoing, _Caller):
                     item = feed.items.popleft()
                     taken += 1
                     if taken >= max(window // 2, 1) and not feed.done:
-                        feed.credit += taken
+                        feed.granted += taken
                         self._post(encode_request("$/stream", {"id": number, "credit": taken}))
                         self._flush_later()
                         taken = 0
@@ -1613,8 +1643,7 @@ class _Calling(_Outgoing, _Caller):
             for item in feed.take() or ():          # of one that knows no streams: a list
                 yield item
         finally:
-            if not feed.done:
-                self._give_up(number)
+            self._leave(feed)
 
     # -- answers
 
@@ -1624,12 +1653,17 @@ class _Calling(_Outgoing, _Caller):
         if reply is not None:
             reply.settle(response.result, error)
             return
-        if response.id is None and error is not None and len({id(reply.message) for reply in self._pending.values()}) == 1:
-            # What we have sent was not understood, and one message is all that is under way: it is that.
-            while self._pending:
-                self._pending.popitem()[1].settle(None, error)
-            return
-        self.strays += 1
+        if response.id is not None or error is None or not self._take_refusal(error):
+            self.strays += 1
+
+    @flowcoro.atomic
+    def _take_refusal(self, error):
+        """What we have sent was not understood. If one message is all that is under way, it is that. Whether it is so."""
+        if len({id(reply.message) for reply in self._pending.values()}) != 1:
+            return False
+        while self._pending:
+            self._pending.popitem()[1].settle(None, error)
+        return True
 
     def _take_items(self, params):
         feed = self._pending.get(_id_of(params))
@@ -1694,6 +1728,7 @@ class _Answers:
     def __init__(self, peer, count):
         self._peer, self._answers, self._left, self._size = peer, [None] * count, count, 1
 
+    @flowcoro.atomic
     def set(self, index, answer):
         """The answer to one member, or None for none."""
         self._answers[index] = answer
@@ -1722,8 +1757,7 @@ class _Call:
 
     def end(self, kind):
         """End it: the answer is this error, and the task is cancelled."""
-        if not self.answered:
-            self.answered = True
+        if self.claim():
             self.leave()
             self.peer._fail(self.id, self.slot, kind())
             self.peer._flush_later()
@@ -1734,6 +1768,12 @@ class _Call:
         calls, key = self.peer._calls, self if self.id is _MISSING else self.id
         if calls.get(key) is self:
             del calls[key]
+
+    @flowcoro.atomic
+    def claim(self):
+        """Whether it is still to be answered: who is told so answers."""
+        answered, self.answered = self.answered, True
+        return not answered
 
     def expire(self):
         """Its time is up."""
@@ -1790,36 +1830,50 @@ class _Deadlines:
 
     @flowcoro.atomic
     def expire(self):
-        """End what is due. Whether there is more."""
+        """End what is due. The scope to sleep in until there is more; None if there is none."""
         now = flowcoro.now()
         for tick in [tick for tick, calls in self.due.items() if not calls or tick * GRAIN <= now]:
             for call in self.due.pop(tick):
                 call.expire()
         self.runs = bool(self.due)
-        return self.runs
+        # Made in the same step: what another worker adds from now on, and is due earlier, moves it.
+        self.scope = flowcoro.CancelScope(deadline=min(self.due) * GRAIN) if self.due else None
+        return self.scope
 
     async def sweep(self):
         try:
-            while self.expire():
-                with flowcoro.CancelScope(deadline=min(self.due) * GRAIN) as self.scope:
+            while scope := self.expire():
+                with scope:
                     await flowcoro.sleep(math.inf)
-        finally:
+        except BaseException:
             self.runs = False
+            raise
 
 
 class _Places:
-    """How many calls run at once, of all connections; and the connections that have some waiting for a place."""
+    """How many calls run at once, of all connections; and the connections that have some waiting for a place.
+
+    With several workers as many calls more than `most` may run as there are other workers: who sees a place makes the first step
+    of a handler before it takes it.
+    """
 
     __slots__ = ("most", "taken", "peers")
 
     def __init__(self, most):
         self.most, self.taken, self.peers = most, 0, {}
 
+    @flowcoro.atomic
+    def take(self):
+        """One has begun."""
+        self.taken += 1
+
+    @flowcoro.atomic
     def release(self):
         """One has ended."""
         self.taken -= 1
         self.offer()
 
+    @flowcoro.atomic
     def offer(self):
         """If there is a place, the connection that waits longest may begin a call. Who does not take it has to offer it again."""
         while self.peers and self.taken < self.most:
@@ -1883,7 +1937,7 @@ class _Answering(_Calling):
         async def innermost(context):
             wanted = () if method.wants is None else (self if method.wants == "peer" else context,)
             result = method.function(*wanted, *args, **named)
-            return await result if inspect.isawaitable(result) else result
+            return await result if result.__class__ is types.CoroutineType else result          # as _begin()
 
         call_next = innermost
         for around in reversed(self._methods._around):
@@ -1903,6 +1957,7 @@ class _Answering(_Calling):
                     size += len(flowcoro_schema.encode_json(item))
                     if size > self._wire.max_message:
                         raise AnswerTooLarge
+                    await _turn()
                 return listed
             call.credit = credit
             async for item in items:
@@ -1923,9 +1978,7 @@ class _Answering(_Calling):
     def _enrol(self, call, rest):
         """A call has to wait: it takes a place. Returns what is to be awaited."""
         call.task = flowcoro.current_task()
-        self._calls[call if call.id is _MISSING else call.id] = call
-        self._begun_calls += 1
-        self._places.taken += 1
+        self._take_place(call)
         seconds = self._deadline_of(call.request)
         if seconds != math.inf:
             self._deadlines.add(call, seconds)
@@ -1933,25 +1986,22 @@ class _Answering(_Calling):
 
     async def _stay(self, call, rest):
         """The task that has begun a call stays with it to its end."""
-        number, slot = call.id, call.slot
+        number, slot, ours = call.id, call.slot, False
         try:
             result = await rest
-            if not call.answered:
+            if ours := call.claim():
                 self._answer(number, slot, result)
         except RpcError as error:
-            if not call.answered:
+            if ours or call.claim():
                 self._fail(number, slot, error)
         except Exception as error:
             error = self._internal(error, call.request.method)
-            if not call.answered:
+            if ours or call.claim():
                 self._fail(number, slot, error)
         finally:
             if call.due is not None:
                 self._deadlines.remove(call)
-            call.leave()
-            self._begun_calls -= 1
-            self._places.release()
-            self._begin_waiting()
+            self._give_place(call)
             if self._out:
                 self._flush_later()
             self._look_for_end()
@@ -1975,6 +2025,19 @@ class _Answering(_Calling):
 
     # -- places
 
+    @flowcoro.atomic
+    def _take_place(self, call):
+        self._calls[call if call.id is _MISSING else call.id] = call
+        self._begun_calls += 1
+        self._places.take()
+
+    @flowcoro.atomic
+    def _give_place(self, call):
+        call.leave()
+        self._begun_calls -= 1
+        self._places.release()
+        self._begin_waiting()
+
     def _has_place(self):
         return self._begun_calls < self._options.max_concurrent and self._places.taken < self._places.most
 
@@ -1990,6 +2053,15 @@ class _Answering(_Calling):
         self._stalled = False
         self._paused.unpark()
 
+    @flowcoro.atomic
+    def _next_waiting(self):
+        """(request, slot) of the call that waits longest, if it may begin; else None."""
+        if not self._waiting or not self._has_place():
+            return None
+        self._more_room()
+        return self._waiting.popleft()
+
+    @flowcoro.atomic
     def _begin_waiting(self):
         """Have a task begin the calls that wait, if there is a place. Whether there is one now for that."""
         if not self._waiting or self._catching_up or self._lost is not None:
@@ -2004,16 +2076,12 @@ class _Answering(_Calling):
 
     async def _catch_up(self):
         """As _read(), of the calls that have waited."""
+        rest = None
         try:
-            while self._waiting and self._has_place():
-                request, slot = self._waiting.popleft()
-                self._more_room()
-                rest = self._begin(request, slot)
-                if rest is not None:
-                    break
-                await flowcoro.checkpoint()
-            else:
-                rest = None
+            while rest is None and (waiting := self._next_waiting()):
+                rest = self._begin(*waiting)
+                if rest is None:
+                    await flowcoro.checkpoint()
         finally:
             self._catching_up = False
             self._begin_waiting()
@@ -2124,8 +2192,8 @@ class _Reading(_Answering):
 
     def _look_for_end(self):
         """End, if it is time: nothing comes any more, or is to come, and nothing is left to do or to say."""
-        if ((self._all_read or self._draining) and not self._begun_calls and not self._waiting and not self._todo
-                and self._queued == self._written and self._lost is None):
+        if ((self._all_read or self._draining) and not self._begun_calls and not self._waiting and not self._catching_up
+                and not self._todo and self._queued == self._written and self._lost is None):
             self._lose(self._ended_by_peer() if self._all_read else
                        flowcoro.ClosedError(f"{self!r} has been closed here"))
 
@@ -2206,6 +2274,7 @@ class _Reading(_Answering):
             if call is not None and credit.__class__ is int and 0 < credit <= MAX_CREDIT:
                 call.grant(credit)
 
+    @flowcoro.atomic
     def _cancel_waiting(self, number):
         for index, (request, slot) in enumerate(self._waiting):
             if request.__class__ is Request and request.id == number:
@@ -2230,13 +2299,15 @@ class Peer(_Reading):
         """Serve the connection to its end."""
         try:
             async with flowcoro.TaskGroup(pinned=True) as self._group:
-                self._lead()
-                if self._out:
-                    self._flush_later()
-                await self._ended.wait()
-                self._group.cancel()
+                try:
+                    self._lead()
+                    if self._out:
+                        self._flush_later()
+                    await self._ended.wait()
+                    self._group.cancel()
+                finally:                    # before its handlers have been cancelled, which may take its time
+                    self._lose(flowcoro.ClosedError(f"{self!r} has been closed here"))
         finally:
-            self._lose(flowcoro.ClosedError(f"{self!r} has been closed here"))
             self._places.peers.pop(self, None)
             if isinstance(self._lost, flowcoro_net.BrokenError):
                 self._wire.close_nowait()
@@ -2362,6 +2433,9 @@ class RpcServer(Methods):
             raise flowcoro.ClosedError(f"{self!r} has been closed here; make another one")
 
     def _start(self, listening, framing, max_connections):
+        if self._closing:                   # while it began to listen
+            listening.close()
+            self._check_open()
         self._listening[listening] = flowcoro.spawn(self._serve(listening, framing, max_connections), name=f"serve {listening!r}")
         return listening
 
@@ -2416,7 +2490,8 @@ class RpcServer(Methods):
     async def close(self, *, timeout=DRAIN_TIMEOUT):
         """Listen no more, let the calls under way end for `timeout` seconds, then cancel them. Twice is once.
 
-        Calls that come meanwhile are answered with ShuttingDown. Cancelled: all is closed at once.
+        Calls that come meanwhile are answered with ShuttingDown. Cancelled: all is closed at once. A handler that takes long
+        to be cancelled is waited for; and one that awaits this waits for itself, so let it spawn a task for that.
         """
         self._closing = True
         for listening in self._listening:
@@ -2457,7 +2532,7 @@ class RpcServer(Methods):
     def statistics(self):
         """{"connections", "calls_running", "calls_queued"}"""
         return {"connections": len(self._peers), "calls_running": self._places.taken,
-                "calls_queued": sum(len(peer._waiting) for peer in self._peers)}
+                "calls_queued": sum(len(peer._waiting) for peer in self.peers)}
 
     def __repr__(self):
         return f"<RpcServer {', '.join(map(repr, self._listening))}{' closed' if self._closing else ''}>"
@@ -2568,9 +2643,9 @@ class RpcClient(_Caller):
 
         await self._change.park_unless(ready)
         if self._closed:
-            if isinstance(self._failure, (OSError, TimeoutError)):
-                raise ConnectionLost(f"{self!r}: there is no connection any more: {self._failure}", False) from self._failure
-            raise flowcoro.ClosedError(f"{self!r} has been closed here")
+            if self._failure is None or isinstance(self._failure, flowcoro.ClosedError):
+                raise flowcoro.ClosedError(f"{self!r} has been closed here")
+            raise ConnectionLost(f"{self!r}: there is no connection any more: {self._failure}", False) from self._failure
         return self._peer
 
     async def _again(self, call, what, timeout):
@@ -2593,6 +2668,7 @@ class RpcClient(_Caller):
             except ConnectionLost as error:
                 if error.sent is not False or self._reconnect is None:
                     raise
+                timeout = error._left
         return await self._again(lambda peer: peer._call(method, params, timeout), repr(method), timeout)
 
     async def _notify(self, method, params):
@@ -2608,7 +2684,8 @@ class RpcClient(_Caller):
 
     async def subscribe(self, method, /, *args, params=_MISSING, window=STREAM_WINDOW, **named):
         """`async for item in client.subscribe("prices", "ACME")`: as stream(), and begun anew when the connection is lost: what
-        was said in between is missed. It ends when the peer ends it, or the client is closed."""
+        was said in between is missed. It ends when the peer ends it, or the client is closed. After 30 seconds in which nothing
+        has come the peer is asked for a sign of life, as after a timeout of call(); so it is for each stream()."""
         params = _given(args, named, params)
         while True:
             try:
@@ -2660,6 +2737,12 @@ class RpcClient(_Caller):
 
 # ---- pool -----------------------------------------------------------------------------------------------------
 
+async def _close_all(clients):
+    async with flowcoro.TaskGroup() as group:
+        for client in clients:
+            group.spawn(client.close())
+
+
 class RpcPool(_Caller):
     """Clients of several servers that do the same: each call goes to the one with the fewest under way. `await
     RpcPool.connect(…)` makes one.
@@ -2682,8 +2765,7 @@ class RpcPool(_Caller):
             for host, port in addresses:
                 clients.append(await RpcClient.connect(host, port, **options))
         except BaseException:
-            for client in clients:
-                await client.close()
+            await _close_all(clients)
             raise
         return cls(clients)
 
@@ -2697,9 +2779,11 @@ class RpcPool(_Caller):
     async def _try_each(self, call):
         *others, last = self._order()
         for client in others:
+            if client.closed:           # what ClosedError ends may have run, so that one is not looked for below
+                continue
             try:
                 return await call(client)
-            except (ShuttingDown, Overloaded, flowcoro.ClosedError):
+            except (ShuttingDown, Overloaded):
                 pass
             except ConnectionLost as error:
                 if error.sent is not False:
@@ -2719,9 +2803,8 @@ class RpcPool(_Caller):
         return self._order()[0]._stream(method, params, timeout, window)
 
     async def close(self):
-        """Close all clients."""
-        for client in self._clients:
-            await client.close()
+        """Close all clients, at the same time. Cancelled: they are closed at once."""
+        await _close_all(self._clients)
 
     async def __aenter__(self):
         return self

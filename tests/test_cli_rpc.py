@@ -149,6 +149,11 @@ def test_an_address_that_is_none(cli, address):  # noqa: F811
     assert cli("rpc")[0] == 2
 
 
+def test_arguments_that_are_more_than_a_message_may_have(rpc):
+    status, out, err = rpc("give_back", "x" * 2**20)
+    assert (status, out) == (2, "") and "max_message" in err and "Traceback" not in err
+
+
 def test_an_address_without_a_host_is_this_machine(cli, served):  # noqa: F811
     assert cli("rpc", ":" + served[1].rpartition(":")[2], "add", 1)[:2] == (0, "2\n")
 

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 import enum
+import functools
 import itertools
 import json
 import math
@@ -20,6 +21,9 @@ import pytest
 import flowcoro
 import flowcoro_net
 import flowcoro_rpc
+import flowcoro_websocket
+from flowcoro_http import HttpServer
+from flowcoro_http import Response as HttpResponse
 from flowcoro_rpc import (Backoff, ConnectionLost, Context, DeadlineExceeded, Invalid, InvalidParams, InvalidRequest,
                           MethodNotFound, Methods, Notification, Peer, Request, Response, RpcClient, RpcError, RpcPool, RpcServer,
                           encode_error, encode_request, encode_result, read_message)
@@ -385,10 +389,14 @@ def test_names_of_methods():
         server.method(lambda: 1, name="a")
     with pytest.raises(TypeError, match="give a function"):
         server.method(5)
+    with pytest.raises(TypeError, match="give name="):
+        server.method(functools.partial(max, 1))
     with pytest.raises(TypeError, match="no JSON is made"):
         @server.method
         def wrong(a: set):
             pass
+    with pytest.raises(TypeError, match="nobody can call it"):
+        server.method(lambda a, /, *, b: 1, name="one way or the other")
     with pytest.raises(TypeError, match="Nowhere"):
         @server.method
         def lost(a: "Nowhere"):     # noqa: F821
@@ -413,8 +421,19 @@ async def test_objects_are_namespaces():
         def _hidden(self):
             raise AssertionError
 
+        @property
+        def asked(self):
+            raise AssertionError
+
+        @staticmethod
+        def nothing():
+            return 0
+
     server = RpcServer()
     server.add(Calculator(5), prefix="math.")
+    with pytest.raises(TypeError, match="add needs an object"):
+        server.add(Calculator)
+    assert await outcome(server, "math.nothing") == 0
     assert await outcome(server, "math.add", [1]) == 6
     assert await outcome(server, "math.later") == "later"
     assert (await outcome(server, "math._hidden"))["code"] == (await outcome(server, "math.start"))["code"] == -32601
@@ -889,6 +908,24 @@ async def test_what_cannot_be_cut_into_messages_is_answered_and_ends_the_connect
         assert error["id"] is None and error["error"]["code"] == -32600 and error["error"]["data"]
 
 
+@pytest.mark.parametrize("framing, data", [
+    (flowcoro_rpc.ContentLength, b"Content-Length: 9\r\n\r\n{}"), (flowcoro_rpc.ContentLength, b"Content-Le"),
+    (flowcoro_rpc.Netstring, b"9:{}"), (flowcoro_rpc.LengthPrefixed, b"\0\0\0\x09{}"), (flowcoro_rpc.Concatenated, b'{"a"')])
+@in_kernel
+async def test_a_connection_that_ends_in_the_middle_of_a_message_is_told_so(framing, data):
+    server = slow_server()
+    async with raw_connection(server, framing=framing) as sock:
+        await sock.write(framing.frame(encode_request("fast", [1], 1)) + data)
+        await sock.shutdown_write()
+        received, answers = framing(), []
+        while piece := await sock.read():
+            received.receive_data(piece)
+        while (message := received.next_message()) is not flowcoro_rpc.NEED_DATA:
+            answers.append(read_message(message))
+        assert answers[0] == Response(1, 1, None) and "in the middle of a message" in answers[1].error["data"]
+        assert answers[1].error["code"] == -32600 and len(answers) == 2
+
+
 @in_kernel
 async def test_who_is_gone_is_not_told_that_he_was_refused():
     server = slow_server(max_message=1000)
@@ -1004,6 +1041,35 @@ async def test_a_drain_lets_calls_end_and_refuses_new_ones():
             assert await sock.read() == b""
             await closing
         assert flowcoro.now() < 3
+
+
+@in_kernel
+async def test_when_serving_is_cancelled_calls_of_ours_end_before_the_handlers_have():
+    server, ended = RpcServer(), []
+
+    @server.method
+    async def stubborn():
+        try:
+            await flowcoro.sleep(math.inf)
+        finally:
+            with flowcoro.CancelScope(shield=True):
+                await flowcoro.sleep(50)
+
+    async def call(peer):
+        with pytest.raises(flowcoro.ClosedError):
+            await peer.call("a")
+        ended.append(flowcoro.now())
+
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with ours, flowcoro.TaskGroup() as group:
+        serving = group.spawn(server.serve_connection(theirs))
+        await tell(ours, request("stubborn"))
+        await wait_all_tasks_parked()
+        group.spawn(call(server.peers[0]))
+        await wait_all_tasks_parked()
+        before = flowcoro.now()
+        serving.cancel()
+    assert ended == [before] and flowcoro.now() == before + 50
 
 
 @in_kernel
@@ -1379,6 +1445,36 @@ async def test_an_async_generator_arrives_as_an_async_iterator(connect):
 
 
 @in_kernel
+async def test_a_generator_below_a_decorator_is_a_stream_too_and_as_a_list_it_lets_the_others_run(connect):
+    server, given = RpcServer(), 0
+
+    def decorator(function):
+        @functools.wraps(function)
+        def decorated(*args):
+            return function(*args)
+        return decorated
+
+    @server.method
+    @decorator
+    async def count(to: int):
+        for number in range(to):
+            yield number
+
+    @server.method
+    async def endless():
+        nonlocal given
+        while True:
+            given += 1
+            yield "x"
+
+    async with await connect(server) as client:
+        assert [item async for item in client.stream("count", 3)] == await client.call("count", 3) == [0, 1, 2]
+    with pytest.raises(TimeoutError), flowcoro.timeout(0):
+        await server.answer(encode_request("endless", None, 1))
+    assert given < 10_000               # of 350,000 that a message has room for
+
+
+@in_kernel
 async def test_a_stream_is_ahead_of_who_takes_it_by_its_window_at_most(connect):
     server, given = RpcServer(), 0
 
@@ -1590,6 +1686,29 @@ async def test_a_peer_that_says_something_else_is_not_asked_for_a_sign_of_life()
 
 
 @in_kernel
+async def test_a_stream_does_not_wait_for_ever_for_who_is_gone_without_a_word():
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours) as client, flowcoro.TaskGroup() as group:
+        async def take():
+            with pytest.raises(ConnectionLost, match="probe"):
+                async for item in client.stream("prices"):
+                    taken.append(item)
+
+        taken, began = [], flowcoro.now()
+        task = group.spawn(take())
+        number = (await hear(theirs))["id"]
+        for heard in (30, 90):                  # it answers the first; and what has come meanwhile is a sign, too
+            probe = await hear(theirs)
+            assert probe["method"] == "$/ping" and heard <= flowcoro.now() - began <= heard + 0.2
+            if heard == 30:
+                await tell(theirs, {"jsonrpc": "2.0", "error": {"code": -32601, "message": ""}, "id": probe["id"]})
+                await flowcoro.sleep(5)
+                await tell(theirs, {"jsonrpc": "2.0", "method": "$/stream", "params": {"id": number, "items": ["x"]}})
+        await task
+        assert taken == ["x"] and 100 <= flowcoro.now() - began <= 100.3
+
+
+@in_kernel
 async def test_a_client_connects_again_with_more_and_more_patience(connect):
     server = slow_server()
     async with await connect(server, reconnect=Backoff(1, 8, jitter=0)) as client:
@@ -1606,6 +1725,47 @@ async def test_a_client_connects_again_with_more_and_more_patience(connect):
         with pytest.raises(TimeoutError, match="refused"):
             await client.call("fast", 3, timeout=20)
         assert flowcoro.now() - before == 20
+
+
+@in_kernel
+async def test_a_call_that_is_sent_again_has_no_more_time_than_it_had(monkeypatch):
+    pairs = []
+
+    async def open(*where, **options):
+        await flowcoro.checkpoint()
+        if pairs:
+            raise flowcoro_net.BrokenError(111, "connection refused")
+        pairs.append(memory_socket_pair(flowcoro_net.Socket, capacity=1000))
+        return pairs[0][0]
+
+    async def fails(error, coro):
+        with pytest.raises(error):
+            await coro
+        return flowcoro.now()
+
+    monkeypatch.setattr(flowcoro_net.Socket, "connect", open)
+    async with await RpcClient.connect("memory", 1) as client, flowcoro.TaskGroup() as group:
+        group.spawn(fails(ConnectionLost, client.call("a", "x" * 10_000)))      # nobody reads it
+        await wait_all_tasks_parked()
+        began = flowcoro.now()
+        tasks = [group.spawn(fails(TimeoutError, client.call("b", timeout=seconds))) for seconds in (10, 20)]
+        await flowcoro.sleep(8)
+        pairs[0][1].close_nowait()
+        assert [await task - began for task in tasks] == pytest.approx([10, 20], abs=0.1)
+
+
+@in_kernel
+async def test_who_has_ended_a_connection_is_told_right_also_afterwards():
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours, max_message=1000) as client:
+        await theirs.write(b"x" * 2000)
+        assert "max_message" in (await hear(theirs))["error"]["data"]
+        await theirs.close()
+        while not client.closed:
+            await flowcoro.sleep(0.1)
+        with pytest.raises(ConnectionLost, match="max_message=1000") as caught:
+            await client.call("a")
+        assert caught.value.sent is False and isinstance(caught.value.__cause__, flowcoro_rpc.ProtocolError)
 
 
 @in_kernel
@@ -1727,6 +1887,50 @@ async def test_a_pool_gives_each_call_to_the_least_busy_and_goes_on_without_thos
 
 
 @in_kernel
+async def test_a_pool_does_not_send_again_what_was_cut_by_its_own_close(connect):
+    servers = [slow_server() for _ in range(2)]
+    pool = RpcPool([await connect(server) for server in servers])
+    async with flowcoro.TaskGroup() as group:
+        async def call():
+            with pytest.raises(flowcoro.ClosedError):
+                await pool.call("never", "a")
+
+        task = group.spawn(call())
+        await wait_all_tasks_parked()
+        for client in sorted(pool._clients, key=lambda client: -client.peer.statistics()["calls_waiting"]):
+            await client.close()            # first the one that has it
+        await task
+    await wait_all_tasks_parked()
+    assert sum((server.cut for server in servers), []) == ["a"]
+
+
+@in_kernel
+async def test_a_pool_that_is_closed_or_cannot_connect_leaves_no_client_open(connect, monkeypatch):
+    servers = [slow_server() for _ in range(3)]
+    clients = [await connect(server) for server in servers]
+    with flowcoro.CancelScope() as scope:
+        scope.cancel()
+        await RpcPool(clients).close()
+    assert scope.cancelled_caught and all(client.closed and client.peer.closed for client in clients)
+    memory, begun = Memory(servers[0]), []
+
+    async def open(host, port, **options):
+        if port == 3:
+            await flowcoro.sleep(math.inf)
+        begun.append(await memory.open())
+        return begun[-1]
+
+    monkeypatch.setattr(flowcoro_net.Socket, "connect", open)
+    with flowcoro.move_on_after(1) as scope:
+        await RpcPool.connect([("memory", port) for port in (1, 2, 3)])
+    assert scope.cancelled_caught and len(begun) == 2
+    await wait_all_tasks_parked()
+    for sock in begun:
+        with pytest.raises(flowcoro.ClosedError):
+            await sock.read()
+
+
+@in_kernel
 async def test_a_pool_goes_on_without_a_server_that_shuts_down(connect):
     servers = [slow_server() for _ in range(2)]
     async with RpcPool([await connect(server) for server in servers]) as pool, flowcoro.TaskGroup() as group:
@@ -1759,6 +1963,24 @@ def test_over_tcp_and_unix_sockets(tmp_path):
         await server.wait_closed()
         with pytest.raises(flowcoro.ClosedError):
             await server.start_tcp_server(0)
+
+    flowcoro.run(main())
+
+
+def test_a_server_that_was_closed_while_it_began_to_listen_does_not_serve(monkeypatch):
+    async def main():
+        server, listening = RpcServer(), []
+        original = flowcoro_net.TcpServer.listen
+
+        async def listen(*args, **options):
+            listening.append(await original(*args, **options))
+            await server.close()
+            return listening[0]
+
+        monkeypatch.setattr(flowcoro_net.TcpServer, "listen", listen)
+        with pytest.raises(flowcoro.ClosedError):
+            await server.start_tcp_server(0)
+        assert listening[0].closed
 
     flowcoro.run(main())
 
@@ -1807,17 +2029,82 @@ def test_several_workers_serve_and_call():
     flowcoro.run(main(), workers=3)
 
 
+def test_several_workers_share_the_places_of_a_server():
+    async def main():
+        server = slow_server(max_concurrent=2, max_concurrent_in_all=3)
+        listening = await server.start_tcp_server(0)
+
+        async def work(base):
+            async with await RpcClient.connect(*listening.local) as client:
+                numbers = list(range(base, base + 30))
+                assert await flowcoro.when_all(*(client.call("slow", number, 0) for number in numbers)) == numbers
+                found = await client.batch(*(Request("slow", [number, 0]) for number in numbers))
+                assert found == numbers
+                assert [item async for item in client.stream("count", 50, window=2)] == list(range(50))
+
+        await flowcoro.when_all(*(work(100 * index) for index in range(6)))
+        assert server.statistics()["calls_running"] == server.statistics()["calls_queued"] == 0
+        await server.close()
+
+    flowcoro.run(main(), workers=4)
+
+
 def test_a_stop_drains_the_server():
     async def main():
-        server = slow_server()
+        server, begun, go_on = RpcServer(), flowcoro.Event(), flowcoro.Event()
+
+        @server.method
+        async def wait():
+            begun.set()
+            await go_on.wait()
+            return "a"
+
         listening = await server.start_tcp_server(0)
         async with await RpcClient.connect(*listening.local, reconnect=None) as client:
             async with flowcoro.TaskGroup() as group:
-                task = group.spawn(client.call("slow", "a", 0.05))
-                await flowcoro.sleep(0.02)
+                task = group.spawn(client.call("wait"))
+                await begun.wait()
                 flowcoro.request_stop()
+                with pytest.raises(flowcoro_rpc.ShuttingDown):
+                    while True:
+                        await client.call("rpc.discover")
+                go_on.set()
                 assert await task == "a"
         await server.wait_closed()
+
+    flowcoro.run(main())
+
+
+def test_over_http_and_a_websocket_of_one_server():
+    app, rpc = HttpServer(websocket=flowcoro_websocket.accept), slow_server(max_message=5000)
+
+    @app.post("/rpc")
+    async def over_http(request):
+        answer = await rpc.answer(await request.body(), headers=dict(request.headers.items()))
+        return HttpResponse(204) if answer is None else HttpResponse(200, answer, media_type="application/json")
+
+    @app.websocket("/rpc")
+    async def over_websocket(ws):
+        await rpc.serve_messages(ws, headers={"who": "a WebSocket"})
+
+    @rpc.method
+    async def back(peer, text: str):
+        return [peer.headers, await peer.call("turned", text)]
+
+    async def main():
+        ours = Methods()
+        ours.method(lambda text: text[::-1], name="turned")
+        async with app.test_client() as http:
+            answer = await http.post("/rpc", content=encode_request("slow", ["é", 0.001], 1))
+            assert (answer.status, answer.content) == (200, encode_result(1, "é"))
+            assert (await http.post("/rpc", content=encode_request("fast"))).status == 204
+            async with flowcoro_websocket.connect("ws://testserver/rpc", socket=await http.socket()) as ws:
+                async with RpcClient.over(ws, methods=ours, max_message=5000) as client:
+                    assert await flowcoro.when_all(client.call("slow", "é", 0.001), client.call("fast", 5)) == ["é", 5]
+                    assert await client.call("back", "abc") == [{"who": "a WebSocket"}, "cba"]
+                    assert [item async for item in client.stream("count", 100)] == list(range(100))
+                await ws.close()
+        assert rpc.statistics() == {"connections": 0, "calls_running": 0, "calls_queued": 0}
 
     flowcoro.run(main())
 
