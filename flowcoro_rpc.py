@@ -140,6 +140,9 @@ LINGER = 2.0
 # multiples are exact.
 GRAIN = 1 / 32
 
+# A timeout of so many seconds, 30 years, is none: neither the clock nor its ticks overflow by any number that somebody sends.
+MAX_SECONDS = 10**9
+
 # Items of a stream that may be on the way to who takes them; and that one grant of credit may have.
 STREAM_WINDOW, MAX_CREDIT = 32, 2**31 - 1
 
@@ -1712,13 +1715,20 @@ class _Answers:
 class _Call:
     """A call of the peer's that is under way: `task` is the one that it runs in."""
 
-    __slots__ = ("peer", "request", "id", "slot", "task", "due", "answered", "credit", "lot")
+    __slots__ = ("peer", "request", "id", "slot", "task", "due", "answered", "window", "credit", "lot")
 
     def __init__(self, peer, request, number, slot):
         self.peer, self.request, self.id, self.slot = peer, request, number, slot
         self.task = self.due = self.lot = None
         self.answered = False
-        self.credit = 0                 # items that it may send, of a stream
+        self.window = self.credit = 0   # of a stream: the items that it may send at first (0: it comes as a list), and now
+
+    def ask_stream(self):
+        """Its items are to come as notifications, if the caller has asked for that, and can take them."""
+        credit = self.request.more.get("$/stream")
+        if (credit.__class__ is int and 0 < credit <= MAX_CREDIT and self.slot is None and self.id is not _MISSING
+                and self.peer._wire.__class__ is not _OneWire):
+            self.window = self.credit = credit
 
     def end(self, kind):
         """End it: the answer is this error, and the task is cancelled."""
@@ -1857,6 +1867,8 @@ class _Answering(_Calling):
             run, call = self._base.copy().run, None
             if methods._around or method.is_stream:
                 call = _Call(self, request, number, slot)
+                if method.is_stream:
+                    call.ask_stream()
                 result = self._go_through(method, call, args, named)
             elif method.wants is None:
                 result = run(method.function, *args, **named)
@@ -1893,18 +1905,15 @@ class _Answering(_Calling):
 
     async def _send_items(self, call, items):
         """A stream: its items as notifications, when the caller has asked for that; else all as a list."""
-        credit = call.request.more.get("$/stream")
         listed, size = [], 0
         try:
-            if (credit.__class__ is not int or not 0 < credit <= MAX_CREDIT or call.slot is not None or call.id is _MISSING
-                    or self._wire.__class__ is _OneWire):
+            if not call.window:
                 async for item in items:
                     listed.append(item)
                     size += len(flowcoro_schema.encode_json(item))
                     if size > self._wire.max_message:
                         raise AnswerTooLarge
                 return listed
-            call.credit = credit
             async for item in items:
                 if not call.credit:
                     await call.until_credit()
@@ -1926,7 +1935,7 @@ class _Answering(_Calling):
         self._calls[call if call.id is _MISSING else call.id] = call
         self._begun_calls += 1
         self._places.taken += 1
-        seconds = self._deadline_of(call.request)
+        seconds = self._deadline_of(call)
         if seconds != math.inf:
             self._deadlines.add(call, seconds)
         return self._stay(call, rest)
@@ -1956,12 +1965,12 @@ class _Answering(_Calling):
                 self._flush_later()
             self._look_for_end()
 
-    def _deadline_of(self, request):
+    def _deadline_of(self, call):
         """Seconds that a call may take: the server's limit, or what the caller says, if that is less."""
-        more = request.more.get("$/context")
+        more = call.request.more.get("$/context")
         said = more.get("timeout") if more.__class__ is dict else None
-        limit = math.inf if "$/stream" in request.more else self._options.deadline
-        return min(limit, said) if said.__class__ in (int, float) and said >= 0 else limit
+        limit = math.inf if call.window else self._options.deadline
+        return min(limit, said) if said.__class__ in (int, float) and 0 <= said < MAX_SECONDS else limit
 
     def _internal(self, error, method):
         """The answer for an error of a handler, which is reported, unless it is that who is gone cannot be called back."""
@@ -2290,7 +2299,7 @@ def _seconds(seconds):
         return math.inf
     if seconds.__class__ not in (int, float) or not seconds >= 0:
         raise ValueError(f"timeout={seconds!r}: give seconds, 0 or more; None for no limit")
-    return seconds
+    return seconds if seconds < MAX_SECONDS else math.inf
 
 
 @dataclasses.dataclass

@@ -1,0 +1,58 @@
+"""flowcoro_rpc against peers, handlers and users that mean no good, or do not know better."""
+
+import enum
+import json
+import math
+
+import pytest
+
+import flowcoro
+import flowcoro_net
+import flowcoro_rpc
+from flowcoro_rpc import (NEED_DATA, Backoff, CallCancelled, ConnectionLost, ContentLength, InternalError, InvalidParams,
+                          Netstring, ProtocolError, Request, RpcClient, RpcError, RpcPool, RpcServer)
+from flowcoro_testing import memory_socket_pair, wait_all_tasks_parked
+from test_rpc import ask, connect, hear, in_kernel, raw_connection, request, slow_server, tell  # noqa: F401  (a fixture)
+
+
+# ---- limits that the caller may not move ----------------------------------------------------------------------
+
+@in_kernel
+async def test_who_asks_for_a_stream_of_what_is_none_does_not_escape_the_deadline():
+    server = slow_server(deadline=5)
+    async with raw_connection(server) as sock:
+        before = flowcoro.now()
+        answer = await ask(sock, request("never", "a", **{"$/stream": 8}))
+        assert answer["error"]["code"] == -32010 and flowcoro.now() - before < 6 and server.cut == ["a"]
+
+
+@in_kernel
+async def test_a_stream_that_comes_as_a_list_has_a_deadline_and_one_that_comes_as_a_stream_has_none():
+    server = slow_server(deadline=5)
+    async with raw_connection(server) as sock:
+        answers = await ask(sock, [request("count", 100, 1, **{"$/stream": 8})])        # in a batch it is a list
+        assert answers[0]["error"]["code"] == -32010
+        for credit in 1, 8:
+            await tell(sock, request("count", 9, 1, **{"$/stream": credit}))
+            await tell(sock, {"jsonrpc": "2.0", "method": "$/stream", "params": {"id": 1, "credit": 8}})
+            assert [(await hear(sock))["params"]["items"] for _ in range(9)] == [[number] for number in range(9)]
+            assert await hear(sock) == {"jsonrpc": "2.0", "result": None, "id": 1}
+
+
+@pytest.mark.parametrize("timeout", [10**400, 1e308, 1e300])
+@in_kernel
+async def test_a_timeout_of_the_caller_that_is_beyond_all_measure_is_none(monkeypatch, timeout):
+    monkeypatch.setattr("sys.unraisablehook", lambda report: pytest.fail(report.err_msg))
+    server = slow_server(deadline=None)
+    async with raw_connection(server) as sock:
+        assert (await ask(sock, request("slow", "a", **{"$/context": {"timeout": timeout}})))["result"] == "a"
+        assert server.statistics()["calls_running"] == 0
+        await tell(sock, request("count", 1, 1, **{"$/context": {"timeout": timeout}, "$/stream": 8}))
+        assert [(await hear(sock)).get("params"), (await hear(sock))["result"]] == [{"id": 1, "items": [0]}, None]
+
+
+@in_kernel
+async def test_a_timeout_beyond_all_measure_is_none_for_a_client_too(connect):
+    async with await connect(slow_server()) as client:
+        for timeout in 10**400, 1e308:
+            assert await client.call("slow", "a", timeout=timeout) == "a"
