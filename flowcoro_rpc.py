@@ -163,12 +163,16 @@ _MISSING = flowcoro_schema.MISSING
 class RpcError(flowcoro.FlowCoroError):
     """An answer that is an error: `code` (int), `message` (str), `data` (a value of JSON, or None where there is none).
 
-    A handler raises it to answer so. Codes from -32768 to -32000 are the specification's; your own are others.
+    A handler raises it to answer so. Codes from -32768 to -32000 are the specification's; your own are others. TypeError for a
+    code or a message that JSON-RPC does not have.
     """
 
     message = "Error"           # where its own is too long
 
     def __init__(self, code, message, data=None):
+        if not isinstance(code, int) or isinstance(code, bool) or not isinstance(message, str):
+            raise TypeError(f"RpcError({code!r:.80}, {message!r:.80}): give a number, an int, and a text; data= takes the rest")
+        code = int(code)            # of an enum
         super().__init__(f"{message} ({code})" if data is None else f"{message} ({code}): {data!r:.200}")
         self.code, self.message, self.data = code, message, data
 
@@ -1883,7 +1887,7 @@ class _Answering(_Calling):
                     return self._enrol(call or _Call(self, request, number, slot), _Rest(result, trap, run))
             self._answer(number, slot, result)
         except RpcError as error:
-            self._fail(number, slot, error)
+            self._fail(number, slot, error, request.method)
         except Exception as error:
             self._fail(number, slot, self._internal(error, request.method))
         return None
@@ -1949,7 +1953,7 @@ class _Answering(_Calling):
                 self._answer(number, slot, result)
         except RpcError as error:
             if not call.answered:
-                self._fail(number, slot, error)
+                self._fail(number, slot, error, call.request.method)
         except Exception as error:
             error = self._internal(error, call.request.method)
             if not call.answered:
@@ -2053,12 +2057,13 @@ class _Answering(_Calling):
         elif slot is not None:
             slot[0].set(slot[1], None)
 
-    def _fail(self, number, slot, error):
+    def _fail(self, number, slot, error, method=None):
         if number is not _MISSING:
             try:
                 answer = encode_error(number, error.code, error.message, error.data)
-            except (TypeError, ValueError) as wrong:
-                answer = encode_error(number, InternalError.code, InternalError.message, self._internal(wrong, "?").data)
+            except Exception as wrong:              # a handler has made it, and what it has put there may do anything
+                error = self._internal(wrong, method)
+                answer = encode_error(number, error.code, error.message, error.data)
             if len(answer) > self._wire.max_message if slot is None else not slot[0].room_for(answer):
                 answer = encode_error(number, error.code, _BY_CODE.get(error.code, RpcError).message)
             self._reply(slot, answer)

@@ -56,3 +56,62 @@ async def test_a_timeout_beyond_all_measure_is_none_for_a_client_too(connect):
     async with await connect(slow_server()) as client:
         for timeout in 10**400, 1e308:
             assert await client.call("slow", "a", timeout=timeout) == "a"
+
+
+# ---- handlers -------------------------------------------------------------------------------------------------
+
+class Colour(enum.Enum):
+    RED = 7
+
+
+@pytest.mark.parametrize("code, message", [("E_NONE", "a"), (None, "a"), (1.5, "a"), (True, "a"), (Colour.RED, "a"), (1, None),
+                                           (1, ValueError("a"))])
+@in_kernel
+async def test_an_error_whose_code_or_message_is_none_is_refused_where_it_is_made(connect, monkeypatch, code, message):
+    reports = []
+    monkeypatch.setattr("sys.unraisablehook", reports.append)
+    server = RpcServer()
+
+    @server.method
+    def fail():
+        raise RpcError(code, message)
+
+    async with await connect(server) as client:
+        with pytest.raises(InternalError):
+            await client.call("fail", timeout=5)
+    assert isinstance(reports[0].exc_value, TypeError) and "give" in str(reports[0].exc_value)
+
+
+class Careless(RpcError):
+    def __init__(self):
+        pass
+
+
+def endless():
+    data = []
+    data.append(data)
+    return data
+
+
+@pytest.mark.parametrize("error", [Careless(), RpcError(1, "a", endless()), RpcError(1, "a", object())])
+@in_kernel
+async def test_an_error_that_cannot_be_sent_is_an_internal_error_and_the_connection_goes_on(connect, monkeypatch, error):
+    reports = []
+    monkeypatch.setattr("sys.unraisablehook", reports.append)
+    server = RpcServer()
+
+    @server.method
+    def at_once():
+        raise error
+
+    @server.method
+    async def later():
+        await flowcoro.sleep(1)
+        raise error
+
+    async with await connect(server, reconnect=None) as client:
+        for name in "at_once", "later":
+            with pytest.raises(InternalError):
+                await client.call(name, timeout=5)
+            assert name in reports.pop().err_msg
+        assert not client.peer.closed
