@@ -1689,6 +1689,12 @@ class _Rest:
         self._coro.close()
 
 
+def _ends_program(error):
+    """Whether it is to end more than the call that has raised it."""
+    ends = KeyboardInterrupt, SystemExit
+    return isinstance(error, ends) or isinstance(error, BaseExceptionGroup) and error.subgroup(ends) is not None
+
+
 def _surround(around, call_next):
     return lambda context: around(context, call_next)
 
@@ -1888,7 +1894,9 @@ class _Answering(_Calling):
             self._answer(number, slot, result)
         except RpcError as error:
             self._fail(number, slot, error, request.method)
-        except Exception as error:
+        except BaseException as error:          # a first step is not cancelled: also Cancelled is the handler's own
+            if _ends_program(error):
+                raise
             self._fail(number, slot, self._internal(error, request.method))
         return None
 
@@ -1954,7 +1962,11 @@ class _Answering(_Calling):
         except RpcError as error:
             if not call.answered:
                 self._fail(number, slot, error, call.request.method)
-        except Exception as error:
+        except BaseException as error:
+            if isinstance(error, GeneratorExit) or _ends_program(error):
+                raise
+            if isinstance(error, flowcoro.Cancelled):
+                await flowcoro.checkpoint()     # goes on only if the handler has made it up
             error = self._internal(error, call.request.method)
             if not call.answered:
                 self._fail(number, slot, error)

@@ -115,3 +115,35 @@ async def test_an_error_that_cannot_be_sent_is_an_internal_error_and_the_connect
                 await client.call(name, timeout=5)
             assert name in reports.pop().err_msg
         assert not client.peer.closed
+
+
+class Unlikely(BaseException):
+    """As asyncio.CancelledError is one."""
+
+
+@pytest.mark.parametrize("error", [flowcoro.Cancelled, Unlikely])
+@in_kernel
+async def test_a_handler_that_raises_what_ends_tasks_ends_its_call_alone(connect, monkeypatch, error):
+    reports = []
+    monkeypatch.setattr("sys.unraisablehook", reports.append)
+    server = slow_server(max_concurrent=2)
+
+    @server.method
+    def at_once():
+        raise error
+
+    @server.method
+    async def soon():
+        raise error
+
+    @server.method
+    async def later():
+        await flowcoro.sleep(1)
+        raise error
+
+    async with await connect(server, reconnect=None) as client:
+        for name in "at_once", "soon", "later":
+            with pytest.raises((InternalError, CallCancelled)):
+                await client.call(name, timeout=5)
+            assert await client.call("fast", 1) == 1
+        assert server.statistics()["calls_running"] == 0 and len(reports) == 3
