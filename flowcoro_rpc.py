@@ -1740,10 +1740,15 @@ class _Call:
                 and self.peer._wire.__class__ is not _OneWire):
             self.window = self.credit = credit
 
+    @flowcoro.atomic
+    def claim(self):
+        """Whether who asks is the one to answer it: with several workers its time may be up while it answers."""
+        answered, self.answered = self.answered, True
+        return not answered
+
     def end(self, kind):
         """End it: the answer is this error, and the task is cancelled."""
-        if not self.answered:
-            self.answered = True
+        if self.claim():
             self.leave()
             self.peer._fail(self.id, self.slot, kind())
             self.peer._flush_later()
@@ -1954,13 +1959,14 @@ class _Answering(_Calling):
 
     async def _stay(self, call, rest):
         """The task that has begun a call stays with it to its end."""
-        number, slot = call.id, call.slot
+        number, slot, ours = call.id, call.slot, False
         try:
             result = await rest
-            if not call.answered:
+            ours = call.claim()
+            if ours:
                 self._answer(number, slot, result)
         except RpcError as error:
-            if not call.answered:
+            if ours or call.claim():
                 self._fail(number, slot, error, call.request.method)
         except BaseException as error:
             if isinstance(error, GeneratorExit) or _ends_program(error):
@@ -1968,7 +1974,7 @@ class _Answering(_Calling):
             if isinstance(error, flowcoro.Cancelled):
                 await flowcoro.checkpoint()     # goes on only if the handler has made it up
             error = self._internal(error, call.request.method)
-            if not call.answered:
+            if ours or call.claim():
                 self._fail(number, slot, error)
         finally:
             if call.due is not None:

@@ -147,3 +147,19 @@ async def test_a_handler_that_raises_what_ends_tasks_ends_its_call_alone(connect
                 await client.call(name, timeout=5)
             assert await client.call("fast", 1) == 1
         assert server.statistics()["calls_running"] == 0 and len(reports) == 3
+
+
+@in_kernel
+async def test_a_call_whose_time_is_up_while_it_is_answered_has_one_answer(monkeypatch):
+    answer = flowcoro_rpc._Answering._answer
+
+    def late(peer, number, slot, result):
+        for call in list(peer._calls.values()):
+            call.expire()                       # as the sweep does it, which may run on another worker
+        answer(peer, number, slot, result)
+
+    monkeypatch.setattr(flowcoro_rpc._Answering, "_answer", late)
+    server = slow_server()
+    async with raw_connection(server) as sock:
+        assert (await ask(sock, request("slow", "a", id=7)))["result"] == "a"
+        assert await ask(sock, request("fast", "b", id=8)) == {"jsonrpc": "2.0", "result": "b", "id": 8}
