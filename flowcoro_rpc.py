@@ -1972,6 +1972,8 @@ class _Answering(_Calling):
             if isinstance(error, GeneratorExit) or _ends_program(error):
                 raise
             if isinstance(error, flowcoro.Cancelled):
+                if call.claim():                # nobody has told the caller: the handler has done it, or nobody reads it
+                    self._fail(number, slot, CallCancelled())
                 await flowcoro.checkpoint()     # goes on only if the handler has made it up
             error = self._internal(error, call.request.method)
             if ours or call.claim():
@@ -2104,6 +2106,7 @@ class _Reading(_Answering):
         wire, todo, options, task = self._wire, self._todo, self._options, flowcoro.current_task()
         next_message, read, most = wire.next_message, wire.read, options.max_waiting
         max_depth, max_batch = options.max_depth, options.max_batch
+        leads = True
         try:
             while True:
                 if todo:
@@ -2129,6 +2132,7 @@ class _Reading(_Answering):
                     rest = self._take(event, slot)
                 if rest is not None:
                     self._lead()
+                    leads = False
                     return await rest
                 if self._queued - self._written > MAX_UNSENT or len(self._waiting) >= most and not self._stalled:
                     await self._until_fewer()
@@ -2141,6 +2145,10 @@ class _Reading(_Answering):
             await self._refuse(error)
         except (flowcoro_net.NetworkError, flowcoro.ClosedError) as error:
             self._lose(error)
+        except flowcoro.Cancelled:
+            if leads:               # also by a handler, which has cancelled its task: else nobody would read any more
+                self._lose(flowcoro.ClosedError(f"{self!r}: the task that reads was cancelled"))
+            raise
 
     async def _at_end(self):
         """The peer sends no more: it is gone, or waits for the last answers."""

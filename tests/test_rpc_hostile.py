@@ -150,6 +150,28 @@ async def test_a_handler_that_raises_what_ends_tasks_ends_its_call_alone(connect
 
 
 @in_kernel
+async def test_a_handler_that_cancels_its_own_task_leaves_nobody_waiting():
+    server = slow_server()
+
+    @server.method
+    def at_once():
+        flowcoro.current_task().cancel()
+
+    @server.method
+    async def later():
+        flowcoro.current_task().cancel()
+        await flowcoro.sleep(1)
+
+    async with raw_connection(server) as sock:
+        assert (await ask(sock, request("later")))["error"]["code"] == -32800
+        assert (await ask(sock, request("fast", "a")))["result"] == "a"
+        await tell(sock, request("at_once"))
+        with flowcoro.timeout(5):
+            while await sock.read():
+                pass
+
+
+@in_kernel
 async def test_a_call_whose_time_is_up_while_it_is_answered_has_one_answer(monkeypatch):
     answer = flowcoro_rpc._Answering._answer
 
