@@ -56,7 +56,8 @@ Errors:
         AnswerTooLarge      -32012  it has run, and its result is more than a message may have
         Overloaded          -32013  there are too many calls of this connection; it has not run
         CallCancelled       -32800  by $/cancelRequest (the number is LSP's)
-      ProtocolError         the peer has sent what cannot be a message; the connection is closed
+      ProtocolError         the peer has sent what cannot be a message, and the connection is closed; or, of a call, what came as
+                            its answer is none
       ConnectionLost        the connection has ended before the answer; sent: whether the call may have run; also a
                             flowcoro_net.BrokenError
       flowcoro_net.LimitError     a message of our own is too large
@@ -623,7 +624,7 @@ class Batch(typing.NamedTuple):
 
 class Invalid(typing.NamedTuple):
     """What is no such thing: the id, where there is a valid one, the code to answer with, and why; code is None for what is
-    not answered, as it would be an answer to an answer."""
+    not answered, as it would be an answer to an answer: the call of that id has failed."""
 
     id: object
     code: object
@@ -675,7 +676,7 @@ def _judge_response(value):
         why = "the error is no object with a code and a message"
     else:
         return Response(number, None, error)
-    return Invalid(None, None, why)
+    return Invalid(number if number.__class__ in _ID_TYPES else None, None, why)
 
 
 def read_message(data, *, max_depth=flowcoro_schema.JSON_DEPTH, max_batch=MAX_BATCH):
@@ -1419,10 +1420,10 @@ class _Caller:
         """`await peer.call("add", 1, 2)`, or by name, `call("add", a=1, b=2)`; params= gives a list or a dict as it is.
 
         Returns the result. timeout: seconds, None for no limit; the default is that of the connection. TimeoutError when it has
-        passed, RpcError for an answer that is an error, ConnectionLost, ClosedError; LimitError for a call that is too large,
-        TypeError and ValueError for what has no JSON. After a timeout, and when it is cancelled, the peer is told by
-        $/cancelRequest; the call may have run. When a timeout has passed in which nothing at all has come, the peer is asked
-        for a sign of life; without one for 10 seconds the connection is lost.
+        passed, RpcError for an answer that is an error, ProtocolError for one that is none, ConnectionLost, ClosedError;
+        LimitError for a call that is too large, TypeError and ValueError for what has no JSON. After a timeout, and when it is
+        cancelled, the peer is told by $/cancelRequest; the call may have run. When a timeout has passed in which nothing at all
+        has come, the peer is asked for a sign of life; without one for 10 seconds the connection is lost.
         """
         params = list(args) if args and not named and params is _MISSING else _given(args, named, params)
         return self._call(method, params, timeout)
@@ -2223,6 +2224,8 @@ class _Reading(_Answering):
         elif event.code is not None:
             self._reply(slot, encode_error(event.id, event.code, _BY_CODE[event.code].message))
             return None
+        elif (reply := self._pending.pop(event.id, None)) is not None:
+            reply.settle(None, ProtocolError(f"the answer to {reply.method!r} is none: {event.why}"))
         else:
             self.strays += 1
         if slot is not None:

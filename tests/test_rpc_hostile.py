@@ -185,3 +185,33 @@ async def test_a_call_whose_time_is_up_while_it_is_answered_has_one_answer(monke
     async with raw_connection(server) as sock:
         assert (await ask(sock, request("slow", "a", id=7)))["result"] == "a"
         assert await ask(sock, request("fast", "b", id=8)) == {"jsonrpc": "2.0", "result": "b", "id": 8}
+
+
+# ---- answers that are none ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("answer", [
+    {"jsonrpc": "2.0", "result": 1, "error": None}, {"result": 1}, {"jsonrpc": "2.0", "error": "no"},
+    {"jsonrpc": "2.0", "error": {"code": "E", "message": "no"}}])
+@in_kernel
+async def test_an_answer_that_is_none_ends_its_call_at_once(answer):
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours) as client, flowcoro.TaskGroup() as group:
+        async def call():
+            with pytest.raises(ProtocolError, match="answer to 'a'"):
+                await client.call("a", timeout=None)
+
+        async def batch():
+            with pytest.raises(ProtocolError, match="answer to 'b'"):
+                await client.batch(Request("b"), timeout=None)
+
+        for work in call, batch:
+            task, other = group.spawn(work()), group.spawn(client.call("other"))
+            await wait_all_tasks_parked()
+            heard = [await hear(theirs), await hear(theirs)]
+            asked = next(one for one in heard if isinstance(one, list) or one["method"] == "a")
+            asked, = asked if isinstance(asked, list) else [asked]
+            await tell(theirs, {**answer, "id": asked["id"]})
+            await task
+            await tell(theirs, {"jsonrpc": "2.0", "result": 5, "id": next(one["id"] for one in heard if isinstance(one, dict)
+                                                                           and one["method"] == "other")})
+            assert await other == 5
