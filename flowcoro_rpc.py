@@ -1437,7 +1437,7 @@ class _Caller:
         """`await peer.batch(Request("add", [1, 2]), Notification("log", ["…"]))`: several in one message.
 
         Returns a list with the result of each Request, in order; an RpcError instead where the answer is one. Errors of call()
-        for all of them together; ValueError for none.
+        for all of them together; ValueError for none, LimitError for more than max_batch.
         """
         return self._batch(calls, timeout)
 
@@ -1583,6 +1583,9 @@ class _Calling(_Outgoing, _Caller):
                 raise TypeError(f"batch({one!r:.80}): it takes Request(method, params) and Notification(method, params)")
         if not texts:
             raise ValueError("batch(): an empty batch is none")
+        if len(texts) > self._options.max_batch:            # the answer would have no id, and belong to nobody
+            raise flowcoro_net.LimitError(f"a batch of {len(texts)}, where max_batch={self._options.max_batch} are allowed; "
+                                          "allow more at both ends, or send several")
         await _turn()
         seconds = await self._until_room_for("a batch", seconds)
         self._register(replies, b"[%b]" % b",".join(texts))

@@ -215,3 +215,14 @@ async def test_an_answer_that_is_none_ends_its_call_at_once(answer):
             await tell(theirs, {"jsonrpc": "2.0", "result": 5, "id": next(one["id"] for one in heard if isinstance(one, dict)
                                                                            and one["method"] == "other")})
             assert await other == 5
+
+
+@in_kernel
+async def test_a_batch_that_is_too_long_is_refused_here(connect):
+    async with await connect(slow_server(max_batch=5), max_batch=5) as client, flowcoro.TaskGroup() as group:
+        task = group.spawn(client.call("slow", "a"))
+        await wait_all_tasks_parked()
+        assert await client.batch(*[Request("fast", [1])] * 5) == [1] * 5
+        with pytest.raises(flowcoro_net.LimitError, match="max_batch=5"):
+            await client.batch(*[Request("fast", [1])] * 6)
+        assert await task == "a"
