@@ -1444,8 +1444,8 @@ class _Caller:
     def stream(self, method, /, *args, params=_MISSING, timeout=None, window=STREAM_WINDOW, **named):
         """`async for item in peer.stream("count", 5)`: call an async generator of the peer, or what returns a list.
 
-        timeout: seconds for each item. window: items that the peer may be ahead of who takes them. Errors as call(). Leaving the
-        loop, also by a cancellation, ends it at the peer.
+        timeout: seconds for each item. window: items that the peer may be ahead of who takes them. Errors as call();
+        ProtocolError for an answer that is neither. Leaving the loop, also by a cancellation, ends it at the peer.
         """
         return self._stream(method, _given(args, named, params), timeout, window)
 
@@ -1598,6 +1598,8 @@ class _Calling(_Outgoing, _Caller):
         return [reply.error if isinstance(reply.error, RpcError) else reply.take() for reply in replies]
 
     async def _stream(self, method, params, timeout, window):
+        if window.__class__ is not int or not 0 < window <= MAX_CREDIT:
+            raise ValueError(f"window={window!r}: give a number of items, from 1 to {MAX_CREDIT}")
         seconds, number = _seconds(timeout), self._next_id()
         message = encode_request(method, params, number, {"$/stream": window, **self._more(math.inf)})
         feed, taken = _Feed(self, number, method, window), 0
@@ -1621,7 +1623,10 @@ class _Calling(_Outgoing, _Caller):
                     await flowcoro.park(feed.park)
                     continue
                 raise TimeoutError(f"no item of {method!r} within timeout={seconds:g} s")
-            for item in feed.take() or ():          # of one that knows no streams: a list
+            result = feed.take()                    # of one that knows no streams: a list
+            if result is not None and result.__class__ is not list:
+                raise ProtocolError(f"the answer to {method!r} is no stream and no list, but {result!r:.80}: call() takes it")
+            for item in result or ():
                 yield item
         finally:
             if not feed.done:

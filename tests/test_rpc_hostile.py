@@ -226,3 +226,18 @@ async def test_a_batch_that_is_too_long_is_refused_here(connect):
         with pytest.raises(flowcoro_net.LimitError, match="max_batch=5"):
             await client.batch(*[Request("fast", [1])] * 6)
         assert await task == "a"
+
+
+@in_kernel
+async def test_a_stream_of_what_gives_no_list_says_so(connect):
+    async with await connect(slow_server()) as client:
+        assert [item async for item in client.stream("fast", [1, 2])] == [1, 2]
+        assert [item async for item in client.stream("fast")] == []
+        for result in "text", {"a": 1}, 5, 0:
+            with pytest.raises(ProtocolError, match="'fast'.*call"):
+                async for _ in client.stream("fast", result):
+                    pytest.fail("an item of no list")
+        for window in 0, -1, 2**40, "5", 2.5, True:
+            with pytest.raises(ValueError, match="window"):
+                async for _ in client.stream("fast", window=window):
+                    pass
