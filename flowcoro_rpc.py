@@ -2519,13 +2519,21 @@ class RpcServer(Methods):
 @dataclasses.dataclass(frozen=True)
 class Backoff:
     """How long to wait before each attempt to connect again: `first` seconds, then `times` as much each time, `most` at most; of
-    that a random part of `jitter` less, so that not all clients come at once. attempts: in a row; math.inf for ever."""
+    that a random part of `jitter` less, so that not all clients come at once. attempts: in a row; math.inf for ever. A connection
+    over which nothing has come, and which has not lasted `most` seconds, was one more attempt in vain. ValueError for bounds that
+    are none."""
 
     first: float = 0.1
     most: float = 10.0
     times: float = 2.0
     jitter: float = 0.5
     attempts: float = math.inf
+
+    def __post_init__(self):
+        for name, least, most in (("first", 0.001, math.inf), ("most", 0.001, math.inf), ("times", 1, math.inf), ("jitter", 0, 1),
+                                  ("attempts", 0, math.inf)):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a number from {least} to {most}")
 
     def delay(self, attempt, random):
         """Seconds before attempt 0, 1, 2 …; random: from 0 to 1."""
@@ -2547,6 +2555,7 @@ class RpcClient(_Caller):
         self._open, self._framing, self._options, self._reconnect = open, framing, options, reconnect
         self._methods = Methods() if methods is None else methods
         self._peer, self._task, self._failure, self._closed = None, None, None, False
+        self._attempts = 0              # to connect again, since a connection was of use
         self._change = flowcoro.ParkingLot("wait for a connection")
 
     @classmethod
@@ -2592,8 +2601,11 @@ class RpcClient(_Caller):
         """Run one connection after the other."""
         try:
             while True:
+                began = flowcoro.now()
                 await self._peer._run()
                 self._failure = self._peer._lost
+                if self._reconnect is not None and (self._peer._heard or flowcoro.now() - began >= self._reconnect.most):
+                    self._attempts = 0
                 if self._closed or self._reconnect is None or not await self._connect_again():
                     return
         finally:
@@ -2602,15 +2614,15 @@ class RpcClient(_Caller):
 
     async def _connect_again(self):
         """Whether there is a connection again."""
-        for attempt in itertools.count():
-            if attempt >= self._reconnect.attempts:
-                return False
-            await flowcoro.sleep(self._reconnect.delay(attempt, random.random()))
+        while self._attempts < self._reconnect.attempts:
+            await flowcoro.sleep(self._reconnect.delay(self._attempts, random.random()))
+            self._attempts += 1
             try:
                 self._begin(await self._open())
                 return True
             except (OSError, TimeoutError) as error:
                 self._failure = error
+        return False
 
     async def _connected(self):
         """The Peer of a connection that is there. ClosedError, ConnectionLost."""

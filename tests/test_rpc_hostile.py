@@ -241,3 +241,44 @@ async def test_a_stream_of_what_gives_no_list_says_so(connect):
             with pytest.raises(ValueError, match="window"):
                 async for _ in client.stream("fast", window=window):
                     pass
+
+
+# ---- connections that do not last -----------------------------------------------------------------------------
+
+@in_kernel
+async def test_a_server_that_accepts_and_drops_is_left_in_peace_more_and_more(connect):
+    server = slow_server()
+    async with await connect(server, reconnect=Backoff(1, 100, jitter=0, attempts=6)) as client:
+        async def drop(sock):
+            client.memory.connections.clear()
+            client.memory.times.append(flowcoro.now())
+            await sock.close()
+
+        client.memory.times = []
+        assert await client.call("fast", 1) == 1
+        client.memory.serve = drop
+        before = flowcoro.now()
+        client.memory.cut()
+        with pytest.raises((ConnectionLost, flowcoro.ClosedError)):
+            while True:
+                try:
+                    await client.call("fast", 2, timeout=None)
+                except ConnectionLost as error:
+                    if error.sent is False:
+                        raise
+        assert [round(time - before) for time in client.memory.times] == [1, 3, 7, 15, 31, 63]
+
+
+@in_kernel
+async def test_connections_that_have_served_or_lasted_begin_the_pauses_anew(connect):
+    async with await connect(slow_server(), reconnect=Backoff(1, 8, jitter=0, attempts=2)) as client:
+        for seconds in 0, 9:
+            for _ in range(5):
+                if not seconds:
+                    assert await client.call("fast", 1) == 1
+                await flowcoro.sleep(seconds)
+                before = flowcoro.now()
+                client.memory.cut()
+                await wait_all_tasks_parked()
+                await client.notify("fast")
+                assert flowcoro.now() - before == 1
