@@ -2665,7 +2665,11 @@ class RpcClient(_Caller):
         return await self._again(lambda peer: peer._batch(calls, timeout), "a batch", timeout)
 
     async def _stream(self, method, params, timeout, window):
-        peer = await self._connected()
+        peer = None
+        with flowcoro.move_on_after(_seconds(timeout)):
+            peer = await self._connected()
+        if peer is None:
+            raise TimeoutError(f"{self!r}: no connection for {method!r} within the timeout: {self._failure}")
         async for item in peer._stream(method, params, timeout, window):
             yield item
 
@@ -2751,32 +2755,41 @@ class RpcPool(_Caller):
         return cls(clients)
 
     def _order(self):
-        """The clients, the best first: connected, and with the fewest calls under way; among equals each has its turn."""
+        """The clients, the best first: connected, or to be so, and with the fewest calls under way; among equals each has its
+        turn."""
         self._turn += 1
         start = self._turn % len(self._clients)
         turned = self._clients[start:] + self._clients[:start]
-        return sorted(turned, key=lambda client: (client._peer._lost is not None, len(client._peer._pending)))
+        return sorted(turned, key=lambda client: (client._closed, client._peer._lost is not None or client._peer._input_ended,
+                                                  len(client._peer._pending)))
 
     async def _try_each(self, call):
-        *others, last = self._order()
-        for client in others:
+        """What `call` gives at the first that takes it: a Peer, which does not wait for another connection; then at a client
+        without a connection, which does."""
+        refused, gone = None, []
+        for client in self._order():
             try:
-                return await call(client)
-            except (ShuttingDown, Overloaded, flowcoro.ClosedError):
-                pass
+                return await call(client._peer)
+            except (ShuttingDown, Overloaded) as error:
+                refused = error
+            except flowcoro.ClosedError:
+                gone.append(client)
             except ConnectionLost as error:
                 if error.sent is not False:
                     raise
-        return await call(last)
+                gone.append(client)
+        if not gone:
+            raise refused
+        return await call(gone[0])
 
     async def _call(self, method, params, timeout):
-        return await self._try_each(lambda client: client._call(method, params, timeout))
+        return await self._try_each(lambda caller: caller._call(method, params, timeout))
 
     async def _notify(self, method, params):
-        await self._try_each(lambda client: client._notify(method, params))
+        await self._try_each(lambda caller: caller._notify(method, params))
 
     async def _batch(self, calls, timeout):
-        return await self._try_each(lambda client: client._batch(calls, timeout))
+        return await self._try_each(lambda caller: caller._batch(calls, timeout))
 
     def _stream(self, method, params, timeout, window):
         return self._order()[0]._stream(method, params, timeout, window)

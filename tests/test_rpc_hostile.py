@@ -282,3 +282,59 @@ async def test_connections_that_have_served_or_lasted_begin_the_pauses_anew(conn
                 await wait_all_tasks_parked()
                 await client.notify("fast")
                 assert flowcoro.now() - before == 1
+
+
+@in_kernel
+async def test_what_has_not_run_at_a_server_of_a_pool_goes_to_the_next_at_once(connect):
+    methods = flowcoro_rpc.Methods()
+
+    @methods.method
+    async def hold():
+        await flowcoro.sleep(math.inf)
+
+    servers = [slow_server() for _ in range(2)]
+
+    @servers[0].method
+    async def hold_on(peer):
+        await peer.call("hold", timeout=None)
+
+    clients = [await connect(server, methods=methods, reconnect=Backoff(1000, 1000)) for server in servers]
+    async with RpcPool(clients) as pool, flowcoro.TaskGroup() as group:
+        async def keep_it_open():
+            with pytest.raises(ConnectionLost):
+                await clients[0].call("hold_on")
+
+        group.spawn(keep_it_open())
+        await wait_all_tasks_parked()
+        await clients[0].memory.connections[0][1].shutdown_write()         # it ends, and a call of its own runs here still
+        await wait_all_tasks_parked()
+        before = flowcoro.now()
+        assert not clients[0].peer.closed
+        assert [await pool.call("fast", number, timeout=5) for number in range(4)] == [0, 1, 2, 3]
+        await pool.notify("fast")
+        assert await pool.batch(Request("fast", [5])) == [5] and flowcoro.now() == before
+
+
+@in_kernel
+async def test_a_pool_waits_for_a_server_that_is_gone_when_no_other_takes_the_call(connect):
+    servers = [slow_server(), slow_server(max_concurrent=1, max_waiting=1)]
+    clients = [await connect(server, reconnect=Backoff(1, jitter=0)) for server in servers]
+    async with RpcPool(clients) as pool:
+        for client in clients:
+            client.memory.cut()
+        await wait_all_tasks_parked()
+        before = flowcoro.now()
+        assert await pool.call("fast", 1, timeout=5) == 1 and flowcoro.now() - before == 1
+
+
+@in_kernel
+async def test_a_stream_has_its_timeout_also_while_there_is_no_connection(connect):
+    async with await connect(slow_server(), reconnect=Backoff(1, jitter=0)) as client:
+        client.memory.refusals = 10**9
+        client.memory.cut()
+        await wait_all_tasks_parked()
+        before = flowcoro.now()
+        with pytest.raises(TimeoutError, match="count"):
+            async for _ in client.stream("count", 3, timeout=5):
+                pass
+        assert flowcoro.now() - before == 5
