@@ -412,6 +412,7 @@ class _Counted(_Framing):
             raise ProtocolError(f"the peer ended in the middle of a message, after {len(self._buffer) - self._at} bytes of it")
 
 
+_BARE_LF = re.compile(rb"(?<!\r)\n").search
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e]*)").fullmatch
 _UTF8 = re.compile(rb"charset[ \t]*=[ \t]*\"?utf-?8\"?[ \t]*(?:;|\Z)", re.IGNORECASE).search
 
@@ -428,6 +429,8 @@ class ContentLength(_Counted):
             if len(buffer) - start >= MAX_HEAD:
                 raise ProtocolError(f"a head of more than {MAX_HEAD} bytes")
             self._check_begin(buffer[start:start + 20])
+            if _BARE_LF(buffer, max(start, self._scan - 1)):
+                raise ProtocolError("a line of the head of a message ends without CRLF")
             self._scan = len(buffer)
             return None
         size = None
@@ -467,7 +470,7 @@ class Netstring(_Counted):
 
     def _read_size(self):
         buffer, start = self._buffer, self._at
-        most = len(str(self.max_message))
+        most = len(str(self.max_message)) if self.max_message != math.inf else 18
         end = buffer.find(b":", start, start + most + 1)
         digits = bytes(buffer[start:end if end >= 0 else start + most + 1])
         if digits and (not digits.isdigit() or digits[:1] == b"0" != digits) or end == start:
@@ -1101,7 +1104,9 @@ class _MessageWire:
             if getattr(error, "code", None) in (1000, 1001, 1005):      # a WebSocket that was closed in order
                 return b""
             raise
-        return b"" if message is None else message.encode() if isinstance(message, str) else bytes(message)
+        if message is None:
+            return b""
+        return (message.encode() if isinstance(message, str) else bytes(message)) or b" "       # no end, and no JSON either
 
     def receive_data(self, message):
         if len(message) > self.max_message:
@@ -2344,6 +2349,13 @@ def _seconds(seconds):
     return seconds if seconds < MAX_SECONDS else math.inf
 
 
+def _limit(name, value):
+    """A limit that is a number; math.inf is none."""
+    if value.__class__ is not int and value != math.inf or value < 1:
+        raise ValueError(f"{name}={value!r}: give a number, 1 or more")
+    return value
+
+
 @dataclasses.dataclass
 class _Options:
     """What holds for a connection."""
@@ -2361,9 +2373,7 @@ class _Options:
 
     def __post_init__(self):
         for name in ("max_message", "max_depth", "max_batch", "max_concurrent", "max_waiting"):
-            value = getattr(self, name)
-            if value.__class__ is not int and value != math.inf or value < 1:
-                raise ValueError(f"{name}={value!r}: give a number, 1 or more")
+            _limit(name, getattr(self, name))
         for name in ("deadline", "timeout", "end_grace"):
             setattr(self, name, _seconds(getattr(self, name)))
 
@@ -2387,7 +2397,7 @@ class RpcServer(Methods):
     def __init__(self, *, title="JSON-RPC", version="1", discover=True, max_concurrent_in_all=MAX_CONCURRENT_IN_ALL, **limits):
         super().__init__()
         self._title, self._version, self._discovers = title, version, discover
-        self._options, self._places = _Options(**limits), _Places(max_concurrent_in_all)
+        self._options, self._places = _Options(**limits), _Places(_limit("max_concurrent_in_all", max_concurrent_in_all))
         self._alone = dataclasses.replace(self._options, end_grace=None)            # of a message by itself
         self._listening, self._peers, self._closing = {}, {}, False
         self._gone = flowcoro.ParkingLot("wait for the connections of an RPC server to end")

@@ -338,3 +338,56 @@ async def test_a_stream_has_its_timeout_also_while_there_is_no_connection(connec
             async for _ in client.stream("count", 3, timeout=5):
                 pass
         assert flowcoro.now() - before == 5
+
+
+# ---- framings and transports ----------------------------------------------------------------------------------
+
+def test_netstrings_of_any_size_come_where_there_is_no_limit():
+    framing = Netstring(math.inf)
+    framing.receive_data(framing.frame(b"x" * 123_456))
+    assert len(framing.next_message()) == 123_456
+    framing.receive_data(b"9" * 100)
+    with pytest.raises(ProtocolError):
+        framing.next_message()
+
+
+def test_a_head_whose_lines_end_otherwise_is_refused_at_once():
+    for head in b"Content-Length: 2\n\n{}", b"Content-Length: 2\n", b"Content-Length: 2\r\nContent-Type: a\n\n{}":
+        framing = ContentLength()
+        with pytest.raises(ProtocolError, match="CRLF"):
+            for at in range(len(head)):
+                framing.receive_data(head[at:at + 1])
+                assert framing.next_message() is NEED_DATA
+
+
+class Texts:
+    """Texts that came, and then nothing more."""
+
+    def __init__(self, *texts):
+        self.texts, self.sent = list(texts), []
+
+    async def receive(self):
+        await flowcoro.checkpoint()
+        return self.texts.pop(0) if self.texts else None
+
+    async def send(self, text):
+        await flowcoro.checkpoint()
+        self.sent.append(json.loads(text))
+
+
+@in_kernel
+async def test_an_empty_message_is_no_json_and_not_the_end():
+    messages = Texts("", b"", json.dumps(request("fast", 1)))
+    await slow_server().serve_messages(messages)
+    assert [one.get("result", one.get("error", {}).get("code")) for one in messages.sent] == [-32700, -32700, 1]
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------
+
+def test_limits_that_are_none_are_refused_where_they_are_given():
+    for wrong in 0, -1, None, "5", 1.5, True:
+        with pytest.raises(ValueError, match="max_concurrent_in_all"):
+            RpcServer(max_concurrent_in_all=wrong)
+    for wrong in {"first": -1}, {"first": 0}, {"most": 0}, {"times": 0.5}, {"jitter": 2}, {"jitter": -1}, {"first": math.nan}:
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Backoff(**wrong)
