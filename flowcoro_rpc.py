@@ -740,7 +740,7 @@ class _Method:
     """A function that is called from outside: how parameters are bound to its signature, before it is called."""
 
     __slots__ = ("name", "function", "wants", "is_async", "is_stream", "fields", "required", "most", "named", "takes_named",
-                 "rest", "returns", "_required_names", "_takers")
+                 "rest", "returns", "_required_names", "_takers", "_own")
 
     def __init__(self, name, function, said):
         self.name, self.function = name, function
@@ -762,6 +762,10 @@ class _Method:
         self.fields, self.named, self.rest, self.takes_named = [], {}, None, None       # by place, by name, *rest, **rest
         for parameter in parameters:
             self._add(parameter, hints.get(parameter.name), f"{said}: {parameter.name}")
+        # Names that **rest does not take: of self, and of the peer or context.
+        self._own = () if self.takes_named is None else {
+            one.name for one in inspect.signature(getattr(function, "__func__", function)).parameters.values()
+            if one.kind is one.POSITIONAL_OR_KEYWORD} - self.named.keys()
         self.required = sum(field.default is _MISSING for field in self.fields)
         self.most = len(self.fields) if self.rest is None else math.inf
         self._required_names = [name for name, field in self.named.items() if field.default is _MISSING]
@@ -828,7 +832,7 @@ class _Method:
         values = {}
         for name, value in params.items():
             field = self.named.get(name, self.takes_named)
-            if field is None:
+            if field is None or name in self._own:
                 errors.add((None, name), "no parameter of this name", value)
             else:
                 values[name] = field.kind.check(value, (None, name), errors)

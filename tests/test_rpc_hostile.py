@@ -172,6 +172,31 @@ async def test_a_handler_that_cancels_its_own_task_leaves_nobody_waiting():
 
 
 @in_kernel
+async def test_parameters_are_no_way_to_the_peer_of_a_handler(connect):
+    server = RpcServer()
+
+    @server.method
+    def anything(peer, **rest):
+        return rest
+
+    class Namespace:
+        def named(self, context, **rest):
+            return rest
+
+        def placed(self, peer, /, **rest):
+            return rest
+
+    server.add(Namespace())
+    async with await connect(server) as client:
+        for name in "anything", "named":
+            assert await client.call(name, a=1) == {"a": 1}
+        for name, params in (("anything", {"peer": 1}), ("named", {"context": 1}), ("named", {"self": 1})):
+            with pytest.raises(InvalidParams):
+                await client.call(name, params=params)
+        assert await client.call("placed", params={"peer": 1, "self": 2}) == {"peer": 1, "self": 2}
+
+
+@in_kernel
 async def test_a_call_whose_time_is_up_while_it_is_answered_has_one_answer(monkeypatch):
     answer = flowcoro_rpc._Answering._answer
 
@@ -391,3 +416,13 @@ def test_limits_that_are_none_are_refused_where_they_are_given():
     for wrong in {"first": -1}, {"first": 0}, {"most": 0}, {"times": 0.5}, {"jitter": 2}, {"jitter": -1}, {"first": math.nan}:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Backoff(**wrong)
+
+
+def test_a_default_that_has_no_json_does_not_keep_discover_from_answering():
+    server = RpcServer()
+    server.method(lambda a=object(), b=math.inf, c=(): None, name="odd")
+    async def main():
+        answer = json.loads(await server.answer(json.dumps(request("rpc.discover")).encode()))
+        assert [one["name"] for one in answer["result"]["methods"][0]["params"]] == ["a", "b", "c"]
+
+    flowcoro.run(main())
