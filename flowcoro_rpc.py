@@ -56,7 +56,8 @@ Errors:
         AnswerTooLarge      -32012  it has run, and its result is more than a message may have
         Overloaded          -32013  there are too many calls of this connection; it has not run
         CallCancelled       -32800  by $/cancelRequest (the number is LSP's)
-      ProtocolError         the peer has sent what cannot be a message; the connection is closed
+      ProtocolError         the peer has sent what cannot be a message, and the connection is closed; or, of a call, what came as
+                            its answer is none
       ConnectionLost        the connection has ended before the answer; sent: whether the call may have run; also a
                             flowcoro_net.BrokenError
       flowcoro_net.LimitError     a message of our own is too large
@@ -144,6 +145,9 @@ LINGER = 2.0
 # multiples are exact.
 GRAIN = 1 / 32
 
+# A timeout of so many seconds, 30 years, is none: neither the clock nor its ticks overflow by any number that somebody sends.
+MAX_SECONDS = 10**9
+
 # Items of a stream that may be on the way to who takes them; and that one grant of credit may have.
 STREAM_WINDOW, MAX_CREDIT = 32, 2**31 - 1
 
@@ -164,12 +168,16 @@ _MISSING = flowcoro_schema.MISSING
 class RpcError(flowcoro.FlowCoroError):
     """An answer that is an error: `code` (int), `message` (str), `data` (a value of JSON, or None where there is none).
 
-    A handler raises it to answer so. Codes from -32768 to -32000 are the specification's; your own are others.
+    A handler raises it to answer so. Codes from -32768 to -32000 are the specification's; your own are others. TypeError for a
+    code or a message that JSON-RPC does not have.
     """
 
     message = "Error"           # where its own is too long
 
     def __init__(self, code, message, data=None):
+        if not isinstance(code, int) or isinstance(code, bool) or not isinstance(message, str):
+            raise TypeError(f"RpcError({code!r:.80}, {message!r:.80}): give a number, an int, and a text; data= takes the rest")
+        code = int(code)            # of an enum
         super().__init__(f"{message} ({code})" if data is None else f"{message} ({code}): {data!r:.200}")
         self.code, self.message, self.data = code, message, data
 
@@ -409,6 +417,7 @@ class _Counted(_Framing):
             raise ProtocolError(f"the peer ended in the middle of a message, after {len(self._buffer) - self._at} bytes of it")
 
 
+_BARE_LF = re.compile(rb"(?<!\r)\n").search
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e]*)").fullmatch
 _UTF8 = re.compile(rb"charset[ \t]*=[ \t]*\"?utf-?8\"?[ \t]*(?:;|\Z)", re.IGNORECASE).search
 
@@ -425,6 +434,8 @@ class ContentLength(_Counted):
             if len(buffer) - start >= MAX_HEAD:
                 raise ProtocolError(f"a head of more than {MAX_HEAD} bytes")
             self._check_begin(buffer[start:start + 20])
+            if _BARE_LF(buffer, max(start, self._scan - 1)):
+                raise ProtocolError("a line of the head of a message ends without CRLF")
             self._scan = len(buffer)
             return None
         size = None
@@ -464,7 +475,7 @@ class Netstring(_Counted):
 
     def _read_size(self):
         buffer, start = self._buffer, self._at
-        most = len(str(self.max_message))
+        most = len(str(self.max_message)) if self.max_message != math.inf else 18
         end = buffer.find(b":", start, start + most + 1)
         digits = bytes(buffer[start:end if end >= 0 else start + most + 1])
         if digits and (not digits.isdigit() or digits[:1] == b"0" != digits) or end == start:
@@ -621,7 +632,7 @@ class Batch(typing.NamedTuple):
 
 class Invalid(typing.NamedTuple):
     """What is no such thing: the id, where there is a valid one, the code to answer with, and why; code is None for what is
-    not answered, as it would be an answer to an answer."""
+    not answered, as it would be an answer to an answer: the call of that id has failed."""
 
     id: object
     code: object
@@ -673,7 +684,7 @@ def _judge_response(value):
         why = "the error is no object with a code and a message"
     else:
         return Response(number, None, error)
-    return Invalid(None, None, why)
+    return Invalid(number if number.__class__ in _ID_TYPES else None, None, why)
 
 
 def read_message(data, *, max_depth=flowcoro_schema.JSON_DEPTH, max_batch=MAX_BATCH):
@@ -734,7 +745,7 @@ class _Method:
     """A function that is called from outside: how parameters are bound to its signature, before it is called."""
 
     __slots__ = ("name", "function", "wants", "is_stream", "fields", "required", "most", "named", "takes_named", "rest",
-                 "returns", "_required_names", "_takers")
+                 "returns", "_required_names", "_takers", "_own")
 
     def __init__(self, name, function, said):
         self.name, self.function = name, function
@@ -756,6 +767,10 @@ class _Method:
         self.fields, self.named, self.rest, self.takes_named = [], {}, None, None       # by place, by name, *rest, **rest
         for parameter in parameters:
             self._add(parameter, hints.get(parameter.name), f"{said}: {parameter.name}")
+        # Names that **rest does not take: of self, and of the peer or context.
+        self._own = () if self.takes_named is None else {
+            one.name for one in inspect.signature(getattr(function, "__func__", function)).parameters.values()
+            if one.kind is one.POSITIONAL_OR_KEYWORD} - self.named.keys()
         self.required = sum(field.default is _MISSING for field in self.fields)
         self.most = len(self.fields) if self.rest is None else math.inf
         self._required_names = [name for name, field in self.named.items() if field.default is _MISSING]
@@ -826,7 +841,7 @@ class _Method:
         values = {}
         for name, value in params.items():
             field = self.named.get(name, self.takes_named)
-            if field is None:
+            if field is None or name in self._own:
                 errors.add((None, name), "no parameter of this name", value)
             else:
                 values[name] = field.kind.check(value, (None, name), errors)
@@ -1112,7 +1127,9 @@ class _MessageWire:
             if getattr(error, "code", None) in (1000, 1001, 1005):      # a WebSocket that was closed in order
                 return b""
             raise
-        return b"" if message is None else message.encode() if isinstance(message, str) else bytes(message)
+        if message is None:
+            return b""
+        return (message.encode() if isinstance(message, str) else bytes(message)) or b" "       # no end, and no JSON either
 
     def receive_data(self, message):
         if len(message) > self.max_message:
@@ -1438,10 +1455,10 @@ class _Caller:
         """`await peer.call("add", 1, 2)`, or by name, `call("add", a=1, b=2)`; params= gives a list or a dict as it is.
 
         Returns the result. timeout: seconds, None for no limit; the default is that of the connection. TimeoutError when it has
-        passed, RpcError for an answer that is an error, ConnectionLost, ClosedError; LimitError for a call that is too large,
-        TypeError and ValueError for what has no JSON. After a timeout, and when it is cancelled, the peer is told by
-        $/cancelRequest; the call may have run. When a timeout has passed in which nothing at all has come, the peer is asked
-        for a sign of life; without one for 10 seconds the connection is lost.
+        passed, RpcError for an answer that is an error, ProtocolError for one that is none, ConnectionLost, ClosedError;
+        LimitError for a call that is too large, TypeError and ValueError for what has no JSON. After a timeout, and when it is
+        cancelled, the peer is told by $/cancelRequest; the call may have run. When a timeout has passed in which nothing at all
+        has come, the peer is asked for a sign of life; without one for 10 seconds the connection is lost.
         """
         params = list(args) if args and not named and params is _MISSING else _given(args, named, params)
         return self._call(method, params, timeout)
@@ -1455,15 +1472,15 @@ class _Caller:
         """`await peer.batch(Request("add", [1, 2]), Notification("log", ["…"]))`: several in one message.
 
         Returns a list with the result of each Request, in order; an RpcError instead where the answer is one. Errors of call()
-        for all of them together; ValueError for none.
+        for all of them together; ValueError for none, LimitError for more than max_batch.
         """
         return self._batch(calls, timeout)
 
     def stream(self, method, /, *args, params=_MISSING, timeout=None, window=STREAM_WINDOW, **named):
         """`async for item in peer.stream("count", 5)`: call an async generator of the peer, or what returns a list.
 
-        timeout: seconds for each item. window: items that the peer may be ahead of who takes them. Errors as call(). Leaving the
-        loop, also by a cancellation, ends it at the peer.
+        timeout: seconds for each item. window: items that the peer may be ahead of who takes them. Errors as call();
+        ProtocolError for an answer that is neither. Leaving the loop, also by a cancellation, ends it at the peer.
         """
         return self._stream(method, _given(args, named, params), timeout, window)
 
@@ -1605,6 +1622,9 @@ class _Calling(_Outgoing, _Caller):
                 raise TypeError(f"batch({one!r:.80}): it takes Request(method, params) and Notification(method, params)")
         if not texts:
             raise ValueError("batch(): an empty batch is none")
+        if len(texts) > self._options.max_batch:            # the answer would have no id, and belong to nobody
+            raise flowcoro_net.LimitError(f"a batch of {len(texts)}, where max_batch={self._options.max_batch} are allowed; "
+                                          "allow more at both ends, or send several")
         await _turn()
         seconds = await self._until_room_for("a batch", seconds)
         self._register(replies, b"[%b]" % b",".join(texts))
@@ -1617,6 +1637,8 @@ class _Calling(_Outgoing, _Caller):
         return [reply.error if isinstance(reply.error, RpcError) else reply.take() for reply in replies]
 
     async def _stream(self, method, params, timeout, window):
+        if window.__class__ is not int or not 0 < window <= MAX_CREDIT:
+            raise ValueError(f"window={window!r}: give a number of items, from 1 to {MAX_CREDIT}")
         seconds, number = _seconds(timeout), self._next_id()
         message = encode_request(method, params, number, {"$/stream": window, **self._more(math.inf)})
         feed, taken = _Feed(self, number, method, window), 0
@@ -1640,7 +1662,10 @@ class _Calling(_Outgoing, _Caller):
                     await flowcoro.park(feed.park)
                     continue
                 raise TimeoutError(f"no item of {method!r} within timeout={seconds:g} s")
-            for item in feed.take() or ():          # of one that knows no streams: a list
+            result = feed.take()                    # of one that knows no streams: a list
+            if result is not None and result.__class__ is not list:
+                raise ProtocolError(f"the answer to {method!r} is no stream and no list, but {result!r:.80}: call() takes it")
+            for item in result or ():
                 yield item
         finally:
             self._leave(feed)
@@ -1716,6 +1741,12 @@ class _Rest:
         self._coro.close()
 
 
+def _ends_program(error):
+    """Whether it is to end more than the call that has raised it."""
+    ends = KeyboardInterrupt, SystemExit
+    return isinstance(error, ends) or isinstance(error, BaseExceptionGroup) and error.subgroup(ends) is not None
+
+
 def _surround(around, call_next):
     return lambda context: around(context, call_next)
 
@@ -1747,13 +1778,26 @@ class _Answers:
 class _Call:
     """A call of the peer's that is under way: `task` is the one that it runs in."""
 
-    __slots__ = ("peer", "request", "id", "slot", "task", "due", "answered", "credit", "lot")
+    __slots__ = ("peer", "request", "id", "slot", "task", "due", "answered", "window", "credit", "lot")
 
     def __init__(self, peer, request, number, slot):
         self.peer, self.request, self.id, self.slot = peer, request, number, slot
         self.task = self.due = self.lot = None
         self.answered = False
-        self.credit = 0                 # items that it may send, of a stream
+        self.window = self.credit = 0   # of a stream: the items that it may send at first (0: it comes as a list), and now
+
+    def ask_stream(self):
+        """Its items are to come as notifications, if the caller has asked for that, and can take them."""
+        credit = self.request.more.get("$/stream")
+        if (credit.__class__ is int and 0 < credit <= MAX_CREDIT and self.slot is None and self.id is not _MISSING
+                and self.peer._wire.__class__ is not _OneWire):
+            self.window = self.credit = credit
+
+    @flowcoro.atomic
+    def claim(self):
+        """Whether who asks is the one to answer it: with several workers its time may be up while it answers."""
+        answered, self.answered = self.answered, True
+        return not answered
 
     def end(self, kind):
         """End it: the answer is this error, and the task is cancelled."""
@@ -1768,12 +1812,6 @@ class _Call:
         calls, key = self.peer._calls, self if self.id is _MISSING else self.id
         if calls.get(key) is self:
             del calls[key]
-
-    @flowcoro.atomic
-    def claim(self):
-        """Whether it is still to be answered: who is told so answers."""
-        answered, self.answered = self.answered, True
-        return not answered
 
     def expire(self):
         """Its time is up."""
@@ -1911,6 +1949,8 @@ class _Answering(_Calling):
             run, call = self._base.copy().run, None
             if methods._around or method.is_stream:
                 call = _Call(self, request, number, slot)
+                if method.is_stream:
+                    call.ask_stream()
                 result = self._go_through(method, call, args, named)
             elif method.wants is None:
                 result = run(method.function, *args, **named)
@@ -1925,8 +1965,10 @@ class _Answering(_Calling):
                     return self._enrol(call or _Call(self, request, number, slot), _Rest(result, trap, run))
             self._answer(number, slot, result)
         except RpcError as error:
-            self._fail(number, slot, error)
-        except Exception as error:
+            self._fail(number, slot, error, request.method)
+        except BaseException as error:          # a first step is not cancelled: also Cancelled is the handler's own
+            if _ends_program(error):
+                raise
             self._fail(number, slot, self._internal(error, request.method))
         return None
 
@@ -1947,11 +1989,9 @@ class _Answering(_Calling):
 
     async def _send_items(self, call, items):
         """A stream: its items as notifications, when the caller has asked for that; else all as a list."""
-        credit = call.request.more.get("$/stream")
         listed, size = [], 0
         try:
-            if (credit.__class__ is not int or not 0 < credit <= MAX_CREDIT or call.slot is not None or call.id is _MISSING
-                    or self._wire.__class__ is _OneWire):
+            if not call.window:
                 async for item in items:
                     listed.append(item)
                     size += len(flowcoro_schema.encode_json(item))
@@ -1959,7 +1999,6 @@ class _Answering(_Calling):
                         raise AnswerTooLarge
                     await _turn()
                 return listed
-            call.credit = credit
             async for item in items:
                 if not call.credit:
                     await call.until_credit()
@@ -1979,7 +2018,7 @@ class _Answering(_Calling):
         """A call has to wait: it takes a place. Returns what is to be awaited."""
         call.task = flowcoro.current_task()
         self._take_place(call)
-        seconds = self._deadline_of(call.request)
+        seconds = self._deadline_of(call)
         if seconds != math.inf:
             self._deadlines.add(call, seconds)
         return self._stay(call, rest)
@@ -1989,12 +2028,19 @@ class _Answering(_Calling):
         number, slot, ours = call.id, call.slot, False
         try:
             result = await rest
-            if ours := call.claim():
+            ours = call.claim()
+            if ours:
                 self._answer(number, slot, result)
         except RpcError as error:
             if ours or call.claim():
-                self._fail(number, slot, error)
-        except Exception as error:
+                self._fail(number, slot, error, call.request.method)
+        except BaseException as error:
+            if isinstance(error, GeneratorExit) or _ends_program(error):
+                raise
+            if isinstance(error, flowcoro.Cancelled):
+                if call.claim():                # nobody has told the caller: the handler has done it, or nobody reads it
+                    self._fail(number, slot, CallCancelled())
+                await flowcoro.checkpoint()     # goes on only if the handler has made it up
             error = self._internal(error, call.request.method)
             if ours or call.claim():
                 self._fail(number, slot, error)
@@ -2006,12 +2052,12 @@ class _Answering(_Calling):
                 self._flush_later()
             self._look_for_end()
 
-    def _deadline_of(self, request):
+    def _deadline_of(self, call):
         """Seconds that a call may take: the server's limit, or what the caller says, if that is less."""
-        more = request.more.get("$/context")
+        more = call.request.more.get("$/context")
         said = more.get("timeout") if more.__class__ is dict else None
-        limit = math.inf if "$/stream" in request.more else self._options.deadline
-        return min(limit, said) if said.__class__ in (int, float) and said >= 0 else limit
+        limit = math.inf if call.window else self._options.deadline
+        return min(limit, said) if said.__class__ in (int, float) and 0 <= said < MAX_SECONDS else limit
 
     def _internal(self, error, method):
         """The answer for an error of a handler, which is reported, unless it is that who is gone cannot be called back."""
@@ -2112,12 +2158,13 @@ class _Answering(_Calling):
         elif slot is not None:
             slot[0].set(slot[1], None)
 
-    def _fail(self, number, slot, error):
+    def _fail(self, number, slot, error, method=None):
         if number is not _MISSING:
             try:
                 answer = encode_error(number, error.code, error.message, error.data)
-            except (TypeError, ValueError) as wrong:
-                answer = encode_error(number, InternalError.code, InternalError.message, self._internal(wrong, "?").data)
+            except Exception as wrong:              # a handler has made it, and what it has put there may do anything
+                error = self._internal(wrong, method)
+                answer = encode_error(number, error.code, error.message, error.data)
             if len(answer) > self._wire.max_message if slot is None else not slot[0].room_for(answer):
                 answer = encode_error(number, error.code, _BY_CODE.get(error.code, RpcError).message)
             self._reply(slot, answer)
@@ -2140,6 +2187,7 @@ class _Reading(_Answering):
         wire, todo, options, task = self._wire, self._todo, self._options, flowcoro.current_task()
         next_message, read, most = wire.next_message, wire.read, options.max_waiting
         max_depth, max_batch = options.max_depth, options.max_batch
+        leads = True
         try:
             while True:
                 if todo:
@@ -2165,6 +2213,7 @@ class _Reading(_Answering):
                     rest = self._take(event, slot)
                 if rest is not None:
                     self._lead()
+                    leads = False
                     return await rest
                 if self._queued - self._written > MAX_UNSENT or len(self._waiting) >= most and not self._stalled:
                     await self._until_fewer()
@@ -2177,6 +2226,10 @@ class _Reading(_Answering):
             await self._refuse(error)
         except (flowcoro_net.NetworkError, flowcoro.ClosedError) as error:
             self._lose(error)
+        except flowcoro.Cancelled:
+            if leads:               # also by a handler, which has cancelled its task: else nobody would read any more
+                self._lose(flowcoro.ClosedError(f"{self!r}: the task that reads was cancelled"))
+            raise
 
     async def _at_end(self):
         """The peer sends no more: it is gone, or waits for the last answers."""
@@ -2251,6 +2304,8 @@ class _Reading(_Answering):
         elif event.code is not None:
             self._reply(slot, encode_error(event.id, event.code, _BY_CODE[event.code].message))
             return None
+        elif (reply := self._pending.pop(event.id, None)) is not None:
+            reply.settle(None, ProtocolError(f"the answer to {reply.method!r} is none: {event.why}"))
         else:
             self.strays += 1
         if slot is not None:
@@ -2361,7 +2416,14 @@ def _seconds(seconds):
         return math.inf
     if seconds.__class__ not in (int, float) or not seconds >= 0:
         raise ValueError(f"timeout={seconds!r}: give seconds, 0 or more; None for no limit")
-    return seconds
+    return seconds if seconds < MAX_SECONDS else math.inf
+
+
+def _limit(name, value):
+    """A limit that is a number; math.inf is none."""
+    if value.__class__ is not int and value != math.inf or value < 1:
+        raise ValueError(f"{name}={value!r}: give a number, 1 or more")
+    return value
 
 
 @dataclasses.dataclass
@@ -2381,9 +2443,7 @@ class _Options:
 
     def __post_init__(self):
         for name in ("max_message", "max_depth", "max_batch", "max_concurrent", "max_waiting"):
-            value = getattr(self, name)
-            if value.__class__ is not int and value != math.inf or value < 1:
-                raise ValueError(f"{name}={value!r}: give a number, 1 or more")
+            _limit(name, getattr(self, name))
         for name in ("deadline", "timeout", "end_grace"):
             setattr(self, name, _seconds(getattr(self, name)))
 
@@ -2407,7 +2467,7 @@ class RpcServer(Methods):
     def __init__(self, *, title="JSON-RPC", version="1", discover=True, max_concurrent_in_all=MAX_CONCURRENT_IN_ALL, **limits):
         super().__init__()
         self._title, self._version, self._discovers = title, version, discover
-        self._options, self._places = _Options(**limits), _Places(max_concurrent_in_all)
+        self._options, self._places = _Options(**limits), _Places(_limit("max_concurrent_in_all", max_concurrent_in_all))
         self._alone = dataclasses.replace(self._options, end_grace=None)            # of a message by itself
         self._listening, self._peers, self._closing = {}, {}, False
         self._gone = flowcoro.ParkingLot("wait for the connections of an RPC server to end")
@@ -2543,13 +2603,21 @@ class RpcServer(Methods):
 @dataclasses.dataclass(frozen=True)
 class Backoff:
     """How long to wait before each attempt to connect again: `first` seconds, then `times` as much each time, `most` at most; of
-    that a random part of `jitter` less, so that not all clients come at once. attempts: in a row; math.inf for ever."""
+    that a random part of `jitter` less, so that not all clients come at once. attempts: in a row; math.inf for ever. A connection
+    over which nothing has come, and which has not lasted `most` seconds, was one more attempt in vain. ValueError for bounds that
+    are none."""
 
     first: float = 0.1
     most: float = 10.0
     times: float = 2.0
     jitter: float = 0.5
     attempts: float = math.inf
+
+    def __post_init__(self):
+        for name, least, most in (("first", 0.001, math.inf), ("most", 0.001, math.inf), ("times", 1, math.inf), ("jitter", 0, 1),
+                                  ("attempts", 0, math.inf)):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a number from {least} to {most}")
 
     def delay(self, attempt, random):
         """Seconds before attempt 0, 1, 2 …; random: from 0 to 1."""
@@ -2571,6 +2639,7 @@ class RpcClient(_Caller):
         self._open, self._framing, self._options, self._reconnect = open, framing, options, reconnect
         self._methods = Methods() if methods is None else methods
         self._peer, self._task, self._failure, self._closed = None, None, None, False
+        self._attempts = 0              # to connect again, since a connection was of use
         self._change = flowcoro.ParkingLot("wait for a connection")
 
     @classmethod
@@ -2616,8 +2685,11 @@ class RpcClient(_Caller):
         """Run one connection after the other."""
         try:
             while True:
+                began = flowcoro.now()
                 await self._peer._run()
                 self._failure = self._peer._lost
+                if self._reconnect is not None and (self._peer._heard or flowcoro.now() - began >= self._reconnect.most):
+                    self._attempts = 0
                 if self._closed or self._reconnect is None or not await self._connect_again():
                     return
         finally:
@@ -2626,15 +2698,15 @@ class RpcClient(_Caller):
 
     async def _connect_again(self):
         """Whether there is a connection again."""
-        for attempt in itertools.count():
-            if attempt >= self._reconnect.attempts:
-                return False
-            await flowcoro.sleep(self._reconnect.delay(attempt, random.random()))
+        while self._attempts < self._reconnect.attempts:
+            await flowcoro.sleep(self._reconnect.delay(self._attempts, random.random()))
+            self._attempts += 1
             try:
                 self._begin(await self._open())
                 return True
             except (OSError, TimeoutError) as error:
                 self._failure = error
+        return False
 
     async def _connected(self):
         """The Peer of a connection that is there. ClosedError, ConnectionLost."""
@@ -2678,7 +2750,11 @@ class RpcClient(_Caller):
         return await self._again(lambda peer: peer._batch(calls, timeout), "a batch", timeout)
 
     async def _stream(self, method, params, timeout, window):
-        peer = await self._connected()
+        peer = None
+        with flowcoro.move_on_after(_seconds(timeout)):
+            peer = await self._connected()
+        if peer is None:
+            raise TimeoutError(f"{self!r}: no connection for {method!r} within the timeout: {self._failure}")
         async for item in peer._stream(method, params, timeout, window):
             yield item
 
@@ -2770,34 +2846,42 @@ class RpcPool(_Caller):
         return cls(clients)
 
     def _order(self):
-        """The clients, the best first: connected, and with the fewest calls under way; among equals each has its turn."""
+        """The clients, the best first: connected, or to be so, and with the fewest calls under way; among equals each has its
+        turn."""
         self._turn += 1
         start = self._turn % len(self._clients)
         turned = self._clients[start:] + self._clients[:start]
-        return sorted(turned, key=lambda client: (client._peer._lost is not None, len(client._peer._pending)))
+        return sorted(turned, key=lambda client: (client._closed, client._peer._lost is not None or client._peer._input_ended,
+                                                  len(client._peer._pending)))
 
     async def _try_each(self, call):
-        *others, last = self._order()
-        for client in others:
-            if client.closed:           # what ClosedError ends may have run, so that one is not looked for below
+        """What `call` gives at the first that takes it: a Peer, which does not wait for another connection; then at a client
+        without a connection, which does."""
+        refused, gone = None, []
+        for client in self._order():
+            if client.closed:           # what ClosedError ends below may have run, so that one is not looked for
+                gone.append(client)
                 continue
             try:
-                return await call(client)
-            except (ShuttingDown, Overloaded):
-                pass
+                return await call(client._peer)
+            except (ShuttingDown, Overloaded) as error:
+                refused = error
             except ConnectionLost as error:
                 if error.sent is not False:
                     raise
-        return await call(last)
+                gone.append(client)
+        if not gone:
+            raise refused
+        return await call(gone[0])
 
     async def _call(self, method, params, timeout):
-        return await self._try_each(lambda client: client._call(method, params, timeout))
+        return await self._try_each(lambda caller: caller._call(method, params, timeout))
 
     async def _notify(self, method, params):
-        await self._try_each(lambda client: client._notify(method, params))
+        await self._try_each(lambda caller: caller._notify(method, params))
 
     async def _batch(self, calls, timeout):
-        return await self._try_each(lambda client: client._batch(calls, timeout))
+        return await self._try_each(lambda caller: caller._batch(calls, timeout))
 
     def _stream(self, method, params, timeout, window):
         return self._order()[0]._stream(method, params, timeout, window)

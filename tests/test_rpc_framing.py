@@ -117,7 +117,7 @@ def test_what_has_no_end_is_refused_when_the_limit_is_reached_and_not_kept(make)
     (ContentLength, b"Content-Length: " + b"9" * 30 + b"\r\n\r\n", "length"),
     (ContentLength, b"Content-Type: a\r\n\r\n", "no Content-Length"), (ContentLength, b"Content-Length 1\r\n\r\n", "no field"),
     (ContentLength, b"Content-Length: 2\r\nContent-Type: application/x; charset=latin-1\r\n\r\n{}", "UTF-8"),
-    (ContentLength, b"Content-Length: 2\n\n{}" + b" " * 5000, "4096"), (ContentLength, b"c" * 5000, "4096"),
+    (ContentLength, b"Content-Length: 2\n\n{}" + b" " * 5000, "CRLF"), (ContentLength, b"c" * 5000, "4096"),
     (Netstring, b"2:{};", "comma"), (Netstring, b"02:{},", "begins"), (Netstring, b":,", "begins"),
     (Netstring, b"-1:,", "begins"),
     (Netstring, b"x", "begins"), (Netstring, b"2 :{},", "begins")])
