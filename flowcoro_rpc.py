@@ -169,6 +169,7 @@ class RpcError(flowcoro.FlowCoroError):
     """
 
     message = "Error"           # where its own is too long
+    _received = False           # whether it is the answer to a call of ours
 
     def __init__(self, code, message, data=None):
         if not isinstance(code, int) or isinstance(code, bool) or not isinstance(message, str):
@@ -253,7 +254,9 @@ def _as_error(error):
     """The exception for the error member of an answer."""
     code, message, data = error["code"], error["message"], error.get("data")
     kind = _BY_CODE.get(code)
-    return RpcError(code, message, data) if kind is None else kind(data, message)
+    error = RpcError(code, message, data) if kind is None else kind(data, message)
+    error._received = True
+    return error
 
 
 class ProtocolError(flowcoro.FlowCoroError):
@@ -2096,6 +2099,8 @@ class _Answering(_Calling):
             slot[0].set(slot[1], None)
 
     def _fail(self, number, slot, error, method=None):
+        if error._received and isinstance(error, (ShuttingDown, Overloaded)):
+            error = self._internal(error, method)       # a call of the handler's has not run; the handler has
         if number is not _MISSING:
             try:
                 answer = encode_error(number, error.code, error.message, error.data)

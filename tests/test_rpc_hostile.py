@@ -365,6 +365,29 @@ async def test_a_stream_has_its_timeout_also_while_there_is_no_connection(connec
         assert flowcoro.now() - before == 5
 
 
+@in_kernel
+async def test_a_pool_does_not_repeat_what_has_run_because_another_server_refused_a_part_of_it(connect, monkeypatch):
+    monkeypatch.setattr("sys.unraisablehook", lambda report: None)
+    behind, ran = RpcServer(), []
+
+    async def whole(closing):
+        ran.append(1)
+        await inner.call("part", closing)
+
+    @behind.method
+    def part(closing):
+        raise flowcoro_rpc.ShuttingDown() if closing else flowcoro_rpc.Overloaded()
+
+    servers = [RpcServer() for _ in range(2)]
+    for server in servers:
+        server.method(whole)
+    async with await connect(behind) as inner, RpcPool([await connect(server) for server in servers]) as pool:
+        for closing in True, False:
+            with pytest.raises(InternalError):
+                await pool.call("whole", closing)
+    assert len(ran) == 2
+
+
 # ---- framings and transports ----------------------------------------------------------------------------------
 
 def test_netstrings_of_any_size_come_where_there_is_no_limit():
