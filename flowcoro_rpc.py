@@ -2358,6 +2358,12 @@ def _seconds(seconds):
     return seconds if seconds < MAX_SECONDS else math.inf
 
 
+def _check_framing(framing):
+    """Each connection makes one of its own."""
+    if not callable(framing):
+        raise TypeError(f"framing={framing!r:.80}: give the class, as framing=Netstring; max_message= is the server's or client's")
+
+
 def _limit(name, value):
     """A limit that is a number; math.inf is none."""
     if value.__class__ is not int and value != math.inf or value < 1:
@@ -2419,15 +2425,16 @@ class RpcServer(Methods):
         framing: Newline, ContentLength, Netstring, LengthPrefixed or Concatenated. tls, listen: as for TcpServer.listen(), whose
         errors it raises. max_connections: at once; more wait. ClosedError after close().
         """
-        self._check_open()
+        self._check_open(framing)
         return self._start(await flowcoro_net.TcpServer.listen(host, port, tls=tls, **listen), framing, max_connections)
 
     async def start_unix_server(self, path, *, framing=Newline, max_connections=math.inf, **listen):
         """The same on a Unix socket. Returns the UnixServer."""
-        self._check_open()
+        self._check_open(framing)
         return self._start(await flowcoro_net.UnixServer.listen(path, **listen), framing, max_connections)
 
-    def _check_open(self):
+    def _check_open(self, framing):
+        _check_framing(framing)
         if self._closing:
             raise flowcoro.ClosedError(f"{self!r} has been closed here; make another one")
 
@@ -2571,6 +2578,7 @@ class RpcClient(_Caller):
     """
 
     def __init__(self, open, framing, methods, options, reconnect):
+        _check_framing(framing)
         self._open, self._framing, self._options, self._reconnect = open, framing, options, reconnect
         self._methods = Methods() if methods is None else methods
         self._peer, self._task, self._failure, self._closed = None, None, None, False

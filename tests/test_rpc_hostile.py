@@ -390,6 +390,17 @@ async def test_a_pool_does_not_repeat_what_has_run_because_another_server_refuse
 
 # ---- framings and transports ----------------------------------------------------------------------------------
 
+def test_a_framing_that_is_no_class_is_refused_before_anything_is_opened():
+    async def main():
+        for framing in Netstring(), "newline":
+            with pytest.raises(TypeError, match="give the class"):
+                await RpcServer().start_tcp_server(0, framing=framing)
+            with pytest.raises(TypeError, match="give the class"):
+                await RpcClient.connect("127.0.0.1", 1, framing=framing)
+
+    flowcoro.run(main())
+
+
 def test_netstrings_of_any_size_come_where_there_is_no_limit():
     framing = Netstring(math.inf)
     framing.receive_data(framing.frame(b"x" * 123_456))
