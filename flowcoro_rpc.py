@@ -429,11 +429,11 @@ class ContentLength(_Counted):
         buffer, start = self._buffer, self._at
         end = buffer.find(b"\r\n\r\n", max(start, self._scan - 3), start + MAX_HEAD)
         if end < 0:
+            self._check_begin(buffer[start:start + 20])
+            if _BARE_LF(buffer, max(start, self._scan - 1), start + MAX_HEAD):
+                raise ProtocolError("a line of the head of a message ends without CRLF")
             if len(buffer) - start >= MAX_HEAD:
                 raise ProtocolError(f"a head of more than {MAX_HEAD} bytes")
-            self._check_begin(buffer[start:start + 20])
-            if _BARE_LF(buffer, max(start, self._scan - 1)):
-                raise ProtocolError("a line of the head of a message ends without CRLF")
             self._scan = len(buffer)
             return None
         size = None
@@ -2361,7 +2361,7 @@ def _seconds(seconds):
 def _check_framing(framing):
     """Each connection makes one of its own."""
     if not callable(framing):
-        raise TypeError(f"framing={framing!r:.80}: give the class, as framing=Netstring; max_message= is the server's or client's")
+        raise TypeError(f"framing={framing!r:.80}: give the class, as framing=Netstring; max_message= is an argument beside it")
 
 
 def _limit(name, value):
