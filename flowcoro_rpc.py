@@ -2183,6 +2183,8 @@ class _Reading(_Answering):
             self._lose(self._ended_by_peer())
 
     def _ended_by_peer(self):
+        if self._wire.__class__ is _OneWire:
+            return flowcoro_net.BrokenError(None, "it came as a message by itself (HTTP), over which nobody can be called back")
         return flowcoro_net.BrokenError(None, f"{self!r}: the peer has ended the connection")
 
     def _look_for_end(self):

@@ -419,6 +419,21 @@ def test_a_head_whose_lines_end_otherwise_is_refused_at_once():
                 assert framing.next_message() is NEED_DATA
 
 
+@in_kernel
+async def test_who_calls_back_over_http_is_told_why_he_cannot(monkeypatch):
+    reports = []
+    monkeypatch.setattr("sys.unraisablehook", reports.append)
+    server = RpcServer()
+
+    @server.method
+    async def back(peer, notifies):
+        await (peer.notify("a") if notifies else peer.call("a"))
+
+    for notifies in True, False:
+        answer = json.loads(await server.answer(json.dumps(request("back", notifies)).encode()))
+        assert answer["error"]["code"] == -32603 and "called back" in str(reports.pop().exc_value)
+
+
 class Texts:
     """Texts that came, and then nothing more."""
 
