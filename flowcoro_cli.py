@@ -2110,8 +2110,9 @@ def _type_words(schema):
 
 def _method_lines(method):
     """What is said of a method of an OpenRPC document: how it is called, and what it is for."""
+    params = method.get("params") if isinstance(method.get("params"), list) else []
     params = [f"{one.get('name')}{'' if one.get('required') else '?'}: {_type_words(one.get('schema'))}"
-              for one in method.get("params", []) if isinstance(one, dict)]
+              for one in params if isinstance(one, dict)]
     result = method.get("result")
     gives = f" -> {_type_words(result.get('schema'))}" if isinstance(result, dict) else ""
     yield f"{method.get('name')}({', '.join(params)}){gives}"

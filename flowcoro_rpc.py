@@ -173,6 +173,7 @@ class RpcError(flowcoro.FlowCoroError):
     """
 
     message = "Error"           # where its own is too long
+    _received = False           # whether it is the answer to a call of ours
 
     def __init__(self, code, message, data=None):
         if not isinstance(code, int) or isinstance(code, bool) or not isinstance(message, str):
@@ -257,7 +258,9 @@ def _as_error(error):
     """The exception for the error member of an answer."""
     code, message, data = error["code"], error["message"], error.get("data")
     kind = _BY_CODE.get(code)
-    return RpcError(code, message, data) if kind is None else kind(data, message)
+    error = RpcError(code, message, data) if kind is None else kind(data, message)
+    error._received = True
+    return error
 
 
 class ProtocolError(flowcoro.FlowCoroError):
@@ -431,11 +434,11 @@ class ContentLength(_Counted):
         buffer, start = self._buffer, self._at
         end = buffer.find(b"\r\n\r\n", max(start, self._scan - 3), start + MAX_HEAD)
         if end < 0:
+            self._check_begin(buffer[start:start + 20])
+            if _BARE_LF(buffer, max(start, self._scan - 1), start + MAX_HEAD):
+                raise ProtocolError("a line of the head of a message ends without CRLF")
             if len(buffer) - start >= MAX_HEAD:
                 raise ProtocolError(f"a head of more than {MAX_HEAD} bytes")
-            self._check_begin(buffer[start:start + 20])
-            if _BARE_LF(buffer, max(start, self._scan - 1)):
-                raise ProtocolError("a line of the head of a message ends without CRLF")
             self._scan = len(buffer)
             return None
         size = None
@@ -2159,6 +2162,8 @@ class _Answering(_Calling):
             slot[0].set(slot[1], None)
 
     def _fail(self, number, slot, error, method=None):
+        if error._received and isinstance(error, (ShuttingDown, Overloaded)):
+            error = self._internal(error, method)       # a call of the handler's has not run; the handler has
         if number is not _MISSING:
             try:
                 answer = encode_error(number, error.code, error.message, error.data)
@@ -2241,6 +2246,8 @@ class _Reading(_Answering):
             self._lose(self._ended_by_peer())
 
     def _ended_by_peer(self):
+        if self._wire.__class__ is _OneWire:
+            return flowcoro_net.BrokenError(None, "it came as a message by itself (HTTP), over which nobody can be called back")
         return flowcoro_net.BrokenError(None, f"{self!r}: the peer has ended the connection")
 
     def _look_for_end(self):
@@ -2419,6 +2426,12 @@ def _seconds(seconds):
     return seconds if seconds < MAX_SECONDS else math.inf
 
 
+def _check_framing(framing):
+    """Each connection makes one of its own."""
+    if not callable(framing):
+        raise TypeError(f"framing={framing!r:.80}: give the class, as framing=Netstring; max_message= is an argument beside it")
+
+
 def _limit(name, value):
     """A limit that is a number; math.inf is none."""
     if value.__class__ is not int and value != math.inf or value < 1:
@@ -2480,22 +2493,23 @@ class RpcServer(Methods):
         framing: Newline, ContentLength, Netstring, LengthPrefixed or Concatenated. tls, listen: as for TcpServer.listen(), whose
         errors it raises. max_connections: at once; more wait. ClosedError after close().
         """
-        self._check_open()
+        self._check_open(framing)
         return self._start(await flowcoro_net.TcpServer.listen(host, port, tls=tls, **listen), framing, max_connections)
 
     async def start_unix_server(self, path, *, framing=Newline, max_connections=math.inf, **listen):
         """The same on a Unix socket. Returns the UnixServer."""
-        self._check_open()
+        self._check_open(framing)
         return self._start(await flowcoro_net.UnixServer.listen(path, **listen), framing, max_connections)
 
-    def _check_open(self):
+    def _check_open(self, framing):
+        _check_framing(framing)
         if self._closing:
             raise flowcoro.ClosedError(f"{self!r} has been closed here; make another one")
 
     def _start(self, listening, framing, max_connections):
         if self._closing:                   # while it began to listen
             listening.close()
-            self._check_open()
+            self._check_open(framing)
         self._listening[listening] = flowcoro.spawn(self._serve(listening, framing, max_connections), name=f"serve {listening!r}")
         return listening
 
@@ -2636,6 +2650,7 @@ class RpcClient(_Caller):
     """
 
     def __init__(self, open, framing, methods, options, reconnect):
+        _check_framing(framing)
         self._open, self._framing, self._options, self._reconnect = open, framing, options, reconnect
         self._methods = Methods() if methods is None else methods
         self._peer, self._task, self._failure, self._closed = None, None, None, False

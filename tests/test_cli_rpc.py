@@ -184,6 +184,11 @@ def test_items_of_a_stream_are_lines(rpc):
     assert rpc("count", 3, "--stream") == (0, '{"number": 1}\n{"number": 2}\n{"number": 3}\n', "")
 
 
+def test_what_is_no_stream_is_told(rpc):
+    status, out, err = rpc("add", 1, 2, "--stream")
+    assert (status, out) == (8, "") and "no stream and no list" in err
+
+
 def test_time_is_bounded(rpc):
     status, _, err = rpc("never", "--timeout", 0.05)
     assert status == 28 and "not done within --timeout 0.05 seconds" in err
@@ -237,12 +242,13 @@ def test_a_server_that_does_not_say_what_its_methods_are(cli):  # noqa: F811
 def test_a_document_of_another_server_is_listed_as_far_as_it_can_be(cli):  # noqa: F811
     methods = [7, {"name": "a\x1b[1m"}, {"name": "b", "params": [{"name": "x", "schema": {"type": ["string", "null"]}}, 3],
                                          "result": {"schema": {"$ref": "#/components/schemas/Thing"}}, "summary": "Of b."},
-               {"name": "c", "params": [{"name": "y", "required": True, "schema": {"enum": ["on", "off"]}}], "result": 3}]
+               {"name": "c", "params": [{"name": "y", "required": True, "schema": {"enum": ["on", "off"]}}], "result": 3},
+               {"name": "d", "params": 5}, {"name": "e", "params": None, "summary": 7}]
     answer = json.dumps({"jsonrpc": "2.0", "id": 1, "result": {"methods": methods}}).encode() + b"\n"
     with answering(answer) as address:
         status, out, _ = cli("rpc", address)
     assert status == 0
-    assert out == 'a\\x1b[1m()\nb(x?: string | null) -> Thing\n    Of b.\nc(y: "on" | "off")\n'
+    assert out == 'a\\x1b[1m()\nb(x?: string | null) -> Thing\n    Of b.\nc(y: "on" | "off")\nd()\ne()\n    7\n'
 
 
 @pytest.mark.parametrize("framing", flowcoro_cli.FRAMINGS)

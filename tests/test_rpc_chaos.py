@@ -327,7 +327,7 @@ def server_for_anything(draw):
     async def back(peer, a=1):
         try:
             return await peer.call("x", a, timeout=1)
-        except (TimeoutError, RpcError):
+        except (TimeoutError, RpcError, flowcoro_rpc.ProtocolError):
             return 0
 
     return server

@@ -365,7 +365,41 @@ async def test_a_stream_has_its_timeout_also_while_there_is_no_connection(connec
         assert flowcoro.now() - before == 5
 
 
+@in_kernel
+async def test_a_pool_does_not_repeat_what_has_run_because_another_server_refused_a_part_of_it(connect, monkeypatch):
+    monkeypatch.setattr("sys.unraisablehook", lambda report: None)
+    behind, ran = RpcServer(), []
+
+    async def whole(closing):
+        ran.append(1)
+        await inner.call("part", closing)
+
+    @behind.method
+    def part(closing):
+        raise flowcoro_rpc.ShuttingDown() if closing else flowcoro_rpc.Overloaded()
+
+    servers = [RpcServer() for _ in range(2)]
+    for server in servers:
+        server.method(whole)
+    async with await connect(behind) as inner, RpcPool([await connect(server) for server in servers]) as pool:
+        for closing in True, False:
+            with pytest.raises(InternalError):
+                await pool.call("whole", closing)
+    assert len(ran) == 2
+
+
 # ---- framings and transports ----------------------------------------------------------------------------------
+
+def test_a_framing_that_is_no_class_is_refused_before_anything_is_opened():
+    async def main():
+        for framing in Netstring(), "newline":
+            with pytest.raises(TypeError, match="give the class"):
+                await RpcServer().start_tcp_server(0, framing=framing)
+            with pytest.raises(TypeError, match="give the class"):
+                await RpcClient.connect("127.0.0.1", 1, framing=framing)
+
+    flowcoro.run(main())
+
 
 def test_netstrings_of_any_size_come_where_there_is_no_limit():
     framing = Netstring(math.inf)
@@ -383,6 +417,21 @@ def test_a_head_whose_lines_end_otherwise_is_refused_at_once():
             for at in range(len(head)):
                 framing.receive_data(head[at:at + 1])
                 assert framing.next_message() is NEED_DATA
+
+
+@in_kernel
+async def test_who_calls_back_over_http_is_told_why_he_cannot(monkeypatch):
+    reports = []
+    monkeypatch.setattr("sys.unraisablehook", reports.append)
+    server = RpcServer()
+
+    @server.method
+    async def back(peer, notifies):
+        await (peer.notify("a") if notifies else peer.call("a"))
+
+    for notifies in True, False:
+        answer = json.loads(await server.answer(json.dumps(request("back", notifies)).encode()))
+        assert answer["error"]["code"] == -32603 and "called back" in str(reports.pop().exc_value)
 
 
 class Texts:
