@@ -104,7 +104,7 @@ __all__ = [
     "ObjectPool", "BufferPool",
     "dump_tasks", "statistics", "runtime_info", "add_hooks", "remove_hooks",
     "park", "reschedule", "current_task", "ParkingLot", "atomic", "Pollable",
-    "wait_readable", "wait_writable", "notify_closing", "network",
+    "wait_readable", "wait_writable", "notify_closing", "network", "report_error",
     "FlowCoroError", "Cancelled", "TaskCancelled", "WouldBlock", "ClosedError", "EndOfChannel", "BusyError",
     "Lagged", "PoolError", "Deadlock",
 ]
@@ -269,15 +269,19 @@ class Deadlock(FlowCoroError, RuntimeError):
 # An error with nobody to raise it to goes to sys.unraisablehook, which is the interpreter's own place for them:
 # by default it prints the traceback, pytest turns it into a warning, and an application can replace it.
 
-def _report(error, what, source=None):
-    what = f"flowcoro: {what}"
+def report_error(error, what, source="flowcoro", object=None):
+    """Tell sys.unraisablehook of an error that nobody waits for: `what` failed, in which module, concerning which object.
+
+    Never raises.
+    """
+    what = f"{source}: {what}"
     try:
         if sys.unraisablehook is sys.__unraisablehook__:        # it takes only what the interpreter itself has made
             import traceback
             sys.stderr.write("".join([f"{what}\n", *traceback.format_exception(error)]))
         else:
             sys.unraisablehook(types.SimpleNamespace(
-                exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__, err_msg=what, object=source))
+                exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__, err_msg=what, object=object))
     except BaseException:   # the user's hook is broken or exits, or stderr is closed: nobody is left to tell
         pass
 
@@ -301,12 +305,12 @@ class _Failure:
     def report(self):
         if not self.seen:
             self.seen = True
-            _report(self.error, self.what)
+            report_error(self.error, self.what)
 
     __del__ = report
 
 
-_HERE = _report.__code__.co_filename
+_HERE = report_error.__code__.co_filename
 
 
 def _shown(thing):
@@ -942,9 +946,9 @@ class Task(_Unique):
         _refresh(self)                  # another task may have raised a shield since; this one still arrives
         self._swallowed += 1
         if self._swallowed == SWALLOWED_LIMIT:
-            _report(RuntimeError(f"{self!r} has caught Cancelled {SWALLOWED_LIMIT} times and goes on. A cancelled scope "
+            report_error(RuntimeError(f"{self!r} has caught Cancelled {SWALLOWED_LIMIT} times and goes on. A cancelled scope "
                                  "raises it at every checkpoint: let it pass, or break out of the loop. It awaits at\n"
-                                 + "\n".join(_await_chain(self))), "cancellation is swallowed", self)
+                                 + "\n".join(_await_chain(self))), "cancellation is swallowed", object=self)
         if self._worker.kernel.signals.interrupts > 1:      # asked twice: who swallows Cancelled may respect this
             return self.coro.throw(KeyboardInterrupt())
         return self.coro.throw(Cancelled())
@@ -968,7 +972,8 @@ class Task(_Unique):
                 if getattr(getattr(abort, "__func__", abort), "__globals__", None) is globals():
                     strike, aborted = error, _abort_again(self)     # a signal handler's: ours do not fail
                 else:
-                    _report(error, f"an abort function failed; {self!r} cannot be cancelled before it is rescheduled", self)
+                    report_error(error, f"an abort function failed; {self!r} cannot be cancelled before it is rescheduled",
+                                 object=self)
                     aborted = False
             if aborted:
                 try:
@@ -2333,14 +2338,14 @@ def _has_ended(coro):
 def _left_open(task, root):
     """The task ends inside of scopes that nobody has left: report that, and lose neither their errors nor their tasks."""
     groups, task._scope = _groups(task), None
-    _report(RuntimeError(f"task {task.name!r} has ended inside a cancel scope, or a TaskGroup, that was never left: its "
+    report_error(RuntimeError(f"task {task.name!r} has ended inside a cancel scope, or a TaskGroup, that was never left: its "
                          "cancellation and its errors could reach nobody. Most often an async generator yielded inside "
                          "`with timeout()` or a TaskGroup; open the scope around the loop that consumes it instead"),
-            "a scope was never left", task)
+            "a scope was never left", object=task)
     for group in groups:
         for error in group._errors:
             if not isinstance(error, GeneratorExit):        # its generator is being closed
-                _report(error, f"an error in a TaskGroup of task {task.name!r} that was never left", group)
+                report_error(error, f"an error in a TaskGroup of task {task.name!r} that was never left", object=group)
         for child in list(group._tasks):
             del group._tasks[child]
             child._group = root
@@ -2609,10 +2614,10 @@ class _Worker:
         """It sleeps, and somebody has woken its task: a signal handler, or a thread that should not have."""
         if _local.worker is self:
             return self
-        _report(RuntimeError(
+        report_error(RuntimeError(
             f"a thread without a worker has woken task {task.name!r} ({task.park_reason}): what it called is safe there "
             "with several workers only. Use call_from_thread(function), run_from_thread(coroutine) or a Promise"),
-            "a thread has called what belongs to tasks", task)
+            "a thread has called what belongs to tasks", object=task)
         if self.hooks is not None:
             self.kernel.fire("task_rescheduled", task)
         self.post(functools.partial(self._place, task))
@@ -2781,8 +2786,8 @@ class _OneOfSeveral(_Worker):
         try:
             self.kernel.work(self)
         except _Forked:
-            _report(RuntimeError("the child has nobody to return to: it may exec or os._exit()"),
-                    "this process was forked inside flowcoro.run(), and the child came back into the kernel")
+            report_error(RuntimeError("the child has nobody to return to: it may exec or os._exit()"),
+                         "this process was forked inside flowcoro.run(), and the child came back into the kernel")
             os._exit(1)
         finally:
             _local.worker = _OUTSIDE
@@ -3108,7 +3113,7 @@ class _Watchdog:
                 try:
                     self.look_at(worker, late > self.limit and computed)
                 except Exception as error:
-                    _report(error, "the watchdog failed to look at a worker")
+                    report_error(error, "the watchdog failed to look at a worker")
 
         for sight in self.seen.values():
             sight.forget()
@@ -3223,7 +3228,7 @@ class _Watchdog:
         if "task_stuck" in (kernel.hooks or ()):
             kernel.call_hooks("task_stuck", task, seconds, report)     # without the guard, which the step may hold
         else:
-            _report(RuntimeError(report), "a step takes too long", task)
+            report_error(RuntimeError(report), "a step takes too long", object=task)
 
     def behind(self, worker, task):
         """What the worker does not come to, in words."""
@@ -3397,8 +3402,8 @@ def _has_gil():
 
 
 def _close_by_force(task):
-    _report(RuntimeError("it could not be cancelled:\n" + "\n".join(_await_chain(task))),
-            "a task was closed by force", task)
+    report_error(RuntimeError("it could not be cancelled:\n" + "\n".join(_await_chain(task))),
+                 "a task was closed by force", object=task)
     worker = _local.worker
     undo = [task.coro.close] if task.abort_function is None else [functools.partial(task.abort_function, task),
                                                                   task.coro.close]
@@ -3408,7 +3413,7 @@ def _close_by_force(task):
         try:
             call()
         except BaseException as error:
-            _report(error, "closing a task by force", task)
+            report_error(error, "closing a task by force", object=task)
     worker.task = None
     if task._state != DONE:
         worker._finish(task, None, Cancelled())
@@ -3686,7 +3691,7 @@ class _Kernel:
                 asyncgen = self.dropped.popleft()
                 self.root.spawn(_close_asyncgen(asyncgen))
         except RuntimeError as error:           # too many were spawned since the end of main
-            _report(error, "an async generator could not be closed", asyncgen)
+            report_error(error, "an async generator could not be closed", object=asyncgen)
 
     def all_tasks(self):
         """Every task, parents before children."""
@@ -3754,7 +3759,7 @@ class _Kernel:
             try:
                 call(*args)
             except BaseException as error:      # a SystemExit too: it would leave tasks behind
-                _report(error, f"{_a(name)} hook failed", call)
+                report_error(error, f"{_a(name)} hook failed", object=call)
 
     @atomic
     def set_hooks(self, change):
@@ -3944,7 +3949,7 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None)
             if not isinstance(error, KeyboardInterrupt):
                 raise
         except BaseException as late:
-            _report(late, "closing main failed", coro)
+            report_error(late, "closing main failed", object=coro)
         raise
     if error is not None:
         try:
@@ -5325,8 +5330,8 @@ class _ThreadPool:
                 call, self.call = self.call, None
                 call.work()
                 if os.getpid() != process:      # the child of a fork, which has but this thread and no kernel
-                    _report(call.error or RuntimeError("the child has nobody to return to: it may exec or os._exit()"),
-                            "this process was forked in a function of to_thread(), and the function has come to its end")
+                    report_error(call.error or RuntimeError("the child has nobody to return to: it may exec or os._exit()"),
+                                 "this process was forked in a function of to_thread(), and the function has come to its end")
                     os._exit(1)
                 offered = True
                 self.idle.append(self)  # before the result is out: who calls next finds it
@@ -5427,7 +5432,7 @@ class _ThreadCall:
         try:
             self.limiter.release()
         except ValueError as error:
-            _report(error, "the limiter of a to_thread call was released too often", self.limiter)
+            report_error(error, "the limiter of a to_thread call was released too often", object=self.limiter)
 
 
 def _checked_function(function, caller, remedy="a coroutine goes to spawn(), or from a thread to run_from_thread()"):
@@ -5496,7 +5501,7 @@ class _CallFromThread:
     def fail(self, error):
         self.answer(None, error)
         if self.overdue:
-            _report(error, "a call from a thread failed after the thread had stopped waiting", self.function)
+            report_error(error, "a call from a thread failed after the thread had stopped waiting", object=self.function)
 
     def refuse(self):
         """It will never be made."""

@@ -5411,7 +5411,7 @@ class _Answering(_Exchange):
         try:
             return response, self._head_of(response)
         except Exception as another:        # an error handler's, and a strange one
-            flowcoro_net.report_error(another, f"the answer to the error of {request!r} is none", "flowcoro_http")
+            flowcoro.report_error(another, f"the answer to the error of {request!r} is none", "flowcoro_http")
             response = Response(500, "Internal Server Error")
             return response, self._head_of(response)
 
@@ -5421,7 +5421,7 @@ class _Answering(_Exchange):
         try:
             return self.http.send_message(head, response.content)
         except Exception as another:
-            flowcoro_net.report_error(another, f"the answer to the error of {request!r} is none", "flowcoro_http")
+            flowcoro.report_error(another, f"the answer to the error of {request!r} is none", "flowcoro_http")
             await _close_stream(response.stream)
             response = Response(500, "Internal Server Error")
             return self.http.send_message(self._head_of(response), response.content)
@@ -5447,7 +5447,7 @@ class _Answering(_Exchange):
                 return True
             self._cut()
             if not self._is_the_peers(error):
-                flowcoro_net.report_error(error, f"the answer to {request!r} broke off; its connection is cut", "flowcoro_http")
+                flowcoro.report_error(error, f"the answer to {request!r} broke off; its connection is cut", "flowcoro_http")
             return False
         except BaseException:
             self._cut()
@@ -5564,7 +5564,7 @@ async def _close_stream(stream):
         try:
             await stream.aclose()
         except Exception as error:
-            flowcoro_net.report_error(error, f"{stream!r} failed while it was closed; its answer has been sent", "flowcoro_http")
+            flowcoro.report_error(error, f"{stream!r} failed while it was closed; its answer has been sent", "flowcoro_http")
 
 
 class _Connection(_Answering):
@@ -5842,7 +5842,7 @@ class _Run:
             if isinstance(error, Exception) or _is_an_end(error):
                 raise
             connection._cut()               # asyncio.CancelledError, say: no end of ours, and none for the other connections
-            flowcoro_net.report_error(error, f"a handler failed; its connection, {sock!r}, is cut", "flowcoro_http")
+            flowcoro.report_error(error, f"a handler failed; its connection, {sock!r}, is cut", "flowcoro_http")
         finally:
             del self.connections[sock]
             connection.websocket = connection.speaker = None        # it knows its request, which knows this
@@ -5856,7 +5856,7 @@ class _Run:
                 try:
                     connection.look(now - last)
                 except Exception as error:          # of one connection, and the sweep is for all
-                    flowcoro_net.report_error(error, f"{connection.sock!r} could not be looked after", "flowcoro_http")
+                    flowcoro.report_error(error, f"{connection.sock!r} could not be looked after", "flowcoro_http")
                 if not count % SWEPT_A_TURN:
                     await flowcoro.checkpoint()
             last = now
@@ -6074,12 +6074,12 @@ class HttpServer(Router):
         gone = source is not None and (source.sock.caused(error) or _is_its_end(error, source.websocket))
         if source is not None and source.upgraded:
             if not gone:
-                flowcoro_net.report_error(error, f"{request!r} was upgraded, and its handler failed; its connection is closed",
-                                          "flowcoro_http")
+                flowcoro.report_error(error, f"{request!r} was upgraded, and its handler failed; its connection is closed",
+                                      "flowcoro_http")
             return Response(500)
         handler = self._error_handler_of(error) if not gone else None
         if handler is None and not of_http and not gone:
-            flowcoro_net.report_error(error, f"the handler of {request!r} failed; it is answered with 500", "flowcoro_http")
+            flowcoro.report_error(error, f"the handler of {request!r} failed; it is answered with 500", "flowcoro_http")
             handler = self._error_handlers.get(500)
         try:
             if handler is not None:
@@ -6092,7 +6092,7 @@ class HttpServer(Router):
                     error = another
             return _error_response(error)
         except Exception as another:
-            flowcoro_net.report_error(another, f"what was to answer an error of {request!r} failed", "flowcoro_http")
+            flowcoro.report_error(another, f"what was to answer an error of {request!r} failed", "flowcoro_http")
             return Response(500, "Internal Server Error")
 
     def _of_group(self, group):
@@ -6244,8 +6244,8 @@ async def _spoken(handler, ws, arguments):
             await handler(ws, **arguments)
     except Exception as error:
         if not _is_its_end(error, ws):
-            flowcoro_net.report_error(error, f"{ws.request!r} was upgraded, and its handler failed; its WebSocket is closed",
-                                      "flowcoro_http")
+            flowcoro.report_error(error, f"{ws.request!r} was upgraded, and its handler failed; its WebSocket is closed",
+                                  "flowcoro_http")
 
 
 async def _accepted(accept, request, options):
@@ -6348,7 +6348,7 @@ class HttpListener:
             try:
                 self.reload_certificate()
             except (OSError, ValueError) as error:
-                flowcoro_net.report_error(error, f"{self!r} goes on with the certificate that it had", "flowcoro_http")
+                flowcoro.report_error(error, f"{self!r} goes on with the certificate that it had", "flowcoro_http")
 
         heard = (self._files is not None and threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP")
                  and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)
@@ -7257,7 +7257,7 @@ def access_log(to=None, *, format="common"):
             else:
                 (sys.stderr if to is None else to).write(line + "\n")
         except Exception as error:
-            flowcoro_net.report_error(error, "the access log could not be written", "flowcoro_http")
+            flowcoro.report_error(error, "the access log could not be written", "flowcoro_http")
 
     async def middleware(request, call_next):
         began = flowcoro.now()
@@ -9403,7 +9403,7 @@ class HttpClient(_Sending):
                     if self._netrc_asked:
                         raise
                     self._netrc = None              # nobody has asked for it: it is told once, and done without
-                    flowcoro_net.report_error(error, "requests are made without it", "flowcoro_http")
+                    flowcoro.report_error(error, "requests are made without it", "flowcoro_http")
             entry = self._netrc and self._netrc.authenticators(url.host)
             found = entry and (entry[0], entry[2])
         return BasicAuth(*found) if found else None
@@ -9795,7 +9795,7 @@ class _WsgiCall:
         except BaseException as error:
             self.error = error
             if self.gone and not isinstance(error, ConnectionAbortedError):
-                flowcoro_net.report_error(error, f"{self!r}: it failed after its client was gone", "flowcoro_http")
+                flowcoro.report_error(error, f"{self!r}: it failed after its client was gone", "flowcoro_http")
         self.environ = self.context = None      # which may lead back here
         self.ended = True
         if self.gone:
@@ -10042,7 +10042,7 @@ class _WsgiThreads:
         try:
             await flowcoro.to_thread(self._work, token, abandon_on_cancel=True, limiter=self.limiter)
         except RuntimeError as error:               # the system has no more of them
-            flowcoro_net.report_error(error, "a thread for WSGI applications", "flowcoro_http")
+            flowcoro.report_error(error, "a thread for WSGI applications", "flowcoro_http")
             while self.waiting and self.count == 1:
                 self.waiting.popleft().fail(error)
         finally:
@@ -10302,7 +10302,7 @@ class _AsgiCall:
             error = _asgi_failure(host.application, raised)
             late = self.state is _A_DONE or self.gone
             if late and not (self.gone and isinstance(error, (flowcoro_net.BrokenError, flowcoro.ClosedError))):
-                flowcoro_net.report_error(error, f"{self!r}: it failed after the answer", "flowcoro_http")
+                flowcoro.report_error(error, f"{self!r}: it failed after the answer", "flowcoro_http")
         finally:
             self.error = error
             self.ready.set()
@@ -10541,12 +10541,12 @@ class _AsgiLife:
             raise
         except BaseException as error:
             if self.started.is_set() and self.failed is None:
-                flowcoro_net.report_error(_asgi_failure(self.application, error), "an ASGI lifespan failed", "flowcoro_http")
+                flowcoro.report_error(_asgi_failure(self.application, error), "an ASGI lifespan failed", "flowcoro_http")
             elif not self.started.is_set() and (failure := _asgi_failure(self.application, error)) is not error:
                 self.failed = str(failure)              # asyncio's loop: it would fail with each request
             elif not self.started.is_set() and self.asked and self.supported:
-                flowcoro_net.report_error(error, f"the lifespan of {_shown_handler(self.application)} failed before it had "
-                                          "started; as ASGI has it, it is served without one", "flowcoro_http")
+                flowcoro.report_error(error, f"the lifespan of {_shown_handler(self.application)} failed before it had "
+                                      "started; as ASGI has it, it is served without one", "flowcoro_http")
             self.supported = self.started.is_set()      # else it raised because it has none: ASGI takes that for an answer
         finally:
             self.supported = self.supported and self.started.is_set()
@@ -10571,8 +10571,8 @@ class _AsgiLife:
             self.started.set()
         elif kind in ("lifespan.shutdown.complete", "lifespan.shutdown.failed") and self.stopping.is_set():
             if kind == "lifespan.shutdown.failed":
-                flowcoro_net.report_error(RuntimeError(message.get("message") or "it does not say why"),
-                                          "an ASGI application could not shut down", "flowcoro_http")
+                flowcoro.report_error(RuntimeError(message.get("message") or "it does not say why"),
+                                      "an ASGI application could not shut down", "flowcoro_http")
             self.stopped.set()
         else:
             if not kind.startswith("lifespan."):        # it does not look at what it is called for

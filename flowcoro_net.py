@@ -114,7 +114,7 @@ import flowcoro
 __version__ = "0.1.0"
 
 __all__ = ["Socket", "TcpServer", "UnixServer", "UdpSocket", "ConnectionPool", "resolve", "client_tls", "server_tls",
-           "report_error", "NetworkError", "BrokenError", "ResolveError", "TlsError", "LimitError"]
+           "NetworkError", "BrokenError", "ResolveError", "TlsError", "LimitError"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -278,21 +278,6 @@ class LimitError(flowcoro.FlowCoroError):
     """More bytes than a limit. The message says where, how many are allowed, and what to do."""
 
     _of = None          # as NetworkError's
-
-
-def report_error(error, what, source="flowcoro_net"):
-    """Tell sys.unraisablehook of an error that nobody waits for, as the kernel does: `what` failed, in which module.
-
-    Never raises.
-    """
-    try:
-        if sys.unraisablehook is sys.__unraisablehook__:        # it takes only what the interpreter itself has made
-            sys.stderr.write("".join([f"{source}: {what}\n", *traceback.format_exception(error)]))
-        else:
-            sys.unraisablehook(types.SimpleNamespace(exc_type=type(error), exc_value=error, exc_traceback=error.__traceback__,
-                                                     err_msg=f"{source}: {what}", object=None))
-    except Exception:           # the user's hook is broken, or stderr is closed
-        pass
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------
@@ -2415,8 +2400,8 @@ class _Supervisor:
             place.delay = RESTART
         else:
             place.wait_longer()
-        report_error(ChildProcessError(str(process)), f"{self.server!r}: a worker process has died; the next one starts in "
-                f"{place.delay:g} s")
+        flowcoro.report_error(ChildProcessError(str(process)), f"{self.server!r}: a worker process has died; the next one starts "
+                              f"in {place.delay:g} s", "flowcoro_net")
         while True:
             await flowcoro.sleep(place.delay)
             if self.server.closed or place.process is not process:
@@ -2425,8 +2410,8 @@ class _Supervisor:
                 place.process = self.start(place, self.handler)
             except OSError as error:
                 place.wait_longer()
-                report_error(error, f"{self.server!r}: a worker process cannot be replaced for the moment; it is tried again in "
-                        f"{place.delay:g} s")
+                flowcoro.report_error(error, f"{self.server!r}: a worker process cannot be replaced for the moment; it is tried "
+                                      f"again in {place.delay:g} s", "flowcoro_net")
             else:
                 self.restarts += 1
                 return
@@ -2456,7 +2441,8 @@ class _Supervisor:
             try:
                 await self.replace_all()
             except Exception as error:          # of reload=, or no process can be forked
-                report_error(error, f"{self.server!r}: reloading failed; the worker processes that have not been replaced go on")
+                flowcoro.report_error(error, f"{self.server!r}: reloading failed; the worker processes that have not been "
+                                      "replaced go on", "flowcoro_net")
 
     async def replace_all(self):
         """One after the other: the old one is asked to end once the new one serves, and then the new handler is everybody's."""
@@ -2640,7 +2626,8 @@ class _Acceptor:
     def _not_taken(self, error, address):
         """It harms no other."""
         self._failed += 1
-        report_error(error, f"{self!r} has closed a connection of {_shown(address)}, of which no Socket could be made")
+        flowcoro.report_error(error, f"{self!r} has closed a connection of {_shown(address)}, of which no Socket could be "
+                              "made", "flowcoro_net")
 
     def _taken(self, listener, raw, address):
         """The Socket of what the system gave."""
@@ -2668,9 +2655,9 @@ class _Acceptor:
             now = flowcoro.now()
             if now - self._reported >= REPORT_PAUSE:
                 self._reported = now
-                report_error(error, f"{self!r} cannot accept connections for the moment: {error.strerror} ({error.errno}). It "
-                             "tries again every few tenths of a second; close some, raise `ulimit -n`, or set max_connections= "
-                             "of serve()")
+                flowcoro.report_error(error, f"{self!r} cannot accept connections for the moment: {error.strerror} "
+                                      f"({error.errno}). It tries again every few tenths of a second; close some, raise "
+                                      "`ulimit -n`, or set max_connections= of serve()", "flowcoro_net")
         await flowcoro.sleep(PAUSE)
 
     def __aiter__(self):
@@ -2866,7 +2853,7 @@ class _Server(_Acceptor):
                 self._broken += 1
             else:
                 self._failed += 1
-                report_error(error, f"the handler of {sock!r} failed; the others go on")
+                flowcoro.report_error(error, f"the handler of {sock!r} failed; the others go on", "flowcoro_net")
         finally:
             if slots is not None:
                 slots.release()
@@ -3843,7 +3830,7 @@ class _PoolCare:
                 message = books.leaks.popleft()
             except IndexError:
                 break
-            report_error(flowcoro.PoolError(message), "a connection was not returned to its pool")
+            flowcoro.report_error(flowcoro.PoolError(message), "a connection was not returned to its pool", "flowcoro_net")
         if hire and not books.kept and books.hire():
             self.start_keeper()
 

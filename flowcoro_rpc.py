@@ -2068,8 +2068,8 @@ class _Answering(_Calling):
         if gone and isinstance(error, (ConnectionLost, flowcoro.ClosedError)):
             return InternalError()
         reference = os.urandom(8).hex()
-        flowcoro_net.report_error(error, f"method {method!r} failed; its caller was given the reference {reference}",
-                                  "flowcoro_rpc")
+        flowcoro.report_error(error, f"method {method!r} failed; its caller was given the reference {reference}",
+                              "flowcoro_rpc")
         return InternalError({"reference": reference})
 
     # -- places

@@ -1422,7 +1422,7 @@ class _Keeper:
                         try:
                             ws._look(now)
                         except Exception as error:          # of one, and the sweep is for all
-                            flowcoro_net.report_error(error, f"{ws!r} could not be looked after", "flowcoro_websocket")
+                            flowcoro.report_error(error, f"{ws!r} could not be looked after", "flowcoro_websocket")
                     del ws
                     if not count % 1000:
                         await flowcoro.checkpoint()

@@ -1,0 +1,266 @@
+"""flowcoro_resilience: policies in general, windows, Keyed, Pipeline. On the virtual clock."""
+
+import random
+import threading
+
+import pytest
+
+import flowcoro
+from flowcoro_resilience import CountWindow, Keyed, Pipeline, Policy, PolicyEvent, Rejected, TimeWindow
+from flowcoro_testing import run_in_kernel
+
+
+class Pass(Policy):
+    """Lets everything through, and writes down what happens."""
+
+    def __init__(self, name="pass", log=None):
+        super().__init__(name)
+        self.log = [] if log is None else log
+
+    async def _run(self, call, proceed):
+        self.log.append((self.name, "in", call.key, call.idempotent))
+        self._tell("in", call.key)
+        try:
+            return await proceed()
+        finally:
+            self.log.append((self.name, "out"))
+
+
+async def double(number, *, more=0):
+    await flowcoro.sleep(1)
+    return 2 * number + more
+
+
+# ---- policies --------------------------------------------------------------------------------------------------
+
+@run_in_kernel
+async def test_an_operation_may_be_async_or_not_and_gets_its_arguments():
+    policy = Pass()
+    assert await policy.try_execute(double, 4, more=1) == 9
+    assert await policy.try_execute(lambda number: number + 1, 4) == 5
+    assert await policy.try_execute(dict, operation=1, self=2) == {"operation": 1, "self": 2}
+
+
+@run_in_kernel
+async def test_what_an_operation_raises_comes_out_as_it_is():
+    error = KeyError("gone")
+
+    def fail():
+        raise error
+
+    with pytest.raises(KeyError) as caught:
+        await Pass().try_execute(fail)
+    assert caught.value is error
+
+
+@run_in_kernel
+async def test_a_coroutine_object_is_refused_and_closed():
+    with pytest.raises(TypeError, match="give the function, and its arguments after it"):
+        await Pass().try_execute(double(1))
+    with pytest.raises(TypeError, match="got 5: give a function"):
+        await Pass().try_execute(5)
+
+
+@run_in_kernel
+async def test_a_policy_is_a_decorator_of_async_functions():
+    policy = Pass()
+
+    @policy
+    async def triple(number):
+        """Three times."""
+        return 3 * number
+
+    assert await triple(number=3) == 9
+    assert triple.__doc__ == "Three times." and policy.log == [("pass", "in", None, False), ("pass", "out")]
+    with pytest.raises(TypeError, match="decorates async functions"):
+        policy(lambda: 1)
+
+
+@run_in_kernel
+async def test_listeners_are_told_until_they_are_removed_and_their_errors_change_nothing(monkeypatch):
+    policy, heard, reported = Pass(), [], []
+    monkeypatch.setattr("sys.unraisablehook", lambda report: reported.append((report.exc_value, report.err_msg)))
+    error = RuntimeError("a listener of mine")
+
+    @policy.add_listener
+    def bad(event):
+        raise error
+
+    listener = policy.add_listener(heard.append)
+    assert await policy.try_execute(double, 1) == 2
+    assert heard == [PolicyEvent(policy, "in", None, {})]
+    assert reported == [(error, "flowcoro_resilience: a listener of 'pass' failed at 'in'")]
+    policy.remove_listener(listener)
+    policy.remove_listener(bad)
+    await policy.try_execute(double, 1)
+    assert len(heard) == len(reported) == 1
+    with pytest.raises(ValueError, match="was not added"):
+        policy.remove_listener(listener)
+    with pytest.raises(TypeError, match="give a function"):
+        policy.add_listener("print")
+
+
+# ---- windows ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_count_window_is_the_sum_of_the_last_calls(seed):
+    chance = random.Random(seed)
+    size = chance.randint(1, 9)
+    window, calls = CountWindow(size, 2), []
+    for _ in range(200):
+        counts = (chance.randint(0, 1), chance.randint(0, 3))
+        window.add(counts)
+        calls.append(counts)
+        last = calls[-size:]
+        assert (window.calls, window.totals) == (len(last), [sum(column) for column in zip(*last)])
+    window.clear()
+    assert (window.calls, window.totals) == (0, [0, 0])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_time_window_is_the_sum_of_the_calls_in_its_buckets(seed):
+    chance = random.Random(seed)
+    buckets, length = chance.randint(1, 8), chance.choice([0.25, 1.0, 10.0])
+    window, calls, now = TimeWindow(buckets * length, buckets, 2), [], chance.uniform(-50, 50)
+    for _ in range(300):
+        now += chance.choice([0, 0, length / 7, length, chance.uniform(0, 3 * buckets * length)])
+        if chance.random() < 0.3:
+            window.advance(now)
+        else:
+            counts = (chance.randint(0, 1), chance.randint(0, 3))
+            window.add(counts, now)
+            calls.append((now // length, counts))
+        last = [counts for epoch, counts in calls if epoch > now // length - buckets]
+        assert window.calls == len(last)
+        assert window.totals == ([sum(column) for column in zip(*last)] if last else [0, 0])
+
+
+def test_a_time_window_whose_clock_goes_back_counts_into_the_bucket_it_had():
+    window = TimeWindow(10, 10)
+    window.add((1,), 100.0)
+    window.add((1,), 3.0)
+    assert (window.calls, window.totals) == (2, [2])
+    window.advance(109.5)
+    assert window.calls == 2
+    window.advance(110.0)
+    assert window.calls == 0
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: CountWindow(0), "CountWindow(size=0): give a number of calls, from 1 up"),
+    (lambda: TimeWindow(0), "TimeWindow(seconds=0): give a number of seconds more than 0 up"),
+    (lambda: TimeWindow(float("nan")), "TimeWindow(seconds=nan)"),
+    (lambda: TimeWindow(1, 0), "TimeWindow(buckets=0): give a number of buckets, from 1 up"),
+])
+def test_impossible_windows_are_refused(make, message):
+    with pytest.raises(ValueError) as caught:
+        make()
+    assert message in str(caught.value)
+
+
+# ---- Keyed -----------------------------------------------------------------------------------------------------
+
+@run_in_kernel
+async def test_keyed_makes_one_policy_for_each_key_and_forgets_the_one_used_longest_ago():
+    made, heard = [], []
+    keyed = Keyed(lambda key: made.append(key) or Pass(key), key=lambda number: f"k{number}", max_keys=2)
+    keyed.add_listener(lambda event: heard.append((event.policy.name, event.kind, event.key)))
+    for number in (1, 2, 1, 3, 1, 2):
+        assert await keyed.try_execute(double, number) == 2 * number
+    assert made == ["k1", "k2", "k3", "k2"] and keyed.keys() == ["k1", "k2"]
+    assert [entry for entry in heard if entry[0] == "Keyed"] == [
+        ("Keyed", "created", "k1"), ("Keyed", "created", "k2"), ("Keyed", "evicted", "k2"), ("Keyed", "created", "k3"),
+        ("Keyed", "evicted", "k3"), ("Keyed", "created", "k2")]
+    assert heard.count(("k1", "in", "k1")) == 3
+    assert keyed.statistics() == {"name": "Keyed", "keys": 2, "max_keys": 2, "evicted": 2,
+                                  "policies": {"k1": {"name": "k1"}, "k2": {"name": "k2"}}}
+
+
+@run_in_kernel
+async def test_keyed_keeps_what_is_in_use_and_rejects_what_there_is_no_room_for():
+    keyed = Keyed(Pass, key=str, max_keys=2)
+    async with flowcoro.TaskGroup() as group:
+        for number in (1, 2):
+            group.spawn(keyed.try_execute(double, number))
+        await flowcoro.sleep(0.5)
+        with pytest.raises(Rejected, match="2 keys are in use at once, and max_keys=2"):
+            await keyed.try_execute(double, 3)
+        group.cancel()
+    assert await keyed.try_execute(double, 3) == 6
+    assert keyed.keys() == ["2", "3"]
+
+
+@run_in_kernel
+async def test_an_operation_names_its_own_key_and_one_without_is_refused():
+    keyed = Keyed(Pass)
+
+    async def operation():
+        return "done"
+
+    with pytest.raises(TypeError, match="the operation has no key"):
+        await keyed.try_execute(operation)
+    operation.key = "there"
+    operation.idempotent = True
+    assert await keyed.try_execute(operation) == "done"
+    assert keyed.get("there").log[0] == ("there", "in", "there", True)
+
+
+@run_in_kernel
+async def test_a_maker_that_makes_no_policy_is_told():
+    with pytest.raises(TypeError, match="gave 'x' for 1: give a Policy"):
+        await Keyed(lambda key: "x", key=lambda number: number).try_execute(double, 1)
+    with pytest.raises(TypeError, match="give a function of a key"):
+        Keyed(5)
+
+
+def test_threads_that_ask_for_the_same_key_get_the_same_policy():
+    keyed, barrier, found = Keyed(Pass), threading.Barrier(8), []
+
+    def ask():
+        barrier.wait()
+        found.append(keyed._enter("key"))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(entry[0]) for entry in found}) == 1 and found[0][1] == 8
+
+
+# ---- Pipeline --------------------------------------------------------------------------------------------------
+
+@run_in_kernel
+async def test_a_pipeline_runs_its_policies_from_the_first_to_the_last():
+    log = []
+    pipeline = Pipeline(Pass("a", log), Pass("b", log), Pass("c", log))
+    assert await pipeline.try_execute(double, 2) == 4
+    assert [entry[:2] for entry in log] == [("a", "in"), ("b", "in"), ("c", "in"), ("c", "out"), ("b", "out"), ("a", "out")]
+    assert repr(pipeline) == "<Pipeline a > b > c>"
+    assert pipeline.statistics() == {"name": "Pipeline", "policies": [{"name": "a"}, {"name": "b"}, {"name": "c"}]}
+
+
+@run_in_kernel
+async def test_pipelines_nest_and_an_empty_one_only_calls():
+    log = []
+    inner = Pipeline(Pass("b", log), name="inner")
+    assert await Pipeline(Pass("a", log), inner, Keyed(lambda key: Pass(key, log))).try_execute(
+        type("Ask", (), {"key": "k", "__call__": lambda self: "yes"})()) == "yes"
+    assert [entry[0] for entry in log if entry[1] == "in"] == ["a", "b", "k"]
+    assert await Pipeline().try_execute(double, 1) == 2
+
+
+@run_in_kernel
+async def test_listeners_of_a_pipeline_hear_all_its_policies():
+    heard = []
+    pipeline = Pipeline(Pass("a"), Pass("b"))
+    listener = pipeline.add_listener(lambda event: heard.append(event.policy.name))
+    await pipeline.try_execute(double, 1)
+    pipeline.remove_listener(listener)
+    await pipeline.try_execute(double, 1)
+    assert heard == ["a", "b"]
+
+
+def test_a_pipeline_of_something_else_is_refused():
+    with pytest.raises(TypeError, match="give policies, the outermost first"):
+        Pipeline(Pass(), 5)
