@@ -43,8 +43,9 @@ are parked.
     P5  predicates and listeners are yours: an error of theirs is reported to sys.unraisablehook, and changes no decision
 
 What is called may say more about itself, in attributes that policies read: `key` (what it goes to; Keyed has one policy for
-each) and `idempotent` (whether it does no harm to do it twice; Retry and Hedge). What comes back, result or error, may have
-`retry_after`, seconds, and `sent`, False if nothing was sent, so that it cannot have had an effect.
+each), `idempotent` (whether it does no harm to do it twice; Retry and Hedge) and `discard` (a function, async or not, that is
+given a result which nobody will get: of an attempt that is made again, of a hedge that came second). What comes back, result or
+error, may have `retry_after`, seconds, and `sent`, False if nothing was sent, so that it cannot have had an effect.
 
 Errors:
 
@@ -122,15 +123,33 @@ class PolicyEvent(typing.NamedTuple):
     details: dict = {}
 
 
+async def _invoke(operation, args, kwargs):
+    """What an operation brings, async or not."""
+    result = operation(*args, **kwargs)
+    return await result if hasattr(result, "__await__") else result
+
+
 class _Call(typing.NamedTuple):
     """What the policies of one call are told of it."""
 
     key: object
     idempotent: bool
+    discard: object             # or None
+
+    async def drop(self, result, policy):
+        """Let go of a result that nobody will get. Its own task is not cancelled meanwhile; an error is reported."""
+        if self.discard is not None:
+            with flowcoro.CancelScope(shield=True):
+                try:
+                    await _invoke(self.discard, (result,), {})
+                except Exception as error:
+                    flowcoro.report_error(error, f"a result that {policy.name!r} does not need could not be let go of",
+                                          "flowcoro_resilience")
 
 
 def _call_of(operation):
-    return _Call(getattr(operation, "key", None), bool(getattr(operation, "idempotent", False)))
+    return _Call(getattr(operation, "key", None), bool(getattr(operation, "idempotent", False)),
+                 getattr(operation, "discard", None))
 
 
 def _checked_operation(operation, whose):
@@ -141,12 +160,6 @@ def _checked_operation(operation, whose):
             raise TypeError(f"{whose} got a coroutine object: give the function, and its arguments after it, since it may be "
                             "called later, several times, or not at all")
         raise TypeError(f"{whose} got {operation!r:.80}: give a function, async or not, and its arguments after it")
-
-
-async def _invoke(operation, args, kwargs):
-    """What an operation brings, async or not."""
-    result = operation(*args, **kwargs)
-    return await result if hasattr(result, "__await__") else result
 
 
 class Policy:

@@ -100,6 +100,33 @@ async def test_listeners_are_told_until_they_are_removed_and_their_errors_change
         policy.add_listener("print")
 
 
+@run_in_kernel
+async def test_a_result_that_nobody_gets_is_discarded_even_while_its_task_is_cancelled(monkeypatch):
+    reported, dropped = [], []
+    monkeypatch.setattr("sys.unraisablehook", lambda report: reported.append(report.exc_value))
+
+    class Twice(Policy):
+        async def _run(self, call, proceed):
+            await call.drop(await proceed(), self)
+            return await proceed()
+
+    async def discard(result):
+        await flowcoro.sleep(1)
+        dropped.append(result)
+        raise ValueError("it does not close")
+
+    numbers = iter(range(9))
+
+    async def operation():
+        return next(numbers)
+
+    operation.discard = discard
+    assert await Twice().try_execute(operation) == 1
+    with flowcoro.move_on_after(0.5):
+        await Twice().try_execute(operation)
+    assert dropped == [0, 2] and [str(error) for error in reported] == ["it does not close"] * 2
+
+
 # ---- windows ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(20))
