@@ -2460,6 +2460,15 @@ class _Options:
         for name in ("deadline", "timeout", "end_grace"):
             setattr(self, name, _seconds(getattr(self, name)))
 
+    @classmethod
+    def of(cls, whose, **given):
+        """TypeError for what is no option, which names those that there are."""
+        options = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in options:
+                raise TypeError(f"{whose} has no option {name}; limits are {', '.join(options[:-2])}")
+        return cls(**given)
+
 
 # ---- server ---------------------------------------------------------------------------------------------------
 
@@ -2480,7 +2489,8 @@ class RpcServer(Methods):
     def __init__(self, *, title="JSON-RPC", version="1", discover=True, max_concurrent_in_all=MAX_CONCURRENT_IN_ALL, **limits):
         super().__init__()
         self._title, self._version, self._discovers = title, version, discover
-        self._options, self._places = _Options(**limits), _Places(_limit("max_concurrent_in_all", max_concurrent_in_all))
+        self._options = _Options.of("RpcServer()", **limits)
+        self._places = _Places(_limit("max_concurrent_in_all", max_concurrent_in_all))
         self._alone = dataclasses.replace(self._options, end_grace=None)            # of a message by itself
         self._listening, self._peers, self._closing = {}, {}, False
         self._gone = flowcoro.ParkingLot("wait for the connections of an RPC server to end")
@@ -2668,7 +2678,7 @@ class RpcClient(_Caller):
         or a function that gives one: for servers that know it. limits: as RpcServer's.
         Errors as Socket.connect(): the first connection has to succeed.
         """
-        options = _Options(timeout=timeout, propagate=propagate, headers=headers, **limits)
+        options = _Options.of("RpcClient.connect()", timeout=timeout, propagate=propagate, headers=headers, **limits)
         if unix is not None:
             open = functools.partial(flowcoro_net.Socket.connect_unix, unix, tls=tls, server_name=server_name,
                                      timeout=connect_timeout)
@@ -2682,8 +2692,8 @@ class RpcClient(_Caller):
     def over(cls, transport, *, framing=Newline, methods=None, timeout=CALL_TIMEOUT, propagate=False, headers=None, **limits):
         """A client over what is connected already: a Socket, StandardStreams, or what has `await receive()` and `await
         send(text)`, a WebSocket, say, which stays yours to close. It is not connected again. The rest as for connect()."""
-        return cls(None, framing, methods, _Options(timeout=timeout, propagate=propagate, headers=headers, **limits),
-                   None)._started(transport)
+        return cls(None, framing, methods, _Options.of(
+            "RpcClient.over()", timeout=timeout, propagate=propagate, headers=headers, **limits), None)._started(transport)
 
     def _started(self, transport):
         self._begin(transport)

@@ -228,6 +228,13 @@ def test_messages_are_read():
     assert [member.__class__ for member in batch.members] == [Request, Response, Invalid]
 
 
+def test_an_option_that_there_is_none_of_is_named_with_those_that_there_are():
+    with pytest.raises(TypeError) as caught:
+        RpcServer(max_mesage=3)
+    assert str(caught.value) == ("RpcServer() has no option max_mesage; limits are max_message, max_depth, max_batch, "
+                                 "max_concurrent, max_waiting, deadline, timeout, end_grace")
+
+
 def test_limits_of_a_message():
     member = {"jsonrpc": "2.0", "method": "a"}
     assert len(read_message(json.dumps([member] * 1000)).members) == 1000
