@@ -2150,7 +2150,7 @@ def _rpc_status(rpc, net, error):
     if isinstance(error, rpc.RpcError):
         data = "" if error.data is None else f": {_pretty(error.data, None)}"
         return 22, f"{_shown(error.message)} ({error.code}){data}"
-    if isinstance(error, rpc.ProtocolError) or isinstance(cause, rpc.ProtocolError):
+    if any(isinstance(one, rpc.ProtocolError) for one in (error, cause, getattr(cause, "__cause__", None))):
         return 8, _shown(str(error))
     if isinstance(error, net.ResolveError):
         return 6, str(error)

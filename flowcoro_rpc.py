@@ -1501,6 +1501,7 @@ class _Calling(_Outgoing, _Caller):
         self._options = options
         self._pending = {}              # id -> _Reply: R2
         self._heard = 0                 # how often something has come
+        self._no_message = None         # why the last of what has come and was no JSON-RPC was none
         self._next_id = itertools.count(1).__next__
         self._deadlines = _Deadlines.of_kernel()
 
@@ -2248,7 +2249,11 @@ class _Reading(_Answering):
     def _ended_by_peer(self):
         if self._wire.__class__ is _OneWire:
             return flowcoro_net.BrokenError(None, "it came as a message by itself (HTTP), over which nobody can be called back")
-        return flowcoro_net.BrokenError(None, f"{self!r}: the peer has ended the connection")
+        ended = flowcoro_net.BrokenError(None, f"{self!r}: the peer has ended the connection")
+        if self._no_message is not None:            # another kind of server, most often: that is to be told
+            ended = flowcoro_net.BrokenError(None, f"{ended}; before, it has sent what is no JSON-RPC ({self._no_message})")
+            ended.__cause__ = ProtocolError(self._no_message)
+        return ended
 
     def _look_for_end(self):
         """End, if it is time: nothing comes any more, or is to come, and nothing is left to do or to say."""
@@ -2309,6 +2314,7 @@ class _Reading(_Answering):
             answers = _Answers(self, len(event.members))
             self._todo.extend((member, (answers, index)) for index, member in enumerate(event.members))
         elif event.code is not None:
+            self._no_message = event.why
             self._reply(slot, encode_error(event.id, event.code, _BY_CODE[event.code].message))
             return None
         elif (reply := self._pending.pop(event.id, None)) is not None:

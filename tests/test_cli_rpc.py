@@ -222,6 +222,7 @@ def answering(answer):
 
 @pytest.mark.parametrize(("answer", "status", "said"), [
     (b"", 56, "add: "), (b"x" * 2_000_000, 8, "max_message"),
+    (b"HTTP/1.0 400 Bad Request\r\n\r\n", 8, "no JSON-RPC"), (b"SSH-2.0-OpenSSH_9.2\r\n", 8, "no JSON-RPC"),
     (b'{"jsonrpc": "2.0", "id": 1, "error": {"code": -32601, "message": "Method not found"}}\n', 22, "Method not found")])
 def test_a_server_that_does_not_answer_as_it_should(cli, answer, status, said):  # noqa: F811
     with answering(answer) as address:
