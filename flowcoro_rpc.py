@@ -1317,10 +1317,18 @@ class _Outgoing:
             await self._room.park_unless(lambda: self._queued - self._written <= MAX_UNSENT or self._lost is not None)
 
     @flowcoro.atomic
+    def _explained(self, error):
+        """The error of a connection; after what was no JSON-RPC, most often another kind of server, that is told, too."""
+        if self._no_message is None or not isinstance(error, flowcoro_net.BrokenError) or error.__cause__ is self._no_message:
+            return error
+        explained = flowcoro_net.BrokenError(None, f"{error}; before, it has sent what is no JSON-RPC ({self._no_message})")
+        explained.__cause__ = self._no_message
+        return explained
+
     def _lose(self, error):
         """The connection is over: who waits is told at once, and run() ends."""
         if self._lost is None:
-            self._lost = error
+            self._lost = error = self._explained(error)
             self._room.unpark_all()
             self._settle_all(error)
             self._ended.set()
@@ -1501,7 +1509,7 @@ class _Calling(_Outgoing, _Caller):
         self._options = options
         self._pending = {}              # id -> _Reply: R2
         self._heard = 0                 # how often something has come
-        self._no_message = None         # why the last of what has come and was no JSON-RPC was none
+        self._no_message = None         # a ProtocolError: why the last of what has come and was no JSON-RPC was none
         self._next_id = itertools.count(1).__next__
         self._deadlines = _Deadlines.of_kernel()
 
@@ -2249,11 +2257,7 @@ class _Reading(_Answering):
     def _ended_by_peer(self):
         if self._wire.__class__ is _OneWire:
             return flowcoro_net.BrokenError(None, "it came as a message by itself (HTTP), over which nobody can be called back")
-        ended = flowcoro_net.BrokenError(None, f"{self!r}: the peer has ended the connection")
-        if self._no_message is not None:            # another kind of server, most often: that is to be told
-            ended = flowcoro_net.BrokenError(None, f"{ended}; before, it has sent what is no JSON-RPC ({self._no_message})")
-            ended.__cause__ = ProtocolError(self._no_message)
-        return ended
+        return self._explained(flowcoro_net.BrokenError(None, f"{self!r}: the peer has ended the connection"))
 
     def _look_for_end(self):
         """End, if it is time: nothing comes any more, or is to come, and nothing is left to do or to say."""
@@ -2314,7 +2318,7 @@ class _Reading(_Answering):
             answers = _Answers(self, len(event.members))
             self._todo.extend((member, (answers, index)) for index, member in enumerate(event.members))
         elif event.code is not None:
-            self._no_message = event.why
+            self._no_message = ProtocolError(event.why)
             self._reply(slot, encode_error(event.id, event.code, _BY_CODE[event.code].message))
             return None
         elif (reply := self._pending.pop(event.id, None)) is not None:
