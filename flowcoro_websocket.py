@@ -2557,7 +2557,7 @@ async def _answer(sock):
             data = await sock.read()
             if not data:
                 raise flowcoro_net.BrokenError(None, f"{sock!r}: the peer ended the connection after {len(buffer)} bytes of its "
-                                                     "answer to the handshake")
+                                                     f"answer to the handshake{'' if buffer else '. Does it want TLS (wss)?'}")
             buffer += data
             continue
         status, reason, pairs, length = found
