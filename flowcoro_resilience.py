@@ -67,6 +67,7 @@ SPDX-License-Identifier: MIT
 import functools
 import inspect
 import math
+import random
 import threading
 import typing
 
@@ -75,7 +76,8 @@ import flowcoro
 __version__ = "0.1.0"
 
 __all__ = ["Policy", "PolicyEvent", "CountWindow", "TimeWindow", "Keyed", "Pipeline", "Rejected", "BreakerOpen", "RateLimited",
-           "LimitExceeded"]
+           "LimitExceeded",
+           "AdaptiveBreaker"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -364,6 +366,171 @@ class TimeWindow:
 
 
 # ---- adaptive breaker -----------------------------------------------------------------------------------------
+# What a dependency turns away costs it too: at some load it does nothing else. So its clients turn away themselves what it would,
+# without asking it. A client knows how many of its requests were accepted lately, and lets through about K times as many as that:
+# those above what is accepted are how it notices that more is. It needs no state but the counts, so nothing opens, closes or is
+# tuned; and a failure or two among many does nothing at all.
+#
+# A request is counted when it ends, not when it begins, as go-zero's and Envoy's do: otherwise those that are under way would look
+# as if they were not accepted, and the first burst at a slow dependency would be turned away. What is cancelled or ignored has
+# then added nothing that would have to be found again in the window. The price is that a dependency which does not answer at all is
+# noticed when the calls time out: put a Timeout within.
+
+# Requests below which nothing is rejected: of one or two, none accepted says nothing. go-zero's, whose K and window these are, too.
+ADAPTIVE_MINIMUM_CALLS = 5
+
+
+class _Throttle:
+    """The decisions of an AdaptiveBreaker. now: seconds that do not run backwards; chance: from 0 up to 1, equally likely."""
+
+    __slots__ = ("k", "minimum_calls", "probe_seconds", "window", "permit", "probe_at", "probe_before", "rejected", "probes")
+
+    def __init__(self, k, window, minimum_calls, probe_seconds):
+        self.k, self.minimum_calls, self.probe_seconds = k, minimum_calls, probe_seconds
+        self.window = window            # its calls: the requests; its total: those that were accepted
+        self.permit = self.rejected = self.probes = 0
+        self.probe_at = self.probe_before = -math.inf       # when the next one goes through, whatever chance says
+
+    def probability(self):
+        """Of a rejection, as of the window's last change: SRE book, equation 21-1."""
+        requests = self.window.calls
+        if requests < self.minimum_calls:
+            return 0.0
+        return max(0.0, (requests - self.k * self.window.totals[0]) / (requests + 1))
+
+    def ask(self, now, chance):
+        """A permit: an int, which is given to ended() or returned(). 0: rejected, which counts as a request."""
+        self.window.advance(now)
+        if chance < self.probability():
+            if now < self.probe_at:
+                self.window.add((0,), now)
+                self.rejected += 1
+                return 0
+            self.probes += 1
+        self.permit += 1
+        self.probe_before, self.probe_at = self.probe_at, now + self.probe_seconds
+        return self.permit
+
+    def ended(self, now, accepted):
+        """A request that was let through has been accepted, or not."""
+        self.window.add((int(accepted),), now)
+
+    def returned(self, permit):
+        """A request that was let through says nothing: if none was after it, it is as if it had not been let through."""
+        if permit == self.permit:
+            self.probe_at = self.probe_before
+
+
+class _Clock:
+    """Of a policy: `read()` as long as that goes forwards, and standing still while it does not (P4)."""
+
+    __slots__ = ("_read", "_last", "_offset")
+
+    def __init__(self, read, said):
+        if not callable(read):
+            raise TypeError(f"{said}{read!r:.80}): give a function that returns seconds")
+        self._read, self._last, self._offset = read, -math.inf, 0.0
+
+    def now(self):
+        """Call it under the policy's lock: threads that were late would make it stand still."""
+        now = self._read() + self._offset
+        if now < self._last:
+            self._offset += self._last - now
+            return self._last
+        self._last = now
+        return now
+
+
+class AdaptiveBreaker(Policy):
+    """Rejects about as much as the dependency does not accept, in proportion: the client's throttle of the SRE book, chapter 21.
+
+    Of `requests` in the last `seconds`, `accepts` were accepted; the next one is rejected with a probability of
+
+        max(0, (requests - k * accepts) / (requests + 1))
+
+    What is rejected here is a request as well. So a dependency that takes x requests a second, whatever is asked of it, gets k * x:
+    with k = 1.5 one failure for two successes. k: a smaller one spares the dependency, a greater one finds sooner that more is
+    accepted (the book has 2); seconds, buckets: what "lately" means, and how finely it passes; probe_seconds: whatever chance says,
+    a call goes through if none has for so long; minimum_calls: with fewer requests none is rejected.
+
+    failures: which errors say that it was not accepted; other Exceptions are answers, and mean that it was. ignored: which errors
+    say nothing. failure_result: which results say that it was not accepted. Each is an exception type, a tuple of them, or a
+    predicate (failure_result: of the result); one that raises means no. A call that is cancelled says nothing either. A call counts
+    once it has ended, so what is ignored or cancelled has never counted; if it was the last to go through, the next may probe.
+
+    clock: a function that gives seconds; random: one that gives a float from 0 up to 1. May be used by several workers and threads.
+
+    Raises BreakerOpen, whose retry_after is the time until the next forced probe. Events: "accepted", "failed", "ignored",
+    "rejected" {"probability", "retry_after"}, "probe" {"probability"}: forced through.
+    """
+
+    def __init__(self, *, k=1.5, seconds=10.0, buckets=40, probe_seconds=1.0, minimum_calls=ADAPTIVE_MINIMUM_CALLS,
+                 failures=Exception, ignored=None, failure_result=None, clock=flowcoro.now, random=random.random, name=None):
+        super().__init__(name)
+        said = "AdaptiveBreaker("
+        _number(seconds, 0, math.inf, said + "seconds=", "seconds", exclusive=True)
+        _count(buckets, 1, said + "buckets=", "buckets")
+        self._throttle = _Throttle(
+            _number(k, 1, 1000, said + "k=", "requests for each that is accepted"), TimeWindow(seconds, buckets),
+            _count(minimum_calls, 0, said + "minimum_calls=", "calls"),
+            _number(probe_seconds, 0, math.inf, said + "probe_seconds=", "seconds", exclusive=True))
+        if not callable(random):
+            raise TypeError(f"{said}random={random!r:.80}): give a function that returns a float from 0 up to 1")
+        self._clock, self._random = _Clock(clock, said + "clock="), random
+        self._is_failure = _test(failures, said + "failures=", self)
+        self._is_ignored = _test(ignored, said + "ignored=", self)
+        self._is_failure_result = _test(failure_result, said + "failure_result=", self)
+
+    async def _run(self, call, proceed):
+        permit = self._enter(call.key)
+        try:
+            result = await proceed()
+        except Exception as error:
+            kind = "ignored" if self._is_ignored(error) else "failed" if self._is_failure(error) else "accepted"
+            self._leave(permit, kind, call.key)
+            raise
+        except BaseException:
+            self._leave(permit, "ignored", call.key)
+            raise
+        self._leave(permit, "failed" if self._is_failure_result(result) else "accepted", call.key)
+        return result
+
+    def _enter(self, key):
+        """A permit, for _leave(). Raises BreakerOpen."""
+        chance, throttle = self._random(), self._throttle       # a function of the caller's: not under the lock (P1)
+        with self._lock:
+            now, probes = self._clock.now(), throttle.probes
+            permit = throttle.ask(now, chance)
+            if permit and throttle.probes == probes:
+                return permit
+            probability, retry_after = throttle.probability(), throttle.probe_at - now
+            requests, accepts = throttle.window.calls, throttle.window.totals[0]
+        if permit:
+            if self._listeners:
+                self._tell("probe", key, probability=probability)
+            return permit
+        if self._listeners:
+            self._tell("rejected", key, probability=probability, retry_after=retry_after)
+        raise BreakerOpen(f"{self.name}: {accepts} of {requests} requests were accepted in the last {throttle.window.seconds:g} s, so "
+                          f"{probability:.0%} are rejected; in {retry_after:.3g} s one may try", self, retry_after)
+
+    def _leave(self, permit, kind, key):
+        with self._lock:
+            if kind == "ignored":
+                self._throttle.returned(permit)
+            else:
+                self._throttle.ended(self._clock.now(), kind == "accepted")
+        if self._listeners:
+            self._tell(kind, key)
+
+    def statistics(self):
+        """{"name", "requests", "accepts": of the last `seconds`, those rejected among the requests; "probability": of a rejection;
+        "rejected", "probes": since it was made, how many were rejected and forced through}"""
+        with self._lock:
+            throttle = self._throttle
+            throttle.window.advance(self._clock.now())
+            return {"name": self.name, "requests": throttle.window.calls, "accepts": throttle.window.totals[0],
+                    "probability": throttle.probability(), "rejected": throttle.rejected, "probes": throttle.probes}
 
 
 # ---- rate limits ----------------------------------------------------------------------------------------------
