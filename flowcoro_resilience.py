@@ -316,7 +316,7 @@ class TimeWindow:
     totals, calls: as CountWindow's, as of the last add() or advance(). A `now` before the last one is taken for the last one.
     """
 
-    __slots__ = ("seconds", "calls", "totals", "_buckets", "_length", "_epoch")
+    __slots__ = ("seconds", "calls", "totals", "_buckets", "_length", "_epoch", "_bucket")
 
     def __init__(self, seconds, buckets=10, counters=1):
         self.seconds = _number(seconds, 0, math.inf, "TimeWindow(seconds=", "seconds", exclusive=True)
@@ -324,16 +324,17 @@ class TimeWindow:
         self.totals = [0] * counters
         self.calls = 0
         self._buckets = [[0] * (counters + 1) for _ in range(buckets)]      # the sums, and the number of calls last
-        self._epoch = None              # the number of the bucket that `now` is in, counted from the clock's zero
+        self._epoch = -math.inf         # the number of the bucket that `now` is in, counted from the clock's zero
+        self._bucket = None             # and that one
 
     def advance(self, now):
         """Let what is too old go."""
         epoch = now // self._length
-        if self._epoch is None:
+        if epoch <= self._epoch:
+            return
+        if self._bucket is None:
             self._epoch = epoch
         passed = epoch - self._epoch
-        if passed <= 0:
-            return
         buckets, totals, size = self._buckets, self.totals, len(self._buckets)
         for step in range(1, int(min(passed, size)) + 1):
             bucket = buckets[int((self._epoch + step) % size)]
@@ -342,14 +343,13 @@ class TimeWindow:
                     totals[place] -= bucket[place]
                 self.calls -= bucket[-1]
                 bucket[:] = [0] * len(bucket)
-        self._epoch = epoch
+        self._epoch, self._bucket = epoch, buckets[int(epoch % size)]
 
     def add(self, counts, now):
         """counts: a tuple with one number for each counter; now: seconds of one clock."""
         if self._epoch != now // self._length:
             self.advance(now)
-        bucket = self._buckets[int(self._epoch % len(self._buckets))]
-        totals = self.totals
+        bucket, totals = self._bucket, self.totals
         for place, count in enumerate(counts):
             if count:
                 totals[place] += count
@@ -379,16 +379,19 @@ class TimeWindow:
 # Requests below which nothing is rejected: of one or two, none accepted says nothing. go-zero's, whose K and window these are, too.
 ADAPTIVE_MINIMUM_CALLS = 5
 
+_ACCEPTED, _NOT_ACCEPTED = (1,), (0,)
 
 class _Throttle:
     """The decisions of an AdaptiveBreaker. now: seconds that do not run backwards; chance: from 0 up to 1, equally likely."""
 
-    __slots__ = ("k", "minimum_calls", "probe_seconds", "window", "permit", "probe_at", "probe_before", "rejected", "probes")
+    __slots__ = ("k", "minimum_calls", "probe_seconds", "window", "permit", "forced", "probe_at", "probe_before", "rejected",
+                 "probes")
 
     def __init__(self, k, window, minimum_calls, probe_seconds):
         self.k, self.minimum_calls, self.probe_seconds = k, minimum_calls, probe_seconds
         self.window = window            # its calls: the requests; its total: those that were accepted
         self.permit = self.rejected = self.probes = 0
+        self.forced = -1                # the last permit that chance would not have given
         self.probe_at = self.probe_before = -math.inf       # when the next one goes through, whatever chance says
 
     def probability(self):
@@ -400,20 +403,23 @@ class _Throttle:
 
     def ask(self, now, chance):
         """A permit: an int, which is given to ended() or returned(). 0: rejected, which counts as a request."""
-        self.window.advance(now)
-        if chance < self.probability():
+        window = self.window
+        window.advance(now)
+        # The first half is that the probability is more than 0: nearly always it is not, and 100 ns are saved.
+        if window.calls > self.k * window.totals[0] and chance < self.probability():
             if now < self.probe_at:
-                self.window.add((0,), now)
+                window.add(_NOT_ACCEPTED, now)
                 self.rejected += 1
                 return 0
             self.probes += 1
+            self.forced = self.permit + 1
         self.permit += 1
         self.probe_before, self.probe_at = self.probe_at, now + self.probe_seconds
         return self.permit
 
     def ended(self, now, accepted):
         """A request that was let through has been accepted, or not."""
-        self.window.add((int(accepted),), now)
+        self.window.add(_ACCEPTED if accepted else _NOT_ACCEPTED, now)
 
     def returned(self, permit):
         """A request that was let through says nothing: if none was after it, it is as if it had not been let through."""
@@ -421,24 +427,26 @@ class _Throttle:
             self.probe_at = self.probe_before
 
 
-class _Clock:
-    """Of a policy: `read()` as long as that goes forwards, and standing still while it does not (P4)."""
+def _steady(read, said):
+    """A function that gives what `read()` does as long as that goes forwards, and stands still while it does not (P4).
 
-    __slots__ = ("_read", "_last", "_offset")
+    It is called under the policy's lock: threads that were late would make it stand still. A closure, which is 50 ns faster than a
+    method.
+    """
+    if not callable(read):
+        raise TypeError(f"{said}{read!r:.80}): give a function that returns seconds")
+    last, offset = -math.inf, 0.0
 
-    def __init__(self, read, said):
-        if not callable(read):
-            raise TypeError(f"{said}{read!r:.80}): give a function that returns seconds")
-        self._read, self._last, self._offset = read, -math.inf, 0.0
-
-    def now(self):
-        """Call it under the policy's lock: threads that were late would make it stand still."""
-        now = self._read() + self._offset
-        if now < self._last:
-            self._offset += self._last - now
-            return self._last
-        self._last = now
+    def steady():
+        nonlocal last, offset
+        now = read() + offset
+        if now < last:
+            offset += last - now
+            return last
+        last = now
         return now
+
+    return steady
 
 
 class AdaptiveBreaker(Policy):
@@ -476,10 +484,10 @@ class AdaptiveBreaker(Policy):
             _number(probe_seconds, 0, math.inf, said + "probe_seconds=", "seconds", exclusive=True))
         if not callable(random):
             raise TypeError(f"{said}random={random!r:.80}): give a function that returns a float from 0 up to 1")
-        self._clock, self._random = _Clock(clock, said + "clock="), random
+        self._now, self._random = _steady(clock, said + "clock="), random
         self._is_failure = _test(failures, said + "failures=", self)
         self._is_ignored = _test(ignored, said + "ignored=", self)
-        self._is_failure_result = _test(failure_result, said + "failure_result=", self)
+        self._is_failure_result = None if failure_result is None else _test(failure_result, said + "failure_result=", self)
 
     async def _run(self, call, proceed):
         permit = self._enter(call.key)
@@ -492,16 +500,17 @@ class AdaptiveBreaker(Policy):
         except BaseException:
             self._leave(permit, "ignored", call.key)
             raise
-        self._leave(permit, "failed" if self._is_failure_result(result) else "accepted", call.key)
+        failed = self._is_failure_result is not None and self._is_failure_result(result)
+        self._leave(permit, "failed" if failed else "accepted", call.key)
         return result
 
     def _enter(self, key):
         """A permit, for _leave(). Raises BreakerOpen."""
         chance, throttle = self._random(), self._throttle       # a function of the caller's: not under the lock (P1)
         with self._lock:
-            now, probes = self._clock.now(), throttle.probes
+            now = self._now()
             permit = throttle.ask(now, chance)
-            if permit and throttle.probes == probes:
+            if permit and permit != throttle.forced:
                 return permit
             probability, retry_after = throttle.probability(), throttle.probe_at - now
             requests, accepts = throttle.window.calls, throttle.window.totals[0]
@@ -519,7 +528,7 @@ class AdaptiveBreaker(Policy):
             if kind == "ignored":
                 self._throttle.returned(permit)
             else:
-                self._throttle.ended(self._clock.now(), kind == "accepted")
+                self._throttle.ended(self._now(), kind == "accepted")
         if self._listeners:
             self._tell(kind, key)
 
@@ -528,7 +537,7 @@ class AdaptiveBreaker(Policy):
         "rejected", "probes": since it was made, how many were rejected and forced through}"""
         with self._lock:
             throttle = self._throttle
-            throttle.window.advance(self._clock.now())
+            throttle.window.advance(self._now())
             return {"name": self.name, "requests": throttle.window.calls, "accepts": throttle.window.totals[0],
                     "probability": throttle.probability(), "rejected": throttle.rejected, "probes": throttle.probes}
 
