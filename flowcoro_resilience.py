@@ -742,81 +742,35 @@ def _who():
         return threading.get_ident()
 
 
-class CircuitBreaker(Policy):
-    """Lets calls through while what is called does well, and rejects them at once while it does not.
+class _Breaker(Policy):
+    """What breakers have: the ways in, and what is asked of an end. What it means is decided by their `_circuit`.
 
-    CLOSED: calls go through, and are counted. Once `minimum_calls` are in the window, and a part of failure_rate of them, or
-    more, has failed, or a part of slow_call_rate took longer than slow_call_seconds, or consecutive_failures have come in a row
-    (for which there is no minimum), it is OPEN: all are rejected. After open_seconds the next call makes it HALF_OPEN: `probes`
-    calls go through, no more, however many ask at a time. When all have ended, their rates decide: CLOSED again, with an empty
-    window, or OPEN. FORCED_OPEN, until reset(), rejects all; METRICS_ONLY counts, and rejects none.
-
-    What counts is what comes back: a result (a success, if failure_result(result) does not say otherwise), or an Exception: a
-    failure if it is one of `failures`, neither if it is one of `ignored`, else a success. Each is a type, several, or a
-    predicate. By default a Rejected from within is ignored: nothing was called. Cancelled, and whatever else is no Exception,
-    is not counted, and gives the permit back: so a timeout has to stand *inside* the breaker, as in
-    Pipeline(CircuitBreaker(), Timeout(2)); one that stands outside cancels the call, and the breaker learns nothing. A
-    predicate that raises means no, but for `failures`, where it means yes: an error that nobody has understood is one.
-
-    Defaults are resilience4j's:
-
-    window=100                  calls, the last ones; or window_seconds: those of so long, in `buckets` (10) of equal length
-    minimum_calls=100           with fewer no rate is known; if `window` is smaller and this is not given, it is the window
-    failure_rate=0.5            from 0 (exclusive) to 1; reached is too high
-    slow_call_seconds=60.0      slower is slow; math.inf: none is
-    slow_call_rate=1.0          so that all have to be slow
-    consecutive_failures=None   None: any number of them may come in a row
-    open_seconds=60.0           how long it is OPEN, at first
-    open_growth=1.0             each time HALF_OPEN ends in OPEN, it is so many times as long as the time before …
-    max_open_seconds=None       … up to this; None: ten times open_seconds
-    open_jitter=0.0             then up to this part shorter or longer, by chance, so that not all come back at the same time
-    probes=10                   calls in HALF_OPEN
-    half_open_seconds=None      if they have not all ended by then, it is OPEN again; None: no limit
-    clock, random               functions: seconds of a clock, and a number from 0 to 1
-
-    Ways in, with the same effect: try_execute(); a decorator, also of plain functions; `async with` and `with`, where each
-    entry has a permit of its own, in any number of tasks, also one in another; acquire_nowait(). Each raises BreakerOpen, whose
-    retry_after is: in OPEN the rest of that, in HALF_OPEN what is left of half_open_seconds, else None. A call within a call
-    is one more call, and needs a permit of its own.
-
-    Events: "success", "failure", "slow" (after one of those), each with `seconds`, "failure" with `error` too (None if it was a
-    result); "ignored" with `error`; "late": it began in a state that is over, and does not count; "rejected" with `state`,
-    `retry_after`; "opened", "half_opened", "closed", "forced_open", "metrics_only", with `before`, the state that was, "opened"
-    with `seconds`, `calls`, `failures`, `slow` too; "exceeded" with the latter three: METRICS_ONLY would have opened; "loaded".
+    Of that it knows: `free`: what permits are while all calls go through, else None; `generation`: what the last one was, not
+    None; `ignored`: how many were; give_back(generation). A breaker has besides `_permit(key)`: a permit, or BreakerOpen, and
+    `_record(permit, started, failed, key, error)`: it has ended so.
     """
 
-    def __init__(self, *, window=100, window_seconds=None, buckets=10, minimum_calls=None, failure_rate=0.5,
-                 slow_call_seconds=60.0, slow_call_rate=1.0, consecutive_failures=None, open_seconds=60.0, open_growth=1.0,
-                 max_open_seconds=None, open_jitter=0.0, probes=10, half_open_seconds=None, failures=Exception,
-                 ignored=Rejected, failure_result=None, clock=flowcoro.now, random=random.random, name=None):
+    def __init__(self, name, failures, ignored, failure_result, clock, random):
         super().__init__(name)
-        window, minimum_calls = _checked_window(window, window_seconds, buckets, minimum_calls)
-        self._circuit = _Circuit(_checked_settings(
-            minimum_calls, failure_rate, slow_call_rate, consecutive_failures, open_seconds, open_growth, max_open_seconds,
-            open_jitter, probes, half_open_seconds), window)
-        self._slow_seconds = _number(slow_call_seconds, 0, math.inf, f"{SAID}slow_call_seconds=", "seconds", exclusive=True)
+        self._said = f"{type(self).__name__}("          # begins the messages about settings
         self._failures = self._errors(failures, "failures", True)
         self._ignored = None if ignored is None else self._errors(ignored, "ignored", False)
-        self._failure_result = None if failure_result is None else _test(failure_result, f"{SAID}failure_result=", self)
+        self._failure_result = None if failure_result is None else _test(failure_result, f"{self._said}failure_result=", self)
         for function, said, what in (clock, "clock", "seconds"), (random, "random", "a number from 0 to 1"):
             if not callable(function):
-                raise TypeError(f"{SAID}{said}={function!r:.80}): give a function that returns {what}")
+                raise TypeError(f"{self._said}{said}={function!r:.80}): give a function that returns {what}")
         self._clock, self._random = clock, random
         self._last, self._offset = -math.inf, 0.0       # P4: what the clock said last, and what is added to it since it went back
-        self._chance = 0.5
         self._given_back = collections.deque()          # generations; taken out by the next decision (BreakerPermit.__del__)
         self._entered = {}                              # task or thread -> [BreakerPermit], of `with`; the innermost last
-        self._draw()
 
     def _errors(self, what, said, broken):
         if what is not None:
             for one in what if isinstance(what, tuple) else (what,):
                 if isinstance(one, type) and not issubclass(one, Exception):
-                    raise TypeError(f"{SAID}{said}={one.__name__}): give types of Exception; what is none, as Cancelled, is never "
+                    raise TypeError(f"{self._said}{said}={one.__name__}): give types of Exception; what is none, as Cancelled, is never "
                                     "counted")
-        return _test(what, f"{SAID}{said}=", self, broken)
-
-    # -- decisions: under the lock; what comes of them is told after it
+        return _test(what, f"{self._said}{said}=", self, broken)
 
     def _now(self):
         now = self._clock() + self._offset
@@ -826,73 +780,12 @@ class CircuitBreaker(Policy):
         self._last = now
         return now
 
-    def _decide(self, decision, *args):
-        circuit = self._circuit
-        with self._lock:
-            now = self._now()
-            while self._given_back:
-                circuit.give_back(self._given_back.popleft())
-            result = decision(*args, now, self._chance)
-            news, circuit.news = circuit.news, []
-        if news:
-            self._announce(news)
-        return result
-
-    def _announce(self, news):
-        self._draw()
-        if self._listeners:
-            for kind, details in news:
-                self._tell(kind, **details)
-
-    def _draw(self):
-        """Chance for the next open time: drawn ahead, since a decision calls nobody."""
-        if self._circuit.settings.open_jitter:
-            self._chance = min(max(self._random(), 0.0), 1.0)
-
-    def _permit(self, key):
-        """The generation to tell with the end of the call. Raises BreakerOpen."""
-        generation = self._circuit.free         # one read, so it needs no lock: a call that is let through as the breaker opens
-        if generation is not None:              # might as well have come a moment earlier, and is late when it ends
-            return generation
-        generation, state, retry_after = self._decide(self._ask)
-        if generation is not None:
-            return generation
-        if self._listeners:
-            self._tell("rejected", key, state=state, retry_after=retry_after)
-        hint = {OPEN: f"ask again in {retry_after or 0:.3g} s", FORCED_OPEN: "until reset()",
-                HALF_OPEN: f"all of its probes={self._circuit.settings.probes} are under way"}[state]
-        raise BreakerOpen(f"{self.name} is {state}: {hint}", self, retry_after)
-
-    def _ask(self, now, chance):
-        circuit = self._circuit
-        return circuit.permit(now, chance), circuit.state, circuit.retry_after(now)
-
-    def _record(self, generation, started, failed, key=None, error=None):
-        circuit = self._circuit
-        with self._lock:
-            ended = self._clock()
-            slow = ended - started > self._slow_seconds
-            now = ended + self._offset          # _now(), in line
-            if now < self._last:
-                self._offset += self._last - now
-                now = self._last
-            self._last = now
-            counted = circuit.record(generation, OUTCOMES[failed][slow], now, self._chance)
-            news = circuit.news
-            if news:
-                circuit.news = []
-        if self._listeners:
-            seconds = max(0.0, ended - started)
-            if not counted:
-                self._tell("late", key, seconds=seconds)
-            elif failed:
-                self._tell("failure", key, seconds=seconds, error=error)
-            else:
-                self._tell("success", key, seconds=seconds)
-            if counted and slow:
-                self._tell("slow", key, seconds=seconds)
-        if news:
-            self._announce(news)
+    def _begin(self):
+        """A decision, under the lock, after what was given back before it: now."""
+        now = self._now()
+        while self._given_back:
+            self._circuit.give_back(self._given_back.popleft())
+        return now
 
     def _raised(self, generation, started, error, key=None):
         """The call has ended with an error."""
@@ -912,6 +805,12 @@ class CircuitBreaker(Policy):
                 self._circuit.ignored += 1
             if self._listeners:
                 self._tell("ignored", key, error=error)
+
+    def _tell_end(self, key, failed, seconds, error):
+        if failed:
+            self._tell("failure", key, seconds=seconds, error=error)
+        else:
+            self._tell("success", key, seconds=seconds)
 
     def _give_back(self, generation):
         """Without the lock, see BreakerPermit.__del__. Where all go through, nothing was taken."""
@@ -1024,6 +923,129 @@ class CircuitBreaker(Policy):
     async def __aexit__(self, kind, error, traceback):
         self.__exit__(kind, error, traceback)
 
+
+class CircuitBreaker(_Breaker):
+    """Lets calls through while what is called does well, and rejects them at once while it does not.
+
+    CLOSED: calls go through, and are counted. Once `minimum_calls` are in the window, and a part of failure_rate of them, or
+    more, has failed, or a part of slow_call_rate took longer than slow_call_seconds, or consecutive_failures have come in a row
+    (for which there is no minimum), it is OPEN: all are rejected. After open_seconds the next call makes it HALF_OPEN: `probes`
+    calls go through, no more, however many ask at a time. When all have ended, their rates decide: CLOSED again, with an empty
+    window, or OPEN. FORCED_OPEN, until reset(), rejects all; METRICS_ONLY counts, and rejects none.
+
+    What counts is what comes back: a result (a success, if failure_result(result) does not say otherwise), or an Exception: a
+    failure if it is one of `failures`, neither if it is one of `ignored`, else a success. Each is a type, several, or a
+    predicate. By default a Rejected from within is ignored: nothing was called. Cancelled, and whatever else is no Exception,
+    is not counted, and gives the permit back: so a timeout has to stand *inside* the breaker, as in
+    Pipeline(CircuitBreaker(), Timeout(2)); one that stands outside cancels the call, and the breaker learns nothing. A
+    predicate that raises means no, but for `failures`, where it means yes: an error that nobody has understood is one.
+
+    Defaults are resilience4j's:
+
+    window=100                  calls, the last ones; or window_seconds: those of so long, in `buckets` (10) of equal length
+    minimum_calls=100           with fewer no rate is known; if `window` is smaller and this is not given, it is the window
+    failure_rate=0.5            from 0 (exclusive) to 1; reached is too high
+    slow_call_seconds=60.0      slower is slow; math.inf: none is
+    slow_call_rate=1.0          so that all have to be slow
+    consecutive_failures=None   None: any number of them may come in a row
+    open_seconds=60.0           how long it is OPEN, at first
+    open_growth=1.0             each time HALF_OPEN ends in OPEN, it is so many times as long as the time before …
+    max_open_seconds=None       … up to this; None: ten times open_seconds
+    open_jitter=0.0             then up to this part shorter or longer, by chance, so that not all come back at the same time
+    probes=10                   calls in HALF_OPEN
+    half_open_seconds=None      if they have not all ended by then, it is OPEN again; None: no limit
+    clock, random               functions: seconds of a clock, and a number from 0 to 1
+
+    Ways in, with the same effect: try_execute(); a decorator, also of plain functions; `async with` and `with`, where each
+    entry has a permit of its own, in any number of tasks, also one in another; acquire_nowait(). Each raises BreakerOpen, whose
+    retry_after is: in OPEN the rest of that, in HALF_OPEN what is left of half_open_seconds, else None. A call within a call
+    is one more call, and needs a permit of its own.
+
+    Events: "success", "failure", "slow" (after one of those), each with `seconds`, "failure" with `error` too (None if it was a
+    result); "ignored" with `error`; "late": it began in a state that is over, and does not count; "rejected" with `state`,
+    `retry_after`; "opened", "half_opened", "closed", "forced_open", "metrics_only", with `before`, the state that was, "opened"
+    with `seconds`, `calls`, `failures`, `slow` too; "exceeded" with the latter three: METRICS_ONLY would have opened; "loaded".
+    """
+
+    def __init__(self, *, window=100, window_seconds=None, buckets=10, minimum_calls=None, failure_rate=0.5,
+                 slow_call_seconds=60.0, slow_call_rate=1.0, consecutive_failures=None, open_seconds=60.0, open_growth=1.0,
+                 max_open_seconds=None, open_jitter=0.0, probes=10, half_open_seconds=None, failures=Exception,
+                 ignored=Rejected, failure_result=None, clock=flowcoro.now, random=random.random, name=None):
+        super().__init__(name, failures, ignored, failure_result, clock, random)
+        window, minimum_calls = _checked_window(window, window_seconds, buckets, minimum_calls)
+        self._circuit = _Circuit(_checked_settings(
+            minimum_calls, failure_rate, slow_call_rate, consecutive_failures, open_seconds, open_growth, max_open_seconds,
+            open_jitter, probes, half_open_seconds), window)
+        self._slow_seconds = _number(slow_call_seconds, 0, math.inf, f"{SAID}slow_call_seconds=", "seconds", exclusive=True)
+        self._chance = 0.5
+        self._draw()
+
+    # -- decisions: under the lock; what comes of them is told after it
+
+    def _decide(self, decision, *args):
+        circuit = self._circuit
+        with self._lock:
+            now = self._begin()
+            result = decision(*args, now, self._chance)
+            news, circuit.news = circuit.news, []
+        if news:
+            self._announce(news)
+        return result
+
+    def _announce(self, news):
+        self._draw()
+        if self._listeners:
+            for kind, details in news:
+                self._tell(kind, **details)
+
+    def _draw(self):
+        """Chance for the next open time: drawn ahead, since a decision calls nobody."""
+        if self._circuit.settings.open_jitter:
+            self._chance = min(max(self._random(), 0.0), 1.0)
+
+    def _permit(self, key):
+        """The generation to tell with the end of the call. Raises BreakerOpen."""
+        generation = self._circuit.free         # one read, so it needs no lock: a call that is let through as the breaker opens
+        if generation is not None:              # might as well have come a moment earlier, and is late when it ends
+            return generation
+        generation, state, retry_after = self._decide(self._ask)
+        if generation is not None:
+            return generation
+        if self._listeners:
+            self._tell("rejected", key, state=state, retry_after=retry_after)
+        hint = {OPEN: f"ask again in {retry_after or 0:.3g} s", FORCED_OPEN: "until reset()",
+                HALF_OPEN: f"all of its probes={self._circuit.settings.probes} are under way"}[state]
+        raise BreakerOpen(f"{self.name} is {state}: {hint}", self, retry_after)
+
+    def _ask(self, now, chance):
+        circuit = self._circuit
+        return circuit.permit(now, chance), circuit.state, circuit.retry_after(now)
+
+    def _record(self, generation, started, failed, key=None, error=None):
+        circuit = self._circuit
+        with self._lock:
+            ended = self._clock()
+            slow = ended - started > self._slow_seconds
+            now = ended + self._offset          # _now(), in line
+            if now < self._last:
+                self._offset += self._last - now
+                now = self._last
+            self._last = now
+            counted = circuit.record(generation, OUTCOMES[failed][slow], now, self._chance)
+            news = circuit.news
+            if news:
+                circuit.news = []
+        if self._listeners:
+            seconds = max(0.0, ended - started)
+            if not counted:
+                self._tell("late", key, seconds=seconds)
+            else:
+                self._tell_end(key, failed, seconds, error)
+            if counted and slow:
+                self._tell("slow", key, seconds=seconds)
+        if news:
+            self._announce(news)
+
     # -- what it is, and what you want it to be
 
     @property
@@ -1082,19 +1104,24 @@ class CircuitBreaker(Policy):
 # Requests below which nothing is rejected: of one or two, none accepted says nothing. go-zero's, whose K and window these are, too.
 ADAPTIVE_MINIMUM_CALLS = 5
 
-_ACCEPTED, _NOT_ACCEPTED = (1,), (0,)
+ACCEPTED, NOT_ACCEPTED = (1,), (0,)     # what is added to the window
+
 
 class _Throttle:
-    """The decisions of an AdaptiveBreaker. now: seconds that do not run backwards; chance: from 0 up to 1, equally likely."""
+    """The decisions of an AdaptiveBreaker. now: seconds that do not run backwards; chance: from 0 up to 1, equally likely.
 
-    __slots__ = ("k", "minimum_calls", "probe_seconds", "window", "permit", "forced", "probe_at", "probe_before", "rejected",
-                 "probes")
+    free: 0, the permit of all, while all requests in the window were accepted: whatever of them grows too old then, nothing is
+    rejected, so nobody needs to ask; else None.
+    """
+
+    __slots__ = ("k", "minimum_calls", "probe_seconds", "window", "free", "generation", "forced", "probe_at", "probe_before",
+                 "rejected", "probes", "ignored")
 
     def __init__(self, k, window, minimum_calls, probe_seconds):
         self.k, self.minimum_calls, self.probe_seconds = k, minimum_calls, probe_seconds
         self.window = window            # its calls: the requests; its total: those that were accepted
-        self.permit = self.rejected = self.probes = 0
-        self.forced = -1                # the last permit that chance would not have given
+        self.free = self.generation = self.rejected = self.probes = self.ignored = 0
+        self.forced = None              # the last permit that chance would not have given
         self.probe_at = self.probe_before = -math.inf       # when the next one goes through, whatever chance says
 
     def probability(self):
@@ -1104,55 +1131,49 @@ class _Throttle:
             return 0.0
         return max(0.0, (requests - self.k * self.window.totals[0]) / (requests + 1))
 
-    def ask(self, now, chance):
-        """A permit: an int, which is given to ended() or returned(). 0: rejected, which counts as a request."""
+    def advance(self, now):
+        """Let what is too old go."""
         window = self.window
         window.advance(now)
-        # The first half is that the probability is more than 0: nearly always it is not, and 100 ns are saved.
-        if window.calls > self.k * window.totals[0] and chance < self.probability():
+        self.free = 0 if window.calls == window.totals[0] else None
+
+    def ask(self, now, chance):
+        """A permit, for give_back(), or None: rejected, which counts as a request."""
+        self.advance(now)
+        if self.free is not None:
+            return self.free
+        generation = self.generation + 1
+        if chance < self.probability():
             if now < self.probe_at:
-                window.add(_NOT_ACCEPTED, now)
+                self.window.add(NOT_ACCEPTED, now)
                 self.rejected += 1
-                return 0
+                return None
             self.probes += 1
-            self.forced = self.permit + 1
-        self.permit += 1
+            self.forced = generation
+        self.generation = generation
         self.probe_before, self.probe_at = self.probe_at, now + self.probe_seconds
-        return self.permit
+        return generation
 
     def ended(self, now, accepted):
         """A request that was let through has been accepted, or not."""
-        self.window.add(_ACCEPTED if accepted else _NOT_ACCEPTED, now)
+        window = self.window
+        if accepted:
+            window.add(ACCEPTED, now)
+            if self.free is None and window.calls == window.totals[0]:
+                self.free = 0
+        else:
+            self.advance(now)
+            if self.free is not None:                   # until now all went through
+                self.free, self.generation, self.probe_at = None, self.generation + 1, now + self.probe_seconds
+            window.add(NOT_ACCEPTED, now)
 
-    def returned(self, permit):
+    def give_back(self, generation):
         """A request that was let through says nothing: if none was after it, it is as if it had not been let through."""
-        if permit == self.permit:
+        if generation == self.generation:
             self.probe_at = self.probe_before
 
 
-def _steady(read, said):
-    """A function that gives what `read()` does as long as that goes forwards, and stands still while it does not (P4).
-
-    It is called under the policy's lock: threads that were late would make it stand still. A closure, which is 50 ns faster than a
-    method.
-    """
-    if not callable(read):
-        raise TypeError(f"{said}{read!r:.80}): give a function that returns seconds")
-    last, offset = -math.inf, 0.0
-
-    def steady():
-        nonlocal last, offset
-        now = read() + offset
-        if now < last:
-            offset += last - now
-            return last
-        last = now
-        return now
-
-    return steady
-
-
-class AdaptiveBreaker(Policy):
+class AdaptiveBreaker(_Breaker):
     """Rejects about as much as the dependency does not accept, in proportion: the client's throttle of the SRE book, chapter 21.
 
     Of `requests` in the last `seconds`, `accepts` were accepted; the next one is rejected with a probability of
@@ -1160,89 +1181,69 @@ class AdaptiveBreaker(Policy):
         max(0, (requests - k * accepts) / (requests + 1))
 
     What is rejected here is a request as well. So a dependency that takes x requests a second, whatever is asked of it, gets k * x:
-    with k = 1.5 one failure for two successes. k: a smaller one spares the dependency, a greater one finds sooner that more is
-    accepted (the book has 2); seconds, buckets: what "lately" means, and how finely it passes; probe_seconds: whatever chance says,
-    a call goes through if none has for so long; minimum_calls: with fewer requests none is rejected.
+    with k=1.5 one that fails for two that do not.
 
-    failures: which errors say that it was not accepted; other Exceptions are answers, and mean that it was. ignored: which errors
-    say nothing. failure_result: which results say that it was not accepted. Each is an exception type, a tuple of them, or a
-    predicate (failure_result: of the result); one that raises means no. A call that is cancelled says nothing either. A call counts
-    once it has ended, so what is ignored or cancelled has never counted; if it was the last to go through, the next may probe.
+    k=1.5               a smaller one spares the dependency, a greater one finds sooner that it takes more; the book has 2
+    seconds=10.0        what is older counts no more; in `buckets` (40) of equal length
+    probe_seconds=1.0   whatever chance says, a call goes through if for so long none has
+    minimum_calls=5     with fewer requests none is rejected
+    clock, random       functions: seconds of a clock, and a number from 0 up to 1
 
-    clock: a function that gives seconds; random: one that gives a float from 0 up to 1. May be used by several workers and threads.
+    failures, ignored, failure_result: what comes back says whether it was accepted: as CircuitBreaker's, a failure was not. It counts
+    once it has ended; so what is ignored or cancelled never counts, and if it was the last to go through, the next one may probe.
+    Ways in: as CircuitBreaker's. BreakerOpen has as retry_after the time until a call is forced through.
 
-    Raises BreakerOpen, whose retry_after is the time until the next forced probe. Events: "accepted", "failed", "ignored",
-    "rejected" {"probability", "retry_after"}, "probe" {"probability"}: forced through.
+    Events: "success", "failure", each with `seconds`, "failure" with `error` too (None if it was a result); "ignored" with `error`;
+    "rejected" with `probability`, `retry_after`; "probe", forced through, with `probability`.
     """
 
     def __init__(self, *, k=1.5, seconds=10.0, buckets=40, probe_seconds=1.0, minimum_calls=ADAPTIVE_MINIMUM_CALLS,
-                 failures=Exception, ignored=None, failure_result=None, clock=flowcoro.now, random=random.random, name=None):
-        super().__init__(name)
-        said = "AdaptiveBreaker("
-        _number(seconds, 0, math.inf, said + "seconds=", "seconds", exclusive=True)
-        _count(buckets, 1, said + "buckets=", "buckets")
-        self._throttle = _Throttle(
-            _number(k, 1, 1000, said + "k=", "requests for each that is accepted"), TimeWindow(seconds, buckets),
-            _count(minimum_calls, 0, said + "minimum_calls=", "calls"),
-            _number(probe_seconds, 0, math.inf, said + "probe_seconds=", "seconds", exclusive=True))
-        if not callable(random):
-            raise TypeError(f"{said}random={random!r:.80}): give a function that returns a float from 0 up to 1")
-        self._now, self._random = _steady(clock, said + "clock="), random
-        self._is_failure = _test(failures, said + "failures=", self)
-        self._is_ignored = _test(ignored, said + "ignored=", self)
-        self._is_failure_result = None if failure_result is None else _test(failure_result, said + "failure_result=", self)
+                 failures=Exception, ignored=Rejected, failure_result=None, clock=flowcoro.now, random=random.random, name=None):
+        super().__init__(name, failures, ignored, failure_result, clock, random)
+        said = self._said
+        _number(seconds, 0, math.inf, f"{said}seconds=", "seconds", exclusive=True)
+        _count(buckets, 1, f"{said}buckets=", "buckets")
+        self._circuit = _Throttle(
+            _number(k, 1, 1000, f"{said}k=", "requests for each that is accepted"), TimeWindow(seconds, buckets),
+            _count(minimum_calls, 0, f"{said}minimum_calls=", "calls"),
+            _number(probe_seconds, 0, math.inf, f"{said}probe_seconds=", "seconds", exclusive=True))
 
-    async def _run(self, call, proceed):
-        permit = self._enter(call.key)
-        try:
-            result = await proceed()
-        except Exception as error:
-            kind = "ignored" if self._is_ignored(error) else "failed" if self._is_failure(error) else "accepted"
-            self._leave(permit, kind, call.key)
-            raise
-        except BaseException:
-            self._leave(permit, "ignored", call.key)
-            raise
-        failed = self._is_failure_result is not None and self._is_failure_result(result)
-        self._leave(permit, "failed" if failed else "accepted", call.key)
-        return result
-
-    def _enter(self, key):
-        """A permit, for _leave(). Raises BreakerOpen."""
-        chance, throttle = self._random(), self._throttle       # a function of the caller's: not under the lock (P1)
+    def _permit(self, key):
+        circuit = self._circuit
+        if circuit.free is not None:            # one read, as CircuitBreaker's
+            return circuit.free
+        chance = self._random()                 # not under the lock: a function of the caller's (P1)
         with self._lock:
-            now = self._now()
-            permit = throttle.ask(now, chance)
-            if permit and permit != throttle.forced:
-                return permit
-            probability, retry_after = throttle.probability(), throttle.probe_at - now
-            requests, accepts = throttle.window.calls, throttle.window.totals[0]
-        if permit:
+            now = self._begin()
+            permit = circuit.ask(now, chance)
+            forced = permit is not None and permit == circuit.forced
+            probability, retry_after = circuit.probability(), circuit.probe_at - now
+            requests, accepts = circuit.window.calls, circuit.window.totals[0]
+        if permit is None:
             if self._listeners:
-                self._tell("probe", key, probability=probability)
-            return permit
-        if self._listeners:
-            self._tell("rejected", key, probability=probability, retry_after=retry_after)
-        raise BreakerOpen(f"{self.name}: {accepts} of {requests} requests were accepted in the last {throttle.window.seconds:g} s, so "
-                          f"{probability:.0%} are rejected; in {retry_after:.3g} s one may try", self, retry_after)
+                self._tell("rejected", key, probability=probability, retry_after=retry_after)
+            raise BreakerOpen(f"{self.name}: {accepts} of {requests} requests were accepted in the last {circuit.window.seconds:g} s, "
+                              f"so {probability:.0%} are rejected; in {retry_after:.3g} s one may try", self, retry_after)
+        if forced and self._listeners:
+            self._tell("probe", key, probability=probability)
+        return permit
 
-    def _leave(self, permit, kind, key):
+    def _record(self, permit, started, failed, key=None, error=None):
         with self._lock:
-            if kind == "ignored":
-                self._throttle.returned(permit)
-            else:
-                self._throttle.ended(self._now(), kind == "accepted")
+            self._circuit.ended(self._now(), not failed)
+            ended = self._last - self._offset
         if self._listeners:
-            self._tell(kind, key)
+            self._tell_end(key, failed, max(0.0, ended - started), error)
 
     def statistics(self):
         """{"name", "requests", "accepts": of the last `seconds`, those rejected among the requests; "probability": of a rejection;
-        "rejected", "probes": since it was made, how many were rejected and forced through}"""
+        "rejected", "probes", "ignored": since it was made, how many were rejected, forced through, and ignored}"""
         with self._lock:
-            throttle = self._throttle
-            throttle.window.advance(self._now())
-            return {"name": self.name, "requests": throttle.window.calls, "accepts": throttle.window.totals[0],
-                    "probability": throttle.probability(), "rejected": throttle.rejected, "probes": throttle.probes}
+            circuit = self._circuit
+            circuit.advance(self._begin())
+            return {"name": self.name, "requests": circuit.window.calls, "accepts": circuit.window.totals[0],
+                    "probability": circuit.probability(), "rejected": circuit.rejected, "probes": circuit.probes,
+                    "ignored": circuit.ignored}
 
 
 # ---- rate limits ----------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import pytest
 
 import flowcoro
 from flowcoro_resilience import AdaptiveBreaker, BreakerOpen, Pipeline, PolicyEvent, TimeWindow, _Throttle
-from flowcoro_testing import VirtualClock, run_in_kernel
-from test_net_cancel import at_each_point, cancelled_at
+from flowcoro_testing import run_in_kernel
+from test_net_cancel import at_each_point
 
 SEEDS = range(int(os.environ.get("FLOWCORO_SEEDS", 40)))
 
@@ -65,29 +65,41 @@ class Model:
 
     def __init__(self, k, length, buckets, minimum, probe_seconds):
         self.k, self.length, self.buckets, self.minimum, self.probe_seconds = k, length, buckets, minimum, probe_seconds
-        self.ended, self.passed, self.rejected, self.forced = [], [], 0, 0
+        self.requests, self.through, self.rejected, self.forced = [], [-1e9], 0, 0
 
     def counts(self, now):
-        last = [accepted for bucket, accepted in self.ended if bucket > now // self.length - self.buckets]
+        last = [accepted for bucket, accepted in self.requests if bucket > now // self.length - self.buckets]
         return len(last), sum(last)
+
+    def all_accepted(self, now):
+        requests, accepts = self.counts(now)
+        return requests == accepts
 
     def probability(self, now):
         requests, accepts = self.counts(now)
         return max(0, (requests - self.k * accepts) / (requests + 1)) if requests >= self.minimum else 0
 
     def ask(self, now, chance):
-        due = not self.passed or now - self.passed[-1] >= self.probe_seconds
+        """None: rejected; 0: not written down, since all go through; else a number."""
+        if self.all_accepted(now):
+            return 0
         if chance < self.probability(now):
-            if not due:
+            if now - self.through[-1] < self.probe_seconds:
                 self.rejected += 1
-                self.end(now, False)
-                return False
+                self.requests.append((now // self.length, False))
+                return None
             self.forced += 1
-        self.passed.append(now)
-        return True
+        self.through.append(now)
+        return len(self.through)
 
     def end(self, now, accepted):
-        self.ended.append((now // self.length, accepted))
+        if not accepted and self.all_accepted(now):
+            self.through.append(now)
+        self.requests.append((now // self.length, accepted))
+
+    def give_back(self, number):
+        if number == len(self.through):
+            self.through[-1] = self.through[-2]         # as if it had not gone through
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -95,33 +107,34 @@ def test_decisions_are_those_of_the_formula_over_all_that_has_happened(seed):
     chance = random.Random(seed)
     k, length, buckets = chance.choice([1.0, 1.5, 2.0]), chance.choice([0.25, 0.5, 1.0]), chance.randint(1, 12)
     minimum, probe_seconds = chance.choice([0, 1, 5]), chance.choice([0.5, 1.0, 4.0])       # halves: sums of them are exact
-    throttle, model = _Throttle(k, TimeWindow(buckets * length, buckets), minimum, probe_seconds), Model(
-        k, length, buckets, minimum, probe_seconds)
-    now, under_way, health = 0.0, [], 0.5
+    throttle = _Throttle(k, TimeWindow(buckets * length, buckets), minimum, probe_seconds)
+    model, now, under_way, health = Model(k, length, buckets, minimum, probe_seconds), 0.0, [], 0.5
     for _ in range(150):
         now += chance.choice([0, 0, 0, 0.125, 0.5, 3.0])
-        event = chance.choice(["ask", "ask", "ask", "end", "end", "return", "health"])
+        event = chance.choice(["ask", "ask", "ask", "end", "end", "give back", "look", "health"])
         if event == "ask":
             draw = chance.choice([0.0, 0.999, chance.random()])
-            permit = throttle.ask(now, draw)
-            assert bool(permit) == model.ask(now, draw)
-            if permit:
-                under_way.append((permit, len(model.passed)))
+            permit = throttle.ask(now, draw) if throttle.free is None else throttle.free
+            number = model.ask(now, draw)
+            assert (permit is None, permit == 0) == (number is None, number == 0)
+            if permit is not None:
+                under_way.append((permit, number))
         elif event == "end" and under_way:
             under_way.pop(chance.randrange(len(under_way)))
-            good = chance.random() < health
-            throttle.ended(now, good)
-            model.end(now, good)
-        elif event == "return" and under_way:
+            accepted = chance.random() < health
+            throttle.ended(now, accepted)
+            model.end(now, accepted)
+        elif event == "give back" and under_way:
             permit, number = under_way.pop(chance.randrange(len(under_way)))
-            throttle.returned(permit)
-            if number == len(model.passed) and model.passed[-1] is not None:
-                model.passed[-1] = model.passed[-2] if number > 1 else -1e9        # as if it had not gone through
+            throttle.give_back(permit)
+            model.give_back(number)
+        elif event == "look":
+            throttle.advance(now)
+            assert (throttle.window.calls, throttle.window.totals[0]) == model.counts(now)
+            assert throttle.probability() == model.probability(now)
         elif event == "health":
             health = chance.choice([0.0, 0.5, 1.0])
-        throttle.window.advance(now)
-        assert (throttle.window.calls, throttle.window.totals[0]) == model.counts(now)
-        assert throttle.probability() == pytest.approx(model.probability(now), abs=0)
+        assert throttle.free is None or model.probability(now) == 0
         assert (throttle.rejected, throttle.probes) == (model.rejected, model.forced)
 
 
@@ -131,7 +144,7 @@ def test_a_dependency_that_takes_so_many_a_second_gets_k_times_as_many(k):
     throttle, sent = _Throttle(k, TimeWindow(10.0, 40), 5, 1.0), [0] * 40       # in each second
     for step in range(len(sent) * offered):
         now = step / offered
-        if throttle.ask(now, chance.random()):
+        if throttle.ask(now, chance.random()) is not None:
             sent[int(now)] += 1
             throttle.ended(now, sent[int(now)] <= takes)
     assert sum(sent[20:]) / 20 == pytest.approx(k * takes, rel=0.1)
@@ -140,17 +153,17 @@ def test_a_dependency_that_takes_so_many_a_second_gets_k_times_as_many(k):
 def test_a_dependency_that_takes_all_gets_all_however_much_it_is_and_a_few_failures_change_nothing():
     throttle = _Throttle(1.5, TimeWindow(10.0, 40), 0, 1.0)
     for step in range(1000):
-        assert throttle.ask(step / 50, 0.0)             # the worst chance
+        assert throttle.ask(step / 50, 0.0) is not None # the worst chance
         throttle.ended(step / 50, step % 4 != 3)        # three of four; two of three would be 1 / k
 
 
 def test_below_the_minimum_nothing_is_rejected():
     throttle = _Throttle(1.5, TimeWindow(10.0, 40), 5, 1.0)
     for _ in range(5):
-        assert throttle.ask(0.0, 0.0)
+        assert throttle.ask(0.0, 0.0) is not None
         throttle.ended(0.0, False)
-    assert throttle.probability() == 5 / 6 and not throttle.ask(0.0, 0.0)
-    assert throttle.ask(0.0, 0.9)
+    assert throttle.probability() == 5 / 6 and throttle.ask(0.0, 0.0) is None
+    assert throttle.ask(0.0, 0.9) == 6          # the sixth for which it was decided
 
 
 # ---- the front ---------------------------------------------------------------------------------------------------
@@ -164,7 +177,8 @@ async def test_rejected_calls_run_nothing_and_know_when_the_next_one_may():
         await breaker.try_execute(lambda: 1 / 0)
     assert caught.value.policy is breaker and caught.value.retry_after == 0.75 and caught.value.sent is False
     assert str(caught.value) == ("there: 0 of 6 requests were accepted in the last 10 s, so 86% are rejected; in 0.75 s one may try")
-    assert breaker.statistics() == {"name": "there", "requests": 6, "accepts": 0, "probability": 6 / 7, "rejected": 1, "probes": 0}
+    assert breaker.statistics() == {"name": "there", "requests": 6, "accepts": 0, "probability": 6 / 7, "rejected": 1, "probes": 0,
+                                    "ignored": 0}
     await flowcoro.sleep(0.75)
     assert await breaker.try_execute(accepted) == "done"        # it is the probe, and the next one waits for its turn
     assert await outcome(breaker, accepted) == "rejected"
@@ -226,9 +240,21 @@ async def test_what_counts_is_said_by_types_and_predicates():
             await breaker.try_execute(fail, error)
     assert await breaker.try_execute(lambda: 503) == 503
     assert await breaker.try_execute(lambda: 200) == 200
-    assert [event.kind for event in heard] == ["failed", "accepted", "ignored", "failed", "accepted"]
+    assert [event.kind for event in heard] == ["failure", "success", "ignored", "failure", "success"]
+    assert isinstance(heard[0].details["error"], Down) and heard[3].details == {"seconds": 0.0, "error": None}
     statistics = breaker.statistics()
-    assert (statistics["requests"], statistics["accepts"]) == (4, 2)
+    assert (statistics["requests"], statistics["accepts"], statistics["ignored"]) == (4, 2, 1)
+
+
+@run_in_kernel
+async def test_what_a_policy_within_rejects_says_nothing_of_the_dependency():
+    inner = never()
+    await all_failed(inner, 5)
+    outer = AdaptiveBreaker()
+    with pytest.raises(BreakerOpen) as caught:
+        await Pipeline(outer, inner).try_execute(accepted)
+    assert caught.value.policy is inner
+    assert (outer.statistics()["requests"], outer.statistics()["ignored"], inner.statistics()["rejected"]) == (0, 1, 1)
 
 
 @run_in_kernel
@@ -239,7 +265,7 @@ async def test_predicates_and_listeners_that_fail_are_reported_and_change_nothin
     breaker.add_listener(lambda event: 1 / 0)
     assert await outcome(breaker, failed) == "failed" and await outcome(breaker, accepted) == "accepted"
     assert breaker.statistics()["requests"] == 2 and breaker.statistics()["accepts"] == 1
-    assert len(reported) == 4 and "AdaptiveBreaker(ignored=" in reported[0] and "at 'failed'" in reported[1]
+    assert len(reported) == 4 and "AdaptiveBreaker(ignored=" in reported[0] and "at 'failure'" in reported[1]
 
 
 @run_in_kernel
@@ -258,35 +284,30 @@ async def test_listeners_hear_of_what_is_rejected_and_forced_through():
     await flowcoro.sleep(1)
     await outcome(breaker, Ask())
     assert heard == [PolicyEvent(breaker, "rejected", "there", {"probability": 6 / 7, "retry_after": 1.0}),
-                     PolicyEvent(breaker, "probe", "there", {"probability": 6 / 7}), PolicyEvent(breaker, "accepted", "there", {})]
+                     PolicyEvent(breaker, "probe", "there", {"probability": 6 / 7}),
+                     PolicyEvent(breaker, "success", "there", {"seconds": 0.0})]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_cancelled_at_each_checkpoint_it_counts_nothing_and_gives_its_turn_back(workers):
     async def main():
-        breaker = never()
+        at = [0.0]
+        breaker = never(clock=lambda: at[0])
         await all_failed(breaker, 5)
-        before = breaker.statistics()
-        now = flowcoro.now()
-
-        async def once():
-            breaker._throttle.probe_at = now            # a probe may go
-            await breaker.try_execute(two_steps)
+        at[0], before = 1.0, breaker.statistics()       # one may go
 
         async def two_steps():
             await flowcoro.sleep(0)
             await flowcoro.sleep(0)
 
         async def after(cancelled):
-            if cancelled:
-                assert breaker._throttle.probe_at <= now
-                statistics = breaker.statistics()
-                assert {**statistics, "probes": 0} == before
-        assert await at_each_point(once, after) == 2
-        assert breaker.statistics()["requests"] == before["requests"] + 1
+            assert {**breaker.statistics(), "probes": 0} == before or not cancelled
 
-    clock = VirtualClock() if workers == 1 else None
-    flowcoro.run(main(), workers=workers, clock=clock)
+        assert await at_each_point(lambda: breaker.try_execute(two_steps), after) == 2
+        statistics = breaker.statistics()
+        assert (statistics["requests"], statistics["accepts"], statistics["probes"]) == (6, 1, 3)
+
+    flowcoro.run(main(), workers=workers)
 
 
 @run_in_kernel
@@ -361,6 +382,42 @@ def test_after_a_clock_went_back_an_hour_the_next_probe_is_a_second_away():
 
 
 @run_in_kernel
+async def test_all_ways_in_count_and_reject():
+    breaker = never()
+
+    @breaker
+    async def ask():
+        raise Down
+
+    @breaker
+    def ask_plainly():
+        raise Down
+
+    async def ask_within():
+        async with breaker:
+            raise Down
+
+    async def ask_by_hand():
+        permit = breaker.acquire_nowait()
+        permit.fail(Down())
+        raise Down
+
+    ways = [ask, lambda: flowcoro.sleep(ask_plainly()), ask_within, ask_by_hand, lambda: breaker.try_execute(failed)]
+    for way in ways:
+        with pytest.raises(Down):
+            await way()
+    assert breaker.statistics()["requests"] == 5
+    for way in ways:
+        with pytest.raises(BreakerOpen):
+            await way()
+    await flowcoro.sleep(1)
+    breaker.acquire_nowait().give_back()
+    with breaker:
+        pass
+    assert (breaker.statistics()["accepts"], breaker.statistics()["probes"]) == (1, 2)
+
+
+@run_in_kernel
 async def test_it_may_be_used_within_itself_and_in_a_pipeline():
     breaker = AdaptiveBreaker()
     assert await breaker.try_execute(breaker.try_execute, breaker.try_execute, accepted) == "done"
@@ -425,7 +482,7 @@ def test_threads_with_runs_of_their_own_lose_no_count():
     (dict(probe_seconds=0), ValueError, "AdaptiveBreaker(probe_seconds=0): give a number of seconds more than 0 up"),
     (dict(minimum_calls=-1), ValueError, "AdaptiveBreaker(minimum_calls=-1): give a number of calls, from 0 up"),
     (dict(clock=5), TypeError, "AdaptiveBreaker(clock=5): give a function that returns seconds"),
-    (dict(random=0.5), TypeError, "AdaptiveBreaker(random=0.5): give a function that returns a float from 0 up to 1"),
+    (dict(random=0.5), TypeError, "AdaptiveBreaker(random=0.5): give a function that returns a number from 0 to 1"),
     (dict(failures="Down"), TypeError, "AdaptiveBreaker(failures='Down'): give an exception type"),
     (dict(failure_result=503), TypeError, "AdaptiveBreaker(failure_result=503): give"),
 ])

@@ -9,7 +9,7 @@ import functools
 
 import flowcoro
 import flowcoro_resilience
-from flowcoro_resilience import AdaptiveBreaker, BreakerOpen
+from flowcoro_resilience import AdaptiveBreaker, BreakerOpen, CircuitBreaker
 
 import harness
 
@@ -20,21 +20,47 @@ async def gather(*coroutines):
             group.spawn(coro)
 
 
+async def opened(**settings):
+    breaker = CircuitBreaker(minimum_calls=1, **settings)
+    try:
+        await breaker.try_execute(harness.failing)
+    except harness.Broken:
+        return breaker
+
+
+async def closed():
+    await harness.compared(functools.partial(CircuitBreaker().try_execute, harness.operation))
+
+
+async def rejected():
+    breaker = await opened(open_seconds=harness.AGES)
+    await harness.rejected(functools.partial(breaker.try_execute, harness.operation), BreakerOpen)
+
+
+async def halfopen(probes=1):
+    breaker = await opened(open_seconds=harness.OPENED, probes=probes)
+    await harness.halfopen(breaker.try_execute, BreakerOpen, gather, flowcoro.sleep)
+
+
+def halfopen3():
+    return halfopen(3)
+
+
 async def adaptive():
     await harness.compared(functools.partial(AdaptiveBreaker().try_execute, harness.operation))
 
 
 async def adaptive_rejected():
     breaker = AdaptiveBreaker(probe_seconds=harness.AGES, random=lambda: 0.0)
-    for _ in range(10):
+    for _ in range(5):
         try:
             await breaker.try_execute(harness.failing)
-        except (harness.Broken, BreakerOpen):
+        except harness.Broken:
             pass
     await harness.rejected(functools.partial(breaker.try_execute, harness.operation), BreakerOpen)
 
 
 if __name__ == "__main__":
-    cases = [adaptive, adaptive_rejected]
+    cases = [closed, rejected, halfopen, halfopen3, adaptive, adaptive_rejected]
     harness.main({case.__name__: case for case in cases}, functools.partial(flowcoro.run, workers=1),
                  flowcoro_resilience.__version__)
