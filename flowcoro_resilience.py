@@ -18,8 +18,8 @@ Example:
 
     flowcoro.run(main())
 
-Contents: constants · errors · policies · windows · circuit breaker · adaptive breaker · rate limits · concurrency limits ·
-retry · hedge · timeout and fallback · cache · keyed · pipeline
+Contents: constants · errors · policies · windows · breakers · circuit breaker · adaptive breaker · rate limits ·
+concurrency limits · retry · hedge · timeout and fallback · cache · keyed · pipeline
 
 How it works:
 
@@ -384,6 +384,268 @@ class TimeWindow:
         self.__init__(self.seconds, len(self._buckets), len(self.totals))
 
 
+# ---- breakers -------------------------------------------------------------------------------------------------
+
+class BreakerPermit:
+    """A call that a CircuitBreaker lets through, for callbacks and streams: acquire_nowait() gives it.
+
+    Say once how the call has ended, from whatever task or thread: succeed(), fail(), or give_back() if that says nothing of
+    what was called. A second time is a RuntimeError. One that is forgotten, and so garbage, is given back.
+    """
+
+    __slots__ = ("_breaker", "_generation", "_started")
+
+    def __init__(self, breaker):
+        self._breaker, self._generation = breaker, []
+        self._started = breaker._clock()
+        self._generation.append(breaker._permit(None))
+
+    def _end(self):
+        """The generation. Taking it out of a list is one step, also among threads, and needs no lock."""
+        try:
+            return self._generation.pop()
+        except IndexError:
+            raise RuntimeError(f"this permit of {self._breaker.name!r} has ended: one of succeed(), fail() and give_back() is "
+                               "called, and once") from None
+
+    def succeed(self, result=None):
+        """The call has come to its end. result: what it brought, for failure_result; None: that is not asked."""
+        self._returned(result, result is not None)
+
+    def _returned(self, result, asked):
+        generation, counted = self._end(), False
+        try:
+            test = self._breaker._failure_result
+            failed = asked and test is not None and test(result)
+            counted = True
+        finally:
+            if not counted:
+                self._breaker._give_back(generation)
+        self._breaker._record(generation, self._started, failed)
+
+    def fail(self, error):
+        """The call has raised `error`: judged as if try_execute() had seen it."""
+        if not isinstance(error, BaseException):
+            raise TypeError(f"BreakerPermit.fail({error!r:.80}): give the exception")
+        self._breaker._raised(self._end(), self._started, error)
+
+    def give_back(self):
+        """As if there had been no call."""
+        self._breaker._give_back(self._end())
+
+    def __del__(self):
+        # At any moment, in any thread, perhaps within a decision of this breaker or another: so nothing here takes a lock.
+        if self._generation:
+            self.give_back()
+
+
+def _is_generator_function(function):
+    """Async or not; those that flowcoro.coroutine has made awaitable are none."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    flags = getattr(getattr(function, "__code__", None), "co_flags", 0)
+    return bool(flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR)) and not flags & inspect.CO_ITERABLE_COROUTINE
+
+
+def _who():
+    """The task that runs, or else the thread."""
+    try:
+        return flowcoro.current_task()
+    except RuntimeError:
+        return threading.get_ident()
+
+
+class _Breaker(Policy):
+    """What all breakers have: what counts, and the ways in. Each adds two methods, and its decisions:
+
+    _permit(key): what to tell with the end of a call, or BreakerOpen. _record(permit, started, failed, key, error): a call has
+    ended, and counts. _circuit: the decisions, of which is known here `free`: what permits are while all calls go through, else
+    None; `generation`: the newest permit; give_back(permit): the call says nothing; `ignored`: how many were.
+    """
+
+    def __init__(self, name, said, failures, ignored, failure_result, clock, random):
+        super().__init__(name)
+        self._failures = self._errors(failures, f"{said}failures=", True)
+        self._ignored = None if ignored is None else self._errors(ignored, f"{said}ignored=", False)
+        self._failure_result = None if failure_result is None else _test(failure_result, f"{said}failure_result=", self)
+        if not callable(clock):
+            raise TypeError(f"{said}clock={clock!r:.80}): give a function that returns seconds")
+        if not callable(random):
+            raise TypeError(f"{said}random={random!r:.80}): give a function that returns a number from 0 to 1")
+        self._clock, self._random = clock, random
+        self._last, self._offset = -math.inf, 0.0       # P4: what the clock said last, and what is added to it since it went back
+        self._given_back = collections.deque()          # permits; taken out by the next decision (BreakerPermit.__del__)
+        self._entered = {}                              # (task or thread, depth) -> BreakerPermit, of `with`
+
+    def _errors(self, what, said, broken):
+        if what is not None:
+            for one in what if isinstance(what, tuple) else (what,):
+                if isinstance(one, type) and not issubclass(one, Exception):
+                    raise TypeError(f"{said}{one.__name__}): give types of Exception; what is none, as Cancelled, is never "
+                                    "counted")
+        return _test(what, said, self, broken)
+
+    def _now(self):
+        now = self._clock() + self._offset
+        if now < self._last:
+            self._offset += self._last - now
+            now = self._last
+        self._last = now
+        return now
+
+    def _begin(self):
+        """Begin a decision, under the lock, with what was given back before it. Returns now."""
+        now = self._now()
+        while self._given_back:
+            self._circuit.give_back(self._given_back.popleft())
+        return now
+
+    def _raised(self, permit, started, error, key=None):
+        """The call has ended with an error."""
+        counts = ignored = False
+        try:
+            if isinstance(error, Exception):
+                ignored = self._ignored is not None and self._ignored(error)
+                failed = not ignored and self._failures(error)
+                counts = not ignored
+        finally:
+            if not counts:                      # also if a predicate has raised what is no Exception
+                self._give_back(permit)
+        if counts:
+            self._record(permit, started, failed, key, error)
+        elif ignored:
+            self._ignore(error, key)
+
+    def _ignore(self, error, key):
+        with self._lock:
+            self._circuit.ignored += 1
+        if self._listeners:
+            self._tell("ignored", key, error=error)
+
+    def _tell_end(self, key, failed, seconds, error):
+        if failed:
+            self._tell("failure", key, seconds=seconds, error=error)
+        else:
+            self._tell("success", key, seconds=seconds)
+
+    def _give_back(self, generation):
+        """A call has ended, and says nothing. Without the lock, since what is garbage may come here in the middle of a decision.
+
+        Where all calls go through, nothing was taken.
+        """
+        if generation == self._circuit.generation and self._circuit.free is None:
+            self._given_back.append(generation)
+
+    async def try_execute(self, operation, /, *args, **kwargs):
+        """As Policy.try_execute(). Raises BreakerOpen, a Rejected."""
+        # _run(), in line and without what a Pipeline needs: a call through a closed breaker has two clock readings and one lock.
+        if not callable(operation):
+            _checked_operation(operation, f"{self.name}.try_execute()")
+        started = self._clock()
+        generation = self._circuit.free
+        if generation is None:
+            generation = self._permit(getattr(operation, "key", None))
+        try:
+            result = operation(*args, **kwargs)
+            if result.__class__ is types.CoroutineType or _is_awaitable(result):
+                result = await result
+            failed = self._failure_result is not None and self._failure_result(result)
+        except BaseException as error:
+            self._raised(generation, started, error, getattr(operation, "key", None))
+            raise
+        self._record(generation, started, failed, getattr(operation, "key", None) if self._listeners else None)
+        return result
+
+    async def _run(self, call, proceed):
+        started, permit = self._clock(), self._permit(call.key)
+        try:
+            result = await proceed()
+            failed = self._failure_result is not None and self._failure_result(result)
+        except BaseException as error:
+            self._raised(permit, started, error, call.key)
+            raise
+        self._record(permit, started, failed, call.key)
+        return result
+
+    def __call__(self, function):
+        """A decorator of a function, async or not: its calls go through the breaker.
+
+        TypeError for generator functions: they have done nothing when their call returns.
+        """
+        if not callable(function):
+            raise TypeError(f"@{self.name} decorates functions, got {function!r:.80}")
+        if _is_generator_function(function):
+            raise TypeError(f"@{self.name} got {function!r:.80}, a generator function, whose call returns before anything is done: "
+                            "write `async with` or `with` in it, or take acquire_nowait() and say how it ends")
+        if inspect.iscoroutinefunction(function):
+            return super().__call__(function)
+
+        @functools.wraps(function)
+        def decorated(*args, **kwargs):
+            permit = BreakerPermit(self)
+            try:
+                result = function(*args, **kwargs)
+            except BaseException as error:
+                permit.fail(error)
+                raise
+            if _is_awaitable(result):
+                return self._awaited(permit, result)
+            permit._returned(result, True)
+            return result
+
+        return decorated
+
+    async def _awaited(self, permit, result):
+        try:
+            result = await result
+        except BaseException as error:
+            permit.fail(error)
+            raise
+        permit._returned(result, True)
+        return result
+
+    def acquire_nowait(self):
+        """A BreakerPermit, or BreakerOpen."""
+        return BreakerPermit(self)
+
+    def __enter__(self):
+        permit, who, depth = BreakerPermit(self), _who(), 0
+        while (who, depth) in self._entered:
+            depth += 1
+        self._entered[who, depth] = permit
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        permit = self._left()
+        if error is None:
+            permit.succeed()
+        else:
+            permit.fail(error)
+
+    def _left(self):
+        """The permit of the innermost entry of this task or thread.
+
+        If there is none, it is left elsewhere than it was entered, by garbage that is closed, say: then one of another, which
+        will find that of yet another, and so as many are given back as were taken. Each step is one of the dict's own, and
+        needs no lock (see BreakerPermit.__del__).
+        """
+        who, depth = _who(), 0
+        while (who, depth) in self._entered:
+            depth += 1
+        permit = self._entered.pop((who, depth - 1), None)
+        while permit is None and self._entered:
+            permit = self._entered.pop(next(iter(list(self._entered)), None), None)
+        if permit is not None:
+            return permit
+        raise RuntimeError(f"{self.name} was left more often than it was entered")
+
+    async def __aenter__(self):
+        return self.__enter__()
+
+    async def __aexit__(self, kind, error, traceback):
+        self.__exit__(kind, error, traceback)
+
+
 # ---- circuit breaker ------------------------------------------------------------------------------------------
 # Most breakers decide in two places which do not know of each other, before a call and after it. Between them lies the call,
 # and whatever other calls have done meanwhile. So here a permit carries the number of the state in which it was given, its
@@ -414,6 +676,9 @@ SAID = "CircuitBreaker("        # begins the messages about settings
 
 # Calls in the window, and those without which there is no rate: resilience4j's. With 100, one failure is one per cent.
 WINDOW = 100
+
+# Of a window of time: what is too old stays for a tenth of it at most.
+BUCKETS = 10
 
 # Seconds that a breaker may be open at most, a year: what is longer is a slip of the keyboard, or force_open().
 MAX_OPEN_SECONDS = 366 * 86400.0
@@ -586,8 +851,11 @@ class _Circuit:
         self.consecutive = saved["consecutive_failures"]
         if state in (OPEN, HALF_OPEN):
             self.open_seconds = min(max(saved["open_seconds"], settings.open_seconds), settings.max_open_seconds)
-            if saved["seconds_left"] is not None:
-                self.until = now + saved["seconds_left"] - age
+            left, most = saved["seconds_left"], settings.half_open_seconds
+            if state is OPEN:
+                most = settings.max_open_seconds * (1 + settings.open_jitter)
+            if left is not None and most < math.inf:
+                self.until = now + min(left, most) - age
         self.news.append(("loaded", {"state": state}))
         calls = saved["calls"]
         if state is HALF_OPEN:
@@ -635,65 +903,13 @@ def _checked_saved(saved):
             raise ValueError(f"CircuitBreaker.load(): {name!r} is {saved[name]!r:.80}, which save() does not write")
 
 
-class BreakerPermit:
-    """A call that a CircuitBreaker lets through, for callbacks and streams: acquire_nowait() gives it.
-
-    Say once how the call has ended, from whatever task or thread: succeed(), fail(), or give_back() if that says nothing of
-    what was called. A second time is a RuntimeError. One that is forgotten, and so garbage, is given back.
-    """
-
-    __slots__ = ("_breaker", "_generation", "_started", "_key")
-
-    def __init__(self, breaker, key=None):
-        self._breaker, self._key, self._generation = breaker, key, None
-        self._started = breaker._clock()
-        self._generation = breaker._permit(key)
-
-    def _end(self):
-        """The generation; from then on it has none."""
-        with self._breaker._lock:
-            generation, self._generation = self._generation, None
-        if generation is None:
-            raise RuntimeError(f"this permit of {self._breaker.name!r} has ended: one of succeed(), fail() and give_back() is "
-                               "called, and once")
-        return generation
-
-    def succeed(self, result=None):
-        """The call has come to its end. result: what it brought, for failure_result; None: that is not asked."""
-        self._returned(result, result is not None)
-
-    def _returned(self, result, asked):
-        generation, counted = self._end(), False
-        try:
-            test = self._breaker._failure_result
-            failed = asked and test is not None and test(result)
-            counted = True
-        finally:
-            if not counted:
-                self._breaker._give_back(generation)
-        self._breaker._record(generation, self._started, failed, self._key)
-
-    def fail(self, error):
-        """The call has raised `error`: judged as if try_execute() had seen it."""
-        if not isinstance(error, BaseException):
-            raise TypeError(f"BreakerPermit.fail({error!r:.80}): give the exception")
-        self._breaker._raised(self._end(), self._started, error, self._key)
-
-    def give_back(self):
-        """As if there had been no call."""
-        self._breaker._give_back(self._end())
-
-    def __del__(self):
-        # At any moment, in any thread, perhaps within a decision of the same breaker: so _give_back() takes no lock.
-        if self._generation is not None:
-            self._breaker._give_back(self._generation)
-
-
 def _checked_window(window, window_seconds, buckets, minimum_calls):
     """(window, minimum_calls)"""
     if minimum_calls is not None:
         _count(minimum_calls, 1, f"{SAID}minimum_calls=", "calls")
     if window_seconds is None:
+        if buckets != BUCKETS:
+            raise ValueError(f"{SAID}buckets={buckets!r:.80}): they are of a window of time: give window_seconds too")
         counts = CountWindow(_count(window, 1, f"{SAID}window=", "calls"), 2)
         if minimum_calls is None:
             minimum_calls = min(WINDOW, window)
@@ -732,196 +948,6 @@ def _checked_settings(minimum_calls, failure_rate, slow_call_rate, consecutive_f
         _count(probes, 1, f"{SAID}probes=", "calls"),
         math.inf if half_open_seconds is None else number(
             half_open_seconds, 0, math.inf, "half_open_seconds", "seconds", exclusive=True))
-
-
-def _who():
-    """The task that runs, or else the thread."""
-    try:
-        return flowcoro.current_task()
-    except RuntimeError:
-        return threading.get_ident()
-
-
-class _Breaker(Policy):
-    """What breakers have: the ways in, and what is asked of an end. What it means is decided by their `_circuit`.
-
-    Of that it knows: `free`: what permits are while all calls go through, else None; `generation`: what the last one was, not
-    None; `ignored`: how many were; give_back(generation). A breaker has besides `_permit(key)`: a permit, or BreakerOpen, and
-    `_record(permit, started, failed, key, error)`: it has ended so.
-    """
-
-    def __init__(self, name, failures, ignored, failure_result, clock, random):
-        super().__init__(name)
-        self._said = f"{type(self).__name__}("          # begins the messages about settings
-        self._failures = self._errors(failures, "failures", True)
-        self._ignored = None if ignored is None else self._errors(ignored, "ignored", False)
-        self._failure_result = None if failure_result is None else _test(failure_result, f"{self._said}failure_result=", self)
-        for function, said, what in (clock, "clock", "seconds"), (random, "random", "a number from 0 to 1"):
-            if not callable(function):
-                raise TypeError(f"{self._said}{said}={function!r:.80}): give a function that returns {what}")
-        self._clock, self._random = clock, random
-        self._last, self._offset = -math.inf, 0.0       # P4: what the clock said last, and what is added to it since it went back
-        self._given_back = collections.deque()          # generations; taken out by the next decision (BreakerPermit.__del__)
-        self._entered = {}                              # task or thread -> [BreakerPermit], of `with`; the innermost last
-
-    def _errors(self, what, said, broken):
-        if what is not None:
-            for one in what if isinstance(what, tuple) else (what,):
-                if isinstance(one, type) and not issubclass(one, Exception):
-                    raise TypeError(f"{self._said}{said}={one.__name__}): give types of Exception; what is none, as Cancelled, is never "
-                                    "counted")
-        return _test(what, f"{self._said}{said}=", self, broken)
-
-    def _now(self):
-        now = self._clock() + self._offset
-        if now < self._last:
-            self._offset += self._last - now
-            now = self._last
-        self._last = now
-        return now
-
-    def _begin(self):
-        """A decision, under the lock, after what was given back before it: now."""
-        now = self._now()
-        while self._given_back:
-            self._circuit.give_back(self._given_back.popleft())
-        return now
-
-    def _raised(self, generation, started, error, key=None):
-        """The call has ended with an error."""
-        counts = ignored = False
-        try:
-            if isinstance(error, Exception):
-                ignored = self._ignored is not None and self._ignored(error)
-                failed = not ignored and self._failures(error)
-                counts = not ignored
-        finally:
-            if not counts:                      # also if a predicate has raised what is no Exception
-                self._give_back(generation)
-        if counts:
-            self._record(generation, started, failed, key, error)
-        elif ignored:
-            with self._lock:
-                self._circuit.ignored += 1
-            if self._listeners:
-                self._tell("ignored", key, error=error)
-
-    def _tell_end(self, key, failed, seconds, error):
-        if failed:
-            self._tell("failure", key, seconds=seconds, error=error)
-        else:
-            self._tell("success", key, seconds=seconds)
-
-    def _give_back(self, generation):
-        """Without the lock, see BreakerPermit.__del__. Where all go through, nothing was taken."""
-        if generation == self._circuit.generation and self._circuit.free is None:
-            self._given_back.append(generation)
-
-    # -- ways in
-
-    async def try_execute(self, operation, /, *args, **kwargs):
-        """As Policy.try_execute(). Raises BreakerOpen, a Rejected."""
-        # _run(), in line and without what a Pipeline needs: a call through a closed breaker has two clock readings and one lock.
-        if not callable(operation):
-            _checked_operation(operation, f"{self.name}.try_execute()")
-        started = self._clock()
-        generation = self._circuit.free
-        if generation is None:
-            generation = self._permit(getattr(operation, "key", None))
-        try:
-            result = operation(*args, **kwargs)
-            if result.__class__ is types.CoroutineType or _is_awaitable(result):
-                result = await result
-            failed = self._failure_result is not None and self._failure_result(result)
-        except BaseException as error:
-            self._raised(generation, started, error, getattr(operation, "key", None))
-            raise
-        self._record(generation, started, failed, self._listeners and getattr(operation, "key", None))
-        return result
-
-    async def _run(self, call, proceed):
-        started, generation = self._clock(), self._permit(call.key)
-        try:
-            result = await proceed()
-            failed = self._failure_result is not None and self._failure_result(result)
-        except BaseException as error:
-            self._raised(generation, started, error, call.key)
-            raise
-        self._record(generation, started, failed, call.key)
-        return result
-
-    def __call__(self, function):
-        """A decorator of a function, async or not: its calls go through the breaker.
-
-        TypeError for generator functions: they have done nothing when their call returns.
-        """
-        if not callable(function):
-            raise TypeError(f"@{self.name} decorates functions, got {function!r:.80}")
-        if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function) and not (
-                inspect.unwrap(function).__code__.co_flags & inspect.CO_ITERABLE_COROUTINE):
-            raise TypeError(f"@{self.name} got {function!r:.80}, a generator function: its call returns before anything is done. "
-                            f"Use `async with` or `with` in it, or acquire_nowait(), and say how it ends")
-        if inspect.iscoroutinefunction(function):
-            return super().__call__(function)
-
-        @functools.wraps(function)
-        def decorated(*args, **kwargs):
-            permit = BreakerPermit(self)
-            try:
-                result = function(*args, **kwargs)
-            except BaseException as error:
-                permit.fail(error)
-                raise
-            if _is_awaitable(result):
-                return self._awaited(permit, result)
-            permit._returned(result, True)
-            return result
-
-        return decorated
-
-    async def _awaited(self, permit, result):
-        try:
-            result = await result
-        except BaseException as error:
-            permit.fail(error)
-            raise
-        permit._returned(result, True)
-        return result
-
-    def acquire_nowait(self):
-        """A BreakerPermit, or BreakerOpen."""
-        return BreakerPermit(self)
-
-    def __enter__(self):
-        permit = BreakerPermit(self)
-        with self._lock:
-            self._entered.setdefault(_who(), []).append(permit)
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        with self._lock:
-            who = _who()
-            own = self._entered.get(who)
-            place = -1
-            if not own:         # it is left elsewhere than it was entered: by a generator that is closed as garbage, say
-                who = next(iter(self._entered), None)
-                own = self._entered.get(who)
-                place = 0
-            if not own:
-                raise RuntimeError(f"{self.name} was left more often than it was entered")
-            permit = own.pop(place)
-            if not own:
-                self._entered.pop(who, None)
-        if error is None:
-            permit.succeed()
-        else:
-            permit.fail(error)
-
-    async def __aenter__(self):
-        return self.__enter__()
-
-    async def __aexit__(self, kind, error, traceback):
-        self.__exit__(kind, error, traceback)
 
 
 class CircuitBreaker(_Breaker):
@@ -967,11 +993,11 @@ class CircuitBreaker(_Breaker):
     with `seconds`, `calls`, `failures`, `slow` too; "exceeded" with the latter three: METRICS_ONLY would have opened; "loaded".
     """
 
-    def __init__(self, *, window=100, window_seconds=None, buckets=10, minimum_calls=None, failure_rate=0.5,
+    def __init__(self, *, window=WINDOW, window_seconds=None, buckets=BUCKETS, minimum_calls=None, failure_rate=0.5,
                  slow_call_seconds=60.0, slow_call_rate=1.0, consecutive_failures=None, open_seconds=60.0, open_growth=1.0,
                  max_open_seconds=None, open_jitter=0.0, probes=10, half_open_seconds=None, failures=Exception,
                  ignored=Rejected, failure_result=None, clock=flowcoro.now, random=random.random, name=None):
-        super().__init__(name, failures, ignored, failure_result, clock, random)
+        super().__init__(name, SAID, failures, ignored, failure_result, clock, random)
         window, minimum_calls = _checked_window(window, window_seconds, buckets, minimum_calls)
         self._circuit = _Circuit(_checked_settings(
             minimum_calls, failure_rate, slow_call_rate, consecutive_failures, open_seconds, open_growth, max_open_seconds,
@@ -983,32 +1009,46 @@ class CircuitBreaker(_Breaker):
     # -- decisions: under the lock; what comes of them is told after it
 
     def _decide(self, decision, *args):
+        result, news = self._decided(decision, *args)
+        self._announce(news)
+        return result
+
+    def _decided(self, decision, *args):
         circuit = self._circuit
         with self._lock:
             now = self._begin()
             result = decision(*args, now, self._chance)
             news, circuit.news = circuit.news, []
-        if news:
-            self._announce(news)
-        return result
+        return result, news
 
     def _announce(self, news):
-        self._draw()
-        if self._listeners:
-            for kind, details in news:
-                self._tell(kind, **details)
+        if news:
+            self._draw()
+            if self._listeners:
+                for kind, details in news:
+                    self._tell(kind, **details)
 
     def _draw(self):
         """Chance for the next open time: drawn ahead, since a decision calls nobody."""
         if self._circuit.settings.open_jitter:
-            self._chance = min(max(self._random(), 0.0), 1.0)
+            try:
+                self._chance = min(max(self._random(), 0.0), 1.0)
+            except Exception as error:
+                flowcoro.report_error(error, f"{SAID}random=…) of {self.name!r} failed, and jitter stays as it was",
+                                      "flowcoro_resilience")
 
     def _permit(self, key):
         """The generation to tell with the end of the call. Raises BreakerOpen."""
         generation = self._circuit.free         # one read, so it needs no lock: a call that is let through as the breaker opens
         if generation is not None:              # might as well have come a moment earlier, and is late when it ends
             return generation
-        generation, state, retry_after = self._decide(self._ask)
+        (generation, state, retry_after), news = self._decided(self._ask)
+        try:
+            self._announce(news)
+        except BaseException:                   # of a listener that is interrupted
+            if generation is not None:
+                self._give_back(generation)
+            raise
         if generation is not None:
             return generation
         if self._listeners:
@@ -1199,8 +1239,8 @@ class AdaptiveBreaker(_Breaker):
 
     def __init__(self, *, k=1.5, seconds=10.0, buckets=40, probe_seconds=1.0, minimum_calls=ADAPTIVE_MINIMUM_CALLS,
                  failures=Exception, ignored=Rejected, failure_result=None, clock=flowcoro.now, random=random.random, name=None):
-        super().__init__(name, failures, ignored, failure_result, clock, random)
-        said = self._said
+        said = "AdaptiveBreaker("
+        super().__init__(name, said, failures, ignored, failure_result, clock, random)
         _number(seconds, 0, math.inf, f"{said}seconds=", "seconds", exclusive=True)
         _count(buckets, 1, f"{said}buckets=", "buckets")
         self._circuit = _Throttle(
