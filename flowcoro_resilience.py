@@ -383,10 +383,11 @@ class TimeWindow:
 # at time.time(), and let only 9 of 10 go at a time.
 #
 # Keys are forgotten. One whose time has passed is as good as one that was never seen, so nothing is lost with it. A hand goes
-# round all keys (as in the CLOCK algorithm for pages), two for each that is new: so all are looked at again and again, at O(1)
-# for each call. Where max_keys are there and none has passed, the one of eight that is nearest to that goes early: its bucket
-# is full again too soon, by what it had used. (Redis evicts the best of five, for the same reason: a heap would cost as much
-# memory as all the rest.) A flood of new keys so evicts its own: who is at his limit is farther from being free than they.
+# round all keys (as in the CLOCK algorithm for pages): for each that is new it looks at one, and at another if that one could
+# go. So all are looked at again and again, at O(1) for each call. Where max_keys are there and none of the next has passed, the
+# one of five that is nearest to that goes early: its bucket is full again too soon, by what it had used. (Redis evicts the best
+# of five too; a heap would cost as much memory as all the rest.) A flood of new keys so evicts its own: who is at his limit is
+# farther from being free than they.
 
 # Calls that may wait for one key at a time, each in a task of some 3 KB.
 MAX_WAITING = 1000
@@ -396,7 +397,7 @@ MAX_WAITING = 1000
 _TABLE = 16_384
 
 # Keys that are looked at when one has to go early.
-_SAMPLED = 8
+_SAMPLED = 5
 
 
 class _States:
@@ -415,30 +416,45 @@ class _States:
         return len(self._order)
 
     def _free_at(self, state):
-        """When, in seconds, it is as good as none."""
+        """When it is as good as none."""
         raise NotImplementedError
 
     def _add(self, key, state, now):
-        """Set the state of a key that has none."""
-        order, full, looked, nearest, best = self._order, len(self._order) >= self._max_keys, [], None, math.inf
-        for _ in range(min(_SAMPLED if full else 2, len(order))):
-            other = order.popleft()
-            table = self._tables[hash(other) & self._mask]
-            free_at = self._free_at(table[other])
-            if free_at <= now:
-                del table[other]
-                full = False
-            else:
-                if full and free_at < best and other not in self._kept:
-                    nearest, best = len(looked), free_at
-                looked.append(other)
-        if full and nearest is not None:
-            other = looked.pop(nearest)
-            del self._tables[hash(other) & self._mask][other]
-            self.evicted += 1
-        order.extend(looked)
+        """Set the state of a key that has none. now: in what _free_at() counts in."""
+        order = self._order
+        if len(order) >= self._max_keys:
+            self._make_room(now)
+        elif order and self._look(now) is None and order:
+            self._look(now)
         order.append(key)
         self._tables[hash(key) & self._mask][key] = state
+
+    def _look(self, now):
+        """Forget the key at the hand, if that may be: None then. Else it is the last to be looked at again; when it is free."""
+        key = self._order.popleft()
+        table = self._tables[hash(key) & self._mask]
+        free_at = self._free_at(table[key])
+        if free_at <= now:
+            del table[key]
+            return None
+        self._order.append(key)
+        return free_at
+
+    def _make_room(self, now):
+        """Forget one key, early if need be."""
+        order, nearest, best = self._order, 0, math.inf
+        looks = min(_SAMPLED, len(order))
+        for place in range(-looks, 0):              # where they will be in the end
+            free_at = self._look(now)
+            if free_at is None:
+                return
+            if free_at < best and order[-1] not in self._kept:
+                nearest, best = place, free_at
+        if nearest:
+            key = order[nearest]
+            del order[nearest]
+            del self._tables[hash(key) & self._mask][key]
+            self.evicted += 1
 
 
 class _Gcra(_States):
@@ -449,7 +465,7 @@ class _Gcra(_States):
         self._speed, self._burst = rate / per, burst
 
     def _free_at(self, tat):
-        return tat / self._speed
+        return tat
 
     def take(self, key, cost, line, now):
         """The time from which on it may go, after those who wait in `line` (None: nobody). If that is not after now, it has
@@ -461,7 +477,7 @@ class _Gcra(_States):
         room = self._burst - cost if line is None else self._burst - cost - line.cost
         if tat <= units + room:                 # not tat - room <= units: what is rounded up in a sum stays there
             if found is None:
-                self._add(key, tat + cost, now)
+                self._add(key, tat + cost, units)
             else:
                 table[key] = tat + cost
             return now
@@ -484,7 +500,7 @@ class _Gcra(_States):
 
 class _SlidingLog(_States):
     """State of a key: an array with the units that are in the window, then time and units of each that was let through, oldest
-    first: 16 bytes for each, and the garbage collector does not look at arrays."""
+    first, 16 bytes for each."""
 
     def __init__(self, rate, per, max_keys, kept):
         super().__init__(max_keys, kept)
