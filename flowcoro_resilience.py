@@ -64,6 +64,7 @@ What it does not do: limits that several processes or machines share, persistenc
 SPDX-License-Identifier: MIT
 """
 
+import array
 import collections
 import functools
 import inspect
@@ -80,7 +81,8 @@ __version__ = "0.1.0"
 __all__ = ["Policy", "PolicyEvent", "CountWindow", "TimeWindow", "Keyed", "Pipeline", "Rejected", "BreakerOpen", "RateLimited",
            "LimitExceeded",
            "CircuitBreaker", "BreakerPermit",
-           "AdaptiveBreaker"]
+           "AdaptiveBreaker",
+           "RateLimiter", "RateState"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -1287,6 +1289,475 @@ class AdaptiveBreaker(_Breaker):
 
 
 # ---- rate limits ----------------------------------------------------------------------------------------------
+# How many operations one key may have in a time. The decisions know keys and times, and nothing of tasks: take() says from when
+# on an operation may go, and counts it if that is now.
+#
+#   GCRA            the generic cell rate algorithm (ITU-T I.371): for each key one time, when its bucket will be full again, the
+#                   "theoretical arrival time" (TAT). Each operation moves it by its cost; one is let through if the bucket will
+#                   not be more than `burst` away from full then. It is a token bucket that nobody has to fill.
+#   sliding window  for each key the times of what was let through lately: never more than `rate` within any `per` seconds.
+#
+# GCRA's time is counted in units, rate / per of them in a second. A cost is then added exactly (1.0 is a multiple of what the
+# last digit of a time is worth), where adding per / rate seconds again and again would be 5 % wrong for a million in a second
+# at time.time(), and let only 9 of 10 go at a time.
+#
+# Keys are forgotten. One whose time has passed is as good as one that was never seen, so nothing is lost with it. A hand goes
+# round all keys (as in the CLOCK algorithm for pages): for each that is new it looks at one, and at another if that one could
+# go. So all are looked at again and again, at O(1) for each call. Where max_keys are there and none of the next has passed, the
+# one of five that is nearest to that goes early: its bucket is full again too soon, by what it had used. (Redis evicts the best
+# of five too; a heap would cost as much memory as all the rest.) A flood of new keys so evicts its own: who is at his limit is
+# farther from being free than they.
+
+# Calls that may wait for one key at a time, each in a task of some 3 KB.
+MAX_WAITING = 1000
+
+# Entries of one table. A dict that grows, or has had many come and go, moves all its entries at once: 23 ms for a million, and
+# below half a millisecond for these. To find the table costs 40 ns.
+_TABLE = 16_384
+
+# Keys that are looked at when one has to go early.
+_SAMPLED = 5
+
+
+class _States:
+    """A state for each key, of which those go that say nothing, and early ones where there are more than max_keys.
+
+    kept: a container of keys that do not go early. evicted: how many went early.
+    """
+
+    def __init__(self, max_keys, kept):
+        self._max_keys, self._kept, self.evicted = max_keys, kept, 0
+        self._mask = (1 << (max_keys // _TABLE).bit_length()) - 1
+        self._tables = tuple({} for _ in range(self._mask + 1))
+        self._order = collections.deque()           # each key once; the hand is at its left end
+
+    def __len__(self):
+        return len(self._order)
+
+    def _free_at(self, state):
+        """When it is as good as none."""
+        raise NotImplementedError
+
+    def _add(self, key, state, now):
+        """Set the state of a key that has none. now: in what _free_at() counts in."""
+        order = self._order
+        if len(order) >= self._max_keys:
+            self._make_room(now)
+        elif order and self._look(now) is None and order:
+            self._look(now)
+        order.append(key)
+        self._tables[hash(key) & self._mask][key] = state
+
+    def _look(self, now):
+        """Forget the key at the hand, if that may be: None then. Else it is the last to be looked at again; when it is free."""
+        key = self._order.popleft()
+        table = self._tables[hash(key) & self._mask]
+        free_at = self._free_at(table[key])
+        if free_at <= now:
+            del table[key]
+            return None
+        self._order.append(key)
+        return free_at
+
+    def _make_room(self, now):
+        """Forget one key, early if need be."""
+        order, nearest, best = self._order, 0, math.inf
+        looks = min(_SAMPLED, len(order))
+        for place in range(-looks, 0):              # where they will be in the end
+            free_at = self._look(now)
+            if free_at is None:
+                return
+            if free_at < best and order[-1] not in self._kept:
+                nearest, best = place, free_at
+        if nearest:
+            key = order[nearest]
+            del order[nearest]
+            del self._tables[hash(key) & self._mask][key]
+            self.evicted += 1
+
+
+class _Gcra(_States):
+    """State of a key: its TAT, in units."""
+
+    def __init__(self, rate, per, burst, max_keys, kept):
+        super().__init__(max_keys, kept)
+        self._speed, self._burst = rate / per, burst
+
+    def _free_at(self, tat):
+        return tat
+
+    def take(self, key, cost, line, now):
+        """The time from which on it may go, after those who wait in `line` (None: nobody). If that is not after now, it has
+        gone, and is counted."""
+        units = now * self._speed
+        table = self._tables[hash(key) & self._mask]
+        found = table.get(key)
+        tat = units if found is None or found < units else found
+        room = self._burst - cost if line is None else self._burst - cost - line.cost
+        if tat <= units + room:                 # not tat - room <= units: what is rounded up in a sum stays there
+            if found is None:
+                self._add(key, tat + cost, units)
+            else:
+                table[key] = tat + cost
+            return now
+        return self._when(tat, room)
+
+    def _when(self, tat, room):
+        when = (tat - room) / self._speed
+        while when * self._speed + room < tat:
+            when = math.nextafter(when, math.inf)
+        return when
+
+    def look(self, key, line, now):
+        """(whole units that may go now, when one more may, when all may)"""
+        units, ahead = now * self._speed, 0 if line is None else line.cost
+        tat = max(self._tables[hash(key) & self._mask].get(key, units), units)
+        room = self._burst - 1 - ahead
+        when = now if tat <= units + room else self._when(tat, room)
+        return max(0, int(units + self._burst - ahead - tat)), when, max(now, self._when(tat, -ahead))
+
+
+class _SlidingLog(_States):
+    """State of a key: an array with the units that are in the window, then time and units of each that was let through, oldest
+    first, 16 bytes for each."""
+
+    def __init__(self, rate, per, max_keys, kept):
+        super().__init__(max_keys, kept)
+        self._limit, self._per = rate, per
+
+    def _free_at(self, state):
+        return state[-2] + self._per
+
+    def _state(self, key, now):
+        """The state of a key without what is out of the window, or None; and how many units are in it."""
+        state = self._tables[hash(key) & self._mask].get(key)
+        if state is None:
+            return None, 0
+        place, end = 1, len(state)
+        while place < end and state[place] + self._per <= now:
+            state[0] -= state[place + 1]
+            place += 2
+        if place == end:                        # the last entry stays, for _free_at(), and counts nothing
+            state[-1], place = 0, end - 2
+        if place > 1:
+            del state[1:place]
+        return state, state[0]
+
+    def take(self, key, cost, line, now):
+        """As _Gcra.take()."""
+        state, used = self._state(key, now)
+        if used + cost + (0 if line is None else line.cost) > self._limit:
+            return self._when(state, used, cost, line, now)
+        if state is None:
+            self._add(key, array.array("d", (cost, now, cost)), now)
+            return now
+        state[0] += cost
+        if state[-2] == now:
+            state[-1] += cost
+        else:
+            state.extend((now, cost))
+        return now
+
+    def _when(self, state, used, cost, line, now):
+        """When there will be room, if each goes as soon as it may: those who wait first, and what they take comes back too."""
+        place, taken = 1, collections.deque()
+        for units in (*(() if line is None else line.costs.values()), cost):
+            while used + units > self._limit:
+                if state is not None and place < len(state):
+                    time, freed = state[place], state[place + 1]
+                    place += 2
+                else:
+                    time, freed = taken.popleft()
+                used -= freed
+                now = max(now, time + self._per)
+            used += units
+            taken.append((now, units))
+        return now
+
+    def look(self, key, line, now):
+        """As _Gcra.look()."""
+        state, used = self._state(key, now)
+        remaining = self._limit - int(used) - (0 if line is None else line.cost)
+        last = self._when(state, used, 0, line, now)            # when the last of those who wait goes
+        full = last + self._per if line is not None else self._free_at(state) if used else now
+        return max(0, remaining), self._when(state, used, 1, line, now), full
+
+
+class _Line:
+    """Those who wait for one key. The first of them sleeps until it may go, the others are parked behind it."""
+
+    __slots__ = ("lot", "costs", "cost", "users")
+
+    def __init__(self):
+        self.lot = flowcoro.ParkingLot("wait for a RateLimiter")
+        self.costs = collections.OrderedDict()      # place -> cost; a dict takes O(n) to find its first, once many have gone
+        self.cost = 0                               # their sum
+        self.users = 0                              # calls that hold this line, waiting in it or about to
+
+
+class RateState(typing.NamedTuple):
+    """What a RateLimiter knows of a key. limit: units that may go at once at most; remaining: how many, whole ones, may now;
+    retry_after: seconds until one may, 0.0 if now; reset: seconds until `limit` may."""
+
+    limit: float
+    remaining: int
+    retry_after: float
+    reset: float
+
+
+async def _turn():
+    """A point of cancellation always, of scheduling when the budget is used up."""
+    task = flowcoro.current_task()
+    if task.budget > 0:
+        task.budget -= 1
+    else:
+        await flowcoro.checkpoint()
+
+
+class RateLimiter(Policy):
+    """At most `rate` units in `per` seconds, for each key: `RateLimiter(100, per=60, key=lambda user, *_: user)`.
+
+    algorithm: "gcra", a token bucket: `burst` units at once (by default what `per` seconds allow: who did not ask for a minute
+    may ask for all of that minute), and then one each per / rate seconds; so in t seconds at most burst + rate · t / per.
+    "sliding_window": never more than `rate`, an int, within any `per` seconds, for quotas that somebody else counts; costs are
+    ints, and each key takes up to 16 · rate bytes.
+
+    key: function of the operation's arguments; without it one limit is for all. cost: units of an operation, a number or a
+    function of its arguments. In a Pipeline, whose policies do not see the arguments, the key is the operation's attribute
+    `key`, as for Keyed, and the cost has to be a number. max_keys: how many are remembered; beyond them the ones nearest to
+    being free go. wait: seconds that a call waits at most, in its turn; 0: it is rejected at once. max_waiting: calls that wait
+    for one key at a time. clock: function that gives seconds.
+
+    check(), acquire_nowait() and state_of() may be called in any thread, and outside of run().
+
+    Events: "rejected" (cost, retry_after), "waited" (cost, seconds), each with its key.
+    """
+
+    def __init__(self, rate, per=1.0, *, burst=None, algorithm="gcra", key=None, cost=1, max_keys=MAX_KEYS, wait=0.0,
+                 max_waiting=MAX_WAITING, clock=flowcoro.now, name=None):
+        super().__init__(name)
+        if key is not None and not callable(key):
+            raise TypeError(f"RateLimiter(key={key!r:.80}): give a function of the operation's arguments, or None")
+        if not callable(clock):
+            raise TypeError(f"RateLimiter(clock={clock!r:.80}): give a function that returns seconds")
+        self.per = _number(per, 1e-9, 1e9, "RateLimiter(per=", "seconds")
+        self._max_keys = _count(max_keys, 1, "RateLimiter(max_keys=", "keys")
+        self._lines = {}                # key -> _Line, where somebody waits
+        if algorithm == "gcra":
+            self.rate = _number(rate, 1e-9, 1e9, "RateLimiter(rate=", "units")
+            self.burst = max(1.0, self.rate) if burst is None else _number(burst, 1, 1e9, "RateLimiter(burst=", "units")
+            self._states = _Gcra(self.rate, self.per, self.burst, max_keys, self._lines)
+        elif algorithm != "sliding_window":
+            raise ValueError(f'RateLimiter(algorithm={algorithm!r:.80}): "gcra" or "sliding_window"')
+        elif burst is not None:
+            raise ValueError(f'RateLimiter(burst={burst!r:.80}, algorithm="sliding_window"): all of `rate` may come at once '
+                             "there; leave burst out")
+        else:
+            self.rate = self.burst = _count(rate, 1, "RateLimiter(rate=", "units of a sliding window")
+            self._states = _SlidingLog(rate, self.per, max_keys, self._lines)
+        self._key_of, self._cost = key, cost
+        if not callable(cost):
+            self._check_cost(cost)
+        self._wait = _number(wait, 0, math.inf, "RateLimiter(wait=", "seconds")
+        self._max_waiting = _count(max_waiting, 0, "RateLimiter(max_waiting=", "calls")
+        self._clock = clock
+        self._offset, self._last = -clock(), 0.0            # time begins at 0 here, where it has most digits
+        self._allowed = self._rejected = self._waited = self._waiting = 0
+
+    def _check_cost(self, cost):
+        if isinstance(self._states, _SlidingLog):
+            _count(cost, 1, f"{self.name}(cost=", "units")
+        else:
+            _number(cost, 0, math.inf, f"{self.name}(cost=", "units", exclusive=True)
+        if cost > self.burst:
+            raise ValueError(f"{self.name}(cost={cost!r}): more than {self.burst:g} units can never go at once, however long it "
+                             "waits: ask for less, or raise the limit")
+
+    def _now(self):
+        """(the time here, what the clock says), under the lock. It stands still where the clock goes back (P4)."""
+        raw = self._clock()
+        now = raw + self._offset
+        if not now >= self._last:
+            if now == now:              # else the clock says nan
+                self._offset = self._last - raw
+            now = self._last
+        self._last = now
+        return now, raw
+
+    def _seconds_until(self, when, now, raw):
+        """So many that by the clock's own digits it is not before `when` after them."""
+        seconds = when - now
+        if seconds <= 0.0:
+            return 0.0
+        while raw + seconds + self._offset < when:
+            seconds += math.ulp(max(abs(raw), seconds))
+        return seconds
+
+    def _take(self, key, cost, most):
+        """0.0 if it could take them, else the seconds until it could: more than `most` are a rejection."""
+        with self._lock:
+            raw = self._clock()
+            now = raw + self._offset
+            if now >= self._last:                       # else what _now() does, which is a call of 80 ns
+                self._last = now
+            else:
+                now, raw = self._now()
+            when = self._states.take(key, cost, self._lines.get(key) if self._lines else None, now)
+            if when <= now:
+                self._allowed += 1
+                return 0.0
+            seconds = when - now
+            if raw + seconds + self._offset < when:
+                seconds = self._seconds_until(when, now, raw)
+            if seconds > most:
+                self._rejected += 1
+        if seconds > most and self._listeners:
+            self._tell("rejected", key, cost=cost, retry_after=seconds)
+        return seconds
+
+    def check(self, key=None, cost=1):
+        """Take `cost` units of a key, if they are there: 0.0 then, else the seconds after which they will be.
+
+        A check exactly so much later succeeds, if nobody else takes them. ValueError for a cost that can never go, TypeError for
+        what is none.
+        """
+        if cost != 1:
+            self._check_cost(cost)
+        return self._take(key, cost, 0.0)
+
+    def acquire_nowait(self, key=None, cost=1):
+        """As check(), but raises RateLimited, with those seconds as `retry_after`."""
+        seconds = self.check(key, cost)
+        if seconds:
+            raise self._error(key, cost, seconds)
+
+    def state_of(self, key=None):
+        """The RateState of a key. Takes nothing."""
+        with self._lock:
+            now, raw = self._now()
+            remaining, when, full = self._states.look(key, self._lines.get(key), now)
+            return RateState(self.burst, remaining, self._seconds_until(when, now, raw), full - now)
+
+    def _error(self, key, cost, seconds):
+        whose = "" if key is None else f" for {key!r:.80}"
+        return RateLimited(f"{self.name}: {self.rate:g} in {self.per:g} s{whose} are used up; {cost:g} more may go in "
+                           f"{seconds:.3g} s", self, seconds)
+
+    async def acquire(self, key=None, cost=1, wait=None):
+        """Take `cost` units of a key, and wait for them if need be: who came first goes first.
+
+        wait: seconds at most, by default the policy's. RateLimited, at once, if it is known that it would take longer, or if
+        max_waiting calls wait for this key. Cancelled: nothing is taken, and those behind move up. Errors as check()'s.
+        """
+        most = self._wait if wait is None else _number(wait, 0, math.inf, f"{self.name}.acquire(wait=", "seconds")
+        if cost != 1:
+            self._check_cost(cost)
+        await _turn()
+        seconds = self._take(key, cost, most)
+        if not seconds:
+            return
+        if seconds > most:
+            raise self._error(key, cost, seconds)
+        began = flowcoro.now()
+        seconds = await self._wait_in_line(key, cost, most)
+        if seconds:
+            if self._listeners:
+                self._tell("rejected", key, cost=cost, retry_after=seconds)
+            raise self._error(key, cost, seconds)
+        if self._listeners:
+            self._tell("waited", key, cost=cost, seconds=flowcoro.now() - began)
+
+    async def _wait_in_line(self, key, cost, most):
+        """0.0 when it has got them, else in how many seconds it would have."""
+        line, place = self._enter(key), object()
+        try:
+            first, seconds = await line.lot.park_unless(functools.partial(self._join, line, place, key, cost, most))
+            while first and (seconds := self._go(line, place, key, cost)):
+                await flowcoro.sleep(seconds)
+            return seconds
+        finally:
+            self._leave(line, place)
+            self._exit(line, key)
+
+    def _enter(self, key):
+        with self._lock:
+            line = self._lines.get(key)
+            if line is None:
+                line = self._lines[key] = _Line()
+            line.users += 1
+            return line
+
+    def _exit(self, line, key):
+        with self._lock:
+            line.users -= 1
+            if not line.users:
+                del self._lines[key]
+
+    def _join(self, line, place, key, cost, most):
+        """For park_unless(): None to wait behind others, else (whether it is the first, seconds until it could go)."""
+        with self._lock:
+            now, raw = self._now()
+            when = self._states.take(key, cost, line, now)
+            if when <= now:                             # between the look before and this one
+                self._allowed += 1
+                return False, 0.0
+            seconds = self._seconds_until(when, now, raw)
+            if seconds > most or len(line.costs) >= self._max_waiting:
+                self._rejected += 1
+                return False, seconds
+            line.costs[place] = cost
+            line.cost += cost
+            self._waiting += 1
+            return (True, seconds) if len(line.costs) == 1 else None
+
+    @flowcoro.atomic
+    def _go(self, line, place, key, cost):
+        """0.0 if the first of a line may go: then it has left; else the seconds that it has to sleep."""
+        with self._lock:
+            now, raw = self._now()
+            when = self._states.take(key, cost, None, now)
+            if when > now:
+                return self._seconds_until(when, now, raw)
+            self._allowed += 1
+            self._waited += 1
+        self._leave(line, place)
+        return 0.0
+
+    @flowcoro.atomic
+    def _leave(self, line, place):
+        """If it is still in the line. Who is the first then is woken."""
+        with self._lock:
+            first = next(iter(line.costs), None) is place
+            cost = line.costs.pop(place, None)
+            if cost is None:
+                return
+            line.cost = line.cost - cost if line.costs else 0
+            self._waiting -= 1
+        if first:                           # not under the lock: unpark() takes the kernel's guard, which comes before it
+            line.lot.unpark(1, (True, 0.0))
+
+    async def try_execute(self, operation, /, *args, **kwargs):
+        """As Policy.try_execute(), after acquire() with the key and the cost of these arguments."""
+        _checked_operation(operation, f"{self.name}.try_execute()")
+        await self.acquire(None if self._key_of is None else self._key_of(*args, **kwargs),
+                           self._cost(*args, **kwargs) if callable(self._cost) else self._cost)
+        return await _invoke(operation, args, kwargs)
+
+    async def _run(self, call, proceed):
+        if callable(self._cost):
+            raise TypeError(f"{self.name}: in a Pipeline its cost= has to be a number, since policies do not see the arguments "
+                            "there; or let it call the pipeline: limiter.try_execute(pipeline.try_execute, operation, …)")
+        if self._key_of is not None and call.key is None:
+            raise TypeError(f"{self.name}: the operation has no key: give it an attribute `key`, since policies of a Pipeline do "
+                            "not see the arguments")
+        await self.acquire(None if self._key_of is None else call.key, self._cost)
+        return await proceed()
+
+    def statistics(self):
+        """{"name", "allowed", "rejected": calls, "waited": of those allowed, "waiting": now, "keys": remembered, "max_keys",
+        "evicted": keys that went early}"""
+        return {"name": self.name, "allowed": self._allowed, "rejected": self._rejected, "waited": self._waited,
+                "waiting": self._waiting, "keys": len(self._states), "max_keys": self._max_keys, "evicted": self._states.evicted}
 
 
 # ---- concurrency limits ---------------------------------------------------------------------------------------
