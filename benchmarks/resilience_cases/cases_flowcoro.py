@@ -9,7 +9,7 @@ import functools
 
 import flowcoro
 import flowcoro_resilience
-from flowcoro_resilience import AdaptiveBreaker, BreakerOpen, CircuitBreaker
+from flowcoro_resilience import AdaptiveBreaker, BreakerOpen, CircuitBreaker, RateLimiter, Retry
 
 import harness
 
@@ -60,7 +60,35 @@ async def adaptive_rejected():
     await harness.rejected(functools.partial(breaker.try_execute, harness.operation), BreakerOpen)
 
 
+async def retry():
+    await harness.compared(functools.partial(Retry(attempts=3, idempotent=True).try_execute, harness.operation))
+
+
+def gcra():
+    harness.checks(RateLimiter(harness.RATE).check, harness.one_key())
+
+
+def gcra_many():
+    harness.checks(RateLimiter(harness.RATE).check, harness.many_keys())
+
+
+def refused():
+    harness.checks(RateLimiter(harness.SELDOM, harness.AGES).check, harness.one_key())
+
+
+def limiter(room):
+    return RateLimiter(harness.SELDOM, harness.AGES, max_keys=room).check      # none is free again until the end
+
+
+def keys():
+    harness.memory(limiter, harness.room())
+
+
+def keys_all():
+    harness.memory(limiter)
+
+
 if __name__ == "__main__":
-    cases = [closed, rejected, halfopen, halfopen3, adaptive, adaptive_rejected]
+    cases = [closed, rejected, halfopen, halfopen3, adaptive, adaptive_rejected, retry, gcra, gcra_many, refused, keys, keys_all]
     harness.main({case.__name__: case for case in cases}, functools.partial(flowcoro.run, workers=1),
                  flowcoro_resilience.__version__)
