@@ -135,6 +135,8 @@ class _Call(typing.NamedTuple):
     key: object
     idempotent: bool
     discard: object             # or None
+    args: tuple = ()            # what the operation is called with
+    kwargs: dict = {}
 
     async def drop(self, result, policy):
         """Let go of a result that nobody will get. Its own task is not cancelled meanwhile; an error is reported."""
@@ -147,9 +149,9 @@ class _Call(typing.NamedTuple):
                                           "flowcoro_resilience")
 
 
-def _call_of(operation):
+def _call_of(operation, args=(), kwargs={}):
     return _Call(getattr(operation, "key", None), bool(getattr(operation, "idempotent", False)),
-                 getattr(operation, "discard", None))
+                 getattr(operation, "discard", None), args, kwargs)
 
 
 def _checked_operation(operation, whose):
@@ -179,7 +181,7 @@ class Policy:
         operation is, and what the policy has given it is taken back.
         """
         _checked_operation(operation, f"{self.name}.try_execute()")
-        return await self._run(_call_of(operation), functools.partial(_invoke, operation, args, kwargs))
+        return await self._run(_call_of(operation, args, kwargs), functools.partial(_invoke, operation, args, kwargs))
 
     async def _run(self, call, proceed):
         """What `proceed()` brings, which is awaited as often as the policy wants: the operation, and the policies within."""
@@ -392,7 +394,7 @@ class Keyed(Policy):
     make: function of a key that gives a Policy. key: function of the operation's arguments that gives the key; without it the
     operation has the attribute `key` (HttpClient and RpcClient give theirs: where the request goes). max_keys: beyond them the
     one that was not used for longest goes, of those in which nothing is under way; if something is under way in all of them, the
-    call is Rejected.
+    call is Rejected. TypeError for an operation without a key.
 
     Events: "created", "evicted". Listeners hear what the policies within say as well, which names their own `policy`.
     """
@@ -408,15 +410,9 @@ class Keyed(Policy):
         self._policies = {}             # key -> [policy, calls under way]; the one used last is the last
         self._evicted = 0
 
-    async def try_execute(self, operation, /, *args, **kwargs):
-        """As Policy.try_execute(), by the policy of its key. TypeError if there is none."""
-        _checked_operation(operation, f"{self.name}.try_execute()")
-        call = _call_of(operation)
-        if self._key_of is not None:
-            call = call._replace(key=self._key_of(*args, **kwargs))
-        return await self._run(call, functools.partial(_invoke, operation, args, kwargs))
-
     async def _run(self, call, proceed):
+        if self._key_of is not None:
+            call = call._replace(key=self._key_of(*call.args, **call.kwargs))
         key = call.key
         if key is None:
             raise TypeError(f"{self.name}: the operation has no key: give Keyed(key=function of its arguments), or an operation "
