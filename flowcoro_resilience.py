@@ -67,6 +67,7 @@ SPDX-License-Identifier: MIT
 import functools
 import inspect
 import math
+import random
 import threading
 import typing
 
@@ -75,7 +76,8 @@ import flowcoro
 __version__ = "0.1.0"
 
 __all__ = ["Policy", "PolicyEvent", "CountWindow", "TimeWindow", "Keyed", "Pipeline", "Rejected", "BreakerOpen", "RateLimited",
-           "LimitExceeded"]
+           "LimitExceeded",
+           "Backoff", "Retry", "RetryBudget"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -375,6 +377,417 @@ class TimeWindow:
 
 
 # ---- retry ----------------------------------------------------------------------------------------------------
+# Who tries again makes load where there is too much of it already: three layers of three attempts each are 27 times the calls.
+# So all that is made again, retries and hedges, draws on a budget, which is a share of the calls (Finagle's retry budget); and
+# waits are drawn by chance, so that those who failed together do not come again together (Brooker).
+
+# Of retries and hedges together: their share of the calls lately, how many a second there may be in any case, and seconds that
+# "lately" is. Finagle's RetryBudget has the same, and Linkerd took them over.
+BUDGET_RATIO, BUDGET_FLOOR, BUDGET_SECONDS = 0.2, 10.0, 10.0
+
+# What a wait that was asked for (retry_after) is longer at most, as a share of it: all who are told "in 60 seconds" come within
+# 15 seconds then, and not at once.
+RETRY_AFTER_SPREAD = 0.25
+
+JITTERS = ("full", "decorrelated", "none")
+
+
+class _Clock:
+    """Time that does not run backwards (P4): where `read` does, it stands still, and goes on from there. Read it under a lock."""
+
+    __slots__ = ("_read", "_last", "_offset")
+
+    def __init__(self, read, said):
+        if not callable(read):
+            raise TypeError(f"{said}{read!r:.80}): give a function that says the time in seconds, as flowcoro.now")
+        self._read, self._last, self._offset = read, -math.inf, 0.0
+
+    def now(self):
+        now = self._read() + self._offset
+        if now < self._last:
+            self._offset += self._last - now
+            return self._last
+        self._last = now
+        return now
+
+
+class Backoff:
+    """How long to wait before a thing is done again: longer each time, and by chance.
+
+    first, most: seconds, of the first wait and of any at most. times: how much longer each is than the one before.
+    jitter: "full", anything from 0 to that (Brooker: the fewest calls in all, and the least load at a time); "decorrelated", from
+    `first` to three times the wait before, whatever `times` is; "none": just that.
+    ValueError, TypeError for other settings.
+    """
+
+    __slots__ = ("first", "most", "times", "jitter")
+
+    def __init__(self, first=0.1, most=10.0, times=2.0, jitter="full"):
+        self.first = _number(first, 0, math.inf, "Backoff(first=", "seconds")
+        self.most = _number(most, 0, math.inf, "Backoff(most=", "seconds")
+        self.times = _number(times, 1, math.inf, "Backoff(times=", "times as long")
+        if not self.first <= self.most < math.inf:
+            raise ValueError(f"Backoff(first={first!r}, most={most!r}): the longest wait is finite, and not shorter than the first")
+        if jitter not in JITTERS:
+            raise ValueError(f"Backoff(jitter={jitter!r:.80}): give one of {', '.join(map(repr, JITTERS))}")
+        self.jitter = jitter
+
+    def next_delay(self, attempt, previous, chance):
+        """Seconds to wait after an attempt. attempt: its number, from 1; previous: seconds that were waited before it, 0 before
+        the first one; chance: from 0 to 1."""
+        if self.jitter == "decorrelated":
+            return min(self.most, self.first + chance * (3 * max(previous, self.first) - self.first))
+        try:
+            ceiling = min(self.most, self.first * self.times**(attempt - 1))
+        except OverflowError:
+            ceiling = self.most if self.first else 0.0
+        return ceiling if self.jitter == "none" else chance * ceiling
+
+    def not_before(self, delay, retry_after, chance):
+        """`delay`, or longer if `retry_after` seconds are asked for: those at least, and by chance some more, unless there is no
+        jitter."""
+        if retry_after <= 0:
+            return delay
+        if self.jitter == "none":
+            return max(delay, retry_after)
+        return retry_after + max(delay, chance * RETRY_AFTER_SPREAD * retry_after)
+
+
+class _BudgetWindow:
+    """What a RetryBudget decides by: calls and repetitions of the last seconds."""
+
+    __slots__ = ("ratio", "reserve", "window")
+
+    def __init__(self, ratio, floor, seconds):
+        self.ratio, self.reserve, self.window = ratio, floor * seconds, TimeWindow(seconds, 10, 2)
+
+    def deposit(self, now):
+        self.window.add((1, 0), now)
+
+    def left(self, now):
+        self.window.advance(now)
+        calls, repetitions = self.window.totals
+        return self.ratio * calls + self.reserve - repetitions
+
+    def withdraw(self, now):
+        if self.left(now) < 1:
+            return False
+        self.window.add((0, 1), now)
+        return True
+
+
+class RetryBudget:
+    """How many calls may be made again, by all who share it: any number of Retry and Hedge, in any threads.
+
+    In the last `seconds` (ten buckets, so 0.9 to 1 of them) repetitions may be `ratio` times the calls, and floor · seconds in
+    any case. So a service that makes few calls may repeat them all, and one that makes many adds a fifth to the load, however
+    bad it gets. A call that passes several policies with the same budget counts once. RetryBudget(floor=math.inf) has no limit.
+    """
+
+    def __init__(self, ratio=BUDGET_RATIO, floor=BUDGET_FLOOR, seconds=BUDGET_SECONDS, *, clock=flowcoro.now, name=None):
+        self.name = type(self).__name__ if name is None else name
+        ratio = _number(ratio, 0, 1000, "RetryBudget(ratio=", "repetitions for each call")
+        floor = _number(floor, 0, math.inf, "RetryBudget(floor=", "repetitions a second")
+        seconds = _number(seconds, 0, 3600, "RetryBudget(seconds=", "seconds", exclusive=True)
+        if floor * seconds < 1 and not ratio:
+            raise ValueError(f"RetryBudget(ratio=0, floor={floor:g}, seconds={seconds:g}) allows nothing: give a ratio, or a floor of "
+                             "1 / seconds or more; Retry(attempts=1) never repeats")
+        self._lock = threading.RLock()
+        self._clock = _Clock(clock, "RetryBudget(clock=")
+        self._window = _BudgetWindow(ratio, floor, seconds)
+        self._counted = set()           # ids of the calls under way that have been counted
+        self._withdrawn = self._refused = 0
+
+    def deposit(self):
+        """A call is made, for the first time."""
+        with self._lock:
+            self._window.deposit(self._clock.now())
+
+    def withdraw(self):
+        """Whether a call may be made again; then it has been counted."""
+        with self._lock:
+            granted = self._window.withdraw(self._clock.now())
+            if granted:
+                self._withdrawn += 1
+            else:
+                self._refused += 1
+            return granted
+
+    def _enter(self, call):
+        """Count a call, unless a policy further out has. Whether it has been counted now, and is to leave."""
+        with self._lock:
+            if id(call) in self._counted:
+                return False
+            self._counted.add(id(call))
+            self._window.deposit(self._clock.now())
+            return True
+
+    def _leave(self, call):
+        with self._lock:
+            self._counted.discard(id(call))
+
+    def statistics(self):
+        """{"name", "calls", "repetitions": both lately; "left": how many more could be made now; "withdrawn", "refused": ever}"""
+        with self._lock:
+            left = self._window.left(self._clock.now())
+            calls, repetitions = self._window.window.totals
+            return {"name": self.name, "calls": calls, "repetitions": repetitions, "left": left, "withdrawn": self._withdrawn,
+                    "refused": self._refused}
+
+
+def _checked_budget(budget, clock, whose):
+    if budget is None:
+        return RetryBudget(clock=clock, name=f"budget of {whose}")
+    if not isinstance(budget, RetryBudget):
+        raise TypeError(f"{whose}(budget={budget!r:.80}): give a RetryBudget, or None for one of its own; "
+                        "RetryBudget(floor=math.inf) has no limit")
+    return budget
+
+
+def _retry_after_of(outcome):
+    """Seconds that an error or a result asks to wait; 0 if it does not."""
+    seconds = getattr(outcome, "retry_after", None)
+    return seconds if isinstance(seconds, (int, float)) and seconds > 0 else 0
+
+
+def _chain(error):
+    """An error, and what a traceback shows as the reasons for it."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _tell_of_attempts(error, earlier, policy, note):
+    """Hang the errors of earlier attempts below the last one, as the first of all its reasons, and add a note to it.
+
+    An error may be an object that is raised again and again, also by others: what this policy has said of it before is replaced.
+    """
+    try:
+        root, said_before = error, False
+        for link in _chain(error):
+            if isinstance(link, ExceptionGroup) and getattr(link, "policy", None) is policy:
+                said_before = True
+                break
+            root = link
+        # Whatever has the root among its own reasons would make a circle.
+        earlier = [one for one in {id(one): one for one in earlier}.values() if all(link is not root for link in _chain(one))]
+        if earlier:
+            group = ExceptionGroup(f"{policy.name}: attempts before", earlier)
+            group.policy = policy
+            root.__cause__ = group
+        elif said_before:
+            root.__cause__ = None
+        notes = getattr(error, "__notes__", None)
+        if notes:
+            error.__notes__ = [one for one in notes if not str(one).startswith(f"{policy.name}: attempt ")]
+        error.add_note(f"{policy.name}: attempt {note}")
+    except Exception:           # of a frozen dataclass
+        pass
+
+
+async def _within(seconds, proceed, message):
+    """What proceed() brings. TimeoutError(message()) if that is not there in time; its cause says where it was."""
+    cut = None
+    with flowcoro.move_on_after(seconds):
+        try:
+            return await proceed()
+        except flowcoro.Cancelled as cancelled:
+            cut = cancelled
+            raise
+    try:
+        raise TimeoutError(message()) from cut
+    finally:
+        del cut                 # no circle through the traceback
+
+
+class _Attempts:
+    """The attempts of one call: what Retry decides by."""
+
+    __slots__ = ("most", "max_wait", "backoff", "began", "deadline", "number", "delay")
+
+    def __init__(self, most, max_wait, backoff, began, deadline):
+        self.most, self.max_wait, self.backoff, self.began, self.deadline = most, max_wait, backoff, began, deadline
+        self.number = 1             # of the attempt under way
+        self.delay = 0.0            # that was waited before it, but for what was asked for
+
+    def may_repeat(self, meant, safe, retry_after, chance, now):
+        """(None, seconds to wait), or (why not, 0.0), after the attempt under way has ended.
+
+        meant: whether what it brought is a reason to try again; safe: whether that does no harm.
+        """
+        if not meant:
+            return "final", 0.0
+        if self.number >= self.most:
+            return "attempts", 0.0
+        if not safe:
+            return "unsafe", 0.0
+        if retry_after > self.max_wait:
+            return "wait", 0.0
+        delay = self.backoff.next_delay(self.number, self.delay, chance)
+        longer = self.backoff.not_before(delay, retry_after, chance)
+        if now + longer >= self.deadline:
+            return "deadline", 0.0
+        self.number, self.delay = self.number + 1, delay
+        return None, longer
+
+
+class Retry(Policy):
+    """Does it again when it fails, after a while.
+
+        Retry(attempts=3, idempotent=True, attempt_seconds=2.0, total_seconds=10.0)
+
+    attempts: at most, in all. first, most, times, jitter: how long it waits in between, as Backoff has them. attempt_seconds:
+    after which an attempt is cancelled, which ends it with a TimeoutError. total_seconds: for all attempts and waits; no wait is
+    begun after which there would be no time left. budget: a RetryBudget, which any number of policies share; None: one of its
+    own, with the defaults. errors: after which it tries again: an exception type, a tuple of them, a predicate, or None; ignored:
+    after which of these not. result: a predicate of results that are no better than an error; the last one is returned.
+    idempotent: True says that every operation may be done twice; else only what has the attribute `idempotent` is, and what
+    cannot have had an effect, because the error says so (`sent` is False, as Rejected has it). max_wait: seconds of a
+    `retry_after`, which errors and results may have, that it waits at most; if more is asked for, it ends. clock: function that
+    says the time; random: function that gives a number from 0 to 1.
+
+    Raises the last error itself, with a note which attempt it was, and those of the attempts before below it. Cancelled: ends at
+    once, in an attempt as while waiting; nothing is left. Results of attempts that are made again are let go of (`discard`).
+
+    Events: "retried" {attempt, delay, outcome}, "recovered" {attempts}, "gave_up" {attempts, reason, outcome}. Reasons: "final",
+    not among `errors`; "attempts", all made; "unsafe", perhaps not to be done twice; "wait", more than max_wait; "deadline", no
+    time for more; "budget", none left.
+    """
+
+    def __init__(self, attempts=3, *, first=0.1, most=10.0, times=2.0, jitter="full", attempt_seconds=None, total_seconds=None,
+                 budget=None, errors=Exception, ignored=None, result=None, idempotent=False, max_wait=30.0, clock=flowcoro.now,
+                 random=random.random, name=None):
+        super().__init__(name)
+        self._attempts = _count(attempts, 1, "Retry(attempts=", "attempts in all")
+        self._backoff = Backoff(first, most, times, jitter)
+        self._attempt_seconds = math.inf if attempt_seconds is None else _number(
+            attempt_seconds, 0, math.inf, "Retry(attempt_seconds=", "seconds", exclusive=True)
+        self._total_seconds = math.inf if total_seconds is None else _number(
+            total_seconds, 0, math.inf, "Retry(total_seconds=", "seconds", exclusive=True)
+        if self._attempt_seconds > self._total_seconds and attempt_seconds is not None:
+            raise ValueError(f"Retry(attempt_seconds={attempt_seconds!r}, total_seconds={total_seconds!r}): no attempt can have more "
+                             "time than all have together")
+        self._max_wait = _number(max_wait, 0, math.inf, "Retry(max_wait=", "seconds")
+        self._is_error, self._is_ignored = _test(errors, "Retry(errors=", self), _test(ignored, "Retry(ignored=", self)
+        self._is_bad = None if result is None else _test(result, "Retry(result=", self)
+        if not callable(random):
+            raise TypeError(f"Retry(random={random!r:.80}): give a function that gives a number from 0 to 1, as random.random")
+        self._idempotent, self._random, self._clock = bool(idempotent), random, _Clock(clock, "Retry(clock=")
+        self._budget = _checked_budget(budget, clock, "Retry")
+        self._calls = self._retries = self._recovered = 0
+        self._gave_up = {}              # reason -> how often
+
+    @property
+    def budget(self):
+        """The RetryBudget."""
+        return self._budget
+
+    async def _run(self, call, proceed):
+        counted = self._budget._enter(call)
+        try:
+            return await self._repeat(call, proceed)
+        finally:
+            if counted:
+                self._budget._leave(call)
+
+    async def _repeat(self, call, proceed):
+        with self._lock:
+            self._calls += 1
+            began = self._clock.now()
+        attempts = _Attempts(self._attempts, self._max_wait, self._backoff, began, began + self._total_seconds)
+        limit, earlier, last = min(self._attempt_seconds, self._total_seconds), [], None
+        try:
+            while True:
+                number, last = attempts.number, None
+                try:
+                    result = await (proceed() if limit == math.inf else _within(
+                        limit, proceed, lambda: self._late(number, limit)))
+                except Exception as error:
+                    reason, delay = self._after(attempts, call, error, self._is_error(error) and not self._is_ignored(error))
+                    if reason is not None:
+                        self._give_up(attempts, call, error, reason, earlier)
+                        raise
+                    last = error
+                    earlier.append(error)
+                else:
+                    if self._is_bad is None or not self._is_bad(result):
+                        self._succeed(attempts, call)
+                        return result
+                    reason, delay = self._after(attempts, call, result, True)
+                    if reason is not None:
+                        self._give_up(attempts, call, result, reason)
+                        return result
+                    await call.drop(result, self)
+                    del result
+                if attempts.deadline < math.inf:
+                    delay = min(delay, max(0.0, attempts.deadline - self._now()))       # less, if that took its time
+                await flowcoro.sleep(delay)
+                if attempts.deadline < math.inf:
+                    limit = min(self._attempt_seconds, attempts.deadline - self._now())
+                    if limit <= 0:      # the clock went faster than the sleep
+                        last = TimeoutError(self._late(number + 1, limit)) if last is None else earlier.pop()
+                        attempts.number = number
+                        self._give_up(attempts, call, last, "deadline", earlier)
+                        raise last
+        finally:
+            del earlier, last       # no circles through the traceback
+
+    def _now(self):
+        with self._lock:
+            return self._clock.now()
+
+    def _late(self, number, limit):
+        if limit < self._attempt_seconds:
+            return f"{self.name}: total_seconds={self._total_seconds:g} are over, in attempt {number} of {self._attempts}"
+        return f"{self.name}: attempt {number} of {self._attempts} was not done within attempt_seconds={limit:g}"
+
+    def _after(self, attempts, call, outcome, meant):
+        """(None, seconds until the next attempt), or (why there is none, 0.0)."""
+        safe = self._idempotent or call.idempotent or getattr(outcome, "sent", None) is False
+        retry_after, chance = _retry_after_of(outcome), self._random()
+        with self._lock:
+            reason, delay = attempts.may_repeat(meant, safe, retry_after, chance, self._clock.now())
+        if reason is None and not self._budget.withdraw():
+            reason, attempts.number = "budget", attempts.number - 1
+        if reason is None:
+            with self._lock:
+                self._retries += 1
+            if self._listeners:
+                self._tell("retried", call.key, attempt=attempts.number - 1, delay=delay, outcome=outcome)
+        return reason, delay
+
+    def _succeed(self, attempts, call):
+        if attempts.number > 1:
+            with self._lock:
+                self._recovered += 1
+            if self._listeners:
+                self._tell("recovered", call.key, attempts=attempts.number)
+
+    def _give_up(self, attempts, call, outcome, reason, earlier=None):
+        """earlier: the errors before, if the outcome is an error."""
+        with self._lock:
+            self._gave_up[reason] = self._gave_up.get(reason, 0) + 1
+            passed = self._clock.now() - attempts.began
+        if earlier is not None and (reason != "final" or attempts.number > 1):
+            why = {"unsafe": "; not made again, as it may have had an effect: Retry(idempotent=True), or an attribute `idempotent` "
+                             "of the operation, says that this does no harm",
+                   "wait": f"; it asks to wait {_retry_after_of(outcome):g} s, and max_wait={self._max_wait:g}",
+                   "deadline": f"; no time is left for more of total_seconds={self._total_seconds:g}",
+                   "budget": f"; {self._budget.name!r} is spent"}.get(reason, "")
+            _tell_of_attempts(outcome, earlier, self,
+                              f"{attempts.number} of {self._attempts}, after {round(passed, 3):g} s{why}")
+        if self._listeners:
+            self._tell("gave_up", call.key, attempts=attempts.number, reason=reason, outcome=outcome)
+
+    def statistics(self):
+        """{"name", "calls", "retries", "recovered": calls that brought something good after a retry, "gave_up": {reason: calls},
+        "budget": its statistics()}"""
+        with self._lock:
+            numbers = {"name": self.name, "calls": self._calls, "retries": self._retries, "recovered": self._recovered,
+                       "gave_up": dict(self._gave_up)}
+        return {**numbers, "budget": self._budget.statistics()}
 
 
 # ---- hedge ----------------------------------------------------------------------------------------------------
