@@ -64,11 +64,13 @@ What it does not do: limits that several processes or machines share, persistenc
 SPDX-License-Identifier: MIT
 """
 
+import collections
 import functools
 import inspect
 import math
 import random
 import threading
+import types
 import typing
 
 import flowcoro
@@ -77,7 +79,8 @@ __version__ = "0.1.0"
 
 __all__ = ["Policy", "PolicyEvent", "CountWindow", "TimeWindow", "Keyed", "Pipeline", "Rejected", "BreakerOpen", "RateLimited",
            "LimitExceeded",
-           "Backoff", "Retry", "RetryBudget"]
+           "Backoff", "Retry", "RetryBudget",
+           "CircuitBreaker", "BreakerPermit"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -125,10 +128,16 @@ class PolicyEvent(typing.NamedTuple):
     details: dict = {}
 
 
+def _is_awaitable(result):
+    """Whether `await` takes it: what async functions return, and the generators of flowcoro.coroutine, such as sleep()."""
+    return hasattr(result, "__await__") or (
+        result.__class__ is types.GeneratorType and result.gi_code.co_flags & inspect.CO_ITERABLE_COROUTINE != 0)
+
+
 async def _invoke(operation, args, kwargs):
     """What an operation brings, async or not."""
     result = operation(*args, **kwargs)
-    return await result if hasattr(result, "__await__") else result
+    return await result if _is_awaitable(result) else result
 
 
 class _Call(typing.NamedTuple):
@@ -250,10 +259,10 @@ def _count(value, least, said, unit):
     return value
 
 
-def _test(what, said, policy):
+def _test(what, said, policy, broken=False):
     """A function that says whether an error, or a result, is meant: by a type, a tuple of them, or a predicate. None: none is.
 
-    A predicate that raises means no, and is reported (P5).
+    A predicate that raises means `broken`, and is reported (P5).
     """
     if what is None:
         return lambda outcome: False
@@ -266,9 +275,9 @@ def _test(what, said, policy):
         try:
             return bool(what(outcome))
         except Exception as error:
-            flowcoro.report_error(error, f"the predicate {said}…) of {policy.name!r} failed, which means no",
-                                  "flowcoro_resilience")
-            return False
+            flowcoro.report_error(error, f"the predicate {said}…) of {policy.name!r} failed, which means "
+                                  f"{'yes' if broken else 'no'}", "flowcoro_resilience")
+            return broken
 
     return predicate
 
@@ -292,8 +301,12 @@ class CountWindow:
 
     def add(self, counts, now=None):
         """counts: a tuple with one number for each counter. now: as TimeWindow has it; unused."""
-        oldest, self._ring[self._place] = self._ring[self._place], counts
-        self._place = (self._place + 1) % self.size
+        ring, place = self._ring, self._place
+        oldest = ring[place]
+        self._place = place + 1 if place + 1 < self.size else 0
+        if oldest is counts:            # as nearly always, if all is well: half of what it takes otherwise
+            return
+        ring[place] = counts
         totals = self.totals
         if oldest is None:
             self.calls += 1
@@ -305,6 +318,10 @@ class CountWindow:
 
     def advance(self, now):
         """Nothing: calls do not grow old here."""
+
+    def contents(self):
+        """A list of what was added and has not been taken out, the oldest first."""
+        return [counts for counts in self._ring[self._place:] + self._ring[:self._place] if counts is not None]
 
     def clear(self):
         """Forget all."""
@@ -318,7 +335,7 @@ class TimeWindow:
     totals, calls: as CountWindow's, as of the last add() or advance(). A `now` before the last one is taken for the last one.
     """
 
-    __slots__ = ("seconds", "calls", "totals", "_buckets", "_length", "_epoch")
+    __slots__ = ("seconds", "calls", "totals", "_buckets", "_length", "_epoch", "_bucket", "_end")
 
     def __init__(self, seconds, buckets=10, counters=1):
         self.seconds = _number(seconds, 0, math.inf, "TimeWindow(seconds=", "seconds", exclusive=True)
@@ -327,37 +344,42 @@ class TimeWindow:
         self.calls = 0
         self._buckets = [[0] * (counters + 1) for _ in range(buckets)]      # the sums, and the number of calls last
         self._epoch = None              # the number of the bucket that `now` is in, counted from the clock's zero
+        self._bucket, self._end = None, -math.inf       # that one, and when it ends: saves the most of add() two divisions
 
     def advance(self, now):
         """Let what is too old go."""
+        if now < self._end:
+            return
         epoch = now // self._length
         if self._epoch is None:
             self._epoch = epoch
-        passed = epoch - self._epoch
-        if passed <= 0:
-            return
         buckets, totals, size = self._buckets, self.totals, len(self._buckets)
-        for step in range(1, int(min(passed, size)) + 1):
+        for step in range(1, int(min(epoch - self._epoch, size)) + 1):
             bucket = buckets[int((self._epoch + step) % size)]
             if bucket[-1]:
                 for place in range(len(totals)):
                     totals[place] -= bucket[place]
                 self.calls -= bucket[-1]
                 bucket[:] = [0] * len(bucket)
-        self._epoch = epoch
+        self._epoch, self._bucket, self._end = epoch, buckets[int(epoch % size)], (epoch + 1) * self._length
 
-    def add(self, counts, now):
-        """counts: a tuple with one number for each counter; now: seconds of one clock."""
-        if self._epoch != now // self._length:
+    def add(self, counts, now, calls=1):
+        """counts: a tuple with one number for each counter; now: seconds of one clock; calls: how many have brought that."""
+        if now >= self._end:
             self.advance(now)
-        bucket = self._buckets[int(self._epoch % len(self._buckets))]
-        totals = self.totals
-        for place, count in enumerate(counts):
-            if count:
+        bucket = self._bucket
+        bucket[-1] += calls
+        self.calls += calls
+        if any(counts):
+            totals = self.totals
+            for place, count in enumerate(counts):
                 totals[place] += count
                 bucket[place] += count
-        bucket[-1] += 1
-        self.calls += 1
+
+    def contents(self):
+        """A list of the sums of each bucket, with the number of its calls last, the newest bucket first."""
+        newest = int((self._epoch or 0) % len(self._buckets))
+        return [list(self._buckets[newest - ago]) for ago in range(len(self._buckets))]
 
     def clear(self):
         """Forget all."""
@@ -365,6 +387,687 @@ class TimeWindow:
 
 
 # ---- circuit breaker ------------------------------------------------------------------------------------------
+# Most breakers decide in two places which do not know of each other, before a call and after it. Between them lies the call,
+# and whatever other calls have done meanwhile. So here a permit carries the number of the state in which it was given, its
+# *generation*, and each transition begins a new one: what is told with another number is too late, and is dropped. All that
+# holds for a probe follows from that: it counts for the half-open state that let it through, or not at all.
+
+CLOSED, OPEN, HALF_OPEN, FORCED_OPEN, METRICS_ONLY = STATES = "CLOSED", "OPEN", "HALF_OPEN", "FORCED_OPEN", "METRICS_ONLY"
+
+# (state, event) -> state. What is not here cannot happen.
+TRANSITIONS = {
+    (CLOSED, "exceeded"): OPEN,                 # a rate, or failures in a row, are as high as they may not be
+    (OPEN, "waited"): HALF_OPEN,                # a call asks, and the open time is over
+    (HALF_OPEN, "recovered"): CLOSED,           # all probes have been told of, and the rates are below
+    (HALF_OPEN, "exceeded"): OPEN,              # … and one is not
+    (HALF_OPEN, "expired"): OPEN,               # half_open_seconds have passed before that
+    (METRICS_ONLY, "exceeded"): METRICS_ONLY,   # it is only told
+    **{(state, "force_open"): FORCED_OPEN for state in STATES},
+    **{(state, "metrics_only"): METRICS_ONLY for state in STATES},
+    **{(state, "reset"): CLOSED for state in STATES},
+}
+
+ENTERED = {CLOSED: "closed", OPEN: "opened", HALF_OPEN: "half_opened", FORCED_OPEN: "forced_open", METRICS_ONLY: "metrics_only"}
+
+# OUTCOMES[failed][slow]: what is added to the window: always the same objects, which it sees at a glance.
+OUTCOMES = ((0, 0), (0, 1)), ((1, 0), (1, 1))
+
+SAID = "CircuitBreaker("        # begins the messages about settings
+
+# Calls in the window, and those without which there is no rate: resilience4j's. With 100, one failure is one per cent.
+WINDOW = 100
+
+# Seconds that a breaker may be open at most, a year: what is longer is a slip of the keyboard, or force_open().
+MAX_OPEN_SECONDS = 366 * 86400.0
+
+# How often the open time may have grown, if nothing else is said: 60 s become 10 minutes, in which an outage is somebody's work.
+MAX_OPEN_GROWTH = 10
+
+
+class _CircuitSettings(typing.NamedTuple):
+    minimum_calls: int
+    failure_rate: float
+    slow_call_rate: float
+    consecutive_failures: float         # math.inf: any number of them
+    open_seconds: float
+    open_growth: float
+    max_open_seconds: float
+    open_jitter: float
+    probes: int
+    half_open_seconds: float            # math.inf: no limit
+
+
+class _Circuit:
+    """A breaker's decisions. `now` never goes back; `chance`, from 0 to 1, is for the open time, should one begin.
+
+    until: when OPEN or HALF_OPEN is over; else, and if it has no limit, inf. taken: the permits of HALF_OPEN that are out or
+    have been recorded; 0 <= sums.calls <= taken <= probes. free: the generation, in states that let every call through; else
+    None. news: [(kind, details)], what has happened and nobody was told of yet.
+    """
+
+    __slots__ = ("settings", "window", "sums", "state", "generation", "free", "until", "open_seconds", "taken", "consecutive",
+                 "over", "news", "rejected", "ignored", "late", "opened")
+
+    def __init__(self, settings, window):
+        self.settings, self.window = settings, window
+        self.generation = self.rejected = self.ignored = self.late = self.opened = 0
+        self.news = []
+        self._enter(CLOSED, 0.0)
+
+    def _enter(self, state, now, open_seconds=0.0, chance=0.5):
+        self.state = state
+        self.generation += 1
+        self.free = self.generation if state in (CLOSED, METRICS_ONLY) else None
+        self.until, self.taken, self.consecutive, self.over = math.inf, 0, 0, False
+        self.open_seconds = open_seconds        # before jitter; what the next one grows from
+        if state is OPEN:                       # sums stay: what has made it open
+            self.until = now + open_seconds * (1 + self.settings.open_jitter * (2 * chance - 1))
+        elif state is HALF_OPEN:
+            self.until = now + self.settings.half_open_seconds
+            self.sums = CountWindow(self.settings.probes, 2)
+        else:
+            self.sums = self.window
+            self.window.clear()
+
+    def go(self, event, now, chance):
+        """Take a transition."""
+        before, settings, open_seconds = self.state, self.settings, 0.0
+        state = TRANSITIONS[before, event]
+        if state is OPEN:
+            self.opened += 1
+            open_seconds = settings.open_seconds if before is CLOSED else (
+                min(self.open_seconds * settings.open_growth, settings.max_open_seconds))
+        elif state is HALF_OPEN:
+            open_seconds = self.open_seconds
+        self._enter(state, now, open_seconds, chance)
+        details = {"before": before}
+        if state is OPEN:
+            details.update(seconds=self.until - now, **self.counted())
+        self.news.append((ENTERED[state], details))
+
+    def advance(self, now, chance):
+        """Let time pass: as if at each moment somebody had looked."""
+        if self.state is HALF_OPEN and now >= self.until:
+            self.go("expired", self.until, chance)
+
+    def permit(self, now, chance):
+        """The generation to tell with the end of the call, or None: it may not run."""
+        if self.free is not None:
+            return self.free
+        self.advance(now, chance)
+        if self.state is OPEN and now >= self.until:
+            self.go("waited", now, chance)
+        if self.state is HALF_OPEN and self.taken < self.settings.probes:
+            self.taken += 1
+            return self.generation
+        self.rejected += 1
+        return None
+
+    def give_back(self, generation):
+        """A call has ended, and says nothing."""
+        if self.state is HALF_OPEN and generation == self.generation:
+            self.taken -= 1
+
+    def record(self, generation, outcome, now, chance):
+        """A call has ended, with one of OUTCOMES. Returns whether it counts."""
+        if self.free is None:
+            self.advance(now, chance)
+        if generation != self.generation:
+            self.late += 1
+            return False
+        sums = self.sums
+        sums.add(outcome, now)
+        if outcome[0]:
+            self.consecutive += 1
+        elif self.consecutive:
+            self.consecutive = 0
+        if self.free is None:
+            if sums.calls == self.settings.probes:
+                self.go("exceeded" if self._exceeded(sums.calls) else "recovered", now, chance)
+        elif sums.totals[0] or sums.totals[1] or self.over:     # else no rate can be too high
+            self._judge(now, chance)
+        return True
+
+    def _judge(self, now, chance):
+        settings = self.settings
+        exceeded = self.consecutive >= settings.consecutive_failures or self._exceeded(settings.minimum_calls)
+        if exceeded and not self.over:
+            if self.state is CLOSED:
+                return self.go("exceeded", now, chance)
+            self.news.append(("exceeded", self.counted()))
+        self.over = exceeded
+
+    def _exceeded(self, minimum):
+        """Quotients, since 7 / 100 >= 0.07, but 7 < 0.07 * 100."""
+        calls, (failures, slow) = self.sums.calls, self.sums.totals
+        return calls >= minimum and (
+            failures / calls >= self.settings.failure_rate or slow / calls >= self.settings.slow_call_rate)
+
+    def retry_after(self, now):
+        """Seconds until a call may be let through, in HALF_OPEN until it is decided at the latest; None if nobody knows."""
+        return None if self.until == math.inf else max(0.0, self.until - now)
+
+    def counted(self):
+        """What details of events and statistics say of the calls that count."""
+        failures, slow = self.sums.totals
+        return {"calls": self.sums.calls, "failures": failures, "slow": slow}
+
+    def statistics(self, now, chance):
+        """Of CircuitBreaker's all but the name."""
+        self.advance(now, chance)
+        if self.free is not None:
+            self.sums.advance(now)
+        counted = self.counted()
+        calls = counted["calls"]
+        return {"state": self.state, **counted,
+                "failure_rate": counted["failures"] / calls if calls else None,
+                "slow_rate": counted["slow"] / calls if calls else None,
+                "consecutive_failures": self.consecutive,
+                "probes": self.taken - calls if self.state is HALF_OPEN else 0,
+                "retry_after": self.retry_after(now),
+                "rejected": self.rejected, "ignored": self.ignored, "late": self.late, "opened": self.opened}
+
+    def save(self, now, chance):
+        """What load() takes: plain JSON, in which no moment of the clock is."""
+        self.advance(now, chance)
+        saved = {"state": self.state, "seconds_left": None if self.until == math.inf else self.until - now,
+                 "open_seconds": self.open_seconds, "consecutive_failures": self.consecutive,
+                 "calls": "", "buckets": [], "bucket_seconds": None}
+        if self.free is not None or self.state is HALF_OPEN:
+            self.sums.advance(now)
+            if isinstance(self.sums, CountWindow):
+                saved["calls"] = "".join([str(failed + 2 * slow) for failed, slow in self.sums.contents()])
+            else:
+                saved.update(buckets=self.sums.contents(), bucket_seconds=self.sums._length)
+        return saved
+
+    def load(self, saved, age, now, chance):
+        """Take what was saved `age` seconds ago, and has been checked. Probes that were out then are not."""
+        state, settings = STATES[STATES.index(saved["state"])], self.settings
+        self._enter(state, now)
+        self.consecutive = saved["consecutive_failures"]
+        if state in (OPEN, HALF_OPEN):
+            self.open_seconds = min(max(saved["open_seconds"], settings.open_seconds), settings.max_open_seconds)
+            if saved["seconds_left"] is not None:
+                self.until = now + saved["seconds_left"] - age
+        self.news.append(("loaded", {"state": state}))
+        calls = saved["calls"]
+        if state is HALF_OPEN:
+            self.taken = min(len(calls), settings.probes - 1)       # one at least is to come, which decides
+            calls = calls[len(calls) - self.taken:]
+        if state is HALF_OPEN or self.free is not None and isinstance(self.sums, CountWindow):
+            for digit in calls:
+                self.sums.add(OUTCOMES[digit in "13"][digit in "23"])
+        elif self.free is not None:
+            middle = (now // self.sums._length + 0.5) * self.sums._length     # far from where a bucket ends, for rounding
+            for ago in reversed(range(len(saved["buckets"]))):
+                *counts, number = saved["buckets"][ago]
+                self.sums.add(counts, middle - ago * saved["bucket_seconds"] - age, number)
+            self.sums.advance(now)
+
+
+# What the numbers of a saved state may be: integers up to here are exact as floats too.
+MAX_SAVED = 1e15
+
+
+def _checked_saved(saved):
+    """ValueError unless it is what CircuitBreaker.save() has made, perhaps by way of JSON."""
+    def number(value, least=0.0):
+        return type(value) in (int, float) and least <= value <= MAX_SAVED
+
+    def count(value):
+        return type(value) is int and 0 <= value <= MAX_SAVED
+
+    def bucket(value):
+        return type(value) is list and len(value) == 3 and all(map(count, value)) and max(value) == value[2]
+
+    checks = {
+        "state": lambda value: value in STATES,
+        "seconds_left": lambda value: value is None and saved["state"] != OPEN or number(value, -MAX_SAVED),
+        "open_seconds": number,
+        "consecutive_failures": count,
+        "calls": lambda value: type(value) is str and set(value) <= set("0123"),
+        "buckets": lambda value: type(value) is list and all(map(bucket, value)),
+        "bucket_seconds": lambda value: value is None and not saved["buckets"] or number(value) and value > 0,
+    }
+    if type(saved) is not dict or saved.keys() != checks.keys():
+        raise ValueError(f"CircuitBreaker.load({saved!r:.80}): give what save() returned, a dict of {', '.join(checks)}")
+    for name, right in checks.items():
+        if not right(saved[name]):
+            raise ValueError(f"CircuitBreaker.load(): {name!r} is {saved[name]!r:.80}, which save() does not write")
+
+
+class BreakerPermit:
+    """A call that a CircuitBreaker lets through, for callbacks and streams: acquire_nowait() gives it.
+
+    Say once how the call has ended, from whatever task or thread: succeed(), fail(), or give_back() if that says nothing of
+    what was called. A second time is a RuntimeError. One that is forgotten, and so garbage, is given back.
+    """
+
+    __slots__ = ("_breaker", "_generation", "_started", "_key")
+
+    def __init__(self, breaker, key=None):
+        self._breaker, self._key, self._generation = breaker, key, None
+        self._started = breaker._clock()
+        self._generation = breaker._permit(key)
+
+    def _end(self):
+        """The generation; from then on it has none."""
+        with self._breaker._lock:
+            generation, self._generation = self._generation, None
+        if generation is None:
+            raise RuntimeError(f"this permit of {self._breaker.name!r} has ended: one of succeed(), fail() and give_back() is "
+                               "called, and once")
+        return generation
+
+    def succeed(self, result=None):
+        """The call has come to its end. result: what it brought, for failure_result; None: that is not asked."""
+        self._returned(result, result is not None)
+
+    def _returned(self, result, asked):
+        generation, counted = self._end(), False
+        try:
+            test = self._breaker._failure_result
+            failed = asked and test is not None and test(result)
+            counted = True
+        finally:
+            if not counted:
+                self._breaker._give_back(generation)
+        self._breaker._record(generation, self._started, failed, self._key)
+
+    def fail(self, error):
+        """The call has raised `error`: judged as if try_execute() had seen it."""
+        if not isinstance(error, BaseException):
+            raise TypeError(f"BreakerPermit.fail({error!r:.80}): give the exception")
+        self._breaker._raised(self._end(), self._started, error, self._key)
+
+    def give_back(self):
+        """As if there had been no call."""
+        self._breaker._give_back(self._end())
+
+    def __del__(self):
+        # At any moment, in any thread, perhaps within a decision of the same breaker: so _give_back() takes no lock.
+        if self._generation is not None:
+            self._breaker._give_back(self._generation)
+
+
+def _checked_window(window, window_seconds, buckets, minimum_calls):
+    """(window, minimum_calls)"""
+    if minimum_calls is not None:
+        _count(minimum_calls, 1, f"{SAID}minimum_calls=", "calls")
+    if window_seconds is None:
+        counts = CountWindow(_count(window, 1, f"{SAID}window=", "calls"), 2)
+        if minimum_calls is None:
+            minimum_calls = min(WINDOW, window)
+        if minimum_calls > window:
+            raise ValueError(f"{SAID}window={window}, minimum_calls={minimum_calls}): no rate would ever be known: give a "
+                             "window of as many calls at least")
+        return counts, minimum_calls
+    if window != WINDOW:
+        raise ValueError(f"{SAID}window={window!r:.80}, window_seconds={window_seconds!r:.80}): it counts the last calls, or those "
+                         "of the last seconds: give one of them")
+    _number(window_seconds, 0, math.inf, f"{SAID}window_seconds=", "seconds", exclusive=True)
+    return (TimeWindow(window_seconds, _count(buckets, 1, f"{SAID}buckets=", "buckets"), 2),
+            WINDOW if minimum_calls is None else minimum_calls)
+
+
+def _checked_settings(minimum_calls, failure_rate, slow_call_rate, consecutive_failures, open_seconds, open_growth,
+                      max_open_seconds, open_jitter, probes, half_open_seconds):
+    def number(value, least, most, name, unit, exclusive=False):
+        return _number(value, least, most, f"{SAID}{name}=", unit, exclusive=exclusive)
+
+    open_seconds = number(open_seconds, 0, MAX_OPEN_SECONDS, "open_seconds", "seconds", exclusive=True)
+    if max_open_seconds is None:
+        max_open_seconds = min(MAX_OPEN_GROWTH * open_seconds, MAX_OPEN_SECONDS)
+    elif number(max_open_seconds, 0, MAX_OPEN_SECONDS, "max_open_seconds", "seconds") < open_seconds:
+        raise ValueError(f"{SAID}open_seconds={open_seconds:g}, max_open_seconds={max_open_seconds!r}): the longest open time is "
+                         "shorter than the first: make it as long at least")
+    return _CircuitSettings(
+        minimum_calls,
+        number(failure_rate, 0, 1, "failure_rate", "failures for each call", exclusive=True),
+        number(slow_call_rate, 0, 1, "slow_call_rate", "slow calls for each call", exclusive=True),
+        math.inf if consecutive_failures is None else _count(consecutive_failures, 1, f"{SAID}consecutive_failures=", "failures"),
+        open_seconds,
+        number(open_growth, 1, MAX_OPEN_SECONDS, "open_growth", "times the open time before"),
+        float(max_open_seconds),
+        number(open_jitter, 0, 1, "open_jitter", "parts of the open time"),
+        _count(probes, 1, f"{SAID}probes=", "calls"),
+        math.inf if half_open_seconds is None else number(
+            half_open_seconds, 0, math.inf, "half_open_seconds", "seconds", exclusive=True))
+
+
+def _who():
+    """The task that runs, or else the thread."""
+    try:
+        return flowcoro.current_task()
+    except RuntimeError:
+        return threading.get_ident()
+
+
+class CircuitBreaker(Policy):
+    """Lets calls through while what is called does well, and rejects them at once while it does not.
+
+    CLOSED: calls go through, and are counted. Once `minimum_calls` are in the window, and a part of failure_rate of them, or
+    more, has failed, or a part of slow_call_rate took longer than slow_call_seconds, or consecutive_failures have come in a row
+    (for which there is no minimum), it is OPEN: all are rejected. After open_seconds the next call makes it HALF_OPEN: `probes`
+    calls go through, no more, however many ask at a time. When all have ended, their rates decide: CLOSED again, with an empty
+    window, or OPEN. FORCED_OPEN, until reset(), rejects all; METRICS_ONLY counts, and rejects none.
+
+    What counts is what comes back: a result (a success, if failure_result(result) does not say otherwise), or an Exception: a
+    failure if it is one of `failures`, neither if it is one of `ignored`, else a success. Each is a type, several, or a
+    predicate. By default a Rejected from within is ignored: nothing was called. Cancelled, and whatever else is no Exception,
+    is not counted, and gives the permit back: so a timeout has to stand *inside* the breaker, as in
+    Pipeline(CircuitBreaker(), Timeout(2)); one that stands outside cancels the call, and the breaker learns nothing. A
+    predicate that raises means no, but for `failures`, where it means yes: an error that nobody has understood is one.
+
+    Defaults are resilience4j's:
+
+    window=100                  calls, the last ones; or window_seconds: those of so long, in `buckets` (10) of equal length
+    minimum_calls=100           with fewer no rate is known; if `window` is smaller and this is not given, it is the window
+    failure_rate=0.5            from 0 (exclusive) to 1; reached is too high
+    slow_call_seconds=60.0      slower is slow; math.inf: none is
+    slow_call_rate=1.0          so that all have to be slow
+    consecutive_failures=None   None: any number of them may come in a row
+    open_seconds=60.0           how long it is OPEN, at first
+    open_growth=1.0             each time HALF_OPEN ends in OPEN, it is so many times as long as the time before …
+    max_open_seconds=None       … up to this; None: ten times open_seconds
+    open_jitter=0.0             then up to this part shorter or longer, by chance, so that not all come back at the same time
+    probes=10                   calls in HALF_OPEN
+    half_open_seconds=None      if they have not all ended by then, it is OPEN again; None: no limit
+    clock, random               functions: seconds of a clock, and a number from 0 to 1
+
+    Ways in, with the same effect: try_execute(); a decorator, also of plain functions; `async with` and `with`, where each
+    entry has a permit of its own, in any number of tasks, also one in another; acquire_nowait(). Each raises BreakerOpen, whose
+    retry_after is: in OPEN the rest of that, in HALF_OPEN what is left of half_open_seconds, else None. A call within a call
+    is one more call, and needs a permit of its own.
+
+    Events: "success", "failure", "slow" (after one of those), each with `seconds`, "failure" with `error` too (None if it was a
+    result); "ignored" with `error`; "late": it began in a state that is over, and does not count; "rejected" with `state`,
+    `retry_after`; "opened", "half_opened", "closed", "forced_open", "metrics_only", with `before`, the state that was, "opened"
+    with `seconds`, `calls`, `failures`, `slow` too; "exceeded" with the latter three: METRICS_ONLY would have opened; "loaded".
+    """
+
+    def __init__(self, *, window=100, window_seconds=None, buckets=10, minimum_calls=None, failure_rate=0.5,
+                 slow_call_seconds=60.0, slow_call_rate=1.0, consecutive_failures=None, open_seconds=60.0, open_growth=1.0,
+                 max_open_seconds=None, open_jitter=0.0, probes=10, half_open_seconds=None, failures=Exception,
+                 ignored=Rejected, failure_result=None, clock=flowcoro.now, random=random.random, name=None):
+        super().__init__(name)
+        window, minimum_calls = _checked_window(window, window_seconds, buckets, minimum_calls)
+        self._circuit = _Circuit(_checked_settings(
+            minimum_calls, failure_rate, slow_call_rate, consecutive_failures, open_seconds, open_growth, max_open_seconds,
+            open_jitter, probes, half_open_seconds), window)
+        self._slow_seconds = _number(slow_call_seconds, 0, math.inf, f"{SAID}slow_call_seconds=", "seconds", exclusive=True)
+        self._failures = self._errors(failures, "failures", True)
+        self._ignored = None if ignored is None else self._errors(ignored, "ignored", False)
+        self._failure_result = None if failure_result is None else _test(failure_result, f"{SAID}failure_result=", self)
+        for function, said, what in (clock, "clock", "seconds"), (random, "random", "a number from 0 to 1"):
+            if not callable(function):
+                raise TypeError(f"{SAID}{said}={function!r:.80}): give a function that returns {what}")
+        self._clock, self._random = clock, random
+        self._last, self._offset = -math.inf, 0.0       # P4: what the clock said last, and what is added to it since it went back
+        self._chance = 0.5
+        self._given_back = collections.deque()          # generations; taken out by the next decision (BreakerPermit.__del__)
+        self._entered = {}                              # task or thread -> [BreakerPermit], of `with`; the innermost last
+        self._draw()
+
+    def _errors(self, what, said, broken):
+        if what is not None:
+            for one in what if isinstance(what, tuple) else (what,):
+                if isinstance(one, type) and not issubclass(one, Exception):
+                    raise TypeError(f"{SAID}{said}={one.__name__}): give types of Exception; what is none, as Cancelled, is never "
+                                    "counted")
+        return _test(what, f"{SAID}{said}=", self, broken)
+
+    # -- decisions: under the lock; what comes of them is told after it
+
+    def _now(self):
+        now = self._clock() + self._offset
+        if now < self._last:
+            self._offset += self._last - now
+            now = self._last
+        self._last = now
+        return now
+
+    def _decide(self, decision, *args):
+        circuit = self._circuit
+        with self._lock:
+            now = self._now()
+            while self._given_back:
+                circuit.give_back(self._given_back.popleft())
+            result = decision(*args, now, self._chance)
+            news, circuit.news = circuit.news, []
+        if news:
+            self._announce(news)
+        return result
+
+    def _announce(self, news):
+        self._draw()
+        if self._listeners:
+            for kind, details in news:
+                self._tell(kind, **details)
+
+    def _draw(self):
+        """Chance for the next open time: drawn ahead, since a decision calls nobody."""
+        if self._circuit.settings.open_jitter:
+            self._chance = min(max(self._random(), 0.0), 1.0)
+
+    def _permit(self, key):
+        """The generation to tell with the end of the call. Raises BreakerOpen."""
+        generation = self._circuit.free         # one read, so it needs no lock: a call that is let through as the breaker opens
+        if generation is not None:              # might as well have come a moment earlier, and is late when it ends
+            return generation
+        generation, state, retry_after = self._decide(self._ask)
+        if generation is not None:
+            return generation
+        if self._listeners:
+            self._tell("rejected", key, state=state, retry_after=retry_after)
+        hint = {OPEN: f"ask again in {retry_after or 0:.3g} s", FORCED_OPEN: "until reset()",
+                HALF_OPEN: f"all of its probes={self._circuit.settings.probes} are under way"}[state]
+        raise BreakerOpen(f"{self.name} is {state}: {hint}", self, retry_after)
+
+    def _ask(self, now, chance):
+        circuit = self._circuit
+        return circuit.permit(now, chance), circuit.state, circuit.retry_after(now)
+
+    def _record(self, generation, started, failed, key=None, error=None):
+        circuit = self._circuit
+        with self._lock:
+            ended = self._clock()
+            slow = ended - started > self._slow_seconds
+            now = ended + self._offset          # _now(), in line
+            if now < self._last:
+                self._offset += self._last - now
+                now = self._last
+            self._last = now
+            counted = circuit.record(generation, OUTCOMES[failed][slow], now, self._chance)
+            news = circuit.news
+            if news:
+                circuit.news = []
+        if self._listeners:
+            seconds = max(0.0, ended - started)
+            if not counted:
+                self._tell("late", key, seconds=seconds)
+            elif failed:
+                self._tell("failure", key, seconds=seconds, error=error)
+            else:
+                self._tell("success", key, seconds=seconds)
+            if counted and slow:
+                self._tell("slow", key, seconds=seconds)
+        if news:
+            self._announce(news)
+
+    def _raised(self, generation, started, error, key=None):
+        """The call has ended with an error."""
+        counts = ignored = False
+        try:
+            if isinstance(error, Exception):
+                ignored = self._ignored is not None and self._ignored(error)
+                failed = not ignored and self._failures(error)
+                counts = not ignored
+        finally:
+            if not counts:                      # also if a predicate has raised what is no Exception
+                self._give_back(generation)
+        if counts:
+            self._record(generation, started, failed, key, error)
+        elif ignored:
+            with self._lock:
+                self._circuit.ignored += 1
+            if self._listeners:
+                self._tell("ignored", key, error=error)
+
+    def _give_back(self, generation):
+        """Without the lock, see BreakerPermit.__del__. Where all go through, nothing was taken."""
+        if generation == self._circuit.generation and self._circuit.free is None:
+            self._given_back.append(generation)
+
+    # -- ways in
+
+    async def try_execute(self, operation, /, *args, **kwargs):
+        """As Policy.try_execute(). Raises BreakerOpen, a Rejected."""
+        # _run(), in line and without what a Pipeline needs: a call through a closed breaker has two clock readings and one lock.
+        if not callable(operation):
+            _checked_operation(operation, f"{self.name}.try_execute()")
+        started = self._clock()
+        generation = self._circuit.free
+        if generation is None:
+            generation = self._permit(getattr(operation, "key", None))
+        try:
+            result = operation(*args, **kwargs)
+            if result.__class__ is types.CoroutineType or _is_awaitable(result):
+                result = await result
+            failed = self._failure_result is not None and self._failure_result(result)
+        except BaseException as error:
+            self._raised(generation, started, error, getattr(operation, "key", None))
+            raise
+        self._record(generation, started, failed, self._listeners and getattr(operation, "key", None))
+        return result
+
+    async def _run(self, call, proceed):
+        started, generation = self._clock(), self._permit(call.key)
+        try:
+            result = await proceed()
+            failed = self._failure_result is not None and self._failure_result(result)
+        except BaseException as error:
+            self._raised(generation, started, error, call.key)
+            raise
+        self._record(generation, started, failed, call.key)
+        return result
+
+    def __call__(self, function):
+        """A decorator of a function, async or not: its calls go through the breaker.
+
+        TypeError for generator functions: they have done nothing when their call returns.
+        """
+        if not callable(function):
+            raise TypeError(f"@{self.name} decorates functions, got {function!r:.80}")
+        if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function) and not (
+                inspect.unwrap(function).__code__.co_flags & inspect.CO_ITERABLE_COROUTINE):
+            raise TypeError(f"@{self.name} got {function!r:.80}, a generator function: its call returns before anything is done. "
+                            f"Use `async with` or `with` in it, or acquire_nowait(), and say how it ends")
+        if inspect.iscoroutinefunction(function):
+            return super().__call__(function)
+
+        @functools.wraps(function)
+        def decorated(*args, **kwargs):
+            permit = BreakerPermit(self)
+            try:
+                result = function(*args, **kwargs)
+            except BaseException as error:
+                permit.fail(error)
+                raise
+            if _is_awaitable(result):
+                return self._awaited(permit, result)
+            permit._returned(result, True)
+            return result
+
+        return decorated
+
+    async def _awaited(self, permit, result):
+        try:
+            result = await result
+        except BaseException as error:
+            permit.fail(error)
+            raise
+        permit._returned(result, True)
+        return result
+
+    def acquire_nowait(self):
+        """A BreakerPermit, or BreakerOpen."""
+        return BreakerPermit(self)
+
+    def __enter__(self):
+        permit = BreakerPermit(self)
+        with self._lock:
+            self._entered.setdefault(_who(), []).append(permit)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        with self._lock:
+            who = _who()
+            own = self._entered.get(who)
+            place = -1
+            if not own:         # it is left elsewhere than it was entered: by a generator that is closed as garbage, say
+                who = next(iter(self._entered), None)
+                own = self._entered.get(who)
+                place = 0
+            if not own:
+                raise RuntimeError(f"{self.name} was left more often than it was entered")
+            permit = own.pop(place)
+            if not own:
+                self._entered.pop(who, None)
+        if error is None:
+            permit.succeed()
+        else:
+            permit.fail(error)
+
+    async def __aenter__(self):
+        return self.__enter__()
+
+    async def __aexit__(self, kind, error, traceback):
+        self.__exit__(kind, error, traceback)
+
+    # -- what it is, and what you want it to be
+
+    @property
+    def state(self):
+        """CLOSED, OPEN, HALF_OPEN, FORCED_OPEN or METRICS_ONLY, as texts. OPEN stays until a call asks after its time."""
+        self._decide(self._circuit.advance)
+        return self._circuit.state
+
+    def force_open(self):
+        """FORCED_OPEN: reject all, until reset()."""
+        self._decide(self._circuit.go, "force_open")
+
+    def metrics_only(self):
+        """METRICS_ONLY: let all through, and count; until reset()."""
+        self._decide(self._circuit.go, "metrics_only")
+
+    def reset(self):
+        """CLOSED. What was counted is forgotten, but for what statistics() says never goes back."""
+        self._decide(self._circuit.go, "reset")
+
+    def save(self):
+        """The state as a dict that JSON can carry, for load(): of another process, say. Times in it are relative."""
+        return self._decide(self._circuit.save)
+
+    def load(self, saved, age=0.0):
+        """Take over what save() has returned, `age` seconds ago. Calls under way do not count, and probes are free again.
+
+        Settings are this breaker's. What does not fit them (a window of another kind or length) is taken as far as it goes.
+        ValueError for what is none, which names the member.
+        """
+        age = _number(age, 0, MAX_SAVED, f"{self.name}.load(age=", "seconds")
+        _checked_saved(saved)
+        self._decide(self._circuit.load, saved, age)
+
+    def statistics(self):
+        """A dict.
+
+        "name", "state"; "calls", "failures", "slow": of those that count now, in OPEN of those that have opened it;
+        "failure_rate", "slow_rate": their quotients, None without calls; "consecutive_failures"; "probes": under way, in
+        HALF_OPEN; "retry_after": as BreakerOpen's. Never going back: "rejected", "ignored", "late", "opened": how often.
+        """
+        return {"name": self.name, **self._decide(self._circuit.statistics)}
 
 
 # ---- adaptive breaker -----------------------------------------------------------------------------------------
