@@ -79,7 +79,7 @@ __version__ = "0.1.0"
 
 __all__ = ["Policy", "PolicyEvent", "CountWindow", "TimeWindow", "Keyed", "Pipeline", "Rejected", "BreakerOpen", "RateLimited",
            "LimitExceeded",
-           "Backoff", "Retry", "RetryBudget",
+           "Backoff", "Retry", "RetryBudget", "LatencyWindow", "Hedge", "Timeout", "Fallback", "Cache",
            "CircuitBreaker", "BreakerPermit"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
@@ -146,8 +146,7 @@ class _Call(typing.NamedTuple):
     key: object
     idempotent: bool
     discard: object             # or None
-    args: tuple = ()            # what the operation is called with
-    kwargs: dict = {}
+    asked: object = None        # (operation, args, kwargs), for policies that look at them; None: not told
 
     async def drop(self, result, policy):
         """Let go of a result that nobody will get. Its own task is not cancelled meanwhile; an error is reported."""
@@ -160,9 +159,9 @@ class _Call(typing.NamedTuple):
                                           "flowcoro_resilience")
 
 
-def _call_of(operation, args=(), kwargs={}):
+def _call_of(operation, asked=None):
     return _Call(getattr(operation, "key", None), bool(getattr(operation, "idempotent", False)),
-                 getattr(operation, "discard", None), args, kwargs)
+                 getattr(operation, "discard", None), asked)
 
 
 def _checked_operation(operation, whose):
@@ -192,7 +191,8 @@ class Policy:
         operation is, and what the policy has given it is taken back.
         """
         _checked_operation(operation, f"{self.name}.try_execute()")
-        return await self._run(_call_of(operation, args, kwargs), functools.partial(_invoke, operation, args, kwargs))
+        asked = (operation, args, kwargs)
+        return await self._run(_call_of(operation, asked), functools.partial(_invoke, *asked))
 
     async def _run(self, call, proceed):
         """What `proceed()` brings, which is awaited as often as the policy wants: the operation, and the policies within."""
@@ -1095,23 +1095,26 @@ RETRY_AFTER_SPREAD = 0.25
 JITTERS = ("full", "decorrelated", "none")
 
 
-class _Clock:
-    """Time that does not run backwards (P4): where `read` does, it stands still, and goes on from there. Read it under a lock."""
+def _steady(read, said):
+    """A function that gives what `read()` does as long as that goes forwards, and stands still while it does not (P4).
 
-    __slots__ = ("_read", "_last", "_offset")
+    It is called under the policy's lock: threads that were late would make it stand still. A closure, which is 50 ns faster than a
+    method.
+    """
+    if not callable(read):
+        raise TypeError(f"{said}{read!r:.80}): give a function that returns seconds")
+    last, offset = -math.inf, 0.0
 
-    def __init__(self, read, said):
-        if not callable(read):
-            raise TypeError(f"{said}{read!r:.80}): give a function that says the time in seconds, as flowcoro.now")
-        self._read, self._last, self._offset = read, -math.inf, 0.0
-
-    def now(self):
-        now = self._read() + self._offset
-        if now < self._last:
-            self._offset += self._last - now
-            return self._last
-        self._last = now
+    def steady():
+        nonlocal last, offset
+        now = read() + offset
+        if now < last:
+            offset += last - now
+            return last
+        last = now
         return now
+
+    return steady
 
 
 class Backoff:
@@ -1196,7 +1199,7 @@ class RetryBudget:
             raise ValueError(f"RetryBudget(ratio=0, floor={floor:g}, seconds={seconds:g}) allows nothing: give a ratio, or a floor of "
                              "1 / seconds or more; Retry(attempts=1) never repeats")
         self._lock = threading.RLock()
-        self._clock = _Clock(clock, "RetryBudget(clock=")
+        self._now = _steady(clock, "RetryBudget(clock=")
         self._window = _BudgetWindow(ratio, floor, seconds)
         self._counted = set()           # ids of the calls under way that have been counted
         self._withdrawn = self._refused = 0
@@ -1204,12 +1207,12 @@ class RetryBudget:
     def deposit(self):
         """A call is made, for the first time."""
         with self._lock:
-            self._window.deposit(self._clock.now())
+            self._window.deposit(self._now())
 
     def withdraw(self):
         """Whether a call may be made again; then it has been counted."""
         with self._lock:
-            granted = self._window.withdraw(self._clock.now())
+            granted = self._window.withdraw(self._now())
             if granted:
                 self._withdrawn += 1
             else:
@@ -1218,21 +1221,22 @@ class RetryBudget:
 
     def _enter(self, call):
         """Count a call, unless a policy further out has. Whether it has been counted now, and is to leave."""
+        number = id(call.asked or call)     # what is asked stays the same object on the whole way
         with self._lock:
-            if id(call) in self._counted:
+            if number in self._counted:
                 return False
-            self._counted.add(id(call))
-            self._window.deposit(self._clock.now())
+            self._counted.add(number)
+            self._window.deposit(self._now())
             return True
 
     def _leave(self, call):
         with self._lock:
-            self._counted.discard(id(call))
+            self._counted.discard(id(call.asked or call))
 
     def statistics(self):
         """{"name", "calls", "repetitions": both lately; "left": how many more could be made now; "withdrawn", "refused": ever}"""
         with self._lock:
-            left = self._window.left(self._clock.now())
+            left = self._window.left(self._now())
             calls, repetitions = self._window.window.totals
             return {"name": self.name, "calls": calls, "repetitions": repetitions, "left": left, "withdrawn": self._withdrawn,
                     "refused": self._refused}
@@ -1377,7 +1381,7 @@ class Retry(Policy):
         self._is_bad = None if result is None else _test(result, "Retry(result=", self)
         if not callable(random):
             raise TypeError(f"Retry(random={random!r:.80}): give a function that gives a number from 0 to 1, as random.random")
-        self._idempotent, self._random, self._clock = bool(idempotent), random, _Clock(clock, "Retry(clock=")
+        self._idempotent, self._random, self._now = bool(idempotent), random, _steady(clock, "Retry(clock=")
         self._budget = _checked_budget(budget, clock, "Retry")
         self._calls = self._retries = self._recovered = 0
         self._gave_up = {}              # reason -> how often
@@ -1398,7 +1402,7 @@ class Retry(Policy):
     async def _repeat(self, call, proceed):
         with self._lock:
             self._calls += 1
-            began = self._clock.now()
+            began = self._now()
         attempts = _Attempts(self._attempts, self._max_wait, self._backoff, began, began + self._total_seconds)
         limit, earlier, last = min(self._attempt_seconds, self._total_seconds), [], None
         try:
@@ -1425,10 +1429,10 @@ class Retry(Policy):
                     await call.drop(result, self)
                     del result
                 if attempts.deadline < math.inf:
-                    delay = min(delay, max(0.0, attempts.deadline - self._now()))       # less, if that took its time
+                    delay = min(delay, max(0.0, self._left(attempts)))      # less, if to let go of a result took its time
                 await flowcoro.sleep(delay)
                 if attempts.deadline < math.inf:
-                    limit = min(self._attempt_seconds, attempts.deadline - self._now())
+                    limit = min(self._attempt_seconds, self._left(attempts))
                     if limit <= 0:      # the clock went faster than the sleep
                         last = TimeoutError(self._late(number + 1, limit)) if last is None else earlier.pop()
                         attempts.number = number
@@ -1437,9 +1441,9 @@ class Retry(Policy):
         finally:
             del earlier, last       # no circles through the traceback
 
-    def _now(self):
+    def _left(self, attempts):
         with self._lock:
-            return self._clock.now()
+            return attempts.deadline - self._now()
 
     def _late(self, number, limit):
         if limit < self._attempt_seconds:
@@ -1451,7 +1455,7 @@ class Retry(Policy):
         safe = self._idempotent or call.idempotent or getattr(outcome, "sent", None) is False
         retry_after, chance = _retry_after_of(outcome), self._random()
         with self._lock:
-            reason, delay = attempts.may_repeat(meant, safe, retry_after, chance, self._clock.now())
+            reason, delay = attempts.may_repeat(meant, safe, retry_after, chance, self._now())
         if reason is None and not self._budget.withdraw():
             reason, attempts.number = "budget", attempts.number - 1
         if reason is None:
@@ -1472,7 +1476,7 @@ class Retry(Policy):
         """earlier: the errors before, if the outcome is an error."""
         with self._lock:
             self._gave_up[reason] = self._gave_up.get(reason, 0) + 1
-            passed = self._clock.now() - attempts.began
+            passed = self._now() - attempts.began
         if earlier is not None and (reason != "final" or attempts.number > 1):
             why = {"unsafe": "; not made again, as it may have had an effect: Retry(idempotent=True), or an attribute `idempotent` "
                              "of the operation, says that this does no harm",
@@ -1494,12 +1498,681 @@ class Retry(Policy):
 
 
 # ---- hedge ----------------------------------------------------------------------------------------------------
+# One call in twenty is slow for no fault of its own: a queue, a pause, a lost packet. To ask once more when the first has taken
+# longer than nineteen in twenty do costs a twentieth more calls, and such a call is slow only if both are (Dean and Barroso).
+
+# The percentile of latencies after which a second attempt begins, and of how many latencies at most.
+HEDGE_PERCENTILE, HEDGE_WINDOW = 0.95, 1000
+
+
+class LatencyWindow:
+    """A percentile of the last `size` latencies, at most 9 % too high, in O(1) and some 3 KB.
+
+    Each latency goes into one of 256 buckets, eight for each doubling, from a microsecond to 72 minutes. A ring says which are
+    the last ones; `_at` is the bucket that the percentile is in, and moves by a step or two for each latency.
+    """
+
+    __slots__ = ("percentile", "size", "calls", "_ring", "_place", "_counts", "_at", "_below")
+
+    def __init__(self, percentile=HEDGE_PERCENTILE, size=HEDGE_WINDOW):
+        self.percentile = _number(percentile, 0, 1, "LatencyWindow(percentile=", "calls in one", exclusive=True)
+        self.size = _count(size, 1, "LatencyWindow(size=", "latencies")
+        self._ring, self._counts = bytearray(size), [0] * 256
+        self.calls = self._place = self._at = 0
+        self._below = 0                 # how many are in buckets below _at
+
+    def add(self, seconds):
+        """A latency."""
+        bucket = int(min(255.0, 8 * math.log2(seconds * 1e6))) if seconds > 1e-6 else 0
+        counts, at = self._counts, self._at
+        if self.calls == self.size:
+            oldest = self._ring[self._place]
+            counts[oldest] -= 1
+            self._below -= oldest < at
+        else:
+            self.calls += 1
+        self._ring[self._place] = bucket
+        self._place = (self._place + 1) % self.size
+        counts[bucket] += 1
+        below = self._below + (bucket < at)
+        rank = math.ceil(self.percentile * self.calls)
+        while below >= rank:
+            at -= 1
+            below -= counts[at]
+        while below + counts[at] < rank:
+            below += counts[at]
+            at += 1
+        self._at, self._below = at, below
+
+    def value(self):
+        """Seconds, the upper end of the bucket; math.inf if there is none yet."""
+        return 1e-6 * 2**((self._at + 1) / 8) if self.calls else math.inf
+
+
+# (state, what an attempt brings) -> state, of the call. An attempt fails "last" if no other runs, or may begin.
+RACE = {
+    ("running", "success"): "won",
+    ("running", "failure"): "running",
+    ("running", "last failure"): "lost",
+    ("running", "fatal"): "lost",
+    **{(over, event): over for over in ("won", "lost") for event in ("success", "failure", "last failure", "fatal")},
+}
+
+
+class _Race:
+    """The attempts of one call: what Hedge decides by."""
+
+    __slots__ = ("state", "most", "started", "failed", "winner", "result", "errors", "hurry", "began", "ended", "first_failed")
+
+    def __init__(self, most, began):
+        self.state = "running"
+        self.most, self.started, self.failed = most, 1, 0
+        self.winner, self.result = None, None
+        self.errors = []            # (number of the attempt, error), until it is over
+        self.hurry = None           # the Event that begins the next attempt before its time
+        self.began, self.ended, self.first_failed = began, None, False
+
+    def succeeds(self, number, now):
+        """Whether this is the first success."""
+        before, self.state = self.state, RACE[self.state, "success"]
+        if before == self.state:
+            return False
+        self.winner, self.ended = number, now
+        return True
+
+    def fails(self, number, error, fatal):
+        """Whether that ends it."""
+        self.failed += 1
+        self.first_failed |= number == 1
+        before = self.state
+        self.state = RACE[before, "fatal" if fatal else "last failure" if self.failed == self.most else "failure"]
+        if before == "running":
+            self.errors.append((number, error))
+        return before != self.state
+
+    def may_start(self):
+        return self.state == "running" and self.started < self.most
+
+    def starts(self):
+        """The number of the attempt that begins now."""
+        self.started += 1
+        return self.started
+
+    def starts_no_more(self):
+        """The budget is spent: what runs is all there will be."""
+        self.most = self.started
+        if self.state == "running" and self.failed == self.most:
+            self.state = "lost"
+
+
+class Hedge(Policy):
+    """Makes a second attempt when the first takes long, and takes what comes first; the other one is cancelled, and joined.
+
+        Hedge(after=0.05, idempotent=True)        Hedge(percentile=0.95, idempotent=True)
+
+    after: seconds until the next attempt begins. percentile: so long as that share of the last `window` calls has taken at most;
+    no call is hedged before there were `minimum` (as many that one is longer: 20 for 0.95), or until then `after`, if that is
+    given too. Neither: percentile=0.95. max_hedges: attempts besides the first. budget: as Retry has it; no attempt is begun that
+    it does not allow. errors: after which another attempt is worth while, as in Retry; then the next begins at once; any other
+    error ends the call, whatever still runs (gRPC's hedging: non-fatal and fatal). idempotent: as in Retry; what may not be done
+    twice is called once, and not hedged. clock: function that says the time.
+
+    The first success is what it brings. If all fail, the last error is raised, with the others below it. A result that comes as
+    another has won is let go of (`discard`). Cancelled: all attempts are cancelled and joined; only if one had won by then, what
+    it has brought is returned, and the next checkpoint raises. The first attempt runs in the task that calls, others in tasks of
+    their own, with a copy of the context as it was when the call began. BaseExceptions that are no Cancelled end all.
+
+    Of the first attempt of each call the latency counts, and if another has won, the time until then, which is less than it would
+    have been, and longer than the percentile: so that stays what it is. Errors do not count.
+
+    Events: "hedged" {attempt, after: seconds since the call began}, "won" {attempt}, if that is not the first, "refused" by the
+    budget, "lost" {attempts, error}.
+    """
+
+    def __init__(self, after=None, *, percentile=None, window=HEDGE_WINDOW, minimum=None, max_hedges=1, budget=None,
+                 errors=Exception, ignored=None, idempotent=False, clock=flowcoro.now, name=None):
+        super().__init__(name)
+        self._delay = math.inf if after is None else _number(after, 0, math.inf, "Hedge(after=", "seconds")
+        self._latencies, self._minimum = None, math.inf
+        if percentile is None and after is None:
+            percentile = HEDGE_PERCENTILE
+        if percentile is not None:
+            if not _number(percentile, 0, 1, "Hedge(percentile=", "calls in one", exclusive=True) < 1:
+                raise ValueError(f"Hedge(percentile={percentile!r}): no call takes longer than all: give less than 1, as 0.95")
+            self._latencies = LatencyWindow(percentile, _count(window, 1, "Hedge(window=", "latencies"))
+            if minimum is None:
+                minimum = min(window, math.ceil(round(1 / (1 - percentile), 6)))
+            self._minimum = _count(minimum, 1, "Hedge(minimum=", "latencies")
+            if minimum > window:
+                raise ValueError(f"Hedge(minimum={minimum}, window={window}): there are never so many latencies in the window")
+        elif minimum is not None:
+            raise ValueError(f"Hedge(after={after!r}, minimum={minimum!r}): that is for a percentile, and there is none")
+        self._most = 1 + _count(max_hedges, 1, "Hedge(max_hedges=", "attempts besides the first")
+        self._is_error, self._is_ignored = _test(errors, "Hedge(errors=", self), _test(ignored, "Hedge(ignored=", self)
+        self._idempotent, self._now = bool(idempotent), _steady(clock, "Hedge(clock=")
+        self._budget = _checked_budget(budget, clock, "Hedge")
+        self._calls = self._hedges = self._won = self._refused = self._lost = 0
+
+    @property
+    def budget(self):
+        """The RetryBudget."""
+        return self._budget
+
+    @property
+    def delay(self):
+        """Seconds after which the next attempt begins now; math.inf: it does not."""
+        latencies = self._latencies
+        return latencies.value() if latencies is not None and latencies.calls >= self._minimum else self._delay
+
+    async def _run(self, call, proceed):
+        counted = self._budget._enter(call)
+        try:
+            with self._lock:
+                self._calls += 1
+                race, delay = _Race(self._most, self._now()), self.delay
+            if delay == math.inf or not (self._idempotent or call.idempotent):
+                result = await proceed()
+                race.winner = 1
+                self._measure(race)
+                return result
+            return await self._hedged(call, proceed, race, delay)
+        finally:
+            if counted:
+                self._budget._leave(call)
+
+    async def _hedged(self, call, proceed, race, delay):
+        race.hurry = flowcoro.Event()
+        try:
+            try:
+                async with flowcoro.TaskGroup() as group:
+                    group.spawn(self._next(race, group, call, proceed, delay), name=f"{self.name}: attempt 2")
+                    await self._attempt(1, race, group, call, proceed)
+            except flowcoro.Cancelled:
+                if race.state != "won":     # else what has come is not lost, and the next checkpoint raises
+                    raise
+            except BaseException:
+                if race.state == "won":
+                    await call.drop(race.result, self)
+                raise
+            if race.state == "won":
+                self._measure(race)
+                return race.result
+            if not race.errors:
+                raise flowcoro.TaskCancelled(f"{self.name}: each attempt has cancelled its own task")
+            raise self._lose(call, race)
+        finally:
+            race.errors = race.result = None        # no circles through the tracebacks
+
+    async def _next(self, race, group, call, proceed, delay):
+        """The next attempt, when it is time for it."""
+        with flowcoro.move_on_after(delay):
+            await race.hurry.wait()
+        with self._lock:
+            if not race.may_start():
+                return
+        granted = self._budget.withdraw()
+        with self._lock:
+            if not granted:
+                self._refused += 1
+                race.starts_no_more()
+            elif race.may_start():
+                race.hurry = flowcoro.Event()
+                self._hedges += 1
+                number, after = race.starts(), self._now() - race.began
+            else:
+                return
+        if not granted:
+            if self._listeners:
+                self._tell("refused", call.key)
+            return
+        if self._listeners:
+            self._tell("hedged", call.key, attempt=number, after=after)
+        if number < race.most:
+            group.spawn(self._next(race, group, call, proceed, delay), name=f"{self.name}: attempt {number + 1}")
+        await self._attempt(number, race, group, call, proceed)
+
+    async def _attempt(self, number, race, group, call, proceed):
+        try:
+            result = await proceed()
+        except Exception as error:
+            fatal = not self._is_error(error) or self._is_ignored(error)
+            with self._lock:
+                over, hurry = race.fails(number, error, fatal), race.hurry
+            if over:
+                group.cancel()
+            else:
+                hurry.set()
+            return
+        with self._lock:
+            won = race.succeeds(number, self._now())
+            if won:
+                race.result = result
+                self._won += number > 1
+        if won:
+            group.cancel()
+            if number > 1 and self._listeners:
+                self._tell("won", call.key, attempt=number)
+        else:
+            await call.drop(result, self)
+
+    def _measure(self, race):
+        """Count the latency of the first attempt."""
+        if self._latencies is not None and not race.first_failed:
+            with self._lock:
+                ended = self._now() if race.ended is None else race.ended
+                self._latencies.add(ended - race.began)
+
+    def _lose(self, call, race):
+        """The error to be raised."""
+        with self._lock:
+            self._lost += 1
+            passed = self._now() - race.began
+        *earlier, (number, error) = race.errors
+        _tell_of_attempts(error, [one for _, one in earlier], self, f"{number} of {race.most}, after {round(passed, 3):g} s")
+        if self._listeners:
+            self._tell("lost", call.key, attempts=race.started, error=error)
+        return error
+
+    def statistics(self):
+        """{"name", "calls", "delay": seconds, math.inf if calls are not hedged now; "hedges": attempts besides the first; "won": by
+        these; "refused": by the budget; "lost": calls of which all attempts failed; "budget": its statistics()}"""
+        with self._lock:
+            numbers = {"name": self.name, "calls": self._calls, "delay": self.delay, "hedges": self._hedges, "won": self._won,
+                       "refused": self._refused, "lost": self._lost}
+        return {**numbers, "budget": self._budget.statistics()}
 
 
 # ---- timeout and fallback -------------------------------------------------------------------------------------
 
+class Timeout(Policy):
+    """Cancels what is not done within `seconds`, and raises a TimeoutError that names the policy and the limit; the error's cause
+    says where it was cancelled. What comes to its end at that moment all the same is not lost.
+
+    Outside of a Retry it is for all attempts together (Retry's own total_seconds is better: it does not begin what cannot end in
+    time), inside for each. Code that never awaits is not interrupted. Cancelled: so is the operation, and nothing is counted.
+
+    Events: "timed_out" {seconds}.
+    """
+
+    def __init__(self, seconds, *, name=None):
+        super().__init__(name)
+        self._seconds = _number(seconds, 0, math.inf, "Timeout(seconds=", "seconds", exclusive=True)
+        self._calls = self._timed_out = 0
+
+    async def _run(self, call, proceed):
+        with self._lock:
+            self._calls += 1
+
+        def message():
+            with self._lock:
+                self._timed_out += 1
+            if self._listeners:
+                self._tell("timed_out", call.key, seconds=self._seconds)
+            return f"{self.name}: it was not done within {self._seconds:g} s"
+
+        return await _within(self._seconds, proceed, message)
+
+    def statistics(self):
+        """{"name", "seconds", "calls", "timed_out": how many}"""
+        with self._lock:
+            return {"name": self.name, "seconds": self._seconds, "calls": self._calls, "timed_out": self._timed_out}
+
+
+class Fallback(Policy):
+    """Gives something else instead of an error: Fallback([]), Fallback(lambda error: …).
+
+    instead: what to give; a function, async or not, is given the error, and what it brings is given (a function that is itself
+    to be given: lambda error: function). errors: of which: an exception type, a tuple of them, or a predicate.
+
+    An error of the function is raised, with the first one as its context. Cancelled is no error.
+
+    Events: "fell_back" {error}, "failed" {error: the function's}.
+    """
+
+    def __init__(self, instead, *, errors=Exception, name=None):
+        super().__init__(name)
+        if inspect.iscoroutine(instead):
+            instead.close()             # else it would warn that it was never awaited
+            raise TypeError("Fallback() got a coroutine object, which can be awaited once: give the async function of an error")
+        self._instead = instead
+        self._is_error = _test(errors, "Fallback(errors=", self)
+        self._calls = self._fell_back = self._failed = 0
+
+    async def _run(self, call, proceed):
+        with self._lock:
+            self._calls += 1
+        try:
+            return await proceed()
+        except Exception as error:
+            if not self._is_error(error):
+                raise
+            with self._lock:
+                self._fell_back += 1
+            if self._listeners:
+                self._tell("fell_back", call.key, error=error)
+            if not callable(self._instead):
+                return self._instead
+            return await self._other(call, error)       # in here, so that an error of it has this one as its context
+
+    async def _other(self, call, error):
+        try:
+            return await _invoke(self._instead, (error,), {})
+        except Exception as failure:
+            with self._lock:
+                self._failed += 1
+            if self._listeners:
+                self._tell("failed", call.key, error=failure)
+            raise
+
+    def statistics(self):
+        """{"name", "calls", "fell_back": how many, "failed": of these, how often the function did}"""
+        with self._lock:
+            return {"name": self.name, "calls": self._calls, "fell_back": self._fell_back, "failed": self._failed}
+
 
 # ---- cache ----------------------------------------------------------------------------------------------------
+# A call that several want is made once, in a task of its own, the *flight*: not in the task of who came first, for then the
+# deadline of the least patient would be everybody's, and after it the next one would begin anew. The flight is cancelled, and
+# joined, when the last of those who wait for it has left, so nothing is left of it; only a refresh, which nobody waits for, goes
+# on by itself, until the run ends at the latest.
+
+# Results that a Cache keeps at most, unless it is told: they can be of any size, and a thousand of 10 KB are 10 MB.
+CACHE_KEYS = 1024
+
+# Seconds from a refresh that has failed to the next one of the same key: who is asked for a stale value a thousand times a
+# second asks a server that is down once.
+REFRESH_PAUSE = 1.0
+
+_NOTHING = object()
+
+
+class _Entry:
+    """What is kept for a key: the last value, the last error, and when they came."""
+
+    __slots__ = ("value", "made", "error", "failed")
+
+    def __init__(self):
+        self.value, self.made = _NOTHING, -math.inf
+        self.error, self.failed = None, -math.inf
+
+
+class _Freshness:
+    """What a Cache decides by."""
+
+    __slots__ = ("seconds", "stale_seconds", "stale_if_error", "negative_seconds")
+
+    def __init__(self, seconds, stale_seconds, stale_if_error, negative_seconds):
+        self.seconds, self.stale_seconds = seconds, stale_seconds
+        self.stale_if_error, self.negative_seconds = stale_if_error, negative_seconds
+
+    def look(self, entry, now):
+        """What to do for who asks now: give the value ("hit", "stale", "stale_if_error"), raise the error ("negative"), or call
+        ("miss")."""
+        if entry is None:
+            return "miss"
+        age = now - entry.made
+        if age < self.seconds:
+            return "hit"
+        if age < self.seconds + self.stale_seconds:
+            return "stale"
+        if entry.error is None or now - entry.failed >= self.negative_seconds:
+            return "miss"
+        return "stale_if_error" if age < self.seconds + self.stale_if_error else "negative"
+
+    def wants_refresh(self, entry, now):
+        """Whether a stale value is to be had anew, if that is not under way."""
+        return now - entry.failed >= max(REFRESH_PAUSE, self.negative_seconds)
+
+    def serves_instead(self, entry, now):
+        """Whether the old value is given instead of an error that has come now."""
+        return entry is not None and now - entry.made < self.seconds + self.stale_if_error
+
+
+class _Flight:
+    """A call that is under way for a key."""
+
+    __slots__ = ("kernel", "task", "ended", "over", "waiters", "refresh", "value", "error", "traceback", "old", "kept")
+
+    def __init__(self, kernel, refresh):
+        self.kernel, self.refresh = kernel, refresh
+        self.task = None            # there before who has begun it awaits anything
+        self.ended = flowcoro.Event()
+        self.over = False
+        self.waiters = 0            # it is cancelled when the last one has left, unless it is a refresh
+        self.value = _NOTHING
+        self.error = self.traceback = None      # neither value nor error in the end: it was cancelled
+        self.old = False            # the value is an old one, instead of an error
+        self.kept = False           # the value is in the cache
+
+
+class Cache(Policy):
+    """Keeps results, and makes a call that several want at a time once.
+
+        Cache(60, stale_seconds=30, stale_if_error=3600, key=lambda city: city.lower())
+
+    seconds: how long a result is given again; 0: only calls at the same time share one; math.inf: for ever. key: function of the
+    operation's arguments that says what is asked; without it that is the operation itself with its arguments, all hashable
+    (1, 1.0 and True are the same, as everywhere), so give the function and not a lambda made for each call. The attribute `key`
+    of an operation says where a call goes, not what is asked, and does not count here. stale_seconds: for so long after `seconds`
+    the old result is given, and a new one is fetched in the background (RFC 5861, stale-while-revalidate). stale_if_error: for so
+    long after `seconds` the old result is given if the call fails (RFC 5861). negative_seconds: for so long an error is given
+    again. errors: those that the last two are for: an exception type, a tuple of them, a predicate. max_keys: beyond them, what
+    was not asked for longest goes. clock: function that says the time.
+
+    The call is made in a task of its own, with the context of who came first. Its result, or error, goes to all who wait for it.
+    Cancelled: who waits leaves, and only the last one to leave cancels and joins the call. A refresh belongs to the run, at most
+    one for each key; an error of it is reported, and there is no other one for a second. TaskCancelled if the call has cancelled
+    itself; RuntimeError if it asks for its own key; TypeError for what cannot be a key. Results are shared: do not change them.
+    Only one that nobody gets is let go of (`discard`).
+
+    Events, with the key: "hit", "miss", "shared", "stale", "stale_if_error", "negative", as in statistics(); "refreshed", "failed"
+    {error, refresh: whether it was one}, "evicted".
+    """
+
+    def __init__(self, seconds, *, key=None, stale_seconds=0.0, stale_if_error=0.0, negative_seconds=0.0, errors=Exception,
+                 max_keys=CACHE_KEYS, clock=flowcoro.now, name=None):
+        super().__init__(name)
+        given = {"seconds": seconds, "stale_seconds": stale_seconds, "stale_if_error": stale_if_error,
+                 "negative_seconds": negative_seconds}
+        self._rules = _Freshness(*(_number(value, 0, math.inf, f"Cache({what}=", "seconds") for what, value in given.items()))
+        if seconds == math.inf and (stale_seconds or stale_if_error):
+            raise ValueError(f"Cache(seconds=inf, stale_seconds={stale_seconds!r}, stale_if_error={stale_if_error!r}): what is kept "
+                             "for ever is never stale")
+        if key is not None and not callable(key):
+            raise TypeError(f"Cache(key={key!r:.80}): give a function of the operation's arguments, or None")
+        self._key_of, self._max_keys = key, _count(max_keys, 1, "Cache(max_keys=", "keys")
+        self._is_error, self._now = _test(errors, "Cache(errors=", self), _steady(clock, "Cache(clock=")
+        self._entries = {}              # key -> _Entry; the one asked for last is the last
+        self._flights = {}              # key -> _Flight, that who comes now joins
+        self._counts = dict.fromkeys(("hit", "miss", "shared", "stale", "stale_if_error", "negative", "refreshed", "failed",
+                                      "evicted"), 0)
+
+    def key_of(self, operation, /, *args, **kwargs):
+        """The key of a call, for invalidate(). TypeError if it is not hashable."""
+        key = self._key_of(*args, **kwargs) if self._key_of is not None else (
+            operation, args, frozenset(kwargs.items())) if kwargs else (operation, args)
+        try:
+            hash(key)
+        except TypeError as error:
+            raise TypeError(f"{self.name}: {key!r:.80} cannot be a key: {error}. Give Cache(key=function of the operation's "
+                            "arguments)") from None
+        return key
+
+    async def _run(self, call, proceed):
+        operation, args, kwargs = call.asked
+        key = self.key_of(operation, *args, **kwargs)
+        kind, kept, flight, begun = self._look(key, flowcoro.current_kernel())
+        if begun is not None:
+            self._launch(begun, key, call, proceed)
+        if self._listeners:
+            self._tell(kind, key)
+        if kind == "negative":
+            raise kept.with_traceback(None)
+        return await self._join(flight, key, call) if flight is not None else kept
+
+    def _look(self, key, kernel):
+        """(what it is, the value or error that is kept, the flight to join, the flight to begin)"""
+        begun = kept = None
+        with self._lock:
+            now, entry, flight = self._now(), self._entries.pop(key, None), self._flights.get(key)
+            if entry is not None:
+                self._entries[key] = entry
+            if flight is not None and flight.kernel is not kernel:
+                flight = None               # in another thread, or a run that is over: it cannot be awaited here
+            kind = self._rules.look(entry, now)
+            if kind == "miss":
+                if flight is None:
+                    flight = begun = self._flights[key] = _Flight(kernel, False)
+                else:
+                    kind = "shared"
+                flight.waiters += 1
+            else:
+                if kind == "stale" and flight is None and self._rules.wants_refresh(entry, now):
+                    begun = self._flights[key] = _Flight(kernel, True)
+                kept, flight = entry.error if kind == "negative" else entry.value, None
+            self._counts[kind] += 1
+        return kind, kept, flight, begun
+
+    # -- flights
+
+    def _launch(self, flight, key, call, proceed):
+        try:
+            flight.task = flowcoro.spawn(self._fly(flight, key, call, proceed), name=f"{self.name}: {key!r:.80}")
+        except BaseException:           # the run ends
+            self._land(flight, key, False)
+            raise
+
+    async def _fly(self, flight, key, call, proceed):
+        failure, value = False, _NOTHING
+        try:
+            value = flight.value = await proceed()
+        except Exception as error:
+            flight.error, flight.traceback = error, error.__traceback__
+            failure = self._is_error(error)
+        finally:
+            self._land(flight, key, failure)
+        if value is not _NOTHING and not flight.kept and not flight.waiters:
+            await call.drop(value, self)
+
+    def _land(self, flight, key, failure):
+        """The flight is over. failure: whether it has brought an error that the settings speak of."""
+        evicted, error = None, flight.error
+        with self._lock:
+            flight.over, now = True, self._now()
+            if self._flights.get(key) is flight:        # else it was invalidated, or everybody has left
+                del self._flights[key]
+                entry = self._entries.get(key)
+                if error is None and flight.value is not _NOTHING:
+                    evicted = self._keep(key, flight.value, None, now)
+                    flight.kept = True
+                elif failure:
+                    if entry is not None or self._rules.negative_seconds:
+                        evicted = self._keep(key, _NOTHING, error if self._rules.negative_seconds else None, now)
+                    if self._rules.serves_instead(entry, now):
+                        flight.value, flight.old = entry.value, True
+            if error is not None:
+                self._counts["failed"] += 1
+            elif flight.refresh:
+                self._counts["refreshed"] += flight.value is not _NOTHING
+            alone = not flight.waiters
+            if alone:
+                flight.error = flight.traceback = None          # no circle through the traceback
+        flight.ended.set()
+        if alone and error is not None:
+            flowcoro.report_error(error, f"the call of {self.name!r} for {key!r:.80} failed, and nobody waited for it",
+                                  "flowcoro_resilience")
+        if self._listeners:
+            if error is not None:
+                self._tell("failed", key, error=error, refresh=flight.refresh)
+            elif flight.refresh and flight.value is not _NOTHING:
+                self._tell("refreshed", key)
+            if evicted is not None:
+                self._tell("evicted", evicted[0])
+
+    def _keep(self, key, value, error, now):
+        """(a key that has to go,), or None."""
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = _Entry()
+        if value is not _NOTHING:
+            entry.value, entry.made, entry.error, entry.failed = value, now, None, -math.inf
+        else:
+            entry.error, entry.failed = error, now
+        if len(self._entries) <= self._max_keys:
+            return None
+        evicted = next(iter(self._entries))
+        del self._entries[evicted]
+        self._counts["evicted"] += 1
+        return (evicted,)
+
+    async def _join(self, flight, key, call):
+        """What the flight brings, for one that has been counted among its waiters."""
+        try:
+            if flight.task is flowcoro.current_task():
+                raise RuntimeError(f"{self.name}: the call for {key!r:.80} asks for that key itself, and would wait for ever")
+            await flight.ended.wait()
+        except BaseException:
+            await self._leave_early(flight, key, call)
+            raise
+        with self._lock:
+            flight.waiters -= 1
+            error, traceback = flight.error, flight.traceback
+            if not flight.waiters:
+                flight.error = flight.traceback = None      # no circle through the traceback
+            if flight.old:
+                self._counts["stale_if_error"] += 1
+        try:
+            if flight.old and self._listeners:
+                self._tell("stale_if_error", key)
+            if flight.value is not _NOTHING:
+                return flight.value
+            if error is None:
+                raise flowcoro.TaskCancelled(f"{self.name}: the call for {key!r:.80} was cancelled")
+            raise error.with_traceback(traceback)
+        finally:
+            del error, traceback
+
+    async def _leave_early(self, flight, key, call):
+        with self._lock:
+            flight.waiters -= 1
+            if flight.waiters or flight.refresh and not flight.over:
+                return
+            over, flight.error, flight.traceback = flight.over, None, None
+            if not over and self._flights.get(key) is flight:
+                del self._flights[key]
+        if over:
+            if flight.value is not _NOTHING and not (flight.kept or flight.old):
+                await call.drop(flight.value, self)
+            return
+        flight.task.cancel()
+        with flowcoro.CancelScope(shield=True):
+            try:
+                await flight.task
+            except flowcoro.TaskCancelled:
+                pass
+
+    # -- what is kept
+
+    def invalidate(self, key):
+        """Forget what is kept for a key (see key_of()); a call that is under way goes on for those who wait for it, and is not
+        kept, and who comes later makes another. Whether there was anything. From any thread."""
+        with self._lock:
+            entry, flight = self._entries.pop(key, None), self._flights.pop(key, None)
+        return entry is not None or flight is not None
+
+    def clear(self):
+        """Forget all, as invalidate() does."""
+        with self._lock:
+            self._entries.clear()
+            self._flights.clear()
+
+    def statistics(self):
+        """{"name", "keys", "max_keys", "under_way": calls; and how often: "hit"; "miss": a call was made; "shared": somebody waited
+        for the call of another; "stale", "stale_if_error": an old value was given; "negative": an error again; "refreshed";
+        "failed": calls; "evicted": keys}"""
+        with self._lock:
+            return {"name": self.name, "keys": len(self._entries), "max_keys": self._max_keys, "under_way": len(self._flights),
+                    **self._counts}
 
 
 # ---- keyed ----------------------------------------------------------------------------------------------------
@@ -1528,7 +2201,8 @@ class Keyed(Policy):
 
     async def _run(self, call, proceed):
         if self._key_of is not None:
-            call = call._replace(key=self._key_of(*call.args, **call.kwargs))
+            _, args, kwargs = call.asked
+            call = call._replace(key=self._key_of(*args, **kwargs))
         key = call.key
         if key is None:
             raise TypeError(f"{self.name}: the operation has no key: give Keyed(key=function of its arguments), or an operation "

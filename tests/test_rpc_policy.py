@@ -22,7 +22,7 @@ class Spy(Policy):
         self.calls, self.outcomes = [], []
 
     async def _run(self, call, proceed):
-        self.calls.append((call.key, call.idempotent, *call.args))
+        self.calls.append((call.key, call.idempotent, *call.asked[1]))
         try:
             outcome = await proceed()
         except BaseException as error:
