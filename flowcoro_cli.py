@@ -28,10 +28,11 @@ demo · vendor · bench · get · rpc · serve · the command line.
 How it works:
     A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
     module is imported when its row is asked for, no earlier, so that a missing file costs its own rows only
-    (flowcoro_net.py: the scenes `echo`, `http`, `chat`, `rpc` and `network`; of these `http` and `chat` need flowcoro_http.py,
-    `chat` flowcoro_websocket.py, `rpc` flowcoro_rpc.py and `network` flowcoro_testing.py too); the message then says which file
-    to copy. No module of a lower layer imports this one: a command is handed its arguments (a list of strings) and returns the
-    exit status, a scene is handed a Screen and draws on it. Exit status: 0 done · 1 a scene failed, or a vendored copy differs ·
+    (flowcoro_net.py: the scenes `echo`, `http`, `chat`, `rpc`, `network` and `breaker`; of these `http`, `chat` and `breaker` need
+    flowcoro_http.py, `chat` flowcoro_websocket.py, `rpc` flowcoro_rpc.py, `network` and `breaker` flowcoro_testing.py and
+    `breaker` flowcoro_resilience.py too); the message then says which file to copy. No module of a lower layer imports this
+    one: a command is handed its arguments (a list of strings) and returns the exit status, a scene is handed a Screen and draws
+    on it. Exit status: 0 done · 1 a scene failed, or a vendored copy differs ·
     2 the command line cannot be obeyed · 130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
     `vendor` decides everything before it writes anything, writes to a temporary folder in the destination and
     renames from there: at any moment a copy is the old file or the new one. A package needs relative imports;
@@ -66,6 +67,7 @@ import math
 import os
 import pathlib
 import platform
+import random
 import re
 import runpy
 import signal
@@ -112,6 +114,7 @@ SCENES = {              # scene, in the order of the demo: (module, function(scr
     "pipeline": ("flowcoro_cli", "_scene_pipeline", "channels: counting the words of the standard library"),
     "echo": ("flowcoro_cli", "_scene_echo", "a TCP echo server with 1,000 live clients, in one thread"),
     "network": ("flowcoro_cli", "_scene_network", "a simulated network has a bad minute, and has it again"),
+    "breaker": ("flowcoro_cli", "_scene_breaker", "an outage of half a minute: who comes back after it, and who does not"),
     "http": ("flowcoro_cli", "_scene_http", "a live web server: routes, events, 10,000 requests, and rude clients"),
     "chat": ("flowcoro_cli", "_scene_chat", "a room of people and browsers by WebSocket, and a sleeper in it"),
     "rpc": ("flowcoro_cli", "_scene_rpc", "calls both ways over one connection, a stream, and a lost connection"),
@@ -593,6 +596,129 @@ def _scene_network(screen):
     screen.check(again == trace and other != trace, "the same seed has not told the same story, or another one has")
     screen.say(f"Three such minutes have passed in {time.perf_counter() - start:.2f} s. Two had the same seed: all "
                f"{len(trace.splitlines()):,} events were the same, to the byte.", "green")
+
+
+# ---- Scene: breaker ----------------------------------------------------------------------------------------
+# Two shops ask a store each, at the same moments, over one simulated network, and both stores are down at the same time. What
+# differs is the policy of one shop.
+
+class _Outage:
+    """A minute of it; a row for each few seconds, as they pass."""
+
+    RATE, CAPACITY = 10, 15             # questions of a shop, and answers of a store, a second
+    COLD = 20                           # answers of a store that has come up again which take twice as long
+    PATIENCE = 1.0                      # seconds that a shop waits for an answer; the store goes on with what nobody waits for
+    DOWN, UP, END, ROW = 10, 40, 60, 3  # seconds
+    HEALTHY = 5                         # seconds after which there are to be no failures any more
+    ALONE, WITH = "alone", "with"
+
+    def __init__(self, seed, row):
+        self.http, self.testing, self.policies = map(_load, ("flowcoro_http", "flowcoro_testing", "flowcoro_resilience"))
+        self.seed, self.row, self.states = seed, row, [(-1.0, "CLOSED")]       # (when, which) the breaker was
+        self.load = {name: [0] * (self.END + 10) for name in (self.ALONE, self.WITH)}       # of each second
+        self.failed = {name: [0] * self.END for name in self.load}
+        chance = random.Random(seed)
+        self.moments = [(number + chance.random()) / self.RATE for number in range(self.RATE * self.END)]
+
+    def policy(self, name):
+        """Four attempts at most either way."""
+        retry, budget = self.policies.Retry, self.policies.RetryBudget
+        chance = random.Random(self.seed).random
+        if name == self.ALONE:
+            return retry(4, budget=budget(floor=math.inf), random=chance)
+        breaker = self.policies.CircuitBreaker(
+            window_seconds=10, minimum_calls=10, open_seconds=1, open_growth=1.5, max_open_seconds=3, open_jitter=0.2, probes=5,
+            random=chance)
+        breaker.add_listener(self.hear)
+        return self.policies.Pipeline(
+            retry(4, budget=budget(floor=1), ignored=self.policies.Rejected, random=chance), breaker)
+
+    def hear(self, event):
+        state = {"opened": "OPEN", "half_opened": "HALF_OPEN", "closed": "CLOSED"}.get(event.kind)
+        if state is not None:
+            self.states.append((flowcoro.now(), state))
+
+    async def store(self, name):
+        app, free = self.http.HttpServer(), 0.0
+        cold = self.COLD if flowcoro.now() >= self.UP else 0
+
+        @app.get("/")
+        async def answer(request):
+            nonlocal free, cold
+            self.load[name][int(flowcoro.now())] += 1
+            free = max(free, flowcoro.now()) + (2 if cold > 0 else 1) / self.CAPACITY
+            cold -= 1
+            await flowcoro.sleep_until(free)
+
+        async with await app.listen(f"store-{name}", 80) as server:
+            await server.serve()
+
+    async def shop(self, name):
+        async def ask(second):
+            try:
+                await client.get(f"http://store-{name}/")
+            except (self.http.RequestError, self.policies.Rejected):
+                self.failed[name][second] += 1
+
+        async with self.http.HttpClient(timeout=self.PATIENCE, trust_env=False, policy=self.policy(name)) as client:
+            async with flowcoro.TaskGroup() as group:
+                for number, moment in enumerate(self.moments):
+                    await flowcoro.sleep_until(moment)
+                    group.spawn(ask(number // self.RATE))
+
+    async def draw(self):
+        """A row when its seconds have passed, and what was asked in them has been answered or not."""
+        for begin in range(0, self.END, self.ROW):
+            end = begin + self.ROW
+            await flowcoro.sleep_until(end + 5 * self.PATIENCE)             # four attempts and their waits
+            loads = [sum(load[begin:end]) / self.ROW for load in self.load.values()]
+            lost = [100 * sum(failed[begin:end]) / self.RATE / self.ROW for failed in self.failed.values()]
+            states = [state for when, state in self.states if begin <= when < end]
+            before = [state for when, state in self.states if when < begin][-1]
+            self.row(begin, loads, lost, states or [before])
+
+    async def run(self):
+        network = self.testing.SimulatedNetwork(seed=self.seed, latency=0.005, keep=0)
+        async with flowcoro.TaskGroup() as group:
+            drawing = group.spawn(self.draw())
+            for name in self.load:
+                network.host(f"store-{name}").boot(group, functools.partial(self.store, name))
+                network.host(f"shop-{name}").spawn(group, self.shop(name))
+            for moment, change in (self.DOWN, network.crash), (self.UP, network.restart):
+                await flowcoro.sleep_until(moment)
+                for name in self.load:
+                    change(f"store-{name}")
+            await drawing
+            group.cancel()
+
+
+def _scene_breaker(screen):
+    """Retries alone keep a store down that is up again; with a budget and a circuit breaker it is back within seconds."""
+    bar, normal = 12, _Outage.RATE
+
+    def row(begin, loads, lost, states):
+        left, right = (f"{'#' * round(load * bar / 4 / normal):{bar}}{load:3.0f} {part:4.0f} %" for load, part in zip(loads, lost))
+        screen.say(f"{begin:2} s  {left}   {right}  {' '.join(states)}")
+
+    start = time.perf_counter()
+    outage = _Outage(1, row)
+    screen.say(f"Look at the bars, what arrives at two stores in a second. A shop asks each {normal} times, and")
+    screen.say(f"up to four times for one answer; a store can give {outage.CAPACITY}. From {outage.DOWN} to {outage.UP} s both are down.")
+    screen.say(f"      {'retries alone':{bar + 3}}   lost   {'budget, breaker':{bar + 3}}   lost  breaker", "bold")
+    flowcoro.run(outage.run(), clock=outage.testing.VirtualClock(), seed=1)
+    (alone, load), (alone_failed, failed) = outage.load.values(), outage.failed.values()
+    last, healthy = outage.END - 5, outage.UP + outage.HEALTHY
+    screen.check(not any(failed[healthy:]), f"with policies questions were still lost {outage.HEALTHY} s after the outage")
+    most = max(load[outage.UP:outage.END])
+    screen.check(most < 1.3 * normal, f"with policies {most} questions arrived in one second after the outage, normal are {normal}")
+    screen.check(all(alone_failed[last:]) and min(alone[last:outage.END]) > 2 * normal,
+                 "with retries alone the store has recovered, which it is here to show that it does not")
+    screen.say(f"Retries alone: {sum(alone[last:outage.END]) / 5 / normal:.1f} times the load, so that each answer is too late, so that "
+               "it is asked again.", "red")
+    good = next(second for second in range(outage.UP, outage.END) if not any(failed[second:]))
+    screen.say(f"With budget and breaker: never more than {most / normal:.1f} times the load, and nothing is lost any more from "
+               f"{good - outage.UP} s after the outage on.", "green")
+    screen.say(f"This minute has passed in {time.perf_counter() - start:.2f} s.")
 
 
 # ---- Scene: http -------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ Errors:
       SignatureError            a signed value that is none
       RequestError              a client's: ConnectError (ProxyError), TransferError, RequestTimeout, ResponseError,
                                 RedirectError, StatusError
+    what a policy= raises comes out as it is: Rejected of flowcoro_resilience
 
 Sources: RFC 9110 (semantics), RFC 9112 (HTTP/1.1), RFC 3986 (authorities), and those that the sections name; PEP 3333 (WSGI),
 ASGI 3.0; h11 (the idea of two states and one table); CWE-444 and the papers of J. Kettle (HTTP desync attacks) for what servers
@@ -7694,6 +7695,10 @@ def sessions(keys, *, cookie="__Host-session", max_age=SESSION_AGE, domain=None,
 # connection in place of a stale one (_ClientExchange.run), and the pieces of one exchange. A connection belongs to its exchange
 # from the pool's acquire() until it is given back or discarded; and with stream() to the response after that.
 #
+# A policy stands between the second loop and the third: what it lets through, repeats or sends twice is an exchange with one
+# origin (_Operation), so that a breaker counts what each server does, and not what a redirect leads to. Of policies this file
+# knows nothing but `await policy.try_execute(operation, request)`, so that it is of use without them.
+#
 #     K1  a connection goes back to its pool only when both messages are complete, nothing more has come, and no error, timeout
 #         or cancellation has struck since it was taken; in all other cases it is closed
 #     K2  a kept connection from which anything can be read, an end too, is not used: what has come is no answer to what has not
@@ -7755,14 +7760,20 @@ class RequestError(flowcoro.FlowCoroError):
       RequestTimeout   also a TimeoutError; `phase` says of what: "connect", "head", "read", "total"
       ResponseError    what came is no HTTP, or more than a limit, or its content is not what its coding says
       RedirectError    too many redirects, or one that cannot be followed
-      StatusError      raise_for_status(): the status is 400 or more
+      StatusError      raise_for_status(): the status is 400 or more; `retry_after`: the response's
+
+    `sent`: False if nothing was sent, as of each ConnectError, and a RequestTimeout while connecting: the server has not acted on
+    it. Else None: it may have. Retry of flowcoro_resilience goes by that. With a policy there is also what the policy raises
+    instead of a request: its Rejected, as it is, which is no RequestError.
     """
 
-    request = response = None
+    request = response = sent = None
 
 
 class ConnectError(RequestError):
     """No connection could be made, so nothing was sent. Its `__cause__` is the network's error."""
+
+    sent = False
 
 
 class ProxyError(ConnectError):
@@ -7790,7 +7801,9 @@ class RedirectError(RequestError):
 
 
 class StatusError(RequestError):
-    """The response's status is 400 or more: `response`."""
+    """The response's status is 400 or more: `response`. `retry_after`: as the response has it."""
+
+    retry_after = None
 
 
 def _with(error, request, response=None):
@@ -7838,7 +7851,9 @@ class Retries(typing.NamedTuple):
     gives a tenth of one back, so that a server that is down is not hit by a multiple of the load (gRPC's retry throttling).
 
     After a ConnectError any request is tried again, after everything else those with an idempotent method; and only if the
-    content can be sent again (bytes, files that can seek).
+    content can be sent again (bytes, files that can seek). For more (circuit breakers, hedges, a budget that several clients
+    share) give policy= a pipeline with a Retry of flowcoro_resilience, and leave this one at 0: each attempt of it goes through
+    the policy, so that both together make the product of their attempts.
     """
 
     count: int = 2
@@ -8199,18 +8214,20 @@ class _CookieResponse:
 class _Streamed:
     """A content that is sent in pieces: bytes, files, iterables and async iterables of bytes, one after the other.
 
-    `length`: bytes, None if that is not known. `again`: whether it can be sent another time.
+    `length`: bytes, None if that is not known. `again`: whether it can be sent another time; `shared`: and at the same time.
+    `begun`: whether sending it has begun.
     """
 
-    __slots__ = ("length", "again", "_sources")
+    __slots__ = ("length", "again", "shared", "begun", "_sources")
 
     def __init__(self, sources, length=None):
         self._sources = []              # (source, where a file began)
-        self.again, self.length = True, length
+        self.again, self.shared, self.begun, self.length = True, True, False, length
         for source in sources:
             start = _place(source)
             self._sources.append((source, start))
             self.again &= isinstance(source, bytes) or start is not None
+            self.shared &= isinstance(source, bytes)
 
     def rewind(self):
         for source, start in self._sources:
@@ -8218,6 +8235,7 @@ class _Streamed:
                 source.seek(start)
 
     async def pieces(self):
+        self.begun = True
         for source, _ in self._sources:
             if isinstance(source, bytes):
                 for at in range(0, len(source), UPLOAD_PIECE):
@@ -8421,7 +8439,21 @@ class ClientResponse(Response):
         """The response itself, if its status is below 400; else StatusError."""
         if self.status < 400:
             return self
-        raise _with(StatusError(f"{self.request.method} {self.url}: {self.status} {self.reason}".rstrip()), self.request, self)
+        error = StatusError(f"{self.request.method} {self.url}: {self.status} {self.reason}".rstrip())
+        error.retry_after = self.retry_after
+        raise _with(error, self.request, self)
+
+    @property
+    def retry_after(self):
+        """Seconds after which the server wants to be asked again, by Retry-After, 0 for a date that has passed; None if it does
+        not say, or nothing that makes sense. RFC 9110 10.2.3."""
+        value = self.headers.get("retry-after")
+        if value is None:
+            return None
+        try:
+            return _parse_retry_after(value, time.time())
+        except ProtocolError:
+            return None
 
     # -- the content in pieces
 
@@ -8890,6 +8922,8 @@ class _ClientExchange:
         seconds = getattr(limits, phase)
         error = RequestTimeout(f"{self.said}: timeout {phase}={seconds:g} s has passed while {at[self.phase]}{why}")
         error.phase = phase
+        if self.phase == "connect":
+            error.sent = False
         return _with(error, self.request)
 
 
@@ -8914,6 +8948,7 @@ class _Options(typing.NamedTuple):
     cookies: dict
     retries: Retries
     max_bytes: float
+    policy: object
     progress: object = None
     upload_progress: object = None
 
@@ -8926,6 +8961,7 @@ class _Given(typing.NamedTuple):
     follow: object
     retries: object
     max_bytes: object
+    policy: object
     progress: object
     upload_progress: object
 
@@ -8937,10 +8973,11 @@ class _Given(typing.NamedTuple):
             own.auth if self.auth is _CLIENTS else _as_auth(self.auth), own.cookies,
             own.retries if self.retries is _CLIENTS else _as_retries(self.retries),
             own.max_bytes if self.max_bytes is _CLIENTS else _as_limit(self.max_bytes),
+            own.policy if self.policy is _CLIENTS else _as_policy(self.policy),
             self.progress, self.upload_progress)
 
 
-_ALL_CLIENTS, _NO_CONTENT = _Given(*[_CLIENTS] * 5, None, None), (None, None, None, None)
+_ALL_CLIENTS, _NO_CONTENT = _Given(*[_CLIENTS] * 6, None, None), (None, None, None, None)
 
 
 def _as_retries(retries):
@@ -8957,6 +8994,13 @@ def _as_limit(max_bytes):
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
         raise ValueError(f"max_bytes={max_bytes!r}: give a number of bytes, or None for no limit")
     return max_bytes
+
+
+def _as_policy(policy):
+    if policy is not None and not callable(getattr(policy, "try_execute", None)):
+        raise TypeError(f"policy={policy!r:.80}: give a policy of flowcoro_resilience, or what has `await try_execute(operation, "
+                        "*args)`; None for none")
+    return policy
 
 
 def _client_tls(verify, cert):
@@ -8997,6 +9041,81 @@ _REDIRECTS = frozenset([301, 302, 303, 307, 308])
 _OF_CONTENT = ("content-type", "content-length", "content-encoding", "content-language", "content-location", "transfer-encoding",
                "digest", "content-digest", "last-modified")
 _OF_ORIGIN = ("authorization", "cookie", "proxy-authorization", "host", "origin")
+
+
+def _origin_text(origin):
+    scheme, host, port = origin
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class _Operation:
+    """A request as a policy sees it: each call makes one exchange, and several may be under way at a time. `key`: the origin, as
+    "https://host:port"; `idempotent`: whether it can be sent again, and that does no harm."""
+
+    __slots__ = ("key", "idempotent", "_client", "_request", "_rest", "_known", "_deadline", "_scope", "_begun", "_running",
+                 "_failure")
+
+    discard = staticmethod(ClientResponse.close)        # of a response which nobody gets: with stream() it has a connection
+
+    def __init__(self, client, request, options, stream, deadline, known):
+        self._client, self._request, self._rest, self._known = client, request, (options, stream, deadline), known
+        self.key = _origin_text(request.parsed.origin)
+        self.idempotent = request.method in _IDEMPOTENT and request._again
+        # For what the policy does in between, as waiting for the next attempt. An exchange keeps the deadline by itself: its
+        # RequestTimeout is something that policies count, and to be cancelled is not.
+        self._deadline, self._scope = deadline, flowcoro.CancelScope(deadline=deadline)
+        self._begun, self._running, self._failure = False, 0, None
+
+    async def run(self):
+        """The ClientResponse that the policy lets us have."""
+        request, options = self._request, self._rest[0]
+        with self._scope:
+            response = await options.policy.try_execute(self, request)
+            if not isinstance(response, ClientResponse):
+                raise TypeError(f"{request!r}: its policy gave {response!r:.80} instead of a ClientResponse: what has something "
+                                "else to give stands around the request, as fallback.try_execute(client.get, url)")
+            return response
+        if self._failure is not None:
+            raise self._failure
+        error = RequestTimeout(f"{request.method} {request.url}: timeout total={options.timeouts.total:g} s has passed while its "
+                               f"policy {options.policy!r:.80} let it wait")
+        error.phase, error.sent = "total", None if self._begun else False
+        raise _with(error, request)
+
+    async def __call__(self, request):
+        known = self._known
+        if self._begun:
+            request, known = self._again(), None
+        self._begun = True
+        self._count(1)
+        try:
+            return await self._client._once(request, *self._rest, known)
+        except RequestError as error:
+            self._failure = error
+            raise
+        finally:
+            self._count(-1)
+
+    @flowcoro.atomic
+    def _count(self, change):
+        """How many exchanges are under way, by more workers than one."""
+        self._running += change
+        self._scope.deadline = math.inf if self._running else self._deadline
+
+    def _again(self):
+        """The request once more. RequestError if its content has gone."""
+        request, why = self._request, None
+        if isinstance(content := request.content, _Streamed):
+            if content.begun and not content.again:
+                why = "and what its content came from can be read once; give bytes, or a file that can seek"
+            elif self._running and not content.shared:
+                why = "and what its content comes from is being read for an attempt that is under way; give bytes"
+        if why is not None:
+            raise _with(RequestError(f"{request.method} {request.url}: its policy wants to send it once more, {why}"),
+                        request) from self._failure
+        request = _again(request)
+        request._rewind()
+        return request
 
 
 class _Sending:
@@ -9110,7 +9229,10 @@ class _Sending:
         retries, number = options.retries, 0
         while True:
             try:
-                response = await self._once(request, options, stream, deadline, known)
+                if options.policy is None:
+                    response = await self._once(request, options, stream, deadline, known)
+                else:
+                    response = await _Operation(self, request, options, stream, deadline, known).run()
                 if response.status not in retries.statuses or not retries.count:
                     if self._budget < retries.budget:
                         self._budget = min(retries.budget, self._budget + RETRY_GIVEN_BACK)
@@ -9120,11 +9242,8 @@ class _Sending:
                 error, response = failure, None
                 safe = self._may_retry(request, failure)
             wait = retries.wait * 2**number * (0.5 + random.random() / 2)
-            if response is not None and "retry-after" in response.headers:
-                try:
-                    wait = _parse_retry_after(response.headers["retry-after"], time.time())
-                except ProtocolError:
-                    pass
+            if response is not None and (asked := response.retry_after) is not None:
+                wait = asked
             if (not safe or number >= retries.count or not request._again or self._budget < 1 or wait > retries.max_wait
                     or flowcoro.now() + wait >= deadline):
                 if error is not None:
@@ -9198,16 +9317,23 @@ class HttpClient(_Sending):
     which an idle connection is kept. max_head: bytes of a response's head. connect: async function (host, port, tls) that returns
     a connected Socket; unix: path of a Unix socket, for all URLs.
 
-    All of it serves any number of tasks at once, in one run. Errors: RequestError and what is below it, TypeError and ValueError
-    for arguments that make no sense, LocalProtocolError for what cannot be sent, flowcoro.ClosedError after close(). Cancelled
-    anywhere the connection in use is closed, and an unknown part of the request was sent. Sources: RFC 9110, 9112, 6265, 7616,
-    7617.
+    policy: of flowcoro_resilience, say, or what else has `await try_execute(operation, request)`; it stands around each exchange,
+    inside redirects, authentication and retries=. The operation has `key`, its origin ("https://host:port"), `idempotent`
+    (whether its method is, and its content can be sent again) and `discard`, and is called with the ClientRequest as often as
+    the policy wants, which has `retry_after` of responses and `sent` of errors to go by; a status is no error to it. It must give
+    a ClientResponse. What it waits counts for timeout's `total`.
+
+    All of it serves any number of tasks at once, in one run. Errors: RequestError and what is below it, what a policy raises
+    (Rejected) as it is, TypeError and ValueError for arguments that make no sense, LocalProtocolError for what cannot be sent,
+    flowcoro.ClosedError after close(). Cancelled anywhere the connection in use is closed, and an unknown part of the request was
+    sent. Sources: RFC 9110, 9112, 6265, 7616, 7617.
     """
 
     def __init__(self, *, base_url="", headers=(), params=None, cookies=None, auth=None, timeout=Timeouts(), retries=0,
                  follow_redirects=True, max_redirects=MAX_REDIRECTS, max_bytes=MAX_INFLATED, proxy=None, netrc=None,
                  trust_env=True, verify=True, cert=None, event_hooks=None, decode=True,
-                 max_connections=CONNECTIONS_PER_ORIGIN, keep_alive=KEPT_IDLE, max_head=MAX_HEAD, connect=None, unix=None):
+                 max_connections=CONNECTIONS_PER_ORIGIN, keep_alive=KEPT_IDLE, max_head=MAX_HEAD, connect=None, unix=None,
+                 policy=None):
         self._base = None
         if base_url:
             base = _Url(base_url)
@@ -9235,8 +9361,9 @@ class HttpClient(_Sending):
             raise ValueError("connect= and unix= both say how to connect: give one")
         self._connect = connect or (_connect if unix is None else functools.partial(_connect_unix, unix))
         self._options = _Options(_as_timeouts(timeout, Timeouts().total), bool(follow_redirects), _as_auth(auth), own,
-                                 _as_retries(retries), _as_limit(max_bytes))
+                                 _as_retries(retries), _as_limit(max_bytes), _as_policy(policy))
         self._budget = self._options.retries.budget
+        self._is_plain = not self._options.retries.count and policy is None         # one attempt, and nothing around it
         self._origins, self._urls, self._known = {}, {}, {}
         self._known_headers, self._headers_count = None, 0
         self._closed, self._around = False, None        # around: entered before, left after (test_client())
@@ -9273,31 +9400,31 @@ class HttpClient(_Sending):
 
     async def request(self, method, url, *, params=None, headers=(), cookies=None, content=None, json=None, data=None, files=None,
                       auth=_CLIENTS, timeout=_CLIENTS, follow_redirects=_CLIENTS, retries=_CLIENTS, max_bytes=_CLIENTS,
-                      progress=None, upload_progress=None):
+                      policy=_CLIENTS, progress=None, upload_progress=None):
         """A ClientResponse with all of its content, whatever its status.
 
         params: dict or pairs to add to the query; of a list each item; None is "". headers: dict or pairs, in place of those of
         the client. cookies: dict. content: bytes, str (UTF-8), a file (sent from where it is; binary), an iterable or async
         iterable of bytes. json: a value. data: fields of a form, as params. files: {name: file, bytes, or (filename, file[, media
-        type])}, sent with data as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes: in place
-        of the client's.
+        type])}, sent with data as multipart/form-data. auth=False: none. timeout, follow_redirects, retries, max_bytes, policy:
+        in place of the client's; policy=None: none.
         progress, upload_progress: function (bytes so far, bytes in all or None), of the content as it travels. Errors, and what
         cancellation leaves: see HttpClient.
         """
         request, options = self._build(method, url, params, headers, cookies, (content, data, files, json), _Given(
-            auth, timeout, follow_redirects, retries, max_bytes, progress, upload_progress))
+            auth, timeout, follow_redirects, retries, max_bytes, policy, progress, upload_progress))
         return await self._follow(request, options, False)
 
     @contextlib.asynccontextmanager
     async def stream(self, method, url, *, params=None, headers=(), cookies=None, content=None, json=None, data=None, files=None,
                      auth=_CLIENTS, timeout=_CLIENTS, follow_redirects=_CLIENTS, retries=_CLIENTS, max_bytes=_CLIENTS,
-                     progress=None, upload_progress=None):
+                     policy=_CLIENTS, progress=None, upload_progress=None):
         """`async with client.stream("GET", url) as response:`, and in it `async for piece in response:`. Otherwise as request().
 
         At the end of the block the connection is used again if all of the content has been read, else closed.
         """
         request, options = self._build(method, url, params, headers, cookies, (content, data, files, json), _Given(
-            auth, timeout, follow_redirects, retries, max_bytes, progress, upload_progress))
+            auth, timeout, follow_redirects, retries, max_bytes, policy, progress, upload_progress))
         response = await self._follow(request, options, True)
         try:
             yield response
@@ -9345,7 +9472,7 @@ class HttpClient(_Sending):
             return response
         request = ClientRequest(method, known.url, known.pairs)
         request._equipped = ("host",)
-        if options.retries.count:
+        if not self._is_plain:
             return await self._follow(request, options, False, known)
         # What _follow(), _attempts() and _once() come to when there is nothing for them to do: 2 µs less of 25.
         deadline = flowcoro.now() + options.timeouts.total
@@ -9412,8 +9539,7 @@ class HttpClient(_Sending):
 
     def statistics(self):
         """{"http://host:port": statistics() of its ConnectionPool} of the origins there are connections to, or were."""
-        return {f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}": origin.pool.statistics()
-                for (scheme, host, port), origin in self._origins.items()}
+        return {_origin_text(key): origin.pool.statistics() for key, origin in self._origins.items()}
 
     async def close(self):
         """Close all connections, those in use too. Twice is once. Cancelled: they are closed."""
@@ -9492,7 +9618,8 @@ class EventStream:
     When a connection ends or breaks it connects again, after `retry` seconds (3, or what the server names; more with each failure
     in a row, a minute at most), with Last-Event-ID. A 204 ends the iteration. Raised are errors of the first connection, those
     that connecting again does not mend (StatusError for 4xx but 408 and 429; ResponseError for what is no event stream), and the
-    last of ten failures in a row. `response`: the current one, or None; `last_event_id`: of the last event.
+    last of ten failures in a row, to which a policy's Rejected counts. `response`: the current one, or None; `last_event_id`: of
+    the last event.
     """
 
     def __init__(self, client, method, url, last_event_id, reconnect, max_event, options):
@@ -9526,7 +9653,7 @@ class EventStream:
                     self._take(data)
                     continue
                 error = None
-            except RequestError as failure:
+            except flowcoro.FlowCoroError as failure:       # a policy's too
                 error = failure
             await self._leave()
             if not self._reconnect or error is not None and not self._may_mend(error):
@@ -9548,7 +9675,7 @@ class EventStream:
     def _may_mend(error):
         if isinstance(error, StatusError):
             return error.response.status >= 500 or error.response.status in (408, 429)
-        return isinstance(error, (ConnectError, TransferError, RequestTimeout))
+        return isinstance(error, (ConnectError, TransferError, RequestTimeout)) or getattr(error, "sent", None) is False
 
     async def _open(self):
         headers = dict(self._options.get("headers", {})) | {"Accept": "text/event-stream", "Cache-Control": "no-store"}

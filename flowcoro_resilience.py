@@ -2870,7 +2870,7 @@ class Keyed(Policy):
     make: function of a key that gives a Policy. key: function of the operation's arguments that gives the key; without it the
     operation has the attribute `key` (HttpClient and RpcClient give theirs: where the request goes). max_keys: beyond them the
     one that was not used for longest goes, of those in which nothing is under way; if something is under way in all of them, the
-    call is Rejected.
+    call is Rejected. TypeError for an operation without a key.
 
     Events: "created", "evicted". Listeners hear what the policies within say as well, which names their own `policy`.
     """

@@ -63,6 +63,7 @@ Errors:
       flowcoro_net.LimitError     a message of our own is too large
       flowcoro.ClosedError  you closed it
     TimeoutError            a timeout= has passed
+    what a policy= raises comes out as it is: Rejected of flowcoro_resilience
 
 Sources: JSON-RPC 2.0 Specification (2013-01-04); Language Server Protocol 3.17, base protocol ($/cancelRequest, Content-Length);
 D. J. Bernstein, Netstrings; OpenRPC 1.3; the leader/followers pattern (Schmidt et al., POSA2).
@@ -169,10 +170,12 @@ class RpcError(flowcoro.FlowCoroError):
     """An answer that is an error: `code` (int), `message` (str), `data` (a value of JSON, or None where there is none).
 
     A handler raises it to answer so. Codes from -32768 to -32000 are the specification's; your own are others. TypeError for a
-    code or a message that JSON-RPC does not have.
+    code or a message that JSON-RPC does not have. `sent`: False if the call has not run (ShuttingDown, Overloaded), as
+    ConnectionLost has it; else None.
     """
 
     message = "Error"           # where its own is too long
+    sent = None
     _received = False           # whether it is the answer to a call of ours
 
     def __init__(self, code, message, data=None):
@@ -229,7 +232,7 @@ class DeadlineExceeded(_Known):
 class ShuttingDown(_Known):
     """The server is being closed. The call has not run."""
 
-    code, message = -32011, "Shutting down"
+    code, message, sent = -32011, "Shutting down", False
 
 
 class AnswerTooLarge(_Known):
@@ -241,7 +244,7 @@ class AnswerTooLarge(_Known):
 class Overloaded(_Known):
     """The server has too many calls of this connection. This one has not run."""
 
-    code, message = -32013, "Too many calls"
+    code, message, sent = -32013, "Too many calls", False
 
 
 class CallCancelled(_Known):
@@ -1462,7 +1465,7 @@ def _given(args, named, params):
 class _Caller:
     """What a Peer and an RpcClient have: the ways to call."""
 
-    def call(self, method, /, *args, params=_MISSING, timeout=_MISSING, **named):
+    def call(self, method, /, *args, params=_MISSING, timeout=_MISSING, idempotent=False, **named):
         """`await peer.call("add", 1, 2)`, or by name, `call("add", a=1, b=2)`; params= gives a list or a dict as it is.
 
         Returns the result. timeout: seconds, None for no limit; the default is that of the connection. TimeoutError when it has
@@ -1470,22 +1473,24 @@ class _Caller:
         LimitError for a call that is too large, TypeError and ValueError for what has no JSON. After a timeout, and when it is
         cancelled, the peer is told by $/cancelRequest; the call may have run. When a timeout has passed in which nothing at all
         has come, the peer is asked for a sign of life; without one for 10 seconds the connection is lost.
+        idempotent: whether it does no harm if it runs twice, which a client's policy may ask. A parameter of one of these names
+        goes into params=.
         """
         params = list(args) if args and not named and params is _MISSING else _given(args, named, params)
-        return self._call(method, params, timeout)
+        return self._call(method, params, timeout, idempotent)
 
     def notify(self, method, /, *args, params=_MISSING, **named):
         """`await peer.notify("log", "…")`: a call without an answer. Returns when it is on its way: nobody tells whether it has
         arrived. Errors as call(). Cancelled: it was not sent."""
         return self._notify(method, _given(args, named, params))
 
-    def batch(self, *calls, timeout=_MISSING):
+    def batch(self, *calls, timeout=_MISSING, idempotent=False):
         """`await peer.batch(Request("add", [1, 2]), Notification("log", ["…"]))`: several in one message.
 
         Returns a list with the result of each Request, in order; an RpcError instead where the answer is one. Errors of call()
-        for all of them together; ValueError for none, LimitError for more than max_batch.
+        for all of them together; ValueError for none, LimitError for more than max_batch. idempotent: whether all are.
         """
-        return self._batch(calls, timeout)
+        return self._batch(calls, timeout, idempotent)
 
     def stream(self, method, /, *args, params=_MISSING, timeout=None, window=STREAM_WINDOW, **named):
         """`async for item in peer.stream("count", 5)`: call an async generator of the peer, or what returns a list.
@@ -1568,7 +1573,7 @@ class _Calling(_Outgoing, _Caller):
             left = math.inf if reply.due is None else max(reply.due * GRAIN - flowcoro.now(), 0)
             reply.settle(None, self._ended_error(cause, sent, left))
 
-    async def _call(self, method, params, timeout):
+    async def _call(self, method, params, timeout, idempotent=False):
         options, number = self._options, self._next_id()
         seconds = options.timeout if timeout is _MISSING else _seconds(timeout)
         message = encode_request(method, params, number, self._more(seconds) if options.propagate else None)
@@ -1621,7 +1626,7 @@ class _Calling(_Outgoing, _Caller):
         await self._until_room()
         self._register((), message)
 
-    async def _batch(self, calls, timeout):
+    async def _batch(self, calls, timeout, idempotent=False):
         seconds = self._options.timeout if timeout is _MISSING else _seconds(timeout)
         replies, texts, more = [], [], self._more(seconds)
         for one in calls:
@@ -2662,6 +2667,19 @@ class Backoff:
         return seconds * (1 - self.jitter * random)
 
 
+class _Operation:
+    """A call, or a batch, as a policy sees it. `key`: the address; `idempotent`: whether it may run twice. Called with the method
+    and its params as often as the policy wants; of a batch with None and the calls."""
+
+    __slots__ = ("key", "idempotent", "_run")
+
+    def __init__(self, key, idempotent, run):
+        self.key, self.idempotent, self._run = key, idempotent, run
+
+    def __call__(self, method, params):
+        return self._run()
+
+
 class RpcClient(_Caller):
     """A client of JSON-RPC 2.0 that connects again when its connection is lost. `await RpcClient.connect(…)` makes
     one, or RpcClient.over().
@@ -2669,8 +2687,12 @@ class RpcClient(_Caller):
     Any number of tasks may call at a time, over one connection. Best in `async with`, which closes it.
     """
 
-    def __init__(self, open, framing, methods, options, reconnect):
+    def __init__(self, open, framing, methods, options, reconnect, policy, key):
         _check_framing(framing)
+        if policy is not None and not callable(getattr(policy, "try_execute", None)):
+            raise TypeError(f"policy={policy!r:.80}: give a policy of flowcoro_resilience, or what has `await "
+                            "try_execute(operation, *args)`; None for none")
+        self._policy, self._key = policy, key
         self._open, self._framing, self._options, self._reconnect = open, framing, options, reconnect
         self._methods = Methods() if methods is None else methods
         self._peer, self._task, self._failure, self._closed = None, None, None, False
@@ -2679,31 +2701,41 @@ class RpcClient(_Caller):
 
     @classmethod
     async def connect(cls, host=None, port=None, *, unix=None, tls=None, server_name=None, framing=Newline, methods=None,
-                      reconnect=Backoff(), connect_timeout=10.0, timeout=CALL_TIMEOUT, propagate=False, headers=None, **limits):
+                      reconnect=Backoff(), connect_timeout=10.0, timeout=CALL_TIMEOUT, propagate=False, headers=None, policy=None,
+                      **limits):
         """Connect to a host and a port, or to the Unix socket `unix`.
 
         tls, server_name: as for Socket.connect(). framing: as the server's. methods: a Methods that the server may call.
         reconnect: a Backoff, or None: a lost connection stays lost. connect_timeout, timeout: seconds to connect, and for a call,
         None for no limit. propagate: send with each call, as the member "$/context", its timeout and `headers`, a dict of texts
         or a function that gives one: for servers that know it. limits: as RpcServer's.
-        Errors as Socket.connect(): the first connection has to succeed.
+        policy: of flowcoro_resilience, say, or what else has `await try_execute(operation, method, params)`; it stands around
+        each call() and batch(), and each attempt of it has its own timeout. The operation has `key`, the address ("host:port", or
+        "unix:" and a path), and `idempotent`, as call() was told; of a batch method is None, and params are the calls. What the
+        policy raises (Rejected) comes out as it is; errors have `sent`, False if the call has not run. notify() and streams go
+        without: there is no answer to judge, or many.
+        Errors as Socket.connect(): the first connection has to succeed, and no policy stands around that.
         """
         options = _Options.of("RpcClient.connect()", timeout=timeout, propagate=propagate, headers=headers, **limits)
         if unix is not None:
+            key = f"unix:{os.fsdecode(unix)}"
             open = functools.partial(flowcoro_net.Socket.connect_unix, unix, tls=tls, server_name=server_name,
                                      timeout=connect_timeout)
         else:
+            key = f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
             open = functools.partial(flowcoro_net.Socket.connect, host, port, tls=tls, server_name=server_name,
                                      timeout=connect_timeout)
-        self = cls(open, framing, methods, options, reconnect)
+        self = cls(open, framing, methods, options, reconnect, policy, key)
         return self._started(await open())
 
     @classmethod
-    def over(cls, transport, *, framing=Newline, methods=None, timeout=CALL_TIMEOUT, propagate=False, headers=None, **limits):
+    def over(cls, transport, *, framing=Newline, methods=None, timeout=CALL_TIMEOUT, propagate=False, headers=None, policy=None,
+             **limits):
         """A client over what is connected already: a Socket, StandardStreams, or what has `await receive()` and `await
-        send(text)`, a WebSocket, say, which stays yours to close. It is not connected again. The rest as for connect()."""
-        return cls(None, framing, methods, _Options.of(
-            "RpcClient.over()", timeout=timeout, propagate=propagate, headers=headers, **limits), None)._started(transport)
+        send(text)`, a WebSocket, say, which stays yours to close. It is not connected again. The rest as for connect(); `key` of
+        a policy's operations is the transport."""
+        options = _Options.of("RpcClient.over()", timeout=timeout, propagate=propagate, headers=headers, **limits)
+        return cls(None, framing, methods, options, None, policy, transport)._started(transport)
 
     def _started(self, transport):
         self._begin(transport)
@@ -2768,7 +2800,18 @@ class RpcClient(_Caller):
                     await flowcoro.checkpoint()
         raise TimeoutError(f"{self!r}: no connection, or no answer to {what}, within the timeout: {self._failure}")
 
-    async def _call(self, method, params, timeout):
+    def _by_policy(self, run, method, params, idempotent):
+        """await it: what `run()` gives, by way of the policy."""
+        if self._policy is None:
+            return run()
+        return self._policy.try_execute(_Operation(self._key, bool(idempotent), run), method, params)
+
+    def _call(self, method, params, timeout, idempotent=False):
+        if self._policy is None:
+            return self._once(method, params, timeout)
+        return self._by_policy(functools.partial(self._once, method, params, timeout), method, params, idempotent)
+
+    async def _once(self, method, params, timeout):
         if self._peer._lost is None:
             try:
                 return await self._peer._call(method, params, timeout)
@@ -2781,8 +2824,9 @@ class RpcClient(_Caller):
     async def _notify(self, method, params):
         await self._again(lambda peer: peer._notify(method, params), repr(method), _MISSING)
 
-    async def _batch(self, calls, timeout):
-        return await self._again(lambda peer: peer._batch(calls, timeout), "a batch", timeout)
+    def _batch(self, calls, timeout, idempotent=False):
+        return self._by_policy(lambda: self._again(lambda peer: peer._batch(calls, timeout), "a batch", timeout),
+                               None, calls, idempotent)
 
     async def _stream(self, method, params, timeout, window):
         peer = None
@@ -2859,7 +2903,9 @@ class RpcPool(_Caller):
     RpcPool.connect(…)` makes one.
 
     A call that has not run where it was sent, since the connection was lost before, or the server shuts down or has too many
-    calls, goes to the next.
+    calls, goes to the next; so does one that a client's policy does not let through (an error with `sent` False). That policy
+    stands around each try at one server: with `Keyed(lambda address: CircuitBreaker())` each has its own breaker. A Retry that is
+    to go from one to the other stands around the pool: `retry.try_execute(pool.call, "add", 1, 2)`.
     """
 
     def __init__(self, clients):
@@ -2889,34 +2935,36 @@ class RpcPool(_Caller):
         return sorted(turned, key=lambda client: (client._closed, client._peer._lost is not None or client._peer._input_ended,
                                                   len(client._peer._pending)))
 
-    async def _try_each(self, call):
+    async def _try_each(self, call, *asked):
         """What `call` gives at the first that takes it: a Peer, which does not wait for another connection; then at a client
-        without a connection, which does."""
+        without a connection, which does. asked: what a policy is told of it, if it is anything for one."""
         refused, gone = None, []
         for client in self._order():
             if client.closed:           # what ClosedError ends below may have run, so that one is not looked for
                 gone.append(client)
                 continue
+            run = functools.partial(call, client._peer)
             try:
-                return await call(client._peer)
-            except (ShuttingDown, Overloaded) as error:
-                refused = error
-            except ConnectionLost as error:
-                if error.sent is not False:
+                return await (client._by_policy(run, *asked) if asked else run())
+            except flowcoro.FlowCoroError as error:
+                if getattr(error, "sent", None) is not False:           # as a policy's Rejected has it, too
                     raise
-                gone.append(client)
+                if isinstance(error, ConnectionLost):
+                    gone.append(client)
+                else:
+                    refused = error
         if not gone:
             raise refused
         return await call(gone[0])
 
-    async def _call(self, method, params, timeout):
-        return await self._try_each(lambda caller: caller._call(method, params, timeout))
+    async def _call(self, method, params, timeout, idempotent=False):
+        return await self._try_each(lambda caller: caller._call(method, params, timeout, idempotent), method, params, idempotent)
 
     async def _notify(self, method, params):
         await self._try_each(lambda caller: caller._notify(method, params))
 
-    async def _batch(self, calls, timeout):
-        return await self._try_each(lambda caller: caller._batch(calls, timeout))
+    async def _batch(self, calls, timeout, idempotent=False):
+        return await self._try_each(lambda caller: caller._batch(calls, timeout, idempotent), None, calls, idempotent)
 
     def _stream(self, method, params, timeout, window):
         return self._order()[0]._stream(method, params, timeout, window)

@@ -539,6 +539,25 @@ def test_the_chat_scene_is_kept_until_ctrl_c_and_somebody_is_there():
     assert (process.returncode, err) == (0, "") and "Eve: anything" in out and "Closed." in out
 
 
+def test_the_breaker_scene_draws_a_row_for_each_three_seconds_of_either_shop(cli):
+    status, out, _ = cli("demo", "breaker")
+    rows = re.findall(r"^ +(\d+) s  (#*) +(\d+) +(\d+) %   (#*) +(\d+) +(\d+) %  ([A-Z_ ]+)$", out, re.MULTILINE)
+    assert status == 0 and [int(row[0]) for row in rows] == list(range(0, 60, 3))
+    assert rows[0][1:] == ("###", "10", "0", "###", "10", "0", "CLOSED")
+    assert all(int(row[2]) > 30 and row[3] == "100" and row[5:] == ("10", "0", "CLOSED") for row in rows[-3:])
+    assert {state for row in rows for state in row[7].split()} == {"CLOSED", "OPEN", "HALF_OPEN"}
+
+
+@pytest.mark.parametrize(("both", "said"), [
+    (flowcoro_cli._Outage.ALONE, "with policies questions were still lost 5 s after the outage"),
+    (flowcoro_cli._Outage.WITH, "with retries alone the store has recovered")])
+def test_the_breaker_scene_fails_if_both_shops_do_alike(cli, monkeypatch, both, said):
+    policy = flowcoro_cli._Outage.policy
+    monkeypatch.setattr(flowcoro_cli._Outage, "policy", lambda self, name: policy(self, both))
+    status, out, err = cli("demo", "breaker")
+    assert (status, err) == (1, "") and f"FAILED: {said}" in out
+
+
 def test_the_rpc_scene_shows_what_either_side_sees(cli):
     status, out, _ = cli("demo", "rpc")
     assert status == 0

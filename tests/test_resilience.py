@@ -255,6 +255,13 @@ def test_threads_that_ask_for_the_same_key_get_the_same_policy():
     assert len({id(entry[0]) for entry in found}) == 1 and found[0][1] == 8
 
 
+@run_in_kernel
+async def test_keyed_within_a_pipeline_has_the_operations_arguments_too():
+    keyed = Keyed(lambda key: Pass(key), key=lambda number, more=0: f"{number}+{more}")
+    assert await Pipeline(Pass(), keyed).try_execute(double, 3, more=1) == 7
+    assert keyed.keys() == ["3+1"]
+
+
 # ---- Pipeline --------------------------------------------------------------------------------------------------
 
 @run_in_kernel
