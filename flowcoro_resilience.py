@@ -685,8 +685,9 @@ WINDOW = 100
 # Of a window of time: what is too old stays for a tenth of it at most.
 BUCKETS = 10
 
-# Seconds that a breaker may be open at most, a year: what is longer is a slip of the keyboard, or force_open().
-MAX_OPEN_SECONDS = 366 * 86400.0
+# Seconds that windows and states may last at most, a year: what is longer is a slip of the keyboard, or force_open(). And the
+# shortest window: a tenth of it is still more than the clock's steps.
+MAX_SECONDS, MIN_WINDOW_SECONDS = 366 * 86400.0, 0.001
 
 # How often the open time may have grown, if nothing else is said: 60 s become 10 minutes, in which an outage is somebody's work.
 MAX_OPEN_GROWTH = 10
@@ -925,7 +926,7 @@ def _checked_window(window, window_seconds, buckets, minimum_calls):
     if window != WINDOW:
         raise ValueError(f"{SAID}window={window!r:.80}, window_seconds={window_seconds!r:.80}): it counts the last calls, or those "
                          "of the last seconds: give one of them")
-    _number(window_seconds, 0, math.inf, f"{SAID}window_seconds=", "seconds", exclusive=True)
+    _number(window_seconds, MIN_WINDOW_SECONDS, MAX_SECONDS, f"{SAID}window_seconds=", "seconds")
     return (TimeWindow(window_seconds, _count(buckets, 1, f"{SAID}buckets=", "buckets"), 2),
             WINDOW if minimum_calls is None else minimum_calls)
 
@@ -935,10 +936,10 @@ def _checked_settings(minimum_calls, failure_rate, slow_call_rate, consecutive_f
     def number(value, least, most, name, unit, exclusive=False):
         return _number(value, least, most, f"{SAID}{name}=", unit, exclusive=exclusive)
 
-    open_seconds = number(open_seconds, 0, MAX_OPEN_SECONDS, "open_seconds", "seconds", exclusive=True)
+    open_seconds = number(open_seconds, 0, MAX_SECONDS, "open_seconds", "seconds", exclusive=True)
     if max_open_seconds is None:
-        max_open_seconds = min(MAX_OPEN_GROWTH * open_seconds, MAX_OPEN_SECONDS)
-    elif number(max_open_seconds, 0, MAX_OPEN_SECONDS, "max_open_seconds", "seconds") < open_seconds:
+        max_open_seconds = min(MAX_OPEN_GROWTH * open_seconds, MAX_SECONDS)
+    elif number(max_open_seconds, 0, MAX_SECONDS, "max_open_seconds", "seconds") < open_seconds:
         raise ValueError(f"{SAID}open_seconds={open_seconds:g}, max_open_seconds={max_open_seconds!r}): the longest open time is "
                          "shorter than the first: make it as long at least")
     return _CircuitSettings(
@@ -947,12 +948,12 @@ def _checked_settings(minimum_calls, failure_rate, slow_call_rate, consecutive_f
         number(slow_call_rate, 0, 1, "slow_call_rate", "slow calls for each call", exclusive=True),
         math.inf if consecutive_failures is None else _count(consecutive_failures, 1, f"{SAID}consecutive_failures=", "failures"),
         open_seconds,
-        number(open_growth, 1, MAX_OPEN_SECONDS, "open_growth", "times the open time before"),
+        number(open_growth, 1, MAX_SECONDS, "open_growth", "times the open time before"),
         float(max_open_seconds),
         number(open_jitter, 0, 1, "open_jitter", "parts of the open time"),
         _count(probes, 1, f"{SAID}probes=", "calls"),
         math.inf if half_open_seconds is None else number(
-            half_open_seconds, 0, math.inf, "half_open_seconds", "seconds", exclusive=True))
+            half_open_seconds, 0, MAX_SECONDS, "half_open_seconds", "seconds", exclusive=True))
 
 
 class CircuitBreaker(_Breaker):
@@ -1027,14 +1028,14 @@ class CircuitBreaker(_Breaker):
         return result, news
 
     def _announce(self, news):
-        if news:
-            self._draw()
+        for kind, details in news:
+            if kind == "opened":
+                self._draw()
             if self._listeners:
-                for kind, details in news:
-                    self._tell(kind, **details)
+                self._tell(kind, **details)
 
     def _draw(self):
-        """Chance for the next open time: drawn ahead, since a decision calls nobody."""
+        """The chance of the next open time: drawn ahead, since a decision calls nobody."""
         if self._circuit.settings.open_jitter:
             try:
                 self._chance = min(max(self._random(), 0.0), 1.0)
