@@ -515,7 +515,7 @@ class _Breaker(Policy):
         if not callable(function):
             raise TypeError(f"@{self.name} decorates functions, got {function!r:.80}")
         if _is_generator_function(function):
-            raise TypeError(f"@{self.name} got {function!r:.80}, a generator function, whose call returns before anything is done: "
+            raise TypeError(f"@{self.name} got {function!r:.80}, a generator function: its call returns before anything is done: "
                             "write `async with` or `with` in it, or take acquire_nowait() and say how it ends")
         if inspect.iscoroutinefunction(function):
             return super().__call__(function)
@@ -859,8 +859,8 @@ def _checked_window(window, window_seconds, buckets, minimum_calls):
                              "window of as many calls at least")
         return counts, minimum_calls
     if window != WINDOW:
-        raise ValueError(f"{SAID}window={window!r:.80}, window_seconds={window_seconds!r:.80}): it counts the last calls, or those "
-                         "of the last seconds: give one of them")
+        raise ValueError(f"{SAID}window={window!r:.80}, window_seconds={window_seconds!r:.80}): it counts the last calls, or "
+                         "those of the last seconds: give one of them")
     _number(window_seconds, MIN_WINDOW_SECONDS, MAX_SECONDS, f"{SAID}window_seconds=", "seconds")
     return (TimeWindow(window_seconds, _count(buckets, 1, f"{SAID}buckets=", "buckets"), 2),
             WINDOW if minimum_calls is None else minimum_calls)
@@ -907,7 +907,7 @@ class CircuitBreaker(_Breaker):
     Pipeline(CircuitBreaker(), Timeout(2)); one that stands outside cancels the call, and the breaker learns nothing. A
     predicate that raises means no, but for `failures`, where it means yes: an error that nobody has understood is one.
 
-    Defaults are resilience4j's:
+    Defaults are resilience4j's. What cannot be is a ValueError or TypeError that names it.
 
     window=100                  calls, the last ones; or window_seconds: those of so long, in `buckets` (10) of equal length
     minimum_calls=100           with fewer no rate is known; if `window` is smaller and this is not given, it is the window
@@ -931,7 +931,8 @@ class CircuitBreaker(_Breaker):
     Events: "success", "failure", "slow" (after one of those), each with `seconds`, "failure" with `error` too (None if it was a
     result); "ignored" with `error`; "late": it began in a state that is over, and does not count; "rejected" with `state`,
     `retry_after`; "opened", "half_opened", "closed", "forced_open", "metrics_only", with `before`, the state that was, "opened"
-    with `seconds`, `calls`, `failures`, `slow` too; "exceeded" with the latter three: METRICS_ONLY would have opened; "loaded".
+    with `seconds`, `calls`, `failures`, `slow` too; "exceeded" with the latter three: METRICS_ONLY would have opened; "loaded"
+    with `state`.
     """
 
     def __init__(self, *, window=WINDOW, window_seconds=None, buckets=BUCKETS, minimum_calls=None, failure_rate=0.5,
