@@ -64,6 +64,7 @@ What it does not do: limits that several processes or machines share, persistenc
 SPDX-License-Identifier: MIT
 """
 
+import array
 import collections
 import functools
 import inspect
@@ -79,7 +80,10 @@ __version__ = "0.1.0"
 
 __all__ = ["Policy", "PolicyEvent", "CountWindow", "TimeWindow", "Keyed", "Pipeline", "Rejected", "BreakerOpen", "RateLimited",
            "LimitExceeded",
-           "CircuitBreaker", "BreakerPermit"]
+           "CircuitBreaker", "BreakerPermit",
+           "AdaptiveBreaker",
+           "RateLimiter", "RateState",
+           "Backoff", "Retry", "RetryBudget", "LatencyWindow", "Hedge", "Timeout", "Fallback", "Cache"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -145,6 +149,7 @@ class _Call(typing.NamedTuple):
     key: object
     idempotent: bool
     discard: object             # or None
+    asked: object = None        # (operation, args, kwargs), for policies that look at them; None: not told
 
     async def drop(self, result, policy):
         """Let go of a result that nobody will get. Its own task is not cancelled meanwhile; an error is reported."""
@@ -157,9 +162,9 @@ class _Call(typing.NamedTuple):
                                           "flowcoro_resilience")
 
 
-def _call_of(operation):
+def _call_of(operation, asked=None):
     return _Call(getattr(operation, "key", None), bool(getattr(operation, "idempotent", False)),
-                 getattr(operation, "discard", None))
+                 getattr(operation, "discard", None), asked)
 
 
 def _checked_operation(operation, whose):
@@ -189,7 +194,8 @@ class Policy:
         operation is, and what the policy has given it is taken back.
         """
         _checked_operation(operation, f"{self.name}.try_execute()")
-        return await self._run(_call_of(operation), functools.partial(_invoke, operation, args, kwargs))
+        asked = (operation, args, kwargs)
+        return await self._run(_call_of(operation, asked), functools.partial(_invoke, *asked))
 
     async def _run(self, call, proceed):
         """What `proceed()` brings, which is awaited as often as the policy wants: the operation, and the policies within."""
@@ -445,21 +451,25 @@ def _who():
 
 
 class _Breaker(Policy):
-    """What all breakers have: what counts, and the ways in. Each adds four methods:
+    """What all breakers have: what counts, and the ways in. Each adds two methods, and its decisions:
 
     _permit(key): what to tell with the end of a call, or BreakerOpen. _record(permit, started, failed, key, error): a call has
-    ended, and counts. _give_back(permit): it has ended and says nothing; it takes no lock, since what is garbage may come here
-    in the middle of a decision. _ignore(error, key): tell that it was ignored.
+    ended, and counts. _circuit: the decisions, of which is known here `free`: what permits are while all calls go through, else
+    None; `generation`: the newest permit; give_back(permit): the call says nothing; `ignored`: how many were.
     """
 
-    def __init__(self, name, said, failures, ignored, failure_result, clock):
+    def __init__(self, name, said, failures, ignored, failure_result, clock, random):
         super().__init__(name)
         self._failures = self._errors(failures, f"{said}failures=", True)
         self._ignored = None if ignored is None else self._errors(ignored, f"{said}ignored=", False)
         self._failure_result = None if failure_result is None else _test(failure_result, f"{said}failure_result=", self)
         if not callable(clock):
             raise TypeError(f"{said}clock={clock!r:.80}): give a function that returns seconds")
-        self._clock = clock
+        if not callable(random):
+            raise TypeError(f"{said}random={random!r:.80}): give a function that returns a number from 0 to 1")
+        self._clock, self._random = clock, random
+        self._last, self._offset = -math.inf, 0.0       # P4: what the clock said last, and what is added to it since it went back
+        self._given_back = collections.deque()          # permits; taken out by the next decision (BreakerPermit.__del__)
         self._entered = {}                              # (task or thread, depth) -> (started, permit), of `with`
 
     def _errors(self, what, said, broken):
@@ -469,6 +479,21 @@ class _Breaker(Policy):
                     raise TypeError(f"{said}{one.__name__}): give types of Exception; what is none, as Cancelled, is never "
                                     "counted")
         return _test(what, said, self, broken)
+
+    def _now(self):
+        now = self._clock() + self._offset
+        if now < self._last:
+            self._offset += self._last - now
+            now = self._last
+        self._last = now
+        return now
+
+    def _begin(self):
+        """Begin a decision, under the lock, with what was given back before it. Returns now."""
+        now = self._now()
+        while self._given_back:
+            self._circuit.give_back(self._given_back.popleft())
+        return now
 
     def _returned(self, permit, started, result, key=None):
         """The call has ended with a result."""
@@ -495,6 +520,46 @@ class _Breaker(Policy):
             self._record(permit, started, failed, key, error)
         elif ignored:
             self._ignore(error, key)
+
+    def _ignore(self, error, key):
+        with self._lock:
+            self._circuit.ignored += 1
+        if self._listeners:
+            self._tell("ignored", key, error=error)
+
+    def _tell_end(self, key, failed, seconds, error):
+        if failed:
+            self._tell("failure", key, seconds=seconds, error=error)
+        else:
+            self._tell("success", key, seconds=seconds)
+
+    def _give_back(self, generation):
+        """A call has ended, and says nothing. Without the lock, since what is garbage may come here in the middle of a decision.
+
+        Where all calls go through, nothing was taken.
+        """
+        if generation == self._circuit.generation and self._circuit.free is None:
+            self._given_back.append(generation)
+
+    async def try_execute(self, operation, /, *args, **kwargs):
+        """As Policy.try_execute(). Raises BreakerOpen, a Rejected."""
+        # _run(), in line and without what a Pipeline needs: a call through a closed breaker has two clock readings and one lock.
+        if not callable(operation):
+            _checked_operation(operation, f"{self.name}.try_execute()")
+        started = self._clock()
+        generation = self._circuit.free
+        if generation is None:
+            generation = self._permit(getattr(operation, "key", None))
+        try:
+            result = operation(*args, **kwargs)
+            if result.__class__ is types.CoroutineType or _is_awaitable(result):
+                result = await result
+            failed = self._failure_result is not None and self._failure_result(result)
+        except BaseException as error:
+            self._raised(generation, started, error, getattr(operation, "key", None))
+            raise
+        self._record(generation, started, failed, getattr(operation, "key", None) if self._listeners else None)
+        return result
 
     async def _run(self, call, proceed):
         started, permit = self._clock(), self._permit(call.key)
@@ -939,29 +1004,16 @@ class CircuitBreaker(_Breaker):
                  slow_call_seconds=60.0, slow_call_rate=1.0, consecutive_failures=None, open_seconds=60.0, open_growth=1.0,
                  max_open_seconds=None, open_jitter=0.0, probes=10, half_open_seconds=None, failures=Exception,
                  ignored=Rejected, failure_result=None, clock=flowcoro.now, random=random.random, name=None):
-        super().__init__(name, SAID, failures, ignored, failure_result, clock)
+        super().__init__(name, SAID, failures, ignored, failure_result, clock, random)
         window, minimum_calls = _checked_window(window, window_seconds, buckets, minimum_calls)
         self._circuit = _Circuit(_checked_settings(
             minimum_calls, failure_rate, slow_call_rate, consecutive_failures, open_seconds, open_growth, max_open_seconds,
             open_jitter, probes, half_open_seconds), window)
         self._slow_seconds = _number(slow_call_seconds, 0, math.inf, f"{SAID}slow_call_seconds=", "seconds", exclusive=True)
-        if not callable(random):
-            raise TypeError(f"{SAID}random={random!r:.80}): give a function that returns a number from 0 to 1")
-        self._random = random
-        self._last, self._offset = -math.inf, 0.0       # P4: what the clock said last, and what is added to it since it went back
         self._chance = 0.5
-        self._given_back = collections.deque()          # generations; taken out by the next decision (BreakerPermit.__del__)
         self._draw()
 
     # -- decisions: under the lock; what comes of them is told after it
-
-    def _now(self):
-        now = self._clock() + self._offset
-        if now < self._last:
-            self._offset += self._last - now
-            now = self._last
-        self._last = now
-        return now
 
     def _decide(self, decision, *args):
         result, news = self._decided(decision, *args)
@@ -971,9 +1023,7 @@ class CircuitBreaker(_Breaker):
     def _decided(self, decision, *args):
         circuit = self._circuit
         with self._lock:
-            now = self._now()
-            while self._given_back:
-                circuit.give_back(self._given_back.popleft())
+            now = self._begin()
             result = decision(*args, now, self._chance)
             news, circuit.news = circuit.news, []
         return result, news
@@ -1036,47 +1086,12 @@ class CircuitBreaker(_Breaker):
             seconds = max(0.0, ended - started)
             if not counted:
                 self._tell("late", key, seconds=seconds)
-            elif failed:
-                self._tell("failure", key, seconds=seconds, error=error)
             else:
-                self._tell("success", key, seconds=seconds)
+                self._tell_end(key, failed, seconds, error)
             if counted and slow:
                 self._tell("slow", key, seconds=seconds)
         if news:
             self._announce(news)
-
-    def _ignore(self, error, key):
-        with self._lock:
-            self._circuit.ignored += 1
-        if self._listeners:
-            self._tell("ignored", key, error=error)
-
-    def _give_back(self, generation):
-        """Without the lock. Where all calls go through, nothing was taken."""
-        if generation == self._circuit.generation and self._circuit.free is None:
-            self._given_back.append(generation)
-
-    # -- ways in
-
-    async def try_execute(self, operation, /, *args, **kwargs):
-        """As Policy.try_execute(). Raises BreakerOpen, a Rejected."""
-        # _run(), in line and without what a Pipeline needs: a call through a closed breaker has two clock readings and one lock.
-        if not callable(operation):
-            _checked_operation(operation, f"{self.name}.try_execute()")
-        started = self._clock()
-        generation = self._circuit.free
-        if generation is None:
-            generation = self._permit(getattr(operation, "key", None))
-        try:
-            result = operation(*args, **kwargs)
-            if result.__class__ is types.CoroutineType or _is_awaitable(result):
-                result = await result
-            failed = self._failure_result is not None and self._failure_result(result)
-        except BaseException as error:
-            self._raised(generation, started, error, getattr(operation, "key", None))
-            raise
-        self._record(generation, started, failed, getattr(operation, "key", None) if self._listeners else None)
-        return result
 
     # -- what it is, and what you want it to be
 
@@ -1123,24 +1138,1730 @@ class CircuitBreaker(_Breaker):
 
 
 # ---- adaptive breaker -----------------------------------------------------------------------------------------
+# What a dependency turns away costs it too: at some load it does nothing else. So its clients turn away themselves what it would,
+# without asking it. A client knows how many of its requests were accepted lately, and lets through about K times as many as that:
+# those above what is accepted are how it notices that more is. It needs no state but the counts, so nothing opens, closes or is
+# tuned; and a failure or two among many does nothing at all.
+#
+# A request is counted when it ends, not when it begins, as go-zero's and Envoy's do: otherwise those that are under way would look
+# as if they were not accepted, and the first burst at a slow dependency would be turned away. What is cancelled or ignored has
+# then added nothing that would have to be found again in the window. The price is that a dependency which does not answer at all is
+# noticed when the calls time out: put a Timeout within.
+
+# Requests below which nothing is rejected: of one or two, none accepted says nothing. go-zero's, whose K and window these are, too.
+ADAPTIVE_MINIMUM_CALLS = 5
+
+ACCEPTED, NOT_ACCEPTED = (1,), (0,)     # what is added to the window
+
+
+class _Throttle:
+    """The decisions of an AdaptiveBreaker. now: seconds that do not run backwards; chance: from 0 up to 1, equally likely.
+
+    free: 0, the permit of all, while all requests in the window were accepted: whatever of them grows too old then, nothing is
+    rejected, so nobody needs to ask; else None.
+    """
+
+    __slots__ = ("k", "minimum_calls", "probe_seconds", "window", "free", "generation", "forced", "probe_at", "probe_before",
+                 "rejected", "probes", "ignored")
+
+    def __init__(self, k, window, minimum_calls, probe_seconds):
+        self.k, self.minimum_calls, self.probe_seconds = k, minimum_calls, probe_seconds
+        self.window = window            # its calls: the requests; its total: those that were accepted
+        self.free = self.generation = self.rejected = self.probes = self.ignored = 0
+        self.forced = None              # the last permit that chance would not have given
+        self.probe_at = self.probe_before = -math.inf       # when the next one goes through, whatever chance says
+
+    def probability(self):
+        """Of a rejection, as of the window's last change: SRE book, equation 21-1."""
+        requests = self.window.calls
+        if requests < self.minimum_calls:
+            return 0.0
+        return max(0.0, (requests - self.k * self.window.totals[0]) / (requests + 1))
+
+    def advance(self, now):
+        """Let what is too old go."""
+        window = self.window
+        window.advance(now)
+        self.free = 0 if window.calls == window.totals[0] else None
+
+    def ask(self, now, chance):
+        """A permit, for give_back(), or None: rejected, which counts as a request."""
+        self.advance(now)
+        if self.free is not None:
+            return self.free
+        generation = self.generation + 1
+        if chance < self.probability():
+            if now < self.probe_at:
+                self.window.add(NOT_ACCEPTED, now)
+                self.rejected += 1
+                return None
+            self.probes += 1
+            self.forced = generation
+        self.generation = generation
+        self.probe_before, self.probe_at = self.probe_at, now + self.probe_seconds
+        return generation
+
+    def ended(self, now, accepted):
+        """A request that was let through has been accepted, or not."""
+        window = self.window
+        if accepted:
+            window.add(ACCEPTED, now)
+            if self.free is None and window.calls == window.totals[0]:
+                self.free = 0
+        else:
+            self.advance(now)
+            if self.free is not None:                   # until now all went through
+                self.free, self.generation, self.probe_at = None, self.generation + 1, now + self.probe_seconds
+            window.add(NOT_ACCEPTED, now)
+
+    def give_back(self, generation):
+        """A request that was let through says nothing: if none was after it, it is as if it had not been let through."""
+        if generation == self.generation:
+            self.probe_at = self.probe_before
+
+
+class AdaptiveBreaker(_Breaker):
+    """Rejects about as much as the dependency does not accept, in proportion: the client's throttle of the SRE book, chapter 21.
+
+    Of `requests` in the last `seconds`, `accepts` were accepted; the next one is rejected with a probability of
+
+        max(0, (requests - k * accepts) / (requests + 1))
+
+    What is rejected here is a request as well. So a dependency that takes x requests a second, whatever is asked of it, gets k * x:
+    with k=1.5 one that fails for two that do not.
+
+    k=1.5               a smaller one spares the dependency, a greater one finds sooner that it takes more; the book has 2
+    seconds=10.0        what is older counts no more; in `buckets` (40) of equal length
+    probe_seconds=1.0   whatever chance says, a call goes through if for so long none has
+    minimum_calls=5     with fewer requests none is rejected
+    clock, random       functions: seconds of a clock, and a number from 0 up to 1
+
+    failures, ignored, failure_result: what comes back says whether it was accepted: as CircuitBreaker's, a failure was not. It counts
+    once it has ended; so what is ignored or cancelled never counts, and if it was the last to go through, the next one may probe.
+    Ways in: as CircuitBreaker's. BreakerOpen has as retry_after the time until a call is forced through.
+
+    Events: "success", "failure", each with `seconds`, "failure" with `error` too (None if it was a result); "ignored" with `error`;
+    "rejected" with `probability`, `retry_after`; "probe", forced through, with `probability`.
+    """
+
+    def __init__(self, *, k=1.5, seconds=10.0, buckets=40, probe_seconds=1.0, minimum_calls=ADAPTIVE_MINIMUM_CALLS,
+                 failures=Exception, ignored=Rejected, failure_result=None, clock=flowcoro.now, random=random.random, name=None):
+        said = "AdaptiveBreaker("
+        super().__init__(name, said, failures, ignored, failure_result, clock, random)
+        _number(seconds, 0, math.inf, f"{said}seconds=", "seconds", exclusive=True)
+        _count(buckets, 1, f"{said}buckets=", "buckets")
+        self._circuit = _Throttle(
+            _number(k, 1, 1000, f"{said}k=", "requests for each that is accepted"), TimeWindow(seconds, buckets),
+            _count(minimum_calls, 0, f"{said}minimum_calls=", "calls"),
+            _number(probe_seconds, 0, math.inf, f"{said}probe_seconds=", "seconds", exclusive=True))
+
+    def _permit(self, key):
+        circuit = self._circuit
+        if circuit.free is not None:            # one read, as CircuitBreaker's
+            return circuit.free
+        chance = self._random()                 # not under the lock: a function of the caller's (P1)
+        with self._lock:
+            now = self._begin()
+            permit = circuit.ask(now, chance)
+            forced = permit is not None and permit == circuit.forced
+            probability, retry_after = circuit.probability(), circuit.probe_at - now
+            requests, accepts = circuit.window.calls, circuit.window.totals[0]
+        if permit is None:
+            if self._listeners:
+                self._tell("rejected", key, probability=probability, retry_after=retry_after)
+            raise BreakerOpen(f"{self.name}: {accepts} of {requests} requests were accepted in the last {circuit.window.seconds:g} s, "
+                              f"so {probability:.0%} are rejected; in {retry_after:.3g} s one may try", self, retry_after)
+        if forced and self._listeners:
+            self._tell("probe", key, probability=probability)
+        return permit
+
+    def _record(self, permit, started, failed, key=None, error=None):
+        with self._lock:
+            self._circuit.ended(self._now(), not failed)
+            ended = self._last - self._offset
+        if self._listeners:
+            self._tell_end(key, failed, max(0.0, ended - started), error)
+
+    def statistics(self):
+        """{"name", "requests", "accepts": of the last `seconds`, those rejected among the requests; "probability": of a rejection;
+        "rejected", "probes", "ignored": since it was made, how many were rejected, forced through, and ignored}"""
+        with self._lock:
+            circuit = self._circuit
+            circuit.advance(self._begin())
+            return {"name": self.name, "requests": circuit.window.calls, "accepts": circuit.window.totals[0],
+                    "probability": circuit.probability(), "rejected": circuit.rejected, "probes": circuit.probes,
+                    "ignored": circuit.ignored}
 
 
 # ---- rate limits ----------------------------------------------------------------------------------------------
+# How many operations one key may have in a time. The decisions know keys and times, and nothing of tasks: take() says from when
+# on an operation may go, and counts it if that is now.
+#
+#   GCRA            the generic cell rate algorithm (ITU-T I.371): for each key one time, when its bucket will be full again, the
+#                   "theoretical arrival time" (TAT). Each operation moves it by its cost; one is let through if the bucket will
+#                   not be more than `burst` away from full then. It is a token bucket that nobody has to fill.
+#   sliding window  for each key the times of what was let through lately: never more than `rate` within any `per` seconds.
+#
+# GCRA's time is counted in units, rate / per of them in a second. A cost is then added exactly (1.0 is a multiple of what the
+# last digit of a time is worth), where adding per / rate seconds again and again would be 5 % wrong for a million in a second
+# at time.time(), and let only 9 of 10 go at a time.
+#
+# Keys are forgotten. One whose time has passed is as good as one that was never seen, so nothing is lost with it. A hand goes
+# round all keys (as in the CLOCK algorithm for pages): for each that is new it looks at one, and at another if that one could
+# go. So all are looked at again and again, at O(1) for each call. Where max_keys are there and none of the next has passed, the
+# one of five that is nearest to that goes early: its bucket is full again too soon, by what it had used. (Redis evicts the best
+# of five too; a heap would cost as much memory as all the rest.) A flood of new keys so evicts its own: who is at his limit is
+# farther from being free than they.
+
+# Calls that may wait for one key at a time, each in a task of some 3 KB.
+MAX_WAITING = 1000
+
+# Entries of one table. A dict that grows, or has had many come and go, moves all its entries at once: 23 ms for a million, and
+# below half a millisecond for these. To find the table costs 40 ns.
+_TABLE = 16_384
+
+# Keys that are looked at when one has to go early.
+_SAMPLED = 5
+
+
+class _States:
+    """A state for each key, of which those go that say nothing, and early ones where there are more than max_keys.
+
+    kept: a container of keys that do not go early. evicted: how many went early.
+    """
+
+    def __init__(self, max_keys, kept):
+        self._max_keys, self._kept, self.evicted = max_keys, kept, 0
+        self._mask = (1 << (max_keys // _TABLE).bit_length()) - 1
+        self._tables = tuple({} for _ in range(self._mask + 1))
+        self._order = collections.deque()           # each key once; the hand is at its left end
+
+    def __len__(self):
+        return len(self._order)
+
+    def _free_at(self, state):
+        """When it is as good as none."""
+        raise NotImplementedError
+
+    def _add(self, key, state, now):
+        """Set the state of a key that has none. now: in what _free_at() counts in."""
+        order = self._order
+        if len(order) >= self._max_keys:
+            self._make_room(now)
+        elif order and self._look(now) is None and order:
+            self._look(now)
+        order.append(key)
+        self._tables[hash(key) & self._mask][key] = state
+
+    def _look(self, now):
+        """Forget the key at the hand, if that may be: None then. Else it is the last to be looked at again; when it is free."""
+        key = self._order.popleft()
+        table = self._tables[hash(key) & self._mask]
+        free_at = self._free_at(table[key])
+        if free_at <= now:
+            del table[key]
+            return None
+        self._order.append(key)
+        return free_at
+
+    def _make_room(self, now):
+        """Forget one key, early if need be."""
+        order, nearest, best = self._order, 0, math.inf
+        looks = min(_SAMPLED, len(order))
+        for place in range(-looks, 0):              # where they will be in the end
+            free_at = self._look(now)
+            if free_at is None:
+                return
+            if free_at < best and order[-1] not in self._kept:
+                nearest, best = place, free_at
+        if nearest:
+            key = order[nearest]
+            del order[nearest]
+            del self._tables[hash(key) & self._mask][key]
+            self.evicted += 1
+
+
+class _Gcra(_States):
+    """State of a key: its TAT, in units."""
+
+    def __init__(self, rate, per, burst, max_keys, kept):
+        super().__init__(max_keys, kept)
+        self._speed, self._burst = rate / per, burst
+
+    def _free_at(self, tat):
+        return tat
+
+    def take(self, key, cost, line, now):
+        """The time from which on it may go, after those who wait in `line` (None: nobody). If that is not after now, it has
+        gone, and is counted."""
+        units = now * self._speed
+        table = self._tables[hash(key) & self._mask]
+        found = table.get(key)
+        tat = units if found is None or found < units else found
+        room = self._burst - cost if line is None else self._burst - cost - line.cost
+        if tat <= units + room:                 # not tat - room <= units: what is rounded up in a sum stays there
+            if found is None:
+                self._add(key, tat + cost, units)
+            else:
+                table[key] = tat + cost
+            return now
+        return self._when(tat, room)
+
+    def _when(self, tat, room):
+        when = (tat - room) / self._speed
+        while when * self._speed + room < tat:
+            when = math.nextafter(when, math.inf)
+        return when
+
+    def look(self, key, line, now):
+        """(whole units that may go now, when one more may, when all may)"""
+        units, ahead = now * self._speed, 0 if line is None else line.cost
+        tat = max(self._tables[hash(key) & self._mask].get(key, units), units)
+        room = self._burst - 1 - ahead
+        when = now if tat <= units + room else self._when(tat, room)
+        return max(0, int(units + self._burst - ahead - tat)), when, max(now, self._when(tat, -ahead))
+
+
+class _SlidingLog(_States):
+    """State of a key: an array with the units that are in the window, then time and units of each that was let through, oldest
+    first, 16 bytes for each."""
+
+    def __init__(self, rate, per, max_keys, kept):
+        super().__init__(max_keys, kept)
+        self._limit, self._per = rate, per
+
+    def _free_at(self, state):
+        return state[-2] + self._per
+
+    def _state(self, key, now):
+        """The state of a key without what is out of the window, or None; and how many units are in it."""
+        state = self._tables[hash(key) & self._mask].get(key)
+        if state is None:
+            return None, 0
+        place, end = 1, len(state)
+        while place < end and state[place] + self._per <= now:
+            state[0] -= state[place + 1]
+            place += 2
+        if place == end:                        # the last entry stays, for _free_at(), and counts nothing
+            state[-1], place = 0, end - 2
+        if place > 1:
+            del state[1:place]
+        return state, state[0]
+
+    def take(self, key, cost, line, now):
+        """As _Gcra.take()."""
+        state, used = self._state(key, now)
+        if used + cost + (0 if line is None else line.cost) > self._limit:
+            return self._when(state, used, cost, line, now)
+        if state is None:
+            self._add(key, array.array("d", (cost, now, cost)), now)
+            return now
+        state[0] += cost
+        if state[-2] == now:
+            state[-1] += cost
+        else:
+            state.extend((now, cost))
+        return now
+
+    def _when(self, state, used, cost, line, now):
+        """When there will be room, if each goes as soon as it may: those who wait first, and what they take comes back too."""
+        place, taken = 1, collections.deque()
+        for units in (*(() if line is None else line.costs.values()), cost):
+            while used + units > self._limit:
+                if state is not None and place < len(state):
+                    time, freed = state[place], state[place + 1]
+                    place += 2
+                else:
+                    time, freed = taken.popleft()
+                used -= freed
+                now = max(now, time + self._per)
+            used += units
+            taken.append((now, units))
+        return now
+
+    def look(self, key, line, now):
+        """As _Gcra.look()."""
+        state, used = self._state(key, now)
+        remaining = self._limit - int(used) - (0 if line is None else line.cost)
+        last = self._when(state, used, 0, line, now)            # when the last of those who wait goes
+        full = last + self._per if line is not None else self._free_at(state) if used else now
+        return max(0, remaining), self._when(state, used, 1, line, now), full
+
+
+class _Line:
+    """Those who wait for one key. The first of them sleeps until it may go, the others are parked behind it."""
+
+    __slots__ = ("lot", "costs", "cost", "users")
+
+    def __init__(self):
+        self.lot = flowcoro.ParkingLot("wait for a RateLimiter")
+        self.costs = collections.OrderedDict()      # place -> cost; a dict takes O(n) to find its first, once many have gone
+        self.cost = 0                               # their sum
+        self.users = 0                              # calls that hold this line, waiting in it or about to
+
+
+class RateState(typing.NamedTuple):
+    """What a RateLimiter knows of a key. limit: units that may go at once at most; remaining: how many, whole ones, may now;
+    retry_after: seconds until one may, 0.0 if now; reset: seconds until `limit` may."""
+
+    limit: float
+    remaining: int
+    retry_after: float
+    reset: float
+
+
+async def _turn():
+    """A point of cancellation always, of scheduling when the budget is used up."""
+    task = flowcoro.current_task()
+    if task.budget > 0:
+        task.budget -= 1
+    else:
+        await flowcoro.checkpoint()
+
+
+class RateLimiter(Policy):
+    """At most `rate` units in `per` seconds, for each key: `RateLimiter(100, per=60, key=lambda user, *_: user)`.
+
+    algorithm: "gcra", a token bucket: `burst` units at once (by default what `per` seconds allow: who did not ask for a minute
+    may ask for all of that minute), and then one each per / rate seconds; so in t seconds at most burst + rate · t / per.
+    "sliding_window": never more than `rate`, an int, within any `per` seconds, for quotas that somebody else counts; costs are
+    ints, and each key takes up to 16 · rate bytes.
+
+    key: function of the operation's arguments; without it one limit is for all. cost: units of an operation, a number or a
+    function of its arguments. In a Pipeline, whose policies do not see the arguments, the key is the operation's attribute
+    `key`, as for Keyed, and the cost has to be a number. max_keys: how many are remembered; beyond them the ones nearest to
+    being free go. wait: seconds that a call waits at most, in its turn; 0: it is rejected at once. max_waiting: calls that wait
+    for one key at a time. clock: function that gives seconds.
+
+    check(), acquire_nowait() and state_of() may be called in any thread, and outside of run().
+
+    Events: "rejected" (cost, retry_after), "waited" (cost, seconds), each with its key.
+    """
+
+    def __init__(self, rate, per=1.0, *, burst=None, algorithm="gcra", key=None, cost=1, max_keys=MAX_KEYS, wait=0.0,
+                 max_waiting=MAX_WAITING, clock=flowcoro.now, name=None):
+        super().__init__(name)
+        if key is not None and not callable(key):
+            raise TypeError(f"RateLimiter(key={key!r:.80}): give a function of the operation's arguments, or None")
+        if not callable(clock):
+            raise TypeError(f"RateLimiter(clock={clock!r:.80}): give a function that returns seconds")
+        self.per = _number(per, 1e-9, 1e9, "RateLimiter(per=", "seconds")
+        self._max_keys = _count(max_keys, 1, "RateLimiter(max_keys=", "keys")
+        self._lines = {}                # key -> _Line, where somebody waits
+        if algorithm == "gcra":
+            self.rate = _number(rate, 1e-9, 1e9, "RateLimiter(rate=", "units")
+            self.burst = max(1.0, self.rate) if burst is None else _number(burst, 1, 1e9, "RateLimiter(burst=", "units")
+            self._states = _Gcra(self.rate, self.per, self.burst, max_keys, self._lines)
+        elif algorithm != "sliding_window":
+            raise ValueError(f'RateLimiter(algorithm={algorithm!r:.80}): "gcra" or "sliding_window"')
+        elif burst is not None:
+            raise ValueError(f'RateLimiter(burst={burst!r:.80}, algorithm="sliding_window"): all of `rate` may come at once '
+                             "there; leave burst out")
+        else:
+            self.rate = self.burst = _count(rate, 1, "RateLimiter(rate=", "units of a sliding window")
+            self._states = _SlidingLog(rate, self.per, max_keys, self._lines)
+        self._key_of, self._cost = key, cost
+        if not callable(cost):
+            self._check_cost(cost)
+        self._wait = _number(wait, 0, math.inf, "RateLimiter(wait=", "seconds")
+        self._max_waiting = _count(max_waiting, 0, "RateLimiter(max_waiting=", "calls")
+        self._clock = clock
+        self._offset, self._last = -clock(), 0.0            # time begins at 0 here, where it has most digits
+        self._allowed = self._rejected = self._waited = self._waiting = 0
+
+    def _check_cost(self, cost):
+        if isinstance(self._states, _SlidingLog):
+            _count(cost, 1, f"{self.name}(cost=", "units")
+        else:
+            _number(cost, 0, math.inf, f"{self.name}(cost=", "units", exclusive=True)
+        if cost > self.burst:
+            raise ValueError(f"{self.name}(cost={cost!r}): more than {self.burst:g} units can never go at once, however long it "
+                             "waits: ask for less, or raise the limit")
+
+    def _now(self):
+        """(the time here, what the clock says), under the lock. It stands still where the clock goes back (P4)."""
+        raw = self._clock()
+        now = raw + self._offset
+        if not now >= self._last:
+            if now == now:              # else the clock says nan
+                self._offset = self._last - raw
+            now = self._last
+        self._last = now
+        return now, raw
+
+    def _seconds_until(self, when, now, raw):
+        """So many that by the clock's own digits it is not before `when` after them."""
+        seconds = when - now
+        if seconds <= 0.0:
+            return 0.0
+        while raw + seconds + self._offset < when:
+            seconds += math.ulp(max(abs(raw), seconds))
+        return seconds
+
+    def _take(self, key, cost, most):
+        """0.0 if it could take them, else the seconds until it could: more than `most` are a rejection."""
+        with self._lock:
+            raw = self._clock()
+            now = raw + self._offset
+            if now >= self._last:                       # else what _now() does, which is a call of 80 ns
+                self._last = now
+            else:
+                now, raw = self._now()
+            when = self._states.take(key, cost, self._lines.get(key) if self._lines else None, now)
+            if when <= now:
+                self._allowed += 1
+                return 0.0
+            seconds = when - now
+            if raw + seconds + self._offset < when:
+                seconds = self._seconds_until(when, now, raw)
+            if seconds > most:
+                self._rejected += 1
+        if seconds > most and self._listeners:
+            self._tell("rejected", key, cost=cost, retry_after=seconds)
+        return seconds
+
+    def check(self, key=None, cost=1):
+        """Take `cost` units of a key, if they are there: 0.0 then, else the seconds after which they will be.
+
+        A check exactly so much later succeeds, if nobody else takes them. ValueError for a cost that can never go, TypeError for
+        what is none.
+        """
+        if cost != 1:
+            self._check_cost(cost)
+        return self._take(key, cost, 0.0)
+
+    def acquire_nowait(self, key=None, cost=1):
+        """As check(), but raises RateLimited, with those seconds as `retry_after`."""
+        seconds = self.check(key, cost)
+        if seconds:
+            raise self._error(key, cost, seconds)
+
+    def state_of(self, key=None):
+        """The RateState of a key. Takes nothing."""
+        with self._lock:
+            now, raw = self._now()
+            remaining, when, full = self._states.look(key, self._lines.get(key), now)
+            return RateState(self.burst, remaining, self._seconds_until(when, now, raw), full - now)
+
+    def _error(self, key, cost, seconds):
+        whose = "" if key is None else f" for {key!r:.80}"
+        return RateLimited(f"{self.name}: {self.rate:g} in {self.per:g} s{whose} are used up; {cost:g} more may go in "
+                           f"{seconds:.3g} s", self, seconds)
+
+    async def acquire(self, key=None, cost=1, wait=None):
+        """Take `cost` units of a key, and wait for them if need be: who came first goes first.
+
+        wait: seconds at most, by default the policy's. RateLimited, at once, if it is known that it would take longer, or if
+        max_waiting calls wait for this key. Cancelled: nothing is taken, and those behind move up. Errors as check()'s.
+        """
+        most = self._wait if wait is None else _number(wait, 0, math.inf, f"{self.name}.acquire(wait=", "seconds")
+        if cost != 1:
+            self._check_cost(cost)
+        await _turn()
+        seconds = self._take(key, cost, most)
+        if not seconds:
+            return
+        if seconds > most:
+            raise self._error(key, cost, seconds)
+        began = flowcoro.now()
+        seconds = await self._wait_in_line(key, cost, most)
+        if seconds:
+            if self._listeners:
+                self._tell("rejected", key, cost=cost, retry_after=seconds)
+            raise self._error(key, cost, seconds)
+        if self._listeners:
+            self._tell("waited", key, cost=cost, seconds=flowcoro.now() - began)
+
+    async def _wait_in_line(self, key, cost, most):
+        """0.0 when it has got them, else in how many seconds it would have."""
+        line, place = self._enter(key), object()
+        try:
+            first, seconds = await line.lot.park_unless(functools.partial(self._join, line, place, key, cost, most))
+            while first and (seconds := self._go(line, place, key, cost)):
+                await flowcoro.sleep(seconds)
+            return seconds
+        finally:
+            self._leave(line, place)
+            self._exit(line, key)
+
+    def _enter(self, key):
+        with self._lock:
+            line = self._lines.get(key)
+            if line is None:
+                line = self._lines[key] = _Line()
+            line.users += 1
+            return line
+
+    def _exit(self, line, key):
+        with self._lock:
+            line.users -= 1
+            if not line.users:
+                del self._lines[key]
+
+    def _join(self, line, place, key, cost, most):
+        """For park_unless(): None to wait behind others, else (whether it is the first, seconds until it could go)."""
+        with self._lock:
+            now, raw = self._now()
+            when = self._states.take(key, cost, line, now)
+            if when <= now:                             # between the look before and this one
+                self._allowed += 1
+                return False, 0.0
+            seconds = self._seconds_until(when, now, raw)
+            if seconds > most or len(line.costs) >= self._max_waiting:
+                self._rejected += 1
+                return False, seconds
+            line.costs[place] = cost
+            line.cost += cost
+            self._waiting += 1
+            return (True, seconds) if len(line.costs) == 1 else None
+
+    @flowcoro.atomic
+    def _go(self, line, place, key, cost):
+        """0.0 if the first of a line may go: then it has left; else the seconds that it has to sleep."""
+        with self._lock:
+            now, raw = self._now()
+            when = self._states.take(key, cost, None, now)
+            if when > now:
+                return self._seconds_until(when, now, raw)
+            self._allowed += 1
+            self._waited += 1
+        self._leave(line, place)
+        return 0.0
+
+    @flowcoro.atomic
+    def _leave(self, line, place):
+        """If it is still in the line. Who is the first then is woken."""
+        with self._lock:
+            first = next(iter(line.costs), None) is place
+            cost = line.costs.pop(place, None)
+            if cost is None:
+                return
+            line.cost = line.cost - cost if line.costs else 0
+            self._waiting -= 1
+        if first:                           # not under the lock: unpark() takes the kernel's guard, which comes before it
+            line.lot.unpark(1, (True, 0.0))
+
+    async def try_execute(self, operation, /, *args, **kwargs):
+        """As Policy.try_execute(), after acquire() with the key and the cost of these arguments."""
+        _checked_operation(operation, f"{self.name}.try_execute()")
+        await self.acquire(None if self._key_of is None else self._key_of(*args, **kwargs),
+                           self._cost(*args, **kwargs) if callable(self._cost) else self._cost)
+        return await _invoke(operation, args, kwargs)
+
+    async def _run(self, call, proceed):
+        if callable(self._cost):
+            raise TypeError(f"{self.name}: in a Pipeline its cost= has to be a number, since policies do not see the arguments "
+                            "there; or let it call the pipeline: limiter.try_execute(pipeline.try_execute, operation, …)")
+        if self._key_of is not None and call.key is None:
+            raise TypeError(f"{self.name}: the operation has no key: give it an attribute `key`, since policies of a Pipeline do "
+                            "not see the arguments")
+        await self.acquire(None if self._key_of is None else call.key, self._cost)
+        return await proceed()
+
+    def statistics(self):
+        """{"name", "allowed", "rejected": calls, "waited": of those allowed, "waiting": now, "keys": remembered, "max_keys",
+        "evicted": keys that went early}"""
+        return {"name": self.name, "allowed": self._allowed, "rejected": self._rejected, "waited": self._waited,
+                "waiting": self._waiting, "keys": len(self._states), "max_keys": self._max_keys, "evicted": self._states.evicted}
 
 
 # ---- concurrency limits ---------------------------------------------------------------------------------------
 
 
 # ---- retry ----------------------------------------------------------------------------------------------------
+# Who tries again makes load where there is too much of it already: three layers of three attempts each are 27 times the calls.
+# So all that is made again, retries and hedges, draws on a budget, which is a share of the calls (Finagle's retry budget); and
+# waits are drawn by chance, so that those who failed together do not come again together (Brooker).
+
+# Of retries and hedges together: their share of the calls lately, how many a second there may be in any case, and seconds that
+# "lately" is. Finagle's RetryBudget has the same, and Linkerd took them over.
+BUDGET_RATIO, BUDGET_FLOOR, BUDGET_SECONDS = 0.2, 10.0, 10.0
+
+# What a wait that was asked for (retry_after) is longer at most, as a share of it: all who are told "in 60 seconds" come within
+# 15 seconds then, and not at once.
+RETRY_AFTER_SPREAD = 0.25
+
+JITTERS = ("full", "decorrelated", "none")
+
+
+def _steady(read, said):
+    """A function that gives what `read()` does as long as that goes forwards, and stands still while it does not (P4).
+
+    It is called under the policy's lock: threads that were late would make it stand still. A closure, which is 50 ns faster than a
+    method.
+    """
+    if not callable(read):
+        raise TypeError(f"{said}{read!r:.80}): give a function that returns seconds")
+    last, offset = -math.inf, 0.0
+
+    def steady():
+        nonlocal last, offset
+        now = read() + offset
+        if now < last:
+            offset += last - now
+            return last
+        last = now
+        return now
+
+    return steady
+
+
+class Backoff:
+    """How long to wait before a thing is done again: longer each time, and by chance.
+
+    first, most: seconds, of the first wait and of any at most. times: how much longer each is than the one before.
+    jitter: "full", anything from 0 to that (Brooker: the fewest calls in all, and the least load at a time); "decorrelated", from
+    `first` to three times the wait before, whatever `times` is; "none": just that.
+    ValueError, TypeError for other settings.
+    """
+
+    __slots__ = ("first", "most", "times", "jitter")
+
+    def __init__(self, first=0.1, most=10.0, times=2.0, jitter="full"):
+        self.first = _number(first, 0, math.inf, "Backoff(first=", "seconds")
+        self.most = _number(most, 0, math.inf, "Backoff(most=", "seconds")
+        self.times = _number(times, 1, math.inf, "Backoff(times=", "times as long")
+        if not self.first <= self.most < math.inf:
+            raise ValueError(f"Backoff(first={first!r}, most={most!r}): the longest wait is finite, and not shorter than the first")
+        if jitter not in JITTERS:
+            raise ValueError(f"Backoff(jitter={jitter!r:.80}): give one of {', '.join(map(repr, JITTERS))}")
+        self.jitter = jitter
+
+    def next_delay(self, attempt, previous, chance):
+        """Seconds to wait after an attempt. attempt: its number, from 1; previous: seconds that were waited before it, 0 before
+        the first one; chance: from 0 to 1."""
+        if self.jitter == "decorrelated":
+            return min(self.most, self.first + chance * (3 * max(previous, self.first) - self.first))
+        try:
+            ceiling = min(self.most, self.first * self.times**(attempt - 1))
+        except OverflowError:
+            ceiling = self.most if self.first else 0.0
+        return ceiling if self.jitter == "none" else chance * ceiling
+
+    def not_before(self, delay, retry_after, chance):
+        """`delay`, or longer if `retry_after` seconds are asked for: those at least, and by chance some more, unless there is no
+        jitter."""
+        if retry_after <= 0:
+            return delay
+        if self.jitter == "none":
+            return max(delay, retry_after)
+        return retry_after + max(delay, chance * RETRY_AFTER_SPREAD * retry_after)
+
+
+class _BudgetWindow:
+    """What a RetryBudget decides by: calls and repetitions of the last seconds."""
+
+    __slots__ = ("ratio", "reserve", "window")
+
+    def __init__(self, ratio, floor, seconds):
+        self.ratio, self.reserve, self.window = ratio, floor * seconds, TimeWindow(seconds, 10, 2)
+
+    def deposit(self, now):
+        self.window.add((1, 0), now)
+
+    def left(self, now):
+        self.window.advance(now)
+        calls, repetitions = self.window.totals
+        return self.ratio * calls + self.reserve - repetitions
+
+    def withdraw(self, now):
+        if self.left(now) < 1:
+            return False
+        self.window.add((0, 1), now)
+        return True
+
+
+class RetryBudget:
+    """How many calls may be made again, by all who share it: any number of Retry and Hedge, in any threads.
+
+    In the last `seconds` (ten buckets, so 0.9 to 1 of them) repetitions may be `ratio` times the calls, and floor · seconds in
+    any case. So a service that makes few calls may repeat them all, and one that makes many adds a fifth to the load, however
+    bad it gets. A call that passes several policies with the same budget counts once. RetryBudget(floor=math.inf) has no limit.
+    """
+
+    def __init__(self, ratio=BUDGET_RATIO, floor=BUDGET_FLOOR, seconds=BUDGET_SECONDS, *, clock=flowcoro.now, name=None):
+        self.name = type(self).__name__ if name is None else name
+        ratio = _number(ratio, 0, 1000, "RetryBudget(ratio=", "repetitions for each call")
+        floor = _number(floor, 0, math.inf, "RetryBudget(floor=", "repetitions a second")
+        seconds = _number(seconds, 0, 3600, "RetryBudget(seconds=", "seconds", exclusive=True)
+        if floor * seconds < 1 and not ratio:
+            raise ValueError(f"RetryBudget(ratio=0, floor={floor:g}, seconds={seconds:g}) allows nothing: give a ratio, or a floor of "
+                             "1 / seconds or more; Retry(attempts=1) never repeats")
+        self._lock = threading.RLock()
+        self._now = _steady(clock, "RetryBudget(clock=")
+        self._window = _BudgetWindow(ratio, floor, seconds)
+        self._counted = set()           # ids of the calls under way that have been counted
+        self._withdrawn = self._refused = 0
+
+    def deposit(self):
+        """A call is made, for the first time."""
+        with self._lock:
+            self._window.deposit(self._now())
+
+    def withdraw(self):
+        """Whether a call may be made again; then it has been counted."""
+        with self._lock:
+            granted = self._window.withdraw(self._now())
+            if granted:
+                self._withdrawn += 1
+            else:
+                self._refused += 1
+            return granted
+
+    def _enter(self, call):
+        """Count a call, unless a policy further out has. Whether it has been counted now, and is to leave."""
+        number = id(call.asked or call)     # what is asked stays the same object on the whole way
+        with self._lock:
+            if number in self._counted:
+                return False
+            self._counted.add(number)
+            self._window.deposit(self._now())
+            return True
+
+    def _leave(self, call):
+        with self._lock:
+            self._counted.discard(id(call.asked or call))
+
+    def statistics(self):
+        """{"name", "calls", "repetitions": both lately; "left": how many more could be made now; "withdrawn", "refused": ever}"""
+        with self._lock:
+            left = self._window.left(self._now())
+            calls, repetitions = self._window.window.totals
+            return {"name": self.name, "calls": calls, "repetitions": repetitions, "left": left, "withdrawn": self._withdrawn,
+                    "refused": self._refused}
+
+
+def _checked_budget(budget, clock, whose):
+    if budget is None:
+        return RetryBudget(clock=clock, name=f"budget of {whose}")
+    if not isinstance(budget, RetryBudget):
+        raise TypeError(f"{whose}(budget={budget!r:.80}): give a RetryBudget, or None for one of its own; "
+                        "RetryBudget(floor=math.inf) has no limit")
+    return budget
+
+
+def _retry_after_of(outcome):
+    """Seconds that an error or a result asks to wait; 0 if it does not."""
+    seconds = getattr(outcome, "retry_after", None)
+    return seconds if isinstance(seconds, (int, float)) and seconds > 0 else 0
+
+
+def _chain(error):
+    """An error, and what a traceback shows as the reasons for it."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _tell_of_attempts(error, earlier, policy, note):
+    """Hang the errors of earlier attempts below the last one, as the first of all its reasons, and add a note to it.
+
+    An error may be an object that is raised again and again, also by others: what this policy has said of it before is replaced.
+    """
+    try:
+        root, said_before = error, False
+        for link in _chain(error):
+            if isinstance(link, ExceptionGroup) and getattr(link, "policy", None) is policy:
+                said_before = True
+                break
+            root = link
+        # Whatever has the root among its own reasons would make a circle.
+        earlier = [one for one in {id(one): one for one in earlier}.values() if all(link is not root for link in _chain(one))]
+        if earlier:
+            group = ExceptionGroup(f"{policy.name}: attempts before", earlier)
+            group.policy = policy
+            root.__cause__ = group
+        elif said_before:
+            root.__cause__ = None
+        notes = getattr(error, "__notes__", None)
+        if notes:
+            error.__notes__ = [one for one in notes if not str(one).startswith(f"{policy.name}: attempt ")]
+        error.add_note(f"{policy.name}: attempt {note}")
+    except Exception:           # of a frozen dataclass
+        pass
+
+
+async def _within(seconds, proceed, message):
+    """What proceed() brings. TimeoutError(message()) if that is not there in time; its cause says where it was."""
+    cut = None
+    with flowcoro.move_on_after(seconds):
+        try:
+            return await proceed()
+        except flowcoro.Cancelled as cancelled:
+            cut = cancelled
+            raise
+    try:
+        raise TimeoutError(message()) from cut
+    finally:
+        del cut                 # no circle through the traceback
+
+
+class _Attempts:
+    """The attempts of one call: what Retry decides by."""
+
+    __slots__ = ("most", "max_wait", "backoff", "began", "deadline", "number", "delay")
+
+    def __init__(self, most, max_wait, backoff, began, deadline):
+        self.most, self.max_wait, self.backoff, self.began, self.deadline = most, max_wait, backoff, began, deadline
+        self.number = 1             # of the attempt under way
+        self.delay = 0.0            # that was waited before it, but for what was asked for
+
+    def may_repeat(self, meant, safe, retry_after, chance, now):
+        """(None, seconds to wait), or (why not, 0.0), after the attempt under way has ended.
+
+        meant: whether what it brought is a reason to try again; safe: whether that does no harm.
+        """
+        if not meant:
+            return "final", 0.0
+        if self.number >= self.most:
+            return "attempts", 0.0
+        if not safe:
+            return "unsafe", 0.0
+        if retry_after > self.max_wait:
+            return "wait", 0.0
+        delay = self.backoff.next_delay(self.number, self.delay, chance)
+        longer = self.backoff.not_before(delay, retry_after, chance)
+        if now + longer >= self.deadline:
+            return "deadline", 0.0
+        self.number, self.delay = self.number + 1, delay
+        return None, longer
+
+
+class Retry(Policy):
+    """Does it again when it fails, after a while.
+
+        Retry(attempts=3, idempotent=True, attempt_seconds=2.0, total_seconds=10.0)
+
+    attempts: at most, in all. first, most, times, jitter: how long it waits in between, as Backoff has them. attempt_seconds:
+    after which an attempt is cancelled, which ends it with a TimeoutError. total_seconds: for all attempts and waits; no wait is
+    begun after which there would be no time left. budget: a RetryBudget, which any number of policies share; None: one of its
+    own, with the defaults. errors: after which it tries again: an exception type, a tuple of them, a predicate, or None; ignored:
+    after which of these not. result: a predicate of results that are no better than an error; the last one is returned.
+    idempotent: True says that every operation may be done twice; else only what has the attribute `idempotent` is, and what
+    cannot have had an effect, because the error says so (`sent` is False, as Rejected has it). max_wait: seconds of a
+    `retry_after`, which errors and results may have, that it waits at most; if more is asked for, it ends. clock: function that
+    says the time; random: function that gives a number from 0 to 1.
+
+    Raises the last error itself, with a note which attempt it was, and those of the attempts before below it. Cancelled: ends at
+    once, in an attempt as while waiting; nothing is left. Results of attempts that are made again are let go of (`discard`).
+
+    Events: "retried" {attempt, delay, outcome}, "recovered" {attempts}, "gave_up" {attempts, reason, outcome}. Reasons: "final",
+    not among `errors`; "attempts", all made; "unsafe", perhaps not to be done twice; "wait", more than max_wait; "deadline", no
+    time for more; "budget", none left.
+    """
+
+    def __init__(self, attempts=3, *, first=0.1, most=10.0, times=2.0, jitter="full", attempt_seconds=None, total_seconds=None,
+                 budget=None, errors=Exception, ignored=None, result=None, idempotent=False, max_wait=30.0, clock=flowcoro.now,
+                 random=random.random, name=None):
+        super().__init__(name)
+        self._attempts = _count(attempts, 1, "Retry(attempts=", "attempts in all")
+        self._backoff = Backoff(first, most, times, jitter)
+        self._attempt_seconds = math.inf if attempt_seconds is None else _number(
+            attempt_seconds, 0, math.inf, "Retry(attempt_seconds=", "seconds", exclusive=True)
+        self._total_seconds = math.inf if total_seconds is None else _number(
+            total_seconds, 0, math.inf, "Retry(total_seconds=", "seconds", exclusive=True)
+        if self._attempt_seconds > self._total_seconds and attempt_seconds is not None:
+            raise ValueError(f"Retry(attempt_seconds={attempt_seconds!r}, total_seconds={total_seconds!r}): no attempt can have more "
+                             "time than all have together")
+        self._max_wait = _number(max_wait, 0, math.inf, "Retry(max_wait=", "seconds")
+        self._is_error, self._is_ignored = _test(errors, "Retry(errors=", self), _test(ignored, "Retry(ignored=", self)
+        self._is_bad = None if result is None else _test(result, "Retry(result=", self)
+        if not callable(random):
+            raise TypeError(f"Retry(random={random!r:.80}): give a function that gives a number from 0 to 1, as random.random")
+        self._idempotent, self._random, self._now = bool(idempotent), random, _steady(clock, "Retry(clock=")
+        self._budget = _checked_budget(budget, clock, "Retry")
+        self._calls = self._retries = self._recovered = 0
+        self._gave_up = {}              # reason -> how often
+
+    @property
+    def budget(self):
+        """The RetryBudget."""
+        return self._budget
+
+    async def _run(self, call, proceed):
+        counted = self._budget._enter(call)
+        try:
+            return await self._repeat(call, proceed)
+        finally:
+            if counted:
+                self._budget._leave(call)
+
+    async def _repeat(self, call, proceed):
+        with self._lock:
+            self._calls += 1
+            began = self._now()
+        attempts = _Attempts(self._attempts, self._max_wait, self._backoff, began, began + self._total_seconds)
+        limit, earlier, last = min(self._attempt_seconds, self._total_seconds), [], None
+        try:
+            while True:
+                number, last = attempts.number, None
+                try:
+                    result = await (proceed() if limit == math.inf else _within(
+                        limit, proceed, lambda: self._late(number, limit)))
+                except Exception as error:
+                    reason, delay = self._after(attempts, call, error, self._is_error(error) and not self._is_ignored(error))
+                    if reason is not None:
+                        self._give_up(attempts, call, error, reason, earlier)
+                        raise
+                    last = error
+                    earlier.append(error)
+                else:
+                    if self._is_bad is None or not self._is_bad(result):
+                        self._succeed(attempts, call)
+                        return result
+                    reason, delay = self._after(attempts, call, result, True)
+                    if reason is not None:
+                        self._give_up(attempts, call, result, reason)
+                        return result
+                    await call.drop(result, self)
+                    del result
+                if attempts.deadline < math.inf:
+                    delay = min(delay, max(0.0, self._left(attempts)))      # less, if to let go of a result took its time
+                await flowcoro.sleep(delay)
+                if attempts.deadline < math.inf:
+                    limit = min(self._attempt_seconds, self._left(attempts))
+                    if limit <= 0:      # the clock went faster than the sleep
+                        last = TimeoutError(self._late(number + 1, limit)) if last is None else earlier.pop()
+                        attempts.number = number
+                        self._give_up(attempts, call, last, "deadline", earlier)
+                        raise last
+        finally:
+            del earlier, last       # no circles through the traceback
+
+    def _left(self, attempts):
+        with self._lock:
+            return attempts.deadline - self._now()
+
+    def _late(self, number, limit):
+        if limit < self._attempt_seconds:
+            return f"{self.name}: total_seconds={self._total_seconds:g} are over, in attempt {number} of {self._attempts}"
+        return f"{self.name}: attempt {number} of {self._attempts} was not done within attempt_seconds={limit:g}"
+
+    def _after(self, attempts, call, outcome, meant):
+        """(None, seconds until the next attempt), or (why there is none, 0.0)."""
+        safe = self._idempotent or call.idempotent or getattr(outcome, "sent", None) is False
+        retry_after, chance = _retry_after_of(outcome), self._random()
+        with self._lock:
+            reason, delay = attempts.may_repeat(meant, safe, retry_after, chance, self._now())
+        if reason is None and not self._budget.withdraw():
+            reason, attempts.number = "budget", attempts.number - 1
+        if reason is None:
+            with self._lock:
+                self._retries += 1
+            if self._listeners:
+                self._tell("retried", call.key, attempt=attempts.number - 1, delay=delay, outcome=outcome)
+        return reason, delay
+
+    def _succeed(self, attempts, call):
+        if attempts.number > 1:
+            with self._lock:
+                self._recovered += 1
+            if self._listeners:
+                self._tell("recovered", call.key, attempts=attempts.number)
+
+    def _give_up(self, attempts, call, outcome, reason, earlier=None):
+        """earlier: the errors before, if the outcome is an error."""
+        with self._lock:
+            self._gave_up[reason] = self._gave_up.get(reason, 0) + 1
+            passed = self._now() - attempts.began
+        if earlier is not None and (reason != "final" or attempts.number > 1):
+            why = {"unsafe": "; not made again, as it may have had an effect: Retry(idempotent=True), or an attribute `idempotent` "
+                             "of the operation, says that this does no harm",
+                   "wait": f"; it asks to wait {_retry_after_of(outcome):g} s, and max_wait={self._max_wait:g}",
+                   "deadline": f"; no time is left for more of total_seconds={self._total_seconds:g}",
+                   "budget": f"; {self._budget.name!r} is spent"}.get(reason, "")
+            _tell_of_attempts(outcome, earlier, self,
+                              f"{attempts.number} of {self._attempts}, after {round(passed, 3):g} s{why}")
+        if self._listeners:
+            self._tell("gave_up", call.key, attempts=attempts.number, reason=reason, outcome=outcome)
+
+    def statistics(self):
+        """{"name", "calls", "retries", "recovered": calls that brought something good after a retry, "gave_up": {reason: calls},
+        "budget": its statistics()}"""
+        with self._lock:
+            numbers = {"name": self.name, "calls": self._calls, "retries": self._retries, "recovered": self._recovered,
+                       "gave_up": dict(self._gave_up)}
+        return {**numbers, "budget": self._budget.statistics()}
 
 
 # ---- hedge ----------------------------------------------------------------------------------------------------
+# One call in twenty is slow for no fault of its own: a queue, a pause, a lost packet. To ask once more when the first has taken
+# longer than nineteen in twenty do costs a twentieth more calls, and such a call is slow only if both are (Dean and Barroso).
+
+# The percentile of latencies after which a second attempt begins, and of how many latencies at most.
+HEDGE_PERCENTILE, HEDGE_WINDOW = 0.95, 1000
+
+
+class LatencyWindow:
+    """A percentile of the last `size` latencies, at most 9 % too high, in O(1) and some 3 KB.
+
+    Each latency goes into one of 256 buckets, eight for each doubling, from a microsecond to 72 minutes. A ring says which are
+    the last ones; `_at` is the bucket that the percentile is in, and moves by a step or two for each latency.
+    """
+
+    __slots__ = ("percentile", "size", "calls", "_ring", "_place", "_counts", "_at", "_below")
+
+    def __init__(self, percentile=HEDGE_PERCENTILE, size=HEDGE_WINDOW):
+        self.percentile = _number(percentile, 0, 1, "LatencyWindow(percentile=", "calls in one", exclusive=True)
+        self.size = _count(size, 1, "LatencyWindow(size=", "latencies")
+        self._ring, self._counts = bytearray(size), [0] * 256
+        self.calls = self._place = self._at = 0
+        self._below = 0                 # how many are in buckets below _at
+
+    def add(self, seconds):
+        """A latency."""
+        bucket = int(min(255.0, 8 * math.log2(seconds * 1e6))) if seconds > 1e-6 else 0
+        counts, at = self._counts, self._at
+        if self.calls == self.size:
+            oldest = self._ring[self._place]
+            counts[oldest] -= 1
+            self._below -= oldest < at
+        else:
+            self.calls += 1
+        self._ring[self._place] = bucket
+        self._place = (self._place + 1) % self.size
+        counts[bucket] += 1
+        below = self._below + (bucket < at)
+        rank = math.ceil(self.percentile * self.calls)
+        while below >= rank:
+            at -= 1
+            below -= counts[at]
+        while below + counts[at] < rank:
+            below += counts[at]
+            at += 1
+        self._at, self._below = at, below
+
+    def value(self):
+        """Seconds, the upper end of the bucket; math.inf if there is none yet."""
+        return 1e-6 * 2**((self._at + 1) / 8) if self.calls else math.inf
+
+
+# (state, what an attempt brings) -> state, of the call. An attempt fails "last" if no other runs, or may begin.
+RACE = {
+    ("running", "success"): "won",
+    ("running", "failure"): "running",
+    ("running", "last failure"): "lost",
+    ("running", "fatal"): "lost",
+    **{(over, event): over for over in ("won", "lost") for event in ("success", "failure", "last failure", "fatal")},
+}
+
+
+class _Race:
+    """The attempts of one call: what Hedge decides by."""
+
+    __slots__ = ("state", "most", "started", "failed", "winner", "result", "errors", "hurry", "began", "ended", "first_failed")
+
+    def __init__(self, most, began):
+        self.state = "running"
+        self.most, self.started, self.failed = most, 1, 0
+        self.winner, self.result = None, None
+        self.errors = []            # (number of the attempt, error), until it is over
+        self.hurry = None           # the Event that begins the next attempt before its time
+        self.began, self.ended, self.first_failed = began, None, False
+
+    def succeeds(self, number, now):
+        """Whether this is the first success."""
+        before, self.state = self.state, RACE[self.state, "success"]
+        if before == self.state:
+            return False
+        self.winner, self.ended = number, now
+        return True
+
+    def fails(self, number, error, fatal):
+        """Whether that ends it."""
+        self.failed += 1
+        self.first_failed |= number == 1
+        before = self.state
+        self.state = RACE[before, "fatal" if fatal else "last failure" if self.failed == self.most else "failure"]
+        if before == "running":
+            self.errors.append((number, error))
+        return before != self.state
+
+    def may_start(self):
+        return self.state == "running" and self.started < self.most
+
+    def starts(self):
+        """The number of the attempt that begins now."""
+        self.started += 1
+        return self.started
+
+    def starts_no_more(self):
+        """The budget is spent: what runs is all there will be."""
+        self.most = self.started
+        if self.state == "running" and self.failed == self.most:
+            self.state = "lost"
+
+
+class Hedge(Policy):
+    """Makes a second attempt when the first takes long, and takes what comes first; the other one is cancelled, and joined.
+
+        Hedge(after=0.05, idempotent=True)        Hedge(percentile=0.95, idempotent=True)
+
+    after: seconds until the next attempt begins. percentile: so long as that share of the last `window` calls has taken at most;
+    no call is hedged before there were `minimum` (as many that one is longer: 20 for 0.95), or until then `after`, if that is
+    given too. Neither: percentile=0.95. max_hedges: attempts besides the first. budget: as Retry has it; no attempt is begun that
+    it does not allow. errors: after which another attempt is worth while, as in Retry; then the next begins at once; any other
+    error ends the call, whatever still runs (gRPC's hedging: non-fatal and fatal). idempotent: as in Retry; what may not be done
+    twice is called once, and not hedged. clock: function that says the time.
+
+    The first success is what it brings. If all fail, the last error is raised, with the others below it. A result that comes as
+    another has won is let go of (`discard`). Cancelled: all attempts are cancelled and joined; only if one had won by then, what
+    it has brought is returned, and the next checkpoint raises. The first attempt runs in the task that calls, others in tasks of
+    their own, with a copy of the context as it was when the call began. BaseExceptions that are no Cancelled end all.
+
+    Of the first attempt of each call the latency counts, and if another has won, the time until then, which is less than it would
+    have been, and longer than the percentile: so that stays what it is. Errors do not count.
+
+    Events: "hedged" {attempt, after: seconds since the call began}, "won" {attempt}, if that is not the first, "refused" by the
+    budget, "lost" {attempts, error}.
+    """
+
+    def __init__(self, after=None, *, percentile=None, window=HEDGE_WINDOW, minimum=None, max_hedges=1, budget=None,
+                 errors=Exception, ignored=None, idempotent=False, clock=flowcoro.now, name=None):
+        super().__init__(name)
+        self._delay = math.inf if after is None else _number(after, 0, math.inf, "Hedge(after=", "seconds")
+        self._latencies, self._minimum = None, math.inf
+        if percentile is None and after is None:
+            percentile = HEDGE_PERCENTILE
+        if percentile is not None:
+            if not _number(percentile, 0, 1, "Hedge(percentile=", "calls in one", exclusive=True) < 1:
+                raise ValueError(f"Hedge(percentile={percentile!r}): no call takes longer than all: give less than 1, as 0.95")
+            self._latencies = LatencyWindow(percentile, _count(window, 1, "Hedge(window=", "latencies"))
+            if minimum is None:
+                minimum = min(window, math.ceil(round(1 / (1 - percentile), 6)))
+            self._minimum = _count(minimum, 1, "Hedge(minimum=", "latencies")
+            if minimum > window:
+                raise ValueError(f"Hedge(minimum={minimum}, window={window}): there are never so many latencies in the window")
+        elif minimum is not None:
+            raise ValueError(f"Hedge(after={after!r}, minimum={minimum!r}): that is for a percentile, and there is none")
+        self._most = 1 + _count(max_hedges, 1, "Hedge(max_hedges=", "attempts besides the first")
+        self._is_error, self._is_ignored = _test(errors, "Hedge(errors=", self), _test(ignored, "Hedge(ignored=", self)
+        self._idempotent, self._now = bool(idempotent), _steady(clock, "Hedge(clock=")
+        self._budget = _checked_budget(budget, clock, "Hedge")
+        self._calls = self._hedges = self._won = self._refused = self._lost = 0
+
+    @property
+    def budget(self):
+        """The RetryBudget."""
+        return self._budget
+
+    @property
+    def delay(self):
+        """Seconds after which the next attempt begins now; math.inf: it does not."""
+        latencies = self._latencies
+        return latencies.value() if latencies is not None and latencies.calls >= self._minimum else self._delay
+
+    async def _run(self, call, proceed):
+        counted = self._budget._enter(call)
+        try:
+            with self._lock:
+                self._calls += 1
+                race, delay = _Race(self._most, self._now()), self.delay
+            if delay == math.inf or not (self._idempotent or call.idempotent):
+                result = await proceed()
+                race.winner = 1
+                self._measure(race)
+                return result
+            return await self._hedged(call, proceed, race, delay)
+        finally:
+            if counted:
+                self._budget._leave(call)
+
+    async def _hedged(self, call, proceed, race, delay):
+        race.hurry = flowcoro.Event()
+        try:
+            try:
+                async with flowcoro.TaskGroup() as group:
+                    group.spawn(self._next(race, group, call, proceed, delay), name=f"{self.name}: attempt 2")
+                    await self._attempt(1, race, group, call, proceed)
+            except flowcoro.Cancelled:
+                if race.state != "won":     # else what has come is not lost, and the next checkpoint raises
+                    raise
+            except BaseException:
+                if race.state == "won":
+                    await call.drop(race.result, self)
+                raise
+            if race.state == "won":
+                self._measure(race)
+                return race.result
+            if not race.errors:
+                raise flowcoro.TaskCancelled(f"{self.name}: each attempt has cancelled its own task")
+            raise self._lose(call, race)
+        finally:
+            race.errors = race.result = None        # no circles through the tracebacks
+
+    async def _next(self, race, group, call, proceed, delay):
+        """The next attempt, when it is time for it."""
+        with flowcoro.move_on_after(delay):
+            await race.hurry.wait()
+        with self._lock:
+            if not race.may_start():
+                return
+        granted = self._budget.withdraw()
+        with self._lock:
+            if not granted:
+                self._refused += 1
+                race.starts_no_more()
+            elif race.may_start():
+                race.hurry = flowcoro.Event()
+                self._hedges += 1
+                number, after = race.starts(), self._now() - race.began
+            else:
+                return
+        if not granted:
+            if self._listeners:
+                self._tell("refused", call.key)
+            return
+        if self._listeners:
+            self._tell("hedged", call.key, attempt=number, after=after)
+        if number < race.most:
+            group.spawn(self._next(race, group, call, proceed, delay), name=f"{self.name}: attempt {number + 1}")
+        await self._attempt(number, race, group, call, proceed)
+
+    async def _attempt(self, number, race, group, call, proceed):
+        try:
+            result = await proceed()
+        except Exception as error:
+            fatal = not self._is_error(error) or self._is_ignored(error)
+            with self._lock:
+                over, hurry = race.fails(number, error, fatal), race.hurry
+            if over:
+                group.cancel()
+            else:
+                hurry.set()
+            return
+        with self._lock:
+            won = race.succeeds(number, self._now())
+            if won:
+                race.result = result
+                self._won += number > 1
+        if won:
+            group.cancel()
+            if number > 1 and self._listeners:
+                self._tell("won", call.key, attempt=number)
+        else:
+            await call.drop(result, self)
+
+    def _measure(self, race):
+        """Count the latency of the first attempt."""
+        if self._latencies is not None and not race.first_failed:
+            with self._lock:
+                ended = self._now() if race.ended is None else race.ended
+                self._latencies.add(ended - race.began)
+
+    def _lose(self, call, race):
+        """The error to be raised."""
+        with self._lock:
+            self._lost += 1
+            passed = self._now() - race.began
+        *earlier, (number, error) = race.errors
+        _tell_of_attempts(error, [one for _, one in earlier], self, f"{number} of {race.most}, after {round(passed, 3):g} s")
+        if self._listeners:
+            self._tell("lost", call.key, attempts=race.started, error=error)
+        return error
+
+    def statistics(self):
+        """{"name", "calls", "delay": seconds, math.inf if calls are not hedged now; "hedges": attempts besides the first; "won": by
+        these; "refused": by the budget; "lost": calls of which all attempts failed; "budget": its statistics()}"""
+        with self._lock:
+            numbers = {"name": self.name, "calls": self._calls, "delay": self.delay, "hedges": self._hedges, "won": self._won,
+                       "refused": self._refused, "lost": self._lost}
+        return {**numbers, "budget": self._budget.statistics()}
 
 
 # ---- timeout and fallback -------------------------------------------------------------------------------------
 
+class Timeout(Policy):
+    """Cancels what is not done within `seconds`, and raises a TimeoutError that names the policy and the limit; the error's cause
+    says where it was cancelled. What comes to its end at that moment all the same is not lost.
+
+    Outside of a Retry it is for all attempts together (Retry's own total_seconds is better: it does not begin what cannot end in
+    time), inside for each. Code that never awaits is not interrupted. Cancelled: so is the operation, and nothing is counted.
+
+    Events: "timed_out" {seconds}.
+    """
+
+    def __init__(self, seconds, *, name=None):
+        super().__init__(name)
+        self._seconds = _number(seconds, 0, math.inf, "Timeout(seconds=", "seconds", exclusive=True)
+        self._calls = self._timed_out = 0
+
+    async def _run(self, call, proceed):
+        with self._lock:
+            self._calls += 1
+
+        def message():
+            with self._lock:
+                self._timed_out += 1
+            if self._listeners:
+                self._tell("timed_out", call.key, seconds=self._seconds)
+            return f"{self.name}: it was not done within {self._seconds:g} s"
+
+        return await _within(self._seconds, proceed, message)
+
+    def statistics(self):
+        """{"name", "seconds", "calls", "timed_out": how many}"""
+        with self._lock:
+            return {"name": self.name, "seconds": self._seconds, "calls": self._calls, "timed_out": self._timed_out}
+
+
+class Fallback(Policy):
+    """Gives something else instead of an error: Fallback([]), Fallback(lambda error: …).
+
+    instead: what to give; a function, async or not, is given the error, and what it brings is given (a function that is itself
+    to be given: lambda error: function). errors: of which: an exception type, a tuple of them, or a predicate.
+
+    An error of the function is raised, with the first one as its context. Cancelled is no error.
+
+    Events: "fell_back" {error}, "failed" {error: the function's}.
+    """
+
+    def __init__(self, instead, *, errors=Exception, name=None):
+        super().__init__(name)
+        if inspect.iscoroutine(instead):
+            instead.close()             # else it would warn that it was never awaited
+            raise TypeError("Fallback() got a coroutine object, which can be awaited once: give the async function of an error")
+        self._instead = instead
+        self._is_error = _test(errors, "Fallback(errors=", self)
+        self._calls = self._fell_back = self._failed = 0
+
+    async def _run(self, call, proceed):
+        with self._lock:
+            self._calls += 1
+        try:
+            return await proceed()
+        except Exception as error:
+            if not self._is_error(error):
+                raise
+            with self._lock:
+                self._fell_back += 1
+            if self._listeners:
+                self._tell("fell_back", call.key, error=error)
+            if not callable(self._instead):
+                return self._instead
+            return await self._other(call, error)       # in here, so that an error of it has this one as its context
+
+    async def _other(self, call, error):
+        try:
+            return await _invoke(self._instead, (error,), {})
+        except Exception as failure:
+            with self._lock:
+                self._failed += 1
+            if self._listeners:
+                self._tell("failed", call.key, error=failure)
+            raise
+
+    def statistics(self):
+        """{"name", "calls", "fell_back": how many, "failed": of these, how often the function did}"""
+        with self._lock:
+            return {"name": self.name, "calls": self._calls, "fell_back": self._fell_back, "failed": self._failed}
+
 
 # ---- cache ----------------------------------------------------------------------------------------------------
+# A call that several want is made once, in a task of its own, the *flight*: not in the task of who came first, for then the
+# deadline of the least patient would be everybody's, and after it the next one would begin anew. The flight is cancelled, and
+# joined, when the last of those who wait for it has left, so nothing is left of it; only a refresh, which nobody waits for, goes
+# on by itself, until the run ends at the latest.
+
+# Results that a Cache keeps at most, unless it is told: they can be of any size, and a thousand of 10 KB are 10 MB.
+CACHE_KEYS = 1024
+
+# Seconds from a refresh that has failed to the next one of the same key: who is asked for a stale value a thousand times a
+# second asks a server that is down once.
+REFRESH_PAUSE = 1.0
+
+_NOTHING = object()
+
+
+class _Entry:
+    """What is kept for a key: the last value, the last error, and when they came."""
+
+    __slots__ = ("value", "made", "error", "failed")
+
+    def __init__(self):
+        self.value, self.made = _NOTHING, -math.inf
+        self.error, self.failed = None, -math.inf
+
+
+class _Freshness:
+    """What a Cache decides by."""
+
+    __slots__ = ("seconds", "stale_seconds", "stale_if_error", "negative_seconds")
+
+    def __init__(self, seconds, stale_seconds, stale_if_error, negative_seconds):
+        self.seconds, self.stale_seconds = seconds, stale_seconds
+        self.stale_if_error, self.negative_seconds = stale_if_error, negative_seconds
+
+    def look(self, entry, now):
+        """What to do for who asks now: give the value ("hit", "stale", "stale_if_error"), raise the error ("negative"), or call
+        ("miss")."""
+        if entry is None:
+            return "miss"
+        age = now - entry.made
+        if age < self.seconds:
+            return "hit"
+        if age < self.seconds + self.stale_seconds:
+            return "stale"
+        if entry.error is None or now - entry.failed >= self.negative_seconds:
+            return "miss"
+        return "stale_if_error" if age < self.seconds + self.stale_if_error else "negative"
+
+    def wants_refresh(self, entry, now):
+        """Whether a stale value is to be had anew, if that is not under way."""
+        return now - entry.failed >= max(REFRESH_PAUSE, self.negative_seconds)
+
+    def serves_instead(self, entry, now):
+        """Whether the old value is given instead of an error that has come now."""
+        return entry is not None and now - entry.made < self.seconds + self.stale_if_error
+
+
+class _Flight:
+    """A call that is under way for a key."""
+
+    __slots__ = ("kernel", "task", "ended", "over", "waiters", "refresh", "value", "error", "traceback", "old", "kept")
+
+    def __init__(self, kernel, refresh):
+        self.kernel, self.refresh = kernel, refresh
+        self.task = None            # there before who has begun it awaits anything
+        self.ended = flowcoro.Event()
+        self.over = False
+        self.waiters = 0            # it is cancelled when the last one has left, unless it is a refresh
+        self.value = _NOTHING
+        self.error = self.traceback = None      # neither value nor error in the end: it was cancelled
+        self.old = False            # the value is an old one, instead of an error
+        self.kept = False           # the value is in the cache
+
+
+class Cache(Policy):
+    """Keeps results, and makes a call that several want at a time once.
+
+        Cache(60, stale_seconds=30, stale_if_error=3600, key=lambda city: city.lower())
+
+    seconds: how long a result is given again; 0: only calls at the same time share one; math.inf: for ever. key: function of the
+    operation's arguments that says what is asked; without it that is the operation itself with its arguments, all hashable
+    (1, 1.0 and True are the same, as everywhere), so give the function and not a lambda made for each call. The attribute `key`
+    of an operation says where a call goes, not what is asked, and does not count here. stale_seconds: for so long after `seconds`
+    the old result is given, and a new one is fetched in the background (RFC 5861, stale-while-revalidate). stale_if_error: for so
+    long after `seconds` the old result is given if the call fails (RFC 5861). negative_seconds: for so long an error is given
+    again. errors: those that the last two are for: an exception type, a tuple of them, a predicate. max_keys: beyond them, what
+    was not asked for longest goes. clock: function that says the time.
+
+    The call is made in a task of its own, with the context of who came first. Its result, or error, goes to all who wait for it.
+    Cancelled: who waits leaves, and only the last one to leave cancels and joins the call. A refresh belongs to the run, at most
+    one for each key; an error of it is reported, and there is no other one for a second. TaskCancelled if the call has cancelled
+    itself; RuntimeError if it asks for its own key; TypeError for what cannot be a key. Results are shared: do not change them.
+    Only one that nobody gets is let go of (`discard`).
+
+    Events, with the key: "hit", "miss", "shared", "stale", "stale_if_error", "negative", as in statistics(); "refreshed", "failed"
+    {error, refresh: whether it was one}, "evicted".
+    """
+
+    def __init__(self, seconds, *, key=None, stale_seconds=0.0, stale_if_error=0.0, negative_seconds=0.0, errors=Exception,
+                 max_keys=CACHE_KEYS, clock=flowcoro.now, name=None):
+        super().__init__(name)
+        given = {"seconds": seconds, "stale_seconds": stale_seconds, "stale_if_error": stale_if_error,
+                 "negative_seconds": negative_seconds}
+        self._rules = _Freshness(*(_number(value, 0, math.inf, f"Cache({what}=", "seconds") for what, value in given.items()))
+        if seconds == math.inf and (stale_seconds or stale_if_error):
+            raise ValueError(f"Cache(seconds=inf, stale_seconds={stale_seconds!r}, stale_if_error={stale_if_error!r}): what is kept "
+                             "for ever is never stale")
+        if key is not None and not callable(key):
+            raise TypeError(f"Cache(key={key!r:.80}): give a function of the operation's arguments, or None")
+        self._key_of, self._max_keys = key, _count(max_keys, 1, "Cache(max_keys=", "keys")
+        self._is_error, self._now = _test(errors, "Cache(errors=", self), _steady(clock, "Cache(clock=")
+        self._entries = {}              # key -> _Entry; the one asked for last is the last
+        self._flights = {}              # key -> _Flight, that who comes now joins
+        self._counts = dict.fromkeys(("hit", "miss", "shared", "stale", "stale_if_error", "negative", "refreshed", "failed",
+                                      "evicted"), 0)
+
+    def key_of(self, operation, /, *args, **kwargs):
+        """The key of a call, for invalidate(). TypeError if it is not hashable."""
+        key = self._key_of(*args, **kwargs) if self._key_of is not None else (
+            operation, args, frozenset(kwargs.items())) if kwargs else (operation, args)
+        try:
+            hash(key)
+        except TypeError as error:
+            raise TypeError(f"{self.name}: {key!r:.80} cannot be a key: {error}. Give Cache(key=function of the operation's "
+                            "arguments)") from None
+        return key
+
+    async def _run(self, call, proceed):
+        operation, args, kwargs = call.asked
+        key = self.key_of(operation, *args, **kwargs)
+        kind, kept, flight, begun = self._look(key, flowcoro.current_kernel())
+        if begun is not None:
+            self._launch(begun, key, call, proceed)
+        if self._listeners:
+            self._tell(kind, key)
+        if kind == "negative":
+            raise kept.with_traceback(None)
+        return await self._join(flight, key, call) if flight is not None else kept
+
+    def _look(self, key, kernel):
+        """(what it is, the value or error that is kept, the flight to join, the flight to begin)"""
+        begun = kept = None
+        with self._lock:
+            now, entry, flight = self._now(), self._entries.pop(key, None), self._flights.get(key)
+            if entry is not None:
+                self._entries[key] = entry
+            if flight is not None and flight.kernel is not kernel:
+                flight = None               # in another thread, or a run that is over: it cannot be awaited here
+            kind = self._rules.look(entry, now)
+            if kind == "miss":
+                if flight is None:
+                    flight = begun = self._flights[key] = _Flight(kernel, False)
+                else:
+                    kind = "shared"
+                flight.waiters += 1
+            else:
+                if kind == "stale" and flight is None and self._rules.wants_refresh(entry, now):
+                    begun = self._flights[key] = _Flight(kernel, True)
+                kept, flight = entry.error if kind == "negative" else entry.value, None
+            self._counts[kind] += 1
+        return kind, kept, flight, begun
+
+    # -- flights
+
+    def _launch(self, flight, key, call, proceed):
+        try:
+            flight.task = flowcoro.spawn(self._fly(flight, key, call, proceed), name=f"{self.name}: {key!r:.80}")
+        except BaseException:           # the run ends
+            self._land(flight, key, False)
+            raise
+
+    async def _fly(self, flight, key, call, proceed):
+        failure, value = False, _NOTHING
+        try:
+            value = flight.value = await proceed()
+        except Exception as error:
+            flight.error, flight.traceback = error, error.__traceback__
+            failure = self._is_error(error)
+        finally:
+            self._land(flight, key, failure)
+        if value is not _NOTHING and not flight.kept and not flight.waiters:
+            await call.drop(value, self)
+
+    def _land(self, flight, key, failure):
+        """The flight is over. failure: whether it has brought an error that the settings speak of."""
+        evicted, error = None, flight.error
+        with self._lock:
+            flight.over, now = True, self._now()
+            if self._flights.get(key) is flight:        # else it was invalidated, or everybody has left
+                del self._flights[key]
+                entry = self._entries.get(key)
+                if error is None and flight.value is not _NOTHING:
+                    evicted = self._keep(key, flight.value, None, now)
+                    flight.kept = True
+                elif failure:
+                    if entry is not None or self._rules.negative_seconds:
+                        evicted = self._keep(key, _NOTHING, error if self._rules.negative_seconds else None, now)
+                    if self._rules.serves_instead(entry, now):
+                        flight.value, flight.old = entry.value, True
+            if error is not None:
+                self._counts["failed"] += 1
+            elif flight.refresh:
+                self._counts["refreshed"] += flight.value is not _NOTHING
+            alone = not flight.waiters
+            if alone:
+                flight.error = flight.traceback = None          # no circle through the traceback
+        flight.ended.set()
+        if alone and error is not None:
+            flowcoro.report_error(error, f"the call of {self.name!r} for {key!r:.80} failed, and nobody waited for it",
+                                  "flowcoro_resilience")
+        if self._listeners:
+            if error is not None:
+                self._tell("failed", key, error=error, refresh=flight.refresh)
+            elif flight.refresh and flight.value is not _NOTHING:
+                self._tell("refreshed", key)
+            if evicted is not None:
+                self._tell("evicted", evicted[0])
+
+    def _keep(self, key, value, error, now):
+        """(a key that has to go,), or None."""
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = _Entry()
+        if value is not _NOTHING:
+            entry.value, entry.made, entry.error, entry.failed = value, now, None, -math.inf
+        else:
+            entry.error, entry.failed = error, now
+        if len(self._entries) <= self._max_keys:
+            return None
+        evicted = next(iter(self._entries))
+        del self._entries[evicted]
+        self._counts["evicted"] += 1
+        return (evicted,)
+
+    async def _join(self, flight, key, call):
+        """What the flight brings, for one that has been counted among its waiters."""
+        try:
+            if flight.task is flowcoro.current_task():
+                raise RuntimeError(f"{self.name}: the call for {key!r:.80} asks for that key itself, and would wait for ever")
+            await flight.ended.wait()
+        except BaseException:
+            await self._leave_early(flight, key, call)
+            raise
+        with self._lock:
+            flight.waiters -= 1
+            error, traceback = flight.error, flight.traceback
+            if not flight.waiters:
+                flight.error = flight.traceback = None      # no circle through the traceback
+            if flight.old:
+                self._counts["stale_if_error"] += 1
+        try:
+            if flight.old and self._listeners:
+                self._tell("stale_if_error", key)
+            if flight.value is not _NOTHING:
+                return flight.value
+            if error is None:
+                raise flowcoro.TaskCancelled(f"{self.name}: the call for {key!r:.80} was cancelled")
+            raise error.with_traceback(traceback)
+        finally:
+            del error, traceback
+
+    async def _leave_early(self, flight, key, call):
+        with self._lock:
+            flight.waiters -= 1
+            if flight.waiters or flight.refresh and not flight.over:
+                return
+            over, flight.error, flight.traceback = flight.over, None, None
+            if not over and self._flights.get(key) is flight:
+                del self._flights[key]
+        if over:
+            if flight.value is not _NOTHING and not (flight.kept or flight.old):
+                await call.drop(flight.value, self)
+            return
+        flight.task.cancel()
+        with flowcoro.CancelScope(shield=True):
+            try:
+                await flight.task
+            except flowcoro.TaskCancelled:
+                pass
+
+    # -- what is kept
+
+    def invalidate(self, key):
+        """Forget what is kept for a key (see key_of()); a call that is under way goes on for those who wait for it, and is not
+        kept, and who comes later makes another. Whether there was anything. From any thread."""
+        with self._lock:
+            entry, flight = self._entries.pop(key, None), self._flights.pop(key, None)
+        return entry is not None or flight is not None
+
+    def clear(self):
+        """Forget all, as invalidate() does."""
+        with self._lock:
+            self._entries.clear()
+            self._flights.clear()
+
+    def statistics(self):
+        """{"name", "keys", "max_keys", "under_way": calls; and how often: "hit"; "miss": a call was made; "shared": somebody waited
+        for the call of another; "stale", "stale_if_error": an old value was given; "negative": an error again; "refreshed";
+        "failed": calls; "evicted": keys}"""
+        with self._lock:
+            return {"name": self.name, "keys": len(self._entries), "max_keys": self._max_keys, "under_way": len(self._flights),
+                    **self._counts}
 
 
 # ---- keyed ----------------------------------------------------------------------------------------------------
@@ -1167,15 +2888,10 @@ class Keyed(Policy):
         self._policies = {}             # key -> [policy, calls under way]; the one used last is the last
         self._evicted = 0
 
-    async def try_execute(self, operation, /, *args, **kwargs):
-        """As Policy.try_execute(), by the policy of its key. TypeError if there is none."""
-        _checked_operation(operation, f"{self.name}.try_execute()")
-        call = _call_of(operation)
-        if self._key_of is not None:
-            call = call._replace(key=self._key_of(*args, **kwargs))
-        return await self._run(call, functools.partial(_invoke, operation, args, kwargs))
-
     async def _run(self, call, proceed):
+        if self._key_of is not None:
+            _, args, kwargs = call.asked
+            call = call._replace(key=self._key_of(*args, **kwargs))
         key = call.key
         if key is None:
             raise TypeError(f"{self.name}: the operation has no key: give Keyed(key=function of its arguments), or an operation "

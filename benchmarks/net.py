@@ -117,8 +117,12 @@ FIGURES = {
 
 
 def rows_of(name, title, *rows):
-    """kernel.Case for (key, title, unit, further arguments); the last row of each load says how busy the generator was."""
-    rows = *rows, ("busy", "generator busy", "%", {})
+    """As plain_rows(); the last row of each load says how busy the generator was."""
+    return plain_rows(name, title, *rows, ("busy", "generator busy", "%", {}))
+
+
+def plain_rows(name, title, *rows):
+    """kernel.Case for each (key, title, unit, further arguments)."""
     return [kernel.Case(f"{name}:{key}", f"{title}: {what}", unit, "", **more) for key, what, unit, more in rows]
 
 
@@ -356,7 +360,7 @@ def print_list(cases):
         rows = (row.title.partition(": ")[2] + f" ({row.unit})" * bool(row.unit) for row in case.rows)
         print(f"{case.name:11} {', '.join(rows)}")
         print(textwrap.indent(textwrap.fill(" ".join(case.operation.split()), 100), " " * 12))
-    print("\nrates (k/s, GB/s): more is better; costs (µs, ms, KiB): less is better")
+    print("\nrates (k/s, GB/s): more is better; costs (ns, µs, ms, KiB): less is better")
 
 
 def add_quick(parser):

@@ -1,0 +1,146 @@
+"""The benchmark of resilience: what a breaker, a limiter, a retry cost a call that needs none of them, and how they hold.
+
+    python benchmarks/resilience.py                 FlowCoro's figures alone, in half a minute
+    python benchmarks/resilience.py --peers         next to those of ten other packages, in three minutes
+    python benchmarks/resilience.py --peers --case closed --repeat 15
+    python benchmarks/resilience.py --list          what each case does
+
+`python -m flowcoro bench resilience` is the same program. It needs Linux; the environment for the peers is that of kernel.py.
+
+What is compared: `resilience_cases/` has one file for each contender, as its own manual would write it. Read them side by side
+before you believe a ratio: they do not do the same. FlowCoro and interlock keep a window and judge rates; circuitbreaker,
+pybreaker, aiobreaker and purgatory count failures in a row, which is two assignments. The peers run on asyncio.
+
+How it is measured: everything happens in one thread of one process, and is counted in its processor time, in blocks of a thousand
+calls; the median block counts. What is protected does nothing and never waits, so that what is seen is what stands around it. A
+block without protection and one with it take turns, and the cost is the difference.
+
+How to read the tables: as those of kernel.py.
+
+SPDX-License-Identifier: MIT
+"""
+
+import dataclasses
+import sys
+import types
+
+import kernel
+import net
+
+BREAKERS = ["circuitbreaker", "pybreaker", "aiobreaker", "purgatory", "interlock"]
+LIMITERS = ["limits", "aiolimiter", "throttled"]
+RETRIES = ["tenacity", "stamina"]
+PEERS = [*BREAKERS, *LIMITERS, *RETRIES]
+
+
+# ---- the cases ---------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is done, and what is read off it: as net.Case, but that there is no load."""
+
+    name: str
+    contenders: list
+    operation: str
+    rows: list
+
+
+OVER = "over", "a call, more than without", "ns"
+REJECTED = "each", "a call that is rejected", "ns", {}
+THROUGH = "through", "let through of 50", ""
+CHECK = "each", "a check", "ns"
+MEMORY = [("resident", "memory of each", "bytes", {"limit": 300}), ("allocated", "allocated for each", "bytes", {}),
+          ("each", "a check", "ns", {})]
+
+CASES = [
+    Case("closed", ["flowcoro", *BREAKERS], """
+        A call through a closed breaker, and the same call without.""",
+         net.plain_rows("closed", "closed breaker", (*OVER, {"limit": 1500}), ("bare", "a call without", "ns", {}))),
+    Case("rejected", ["flowcoro", *BREAKERS], """
+        A call at an open breaker, whose error is caught.""",
+         net.plain_rows("rejected", "open breaker", REJECTED)),
+    Case("halfopen", ["flowcoro", *BREAKERS], """
+        Not a timing: 50 callers ask at once, of a breaker that has been open and wants one probe; how many it lets through before
+        the first has its answer. Who has no setting for it is asked as he is.""",
+         net.plain_rows("halfopen", "half-open, one probe", (*THROUGH, {"limit": 1}))),
+    Case("halfopen3", ["flowcoro", "interlock"], """
+        The same with three probes.""",
+         net.plain_rows("halfopen3", "half-open, three probes", (*THROUGH, {"limit": 3}))),
+    Case("adaptive", ["flowcoro"], """
+        As closed, through an AdaptiveBreaker of which all is accepted.""",
+         net.plain_rows("adaptive", "adaptive breaker", (*OVER, {"limit": 1500}))),
+    Case("adaptive_rejected", ["flowcoro"], """
+        As rejected, at an AdaptiveBreaker of which nothing is accepted.""",
+         net.plain_rows("adaptive_rejected", "adaptive breaker", REJECTED)),
+    Case("gcra", ["flowcoro", *LIMITERS], """
+        One check of a limiter that lets it through, always for the same key. aiolimiter has no keys.""",
+         net.plain_rows("gcra", "limiter, one key", (*CHECK, {"limit": 1000}))),
+    Case("gcra_many", ["flowcoro", "limits", "throttled"], """
+        The same for 1,000 keys in turn.""",
+         net.plain_rows("gcra_many", "limiter, 1,000 keys", (*CHECK, {"limit": 1000}))),
+    Case("refused", ["flowcoro", "limits", "throttled"], """
+        One check of a limiter that does not let it through, always for the same key.""",
+         net.plain_rows("refused", "limiter, refused", (*CHECK, {}))),
+    Case("keys", ["flowcoro", "throttled"], """
+        A million different keys ask a limiter that has room for 100,000. Memory: what the process has grown by at most (its
+        resident set); allocated: what is at the end; both divided by 100,000. The keys are in it.""",
+         net.plain_rows("keys", "a million keys, room for 100,000", *MEMORY)),
+    Case("keys_all", ["flowcoro", "limits", "throttled"], """
+        The same with room for all; limits has no other way.""",
+         net.plain_rows("keys_all", "a million keys, room for all", *MEMORY)),
+    Case("retry", ["flowcoro", *RETRIES], """
+        A call that succeeds at once, through what would make it again, and the same call without.""",
+         net.plain_rows("retry", "retry", (*OVER, {}))),
+]
+TABLES = [["closed", "rejected", "halfopen", "halfopen3", "adaptive", "adaptive_rejected"], ["gcra", "gcra_many", "refused"],
+          ["keys", "keys_all"], ["retry"]]
+BY_NAME = {case.name: case for case in CASES}
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+
+class Lab:
+    """All that a measurement needs besides the case and the contender."""
+
+    def __init__(self, python, seconds, keys):
+        self.python, self.options = python, [f"seconds={seconds}", f"keys={keys}"]
+
+    def missing(self, case):
+        """Why a case cannot be measured: there is nothing that could be missing."""
+
+    def measure(self, case, contender):
+        """{name of a row: its figure} of one contender."""
+        done = kernel.ask(kernel.command_of(self.python, "resilience_cases", contender, case.name, *self.options))
+        return {row.name: done[row.name.partition(":")[2]] for row in case.rows}
+
+
+# ---- the command line --------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    """Run the benchmark and print its report. 0, or 1: FlowCoro failed, or missed a target under --check."""
+    parser = kernel.parser_of("breakers, limiters and retries", "resilience.py", PEERS, list(BY_NAME))
+    net.add_quick(parser)
+    options = kernel.parsed(parser, argv)
+    if options.list:
+        net.print_list(CASES)
+        return 0
+    net.needs_linux()
+    cases = [case for case in CASES if not options.case or case.name in options.case]
+    python, left_out = sys.executable, {}
+    if options.peers:
+        python, left_out = kernel.prepare_environment(options.env.expanduser().absolute())
+    known = [name for name in ["flowcoro", *(PEERS if options.peers else [])] if any(name in case.contenders for case in cases)]
+    versions = kernel.versions_of(python, "resilience_cases", known, left_out)
+    lab = Lab(python, *((0.01, 2_000) if options.quick else (0.5, 1_000_000)))
+    results = {}
+    for case in cases:
+        results |= net.run_case(lab, case, [name for name in versions if name in case.contenders], options.repeat)
+    tables = [types.SimpleNamespace(rows=[row for name in table for row in BY_NAME[name].rows]) for table in TABLES]
+    return net.deliver("resilience", tables, results, versions, left_out, python, options)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
