@@ -10,13 +10,14 @@ import math
 import os
 import random
 import threading
+import time
 
 import pytest
 
 import flowcoro
 from flowcoro_resilience import (
-    TRANSITIONS, BreakerOpen, CircuitBreaker, CountWindow, Keyed, Pipeline, Policy, Rejected, TimeWindow)
-from flowcoro_testing import VirtualClock, explore, run_in_kernel
+    TRANSITIONS, BreakerOpen, CircuitBreaker, CountWindow, Keyed, Pipeline, Rejected)
+from flowcoro_testing import explore, run_in_kernel
 from test_net_cancel import cancelled_at
 
 SEEDS = range(int(os.environ.get("FLOWCORO_SEEDS", 40)))
@@ -367,7 +368,8 @@ def test_results_of_an_earlier_state_are_dropped():
     breaker.add_listener(lambda event: heard.append((event.kind, event.details)))
     early.fail(OSError())
     assert heard == [("late", {"seconds": 60.0})]
-    assert breaker.statistics() | {"state": "HALF_OPEN", "calls": 0, "failures": 0, "late": 1, "probes": 1} == breaker.statistics()
+    numbers = breaker.statistics()
+    assert numbers | {"state": "HALF_OPEN", "calls": 0, "failures": 0, "late": 1, "probes": 1} == numbers
     probe.succeed()
     told(breaker, True)
     assert breaker.state == "CLOSED" and breaker.statistics()["calls"] == 0     # those of the probes are forgotten as well
@@ -382,6 +384,22 @@ def test_what_half_open_does_not_decide_in_its_time_is_open_again():
     assert breaker.state == "OPEN" and breaker.statistics()["retry_after"] == 110.0     # 120 s, since the 5 had passed
     probe.succeed()
     assert breaker.statistics()["late"] == 1
+    clock.at += 110
+    probe = breaker.acquire_nowait()
+    clock.at += 5
+    probe.succeed()                             # nobody has looked in between, and it is too late all the same
+    assert breaker.statistics() | {"state": "OPEN", "late": 2, "retry_after": 240.0} == breaker.statistics()
+
+
+def test_what_is_given_back_too_late_makes_no_room():
+    breaker, clock = small(probes=1)
+    late = half_open(breaker, clock)
+    breaker.reset()
+    probe = half_open(breaker, clock)
+    late.give_back()
+    breaker._circuit.give_back(breaker._circuit.generation - 1)         # as if it had been on its way
+    assert breaker.statistics()["probes"] == 1
+    probe.give_back()
 
 
 def test_rejections_know_their_state_and_when_to_ask_again():
@@ -491,7 +509,8 @@ def test_jitter_is_drawn_anew_for_each_open_time(monkeypatch):
         assert breaker.statistics()["retry_after"] == seconds
         clock.at += seconds
         told(breaker, True)
-    assert reported == 2 * ["flowcoro_resilience: CircuitBreaker(random=…) of 'CircuitBreaker' failed, and jitter stays as it was"]
+    assert reported == 2 * [
+        "flowcoro_resilience: CircuitBreaker(random=…) of 'CircuitBreaker' failed, and jitter stays as it was"]
 
 
 def test_a_clock_that_goes_back_makes_an_open_time_neither_longer_nor_shorter():
@@ -510,6 +529,12 @@ def test_a_clock_that_goes_back_makes_an_open_time_neither_longer_nor_shorter():
     clock.at -= 10
     permit.succeed()
     assert breaker.statistics()["slow"] == 0 and breaker.state == "HALF_OPEN"
+    breaker, clock = small(window=100, window_seconds=10.0, minimum_calls=100)
+    told(breaker, True)
+    clock.at -= 100
+    told(breaker, True)                         # what sees it first is the end of a call
+    clock.at += 11
+    assert breaker.statistics()["calls"] == 0
 
 
 def test_metrics_only_counts_tells_what_would_have_opened_and_rejects_nothing():
@@ -520,6 +545,15 @@ def test_metrics_only_counts_tells_what_would_have_opened_and_rejects_nothing():
     told(breaker, OSError(), OSError(), OSError(), True, True, True, True, OSError(), OSError())
     assert heard.count("exceeded") == 2 and breaker.state == "METRICS_ONLY"
     assert breaker.statistics()["calls"] == 4 and breaker.statistics()["failure_rate"] == 0.5
+    heard.clear()
+    breaker, clock = small(window=100, window_seconds=10.0)
+    breaker.metrics_only()
+    breaker.add_listener(lambda event: heard.append(event.kind))
+    for _ in range(2):
+        told(breaker, OSError(), OSError())
+        clock.at += 10
+        told(breaker, True)                     # no failure is left, so it can be exceeded again
+    assert heard.count("exceeded") == 2
 
 
 # ---- what counts -----------------------------------------------------------------------------------------------
@@ -616,6 +650,12 @@ async def test_a_predicate_or_a_listener_that_is_interrupted_leaks_no_permit():
                 raise Stop
             assert breaker.statistics()["probes"] == 0
     breaker = await opened(probes=1)
+    breaker._failure_result = stop
+    await flowcoro.sleep(60)
+    with pytest.raises(Stop):
+        breaker(dict)()
+    assert breaker.statistics()["probes"] == 0
+    breaker = await opened(probes=1)
     await flowcoro.sleep(60)
     breaker.add_listener(stop)
     with pytest.raises(Stop):
@@ -694,6 +734,25 @@ def test_a_permit_ends_once_and_one_that_is_forgotten_is_given_back():
     assert breaker.statistics()["probes"] == 0
     told(breaker, True)
     assert breaker.state == "CLOSED"
+
+
+def test_what_gives_a_permit_back_takes_no_lock():
+    breaker, clock = small(probes=4)
+    permits = [half_open(breaker, clock), breaker.acquire_nowait(), breaker.acquire_nowait()]
+
+    def within():
+        with breaker:
+            yield
+
+    generator = within()
+    next(generator)
+    lock, breaker._lock = breaker._lock, None           # whoever takes it fails
+    generator.close()
+    permits.pop().give_back()
+    permits.pop().fail(flowcoro.Cancelled())
+    permits.pop().__del__()
+    breaker._lock = lock
+    assert breaker.statistics()["probes"] == 0
 
 
 def test_a_permit_that_becomes_garbage_within_a_decision_of_its_breaker_does_no_harm():
@@ -803,7 +862,7 @@ async def test_a_breaker_is_a_decorator_of_functions_async_or_not():
     thing = Thing()
     assert plain(4) == 8 and plain.__doc__ == "Twice." and thing.method(1) == (thing, 1)
     assert await stepwise(2) == 2 and await breaker(Callable())(3) == -3
-    assert await breaker.try_execute(stepwise, 4) == 4
+    assert await breaker.try_execute(flowcoro.sleep, 4) is None
     assert breaker.statistics()["calls"] == 4
     for _ in range(2):
         with pytest.raises(OSError):
@@ -820,7 +879,7 @@ def test_generator_functions_are_refused_with_what_to_do_instead():
         yield
 
     for function in asynchronous, plain, functools.partial(plain, 1):
-        with pytest.raises(TypeError, match="a generator function, .* write `async with` or `with` in it, or take acquire_nowait"):
+        with pytest.raises(TypeError, match="a generator function: .*: write `async with` or `with` in it, or take acq"):
             CircuitBreaker()(function)
     with pytest.raises(TypeError, match="decorates functions, got 5"):
         CircuitBreaker()(5)
@@ -1012,6 +1071,42 @@ def test_from_several_threads_exactly_as_many_go_through_as_may_probe(how):
         assert (len(inside), len(rejected)) == (3, 5) and breaker.state == "CLOSED"
 
 
+def test_decisions_come_one_after_the_other():
+    breaker = CircuitBreaker(window=10, failure_rate=1.0)
+    deciding, ask, gate = [], breaker._ask, threading.Barrier(4)
+
+    def alone():
+        deciding.append(1)
+        time.sleep(0.0005)
+        assert len(deciding) == 1
+        deciding.pop()
+
+    class Window(CountWindow):
+        def add(self, counts, now=None):
+            alone()
+            super().add(counts)
+
+    def asked(now, chance):
+        alone()
+        return ask(now, chance)
+
+    def calls(end):
+        gate.wait()
+        for _ in range(3):
+            end()
+
+    breaker._circuit.sums, breaker._ask = Window(10, 2), asked
+    for end in lambda: told(breaker, True), lambda: pytest.raises(BreakerOpen, breaker.acquire_nowait):
+        threads = [threading.Thread(target=calls, args=(end,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not deciding
+        breaker.force_open()
+    assert breaker.statistics()["rejected"] == 12
+
+
 def test_threads_that_record_at_once_lose_nothing():
     breaker = CircuitBreaker(window=10_000, failure_rate=1.0)
 
@@ -1092,6 +1187,11 @@ def test_a_saved_state_grows_older_and_its_probes_are_free_again():
     alone.load(carried(breaker))
     told(alone, True)
     assert alone.state == "CLOSED"
+    two, _ = small(probes=2, open_seconds=1.0)
+    two.load(GOOD | {"state": "HALF_OPEN", "calls": "1100", "seconds_left": None, "open_seconds": 9.0})
+    assert two.statistics() | {"calls": 1, "failures": 0, "probes": 0} == two.statistics()
+    two.load(GOOD | {"state": "OPEN", "seconds_left": 60.0, "open_seconds": 60.0})
+    assert two.statistics()["retry_after"] == 10.0      # ten times open_seconds is the most here
 
 
 def test_a_window_of_time_is_loaded_as_old_as_it_is_by_now():
@@ -1109,16 +1209,25 @@ def test_a_window_of_time_is_loaded_as_old_as_it_is_by_now():
     assert other.statistics()["calls"] == 4
 
 
+def test_a_window_of_time_is_loaded_without_a_loss_where_its_buckets_meet():
+    buckets = [[ago % 2, 0, 1 + ago % 3] for ago in range(10)]
+    breaker, clock = small(window=100, window_seconds=1.0, minimum_calls=100, clock=Hands(0.0))
+    for _ in range(200):
+        clock.at += 0.1
+        breaker.load(GOOD | {"buckets": buckets, "bucket_seconds": 0.1})
+        assert carried(breaker)["buckets"] == buckets
+
+
 GOOD = {"state": "CLOSED", "seconds_left": None, "open_seconds": 0.0, "consecutive_failures": 0, "calls": "0123", "buckets": [],
         "bucket_seconds": None}
 
 
 @pytest.mark.parametrize("member, value", [
-    ("state", "closed"), ("state", None), ("state", []), ("seconds_left", "1"), ("seconds_left", math.nan), ("seconds_left", True),
-    ("open_seconds", -1), ("open_seconds", math.inf), ("open_seconds", None), ("consecutive_failures", 1.0),
-    ("consecutive_failures", -1), ("calls", "4"), ("calls", [0]), ("calls", "0 "), ("buckets", None), ("buckets", [[1, 0, 0]]),
-    ("buckets", [[0, 0]]), ("buckets", [[0, 0, 10 ** 400]]), ("buckets", [[0, 0, 1.0]]), ("buckets", [[0, 0, -1]]),
-    ("bucket_seconds", 0), ("bucket_seconds", "1")])
+    ("state", "closed"), ("state", None), ("state", []), ("seconds_left", "1"), ("seconds_left", math.nan),
+    ("seconds_left", True), ("open_seconds", -1), ("open_seconds", math.inf), ("open_seconds", None),
+    ("consecutive_failures", 1.0), ("consecutive_failures", -1), ("calls", "4"), ("calls", [0]), ("calls", "0 "),
+    ("buckets", None), ("buckets", [[1, 0, 0]]), ("buckets", [[0, 0]]), ("buckets", [[0, 0, 10 ** 400]]),
+    ("buckets", [[0, 0, 1.0]]), ("buckets", [[0, 0, -1]]), ("bucket_seconds", 0), ("bucket_seconds", "1")])
 def test_what_was_never_saved_is_refused_by_the_name_of_its_member(member, value):
     breaker, _ = small()
     breaker.load(GOOD)
