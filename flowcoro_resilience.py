@@ -1201,16 +1201,11 @@ class _Throttle:
 
     def ended(self, now, accepted):
         """A request that was let through has been accepted, or not."""
-        window = self.window
-        if accepted:
-            window.add(ACCEPTED, now)
-            if self.free is None and window.calls == window.totals[0]:
-                self.free = 0
-        else:
+        if not accepted:
             self.advance(now)
             if self.free is not None:                   # until now all went through
                 self.free, self.generation, self.probe_at = None, self.generation + 1, now + self.probe_seconds
-            window.add(NOT_ACCEPTED, now)
+        self.window.add(ACCEPTED if accepted else NOT_ACCEPTED, now)
 
     def give_back(self, generation):
         """A request that was let through says nothing: if none was after it, it is as if it had not been let through."""
@@ -1285,7 +1280,7 @@ class AdaptiveBreaker(_Breaker):
         "rejected", "probes", "ignored": since it was made, how many were rejected, forced through, and ignored}"""
         with self._lock:
             circuit = self._circuit
-            circuit.advance(self._begin())
+            circuit.advance(self._now())
             return {"name": self.name, "requests": circuit.window.calls, "accepts": circuit.window.totals[0],
                     "probability": circuit.probability(), "rejected": circuit.rejected, "probes": circuit.probes,
                     "ignored": circuit.ignored}
