@@ -398,35 +398,25 @@ class BreakerPermit:
     what was called. A second time is a RuntimeError. One that is forgotten, and so garbage, is given back.
     """
 
-    __slots__ = ("_breaker", "_generation", "_started")
+    __slots__ = ("_breaker", "_started", "_permit")
 
-    def __init__(self, breaker):
-        self._breaker, self._generation = breaker, []
-        self._started = breaker._clock()
-        self._generation.append(breaker._permit(None))
+    def __init__(self, breaker, started, permit):
+        self._breaker, self._started, self._permit = breaker, started, [permit]
 
     def _end(self):
-        """The generation. Taking it out of a list is one step, also among threads, and needs no lock."""
+        """What _record() and _give_back() take. Out of a list is one step, also among threads, and needs no lock."""
         try:
-            return self._generation.pop()
+            return self._permit.pop()
         except IndexError:
             raise RuntimeError(f"this permit of {self._breaker.name!r} has ended: one of succeed(), fail() and give_back() is "
                                "called, and once") from None
 
     def succeed(self, result=None):
         """The call has come to its end. result: what it brought, for failure_result; None: that is not asked."""
-        self._returned(result, result is not None)
-
-    def _returned(self, result, asked):
-        generation, counted = self._end(), False
-        try:
-            test = self._breaker._failure_result
-            failed = asked and test is not None and test(result)
-            counted = True
-        finally:
-            if not counted:
-                self._breaker._give_back(generation)
-        self._breaker._record(generation, self._started, failed)
+        if result is None:
+            self._breaker._record(self._end(), self._started, False)
+        else:
+            self._breaker._returned(self._end(), self._started, result)
 
     def fail(self, error):
         """The call has raised `error`: judged as if try_execute() had seen it."""
@@ -440,7 +430,7 @@ class BreakerPermit:
 
     def __del__(self):
         # At any moment, in any thread, perhaps within a decision of this breaker or another: so nothing here takes a lock.
-        if self._generation:
+        if self._permit:
             self.give_back()
 
 
@@ -480,7 +470,7 @@ class _Breaker(Policy):
         self._clock, self._random = clock, random
         self._last, self._offset = -math.inf, 0.0       # P4: what the clock said last, and what is added to it since it went back
         self._given_back = collections.deque()          # permits; taken out by the next decision (BreakerPermit.__del__)
-        self._entered = {}                              # (task or thread, depth) -> BreakerPermit, of `with`
+        self._entered = {}                              # (task or thread, depth) -> (started, permit), of `with`
 
     def _errors(self, what, said, broken):
         if what is not None:
@@ -504,6 +494,16 @@ class _Breaker(Policy):
         while self._given_back:
             self._circuit.give_back(self._given_back.popleft())
         return now
+
+    def _returned(self, permit, started, result, key=None):
+        """The call has ended with a result."""
+        failed = None
+        try:
+            failed = self._failure_result is not None and self._failure_result(result)
+        finally:
+            if failed is None:                  # the predicate has raised what is no Exception
+                self._give_back(permit)
+        self._record(permit, started, failed, key)
 
     def _raised(self, permit, started, error, key=None):
         """The call has ended with an error."""
@@ -565,11 +565,10 @@ class _Breaker(Policy):
         started, permit = self._clock(), self._permit(call.key)
         try:
             result = await proceed()
-            failed = self._failure_result is not None and self._failure_result(result)
         except BaseException as error:
             self._raised(permit, started, error, call.key)
             raise
-        self._record(permit, started, failed, call.key)
+        self._returned(permit, started, result, call.key)
         return result
 
     def __call__(self, function):
@@ -580,68 +579,69 @@ class _Breaker(Policy):
         if not callable(function):
             raise TypeError(f"@{self.name} decorates functions, got {function!r:.80}")
         if _is_generator_function(function):
-            raise TypeError(f"@{self.name} got {function!r:.80}, a generator function, whose call returns before anything is done: "
+            raise TypeError(f"@{self.name} got {function!r:.80}, a generator function: its call returns before anything is done: "
                             "write `async with` or `with` in it, or take acquire_nowait() and say how it ends")
         if inspect.iscoroutinefunction(function):
             return super().__call__(function)
 
         @functools.wraps(function)
         def decorated(*args, **kwargs):
-            permit = BreakerPermit(self)
+            started, permit = self._clock(), self._permit(None)
             try:
                 result = function(*args, **kwargs)
             except BaseException as error:
-                permit.fail(error)
+                self._raised(permit, started, error)
                 raise
             if _is_awaitable(result):
-                return self._awaited(permit, result)
-            permit._returned(result, True)
+                return self._awaited(BreakerPermit(self, started, permit), result)
+            self._returned(permit, started, result)
             return result
 
         return decorated
 
     async def _awaited(self, permit, result):
+        """The permit is one that may be forgotten, as a coroutine is that nobody awaits."""
         try:
             result = await result
         except BaseException as error:
             permit.fail(error)
             raise
-        permit._returned(result, True)
+        self._returned(permit._end(), permit._started, result)
         return result
 
     def acquire_nowait(self):
         """A BreakerPermit, or BreakerOpen."""
-        return BreakerPermit(self)
+        return BreakerPermit(self, self._clock(), self._permit(None))
 
     def __enter__(self):
-        permit, who, depth = BreakerPermit(self), _who(), 0
+        entry, who, depth = (self._clock(), self._permit(None)), _who(), 0
         while (who, depth) in self._entered:
             depth += 1
-        self._entered[who, depth] = permit
+        self._entered[who, depth] = entry
         return self
 
     def __exit__(self, kind, error, traceback):
-        permit = self._left()
+        started, permit = self._left()
         if error is None:
-            permit.succeed()
+            self._record(permit, started, False)
         else:
-            permit.fail(error)
+            self._raised(permit, started, error)
 
     def _left(self):
-        """The permit of the innermost entry of this task or thread.
+        """The innermost entry of this task or thread.
 
         If there is none, it is left elsewhere than it was entered, by garbage that is closed, say: then one of another, which
         will find that of yet another, and so as many are given back as were taken. Each step is one of the dict's own, and
         needs no lock (see BreakerPermit.__del__).
         """
-        who, depth = _who(), 0
+        who, depth = _who(), 1
         while (who, depth) in self._entered:
             depth += 1
-        permit = self._entered.pop((who, depth - 1), None)
-        while permit is None and self._entered:
-            permit = self._entered.pop(next(iter(list(self._entered)), None), None)
-        if permit is not None:
-            return permit
+        entry = self._entered.pop((who, depth - 1), None)
+        while entry is None and self._entered:
+            entry = self._entered.pop(next(iter(list(self._entered)), None), None)
+        if entry is not None:
+            return entry
         raise RuntimeError(f"{self.name} was left more often than it was entered")
 
     async def __aenter__(self):
@@ -685,8 +685,9 @@ WINDOW = 100
 # Of a window of time: what is too old stays for a tenth of it at most.
 BUCKETS = 10
 
-# Seconds that a breaker may be open at most, a year: what is longer is a slip of the keyboard, or force_open().
-MAX_OPEN_SECONDS = 366 * 86400.0
+# Seconds that windows and states may last at most, a year: what is longer is a slip of the keyboard, or force_open(). And the
+# shortest window: a tenth of it is still more than the clock's steps.
+MAX_SECONDS, MIN_WINDOW_SECONDS = 366 * 86400.0, 0.001
 
 # How often the open time may have grown, if nothing else is said: 60 s become 10 minutes, in which an outage is somebody's work.
 MAX_OPEN_GROWTH = 10
@@ -923,9 +924,9 @@ def _checked_window(window, window_seconds, buckets, minimum_calls):
                              "window of as many calls at least")
         return counts, minimum_calls
     if window != WINDOW:
-        raise ValueError(f"{SAID}window={window!r:.80}, window_seconds={window_seconds!r:.80}): it counts the last calls, or those "
-                         "of the last seconds: give one of them")
-    _number(window_seconds, 0, math.inf, f"{SAID}window_seconds=", "seconds", exclusive=True)
+        raise ValueError(f"{SAID}window={window!r:.80}, window_seconds={window_seconds!r:.80}): it counts the last calls, or "
+                         "those of the last seconds: give one of them")
+    _number(window_seconds, MIN_WINDOW_SECONDS, MAX_SECONDS, f"{SAID}window_seconds=", "seconds")
     return (TimeWindow(window_seconds, _count(buckets, 1, f"{SAID}buckets=", "buckets"), 2),
             WINDOW if minimum_calls is None else minimum_calls)
 
@@ -935,10 +936,10 @@ def _checked_settings(minimum_calls, failure_rate, slow_call_rate, consecutive_f
     def number(value, least, most, name, unit, exclusive=False):
         return _number(value, least, most, f"{SAID}{name}=", unit, exclusive=exclusive)
 
-    open_seconds = number(open_seconds, 0, MAX_OPEN_SECONDS, "open_seconds", "seconds", exclusive=True)
+    open_seconds = number(open_seconds, 0, MAX_SECONDS, "open_seconds", "seconds", exclusive=True)
     if max_open_seconds is None:
-        max_open_seconds = min(MAX_OPEN_GROWTH * open_seconds, MAX_OPEN_SECONDS)
-    elif number(max_open_seconds, 0, MAX_OPEN_SECONDS, "max_open_seconds", "seconds") < open_seconds:
+        max_open_seconds = min(MAX_OPEN_GROWTH * open_seconds, MAX_SECONDS)
+    elif number(max_open_seconds, 0, MAX_SECONDS, "max_open_seconds", "seconds") < open_seconds:
         raise ValueError(f"{SAID}open_seconds={open_seconds:g}, max_open_seconds={max_open_seconds!r}): the longest open time is "
                          "shorter than the first: make it as long at least")
     return _CircuitSettings(
@@ -947,12 +948,12 @@ def _checked_settings(minimum_calls, failure_rate, slow_call_rate, consecutive_f
         number(slow_call_rate, 0, 1, "slow_call_rate", "slow calls for each call", exclusive=True),
         math.inf if consecutive_failures is None else _count(consecutive_failures, 1, f"{SAID}consecutive_failures=", "failures"),
         open_seconds,
-        number(open_growth, 1, MAX_OPEN_SECONDS, "open_growth", "times the open time before"),
+        number(open_growth, 1, MAX_SECONDS, "open_growth", "times the open time before"),
         float(max_open_seconds),
         number(open_jitter, 0, 1, "open_jitter", "parts of the open time"),
         _count(probes, 1, f"{SAID}probes=", "calls"),
         math.inf if half_open_seconds is None else number(
-            half_open_seconds, 0, math.inf, "half_open_seconds", "seconds", exclusive=True))
+            half_open_seconds, 0, MAX_SECONDS, "half_open_seconds", "seconds", exclusive=True))
 
 
 class CircuitBreaker(_Breaker):
@@ -971,7 +972,7 @@ class CircuitBreaker(_Breaker):
     Pipeline(CircuitBreaker(), Timeout(2)); one that stands outside cancels the call, and the breaker learns nothing. A
     predicate that raises means no, but for `failures`, where it means yes: an error that nobody has understood is one.
 
-    Defaults are resilience4j's:
+    Defaults are resilience4j's. What cannot be is a ValueError or TypeError that names it.
 
     window=100                  calls, the last ones; or window_seconds: those of so long, in `buckets` (10) of equal length
     minimum_calls=100           with fewer no rate is known; if `window` is smaller and this is not given, it is the window
@@ -995,7 +996,8 @@ class CircuitBreaker(_Breaker):
     Events: "success", "failure", "slow" (after one of those), each with `seconds`, "failure" with `error` too (None if it was a
     result); "ignored" with `error`; "late": it began in a state that is over, and does not count; "rejected" with `state`,
     `retry_after`; "opened", "half_opened", "closed", "forced_open", "metrics_only", with `before`, the state that was, "opened"
-    with `seconds`, `calls`, `failures`, `slow` too; "exceeded" with the latter three: METRICS_ONLY would have opened; "loaded".
+    with `seconds`, `calls`, `failures`, `slow` too; "exceeded" with the latter three: METRICS_ONLY would have opened; "loaded"
+    with `state`.
     """
 
     def __init__(self, *, window=WINDOW, window_seconds=None, buckets=BUCKETS, minimum_calls=None, failure_rate=0.5,
@@ -1027,14 +1029,14 @@ class CircuitBreaker(_Breaker):
         return result, news
 
     def _announce(self, news):
-        if news:
-            self._draw()
+        for kind, details in news:
+            if kind == "opened":
+                self._draw()
             if self._listeners:
-                for kind, details in news:
-                    self._tell(kind, **details)
+                self._tell(kind, **details)
 
     def _draw(self):
-        """Chance for the next open time: drawn ahead, since a decision calls nobody."""
+        """The chance of the next open time: drawn ahead, since a decision calls nobody."""
         if self._circuit.settings.open_jitter:
             try:
                 self._chance = min(max(self._random(), 0.0), 1.0)

@@ -39,6 +39,9 @@ async def test_an_operation_may_be_async_or_not_and_gets_its_arguments():
     assert await policy.try_execute(double, 4, more=1) == 9
     assert await policy.try_execute(lambda number: number + 1, 4) == 5
     assert await policy.try_execute(dict, operation=1, self=2) == {"operation": 1, "self": 2}
+    before = flowcoro.now()
+    assert await policy.try_execute(flowcoro.sleep, 5) is None and flowcoro.now() == before + 5    # a generator that is awaitable
+    assert list(await policy.try_execute(lambda: (number for number in (1, 2)))) == [1, 2]
 
 
 @run_in_kernel
@@ -140,6 +143,7 @@ def test_a_count_window_is_the_sum_of_the_last_calls(seed):
         calls.append(counts)
         last = calls[-size:]
         assert (window.calls, window.totals) == (len(last), [sum(column) for column in zip(*last)])
+        assert window.contents() == last
     window.clear()
     assert (window.calls, window.totals) == (0, [0, 0])
 
@@ -160,6 +164,8 @@ def test_a_time_window_is_the_sum_of_the_calls_in_its_buckets(seed):
         last = [counts for epoch, counts in calls if epoch > now // length - buckets]
         assert window.calls == len(last)
         assert window.totals == ([sum(column) for column in zip(*last)] if last else [0, 0])
+        by_bucket = [[counts for epoch, counts in calls if epoch == now // length - ago] for ago in range(buckets)]
+        assert window.contents() == [[*map(sum, zip(*bucket)), len(bucket)] if bucket else [0, 0, 0] for bucket in by_bucket]
 
 
 def test_a_time_window_whose_clock_goes_back_counts_into_the_bucket_it_had():
