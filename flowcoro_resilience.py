@@ -2243,8 +2243,7 @@ class RetryBudget:
             return True
 
     def _leave(self, call):
-        with self._lock:
-            self._counted.discard(id(call.asked or call))
+        self._counted.discard(id(call.asked or call))       # one step for all threads by itself
 
     def statistics(self):
         """{"name", "calls", "repetitions": both lately; "left": how many more could be made now; "withdrawn", "refused": ever}"""
@@ -2325,28 +2324,28 @@ async def _within(seconds, proceed, message):
 class _Attempts:
     """The attempts of one call: what Retry decides by."""
 
-    __slots__ = ("most", "max_wait", "backoff", "began", "deadline", "number", "delay")
+    __slots__ = ("began", "deadline", "number", "delay")
 
-    def __init__(self, most, max_wait, backoff, began, deadline):
-        self.most, self.max_wait, self.backoff, self.began, self.deadline = most, max_wait, backoff, began, deadline
+    def __init__(self, began, total_seconds):
+        self.began, self.deadline = began, began + total_seconds
         self.number = 1             # of the attempt under way
         self.delay = 0.0            # that was waited before it, but for what was asked for
 
-    def may_repeat(self, meant, safe, retry_after, chance, now):
+    def may_repeat(self, most, backoff, max_wait, meant, safe, retry_after, chance, now):
         """(None, seconds to wait), or (why not, 0.0), after the attempt under way has ended.
 
         meant: whether what it brought is a reason to try again; safe: whether that does no harm.
         """
         if not meant:
             return "final", 0.0
-        if self.number >= self.most:
+        if self.number >= most:
             return "attempts", 0.0
         if not safe:
             return "unsafe", 0.0
-        if retry_after > self.max_wait:
+        if retry_after > max_wait:
             return "wait", 0.0
-        delay = self.backoff.next_delay(self.number, self.delay, chance)
-        longer = self.backoff.not_before(delay, retry_after, chance)
+        delay = backoff.next_delay(self.number, self.delay, chance)
+        longer = backoff.not_before(delay, retry_after, chance)
         if now + longer >= self.deadline:
             return "deadline", 0.0
         self.number, self.delay = self.number + 1, delay
@@ -2389,6 +2388,7 @@ class Retry(Policy):
         if self._attempt_seconds > self._total_seconds and attempt_seconds is not None:
             raise ValueError(f"Retry(attempt_seconds={attempt_seconds!r}, total_seconds={total_seconds!r}): no attempt can have more "
                              "time than all have together")
+        self._limit = min(self._attempt_seconds, self._total_seconds)       # seconds that the first attempt has
         self._max_wait = _number(max_wait, 0, math.inf, "Retry(max_wait=", "seconds")
         self._is_error, self._is_ignored = _test(errors, "Retry(errors=", self), _test(ignored, "Retry(ignored=", self)
         self._is_bad = None if result is None else _test(result, "Retry(result=", self)
@@ -2406,24 +2406,16 @@ class Retry(Policy):
 
     async def _run(self, call, proceed):
         counted = self._budget._enter(call)
+        earlier, last, limit = [], None, self._limit
         try:
-            return await self._repeat(call, proceed)
-        finally:
-            if counted:
-                self._budget._leave(call)
-
-    async def _repeat(self, call, proceed):
-        with self._lock:
-            self._calls += 1
-            began = self._now()
-        attempts = _Attempts(self._attempts, self._max_wait, self._backoff, began, began + self._total_seconds)
-        limit, earlier, last = min(self._attempt_seconds, self._total_seconds), [], None
-        try:
+            with self._lock:
+                self._calls += 1
+                attempts = _Attempts(self._now(), self._total_seconds)
             while True:
                 number, last = attempts.number, None
                 try:
                     result = await (proceed() if limit == math.inf else _within(
-                        limit, proceed, lambda: self._late(number, limit)))
+                        limit, proceed, functools.partial(self._late, number, limit)))
                 except Exception as error:
                     reason, delay = self._after(attempts, call, error, self._is_error(error) and not self._is_ignored(error))
                     if reason is not None:
@@ -2433,7 +2425,8 @@ class Retry(Policy):
                     earlier.append(error)
                 else:
                     if self._is_bad is None or not self._is_bad(result):
-                        self._succeed(attempts, call)
+                        if number > 1:
+                            self._recover(attempts, call)
                         return result
                     reason, delay = self._after(attempts, call, result, True)
                     if reason is not None:
@@ -2452,7 +2445,9 @@ class Retry(Policy):
                         self._give_up(attempts, call, last, "deadline", earlier)
                         raise last
         finally:
-            del earlier, last       # no circles through the traceback
+            del earlier, last       # no circles through the tracebacks
+            if counted:
+                self._budget._leave(call)
 
     def _left(self, attempts):
         with self._lock:
@@ -2468,7 +2463,8 @@ class Retry(Policy):
         safe = self._idempotent or call.idempotent or getattr(outcome, "sent", None) is False
         retry_after, chance = _retry_after_of(outcome), self._random()
         with self._lock:
-            reason, delay = attempts.may_repeat(meant, safe, retry_after, chance, self._now())
+            reason, delay = attempts.may_repeat(self._attempts, self._backoff, self._max_wait, meant, safe, retry_after, chance,
+                                                self._now())
         if reason is None and not self._budget.withdraw():
             reason, attempts.number = "budget", attempts.number - 1
         if reason is None:
@@ -2478,12 +2474,11 @@ class Retry(Policy):
                 self._tell("retried", call.key, attempt=attempts.number - 1, delay=delay, outcome=outcome)
         return reason, delay
 
-    def _succeed(self, attempts, call):
-        if attempts.number > 1:
-            with self._lock:
-                self._recovered += 1
-            if self._listeners:
-                self._tell("recovered", call.key, attempts=attempts.number)
+    def _recover(self, attempts, call):
+        with self._lock:
+            self._recovered += 1
+        if self._listeners:
+            self._tell("recovered", call.key, attempts=attempts.number)
 
     def _give_up(self, attempts, call, outcome, reason, earlier=None):
         """earlier: the errors before, if the outcome is an error."""
@@ -2519,10 +2514,11 @@ HEDGE_PERCENTILE, HEDGE_WINDOW = 0.95, 1000
 
 
 class LatencyWindow:
-    """A percentile of the last `size` latencies, at most 9 % too high, in O(1) and some 3 KB.
+    """A percentile of the last `size` latencies, to within 9 %, in O(1) and some 3 KB.
 
     Each latency goes into one of 256 buckets, eight for each doubling, from a microsecond to 72 minutes. A ring says which are
-    the last ones; `_at` is the bucket that the percentile is in, and moves by a step or two for each latency.
+    the last ones; `_at` is the bucket that the percentile is in, and moves by a step or two for each latency. Within a bucket
+    latencies are taken to be spread evenly.
     """
 
     __slots__ = ("percentile", "size", "calls", "_ring", "_place", "_counts", "_at", "_below")
@@ -2558,8 +2554,11 @@ class LatencyWindow:
         self._at, self._below = at, below
 
     def value(self):
-        """Seconds, the upper end of the bucket; math.inf if there is none yet."""
-        return 1e-6 * 2**((self._at + 1) / 8) if self.calls else math.inf
+        """Seconds; math.inf if there is none yet."""
+        if not self.calls:
+            return math.inf
+        part = (math.ceil(self.percentile * self.calls) - self._below) / self._counts[self._at]
+        return 1e-6 * 2**(self._at / 8) * (1 + part * (2**0.125 - 1))
 
 
 # (state, what an attempt brings) -> state, of the call. An attempt fails "last" if no other runs, or may begin.
