@@ -1203,16 +1203,11 @@ class _Throttle:
 
     def ended(self, now, accepted):
         """A request that was let through has been accepted, or not."""
-        window = self.window
-        if accepted:
-            window.add(ACCEPTED, now)
-            if self.free is None and window.calls == window.totals[0]:
-                self.free = 0
-        else:
+        if not accepted:
             self.advance(now)
             if self.free is not None:                   # until now all went through
                 self.free, self.generation, self.probe_at = None, self.generation + 1, now + self.probe_seconds
-            window.add(NOT_ACCEPTED, now)
+        self.window.add(ACCEPTED if accepted else NOT_ACCEPTED, now)
 
     def give_back(self, generation):
         """A request that was let through says nothing: if none was after it, it is as if it had not been let through."""
@@ -1287,7 +1282,7 @@ class AdaptiveBreaker(_Breaker):
         "rejected", "probes", "ignored": since it was made, how many were rejected, forced through, and ignored}"""
         with self._lock:
             circuit = self._circuit
-            circuit.advance(self._begin())
+            circuit.advance(self._now())
             return {"name": self.name, "requests": circuit.window.calls, "accepts": circuit.window.totals[0],
                     "probability": circuit.probability(), "rejected": circuit.rejected, "probes": circuit.probes,
                     "ignored": circuit.ignored}
@@ -2244,8 +2239,7 @@ class RetryBudget:
             return True
 
     def _leave(self, call):
-        with self._lock:
-            self._counted.discard(id(call.asked or call))
+        self._counted.discard(id(call.asked or call))       # one step for all threads by itself
 
     def statistics(self):
         """{"name", "calls", "repetitions": both lately; "left": how many more could be made now; "withdrawn", "refused": ever}"""
@@ -2326,28 +2320,28 @@ async def _within(seconds, proceed, message):
 class _Attempts:
     """The attempts of one call: what Retry decides by."""
 
-    __slots__ = ("most", "max_wait", "backoff", "began", "deadline", "number", "delay")
+    __slots__ = ("began", "deadline", "number", "delay")
 
-    def __init__(self, most, max_wait, backoff, began, deadline):
-        self.most, self.max_wait, self.backoff, self.began, self.deadline = most, max_wait, backoff, began, deadline
+    def __init__(self, began, total_seconds):
+        self.began, self.deadline = began, began + total_seconds
         self.number = 1             # of the attempt under way
         self.delay = 0.0            # that was waited before it, but for what was asked for
 
-    def may_repeat(self, meant, safe, retry_after, chance, now):
+    def may_repeat(self, most, backoff, max_wait, meant, safe, retry_after, chance, now):
         """(None, seconds to wait), or (why not, 0.0), after the attempt under way has ended.
 
         meant: whether what it brought is a reason to try again; safe: whether that does no harm.
         """
         if not meant:
             return "final", 0.0
-        if self.number >= self.most:
+        if self.number >= most:
             return "attempts", 0.0
         if not safe:
             return "unsafe", 0.0
-        if retry_after > self.max_wait:
+        if retry_after > max_wait:
             return "wait", 0.0
-        delay = self.backoff.next_delay(self.number, self.delay, chance)
-        longer = self.backoff.not_before(delay, retry_after, chance)
+        delay = backoff.next_delay(self.number, self.delay, chance)
+        longer = backoff.not_before(delay, retry_after, chance)
         if now + longer >= self.deadline:
             return "deadline", 0.0
         self.number, self.delay = self.number + 1, delay
@@ -2390,6 +2384,7 @@ class Retry(Policy):
         if self._attempt_seconds > self._total_seconds and attempt_seconds is not None:
             raise ValueError(f"Retry(attempt_seconds={attempt_seconds!r}, total_seconds={total_seconds!r}): no attempt can have more "
                              "time than all have together")
+        self._limit = min(self._attempt_seconds, self._total_seconds)       # seconds that the first attempt has
         self._max_wait = _number(max_wait, 0, math.inf, "Retry(max_wait=", "seconds")
         self._is_error, self._is_ignored = _test(errors, "Retry(errors=", self), _test(ignored, "Retry(ignored=", self)
         self._is_bad = None if result is None else _test(result, "Retry(result=", self)
@@ -2407,24 +2402,16 @@ class Retry(Policy):
 
     async def _run(self, call, proceed):
         counted = self._budget._enter(call)
+        earlier, last, limit = [], None, self._limit
         try:
-            return await self._repeat(call, proceed)
-        finally:
-            if counted:
-                self._budget._leave(call)
-
-    async def _repeat(self, call, proceed):
-        with self._lock:
-            self._calls += 1
-            began = self._now()
-        attempts = _Attempts(self._attempts, self._max_wait, self._backoff, began, began + self._total_seconds)
-        limit, earlier, last = min(self._attempt_seconds, self._total_seconds), [], None
-        try:
+            with self._lock:
+                self._calls += 1
+                attempts = _Attempts(self._now(), self._total_seconds)
             while True:
                 number, last = attempts.number, None
                 try:
                     result = await (proceed() if limit == math.inf else _within(
-                        limit, proceed, lambda: self._late(number, limit)))
+                        limit, proceed, functools.partial(self._late, number, limit)))
                 except Exception as error:
                     reason, delay = self._after(attempts, call, error, self._is_error(error) and not self._is_ignored(error))
                     if reason is not None:
@@ -2434,7 +2421,8 @@ class Retry(Policy):
                     earlier.append(error)
                 else:
                     if self._is_bad is None or not self._is_bad(result):
-                        self._succeed(attempts, call)
+                        if number > 1:
+                            self._recover(attempts, call)
                         return result
                     reason, delay = self._after(attempts, call, result, True)
                     if reason is not None:
@@ -2453,7 +2441,9 @@ class Retry(Policy):
                         self._give_up(attempts, call, last, "deadline", earlier)
                         raise last
         finally:
-            del earlier, last       # no circles through the traceback
+            del earlier, last       # no circles through the tracebacks
+            if counted:
+                self._budget._leave(call)
 
     def _left(self, attempts):
         with self._lock:
@@ -2469,7 +2459,8 @@ class Retry(Policy):
         safe = self._idempotent or call.idempotent or getattr(outcome, "sent", None) is False
         retry_after, chance = _retry_after_of(outcome), self._random()
         with self._lock:
-            reason, delay = attempts.may_repeat(meant, safe, retry_after, chance, self._now())
+            reason, delay = attempts.may_repeat(self._attempts, self._backoff, self._max_wait, meant, safe, retry_after, chance,
+                                                self._now())
         if reason is None and not self._budget.withdraw():
             reason, attempts.number = "budget", attempts.number - 1
         if reason is None:
@@ -2479,12 +2470,11 @@ class Retry(Policy):
                 self._tell("retried", call.key, attempt=attempts.number - 1, delay=delay, outcome=outcome)
         return reason, delay
 
-    def _succeed(self, attempts, call):
-        if attempts.number > 1:
-            with self._lock:
-                self._recovered += 1
-            if self._listeners:
-                self._tell("recovered", call.key, attempts=attempts.number)
+    def _recover(self, attempts, call):
+        with self._lock:
+            self._recovered += 1
+        if self._listeners:
+            self._tell("recovered", call.key, attempts=attempts.number)
 
     def _give_up(self, attempts, call, outcome, reason, earlier=None):
         """earlier: the errors before, if the outcome is an error."""

@@ -101,7 +101,7 @@ def test_a_budget_is_a_share_of_the_calls_lately_and_a_floor(seed):
     now = clock = 0.0                                   # the time, and what the clock says, which jumps back
     budget, events, length = RetryBudget(ratio, floor, seconds, clock=lambda: clock), [], seconds / 10
     for _ in range(300):
-        if chance.random() < 0.1:
+        if events and chance.random() < 0.1:
             clock -= chance.randint(0, 300) / 8
         else:
             step = chance.choice([0, 0, length / 4, length, chance.randint(0, 160) / 8])
@@ -177,12 +177,12 @@ async def test_what_is_made_again_is_a_fifth_of_the_calls_while_all_fails():
 @pytest.mark.parametrize("meant, left, safe, asked, fits", [
     *itertools.product([0, 1], [0, 1], [0, 1], [0.0, 3.0, 9.0], [0, 1])])
 def test_each_reason_not_to_do_it_again(meant, left, safe, asked, fits):
-    attempts = flowcoro_resilience._Attempts(3, 5.0, Backoff(1.0, 10.0, 2.0, "none"), 100.0, 200.0)
+    attempts = flowcoro_resilience._Attempts(100.0, 100.0)
     attempts.number = 2 if left else 3
     now = 199.0 - max(2.0, asked) if fits else 200.0 - max(2.0, asked)
     expected = ("final" if not meant else "attempts" if not left else "unsafe" if not safe else "wait" if asked > 5.0
                 else "deadline" if not fits else None)
-    reason, delay = attempts.may_repeat(meant, safe, asked, 0.5, now)
+    reason, delay = attempts.may_repeat(3, Backoff(1.0, 10.0, 2.0, "none"), 5.0, meant, safe, asked, 0.5, now)
     assert reason == expected and delay == (max(2.0, asked) if reason is None else 0.0)
     assert attempts.number == (2 if left else 3) + (reason is None)
 
