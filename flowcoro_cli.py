@@ -31,8 +31,8 @@ How it works:
     (flowcoro_net.py: the scenes `echo`, `http`, `chat`, `rpc`, `network` and `breaker`; of these `http`, `chat` and
     `breaker` need flowcoro_http.py, `chat` flowcoro_websocket.py, `rpc` flowcoro_rpc.py, `network` and `breaker`
     flowcoro_testing.py and `breaker` flowcoro_resilience.py too); the message then says which file to copy. No module of a lower
-    layer imports this one: a command is handed its arguments (a list of strings) and returns the exit status, a scene is handed a Screen and draws
-    on it. Exit status: 0 done · 1 a scene failed, or a vendored copy differs ·
+    layer imports this one: a command is handed its arguments (a list of strings) and returns the exit status, a scene is handed
+    a Screen and draws on it. Exit status: 0 done · 1 a scene failed, or a vendored copy differs ·
     2 the command line cannot be obeyed · 130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
     `vendor` decides everything before it writes anything, writes to a temporary folder in the destination and
     renames from there: at any moment a copy is the old file or the new one. A package needs relative imports;
@@ -697,7 +697,8 @@ def _scene_breaker(screen):
     bar, normal = 12, _Outage.RATE
 
     def row(begin, loads, lost, states):
-        left, right = (f"{'#' * round(load * bar / 4 / normal):{bar}}{load:3.0f} {part:4.0f} %" for load, part in zip(loads, lost))
+        left, right = (f"{'#' * round(load * bar / 4 / normal):{bar}}{load:3.0f} {part:4.0f} %"
+                       for load, part in zip(loads, lost))
         screen.say(f"{begin:2} s  {left}   {right}  {' '.join(states)}")
 
     start = time.perf_counter()
@@ -713,8 +714,8 @@ def _scene_breaker(screen):
     screen.check(most < 1.3 * normal, f"with policies {most} questions came in one second after the outage; normal are {normal}")
     screen.check(all(alone_lost[late:]) and min(alone[late:end]) > 2 * normal,
                  "with retries alone the store has recovered, and it is here to show that it does not")
-    screen.say(f"Retries alone: {sum(alone[late:end]) / (end - late) / normal:.1f} times the load, so that each answer is too late, "
-               "so that it is asked again.", "red")
+    screen.say(f"Retries alone: {sum(alone[late:end]) / (end - late) / normal:.1f} times the load, so that each answer is too "
+               "late, so that it is asked again.", "red")
     well = next(second for second in range(up, end) if not any(lost[second:])) - up
     screen.say(f"Budget, breaker: never more than {most / normal:.1f} times the load, and nothing is lost any more from {well} s "
                "after the outage on.", "green")
