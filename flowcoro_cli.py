@@ -28,11 +28,11 @@ demo · vendor · bench · get · rpc · serve · the command line.
 How it works:
     A subcommand is a row of COMMANDS and a scene a row of SCENES: (module, function, one line of help). The
     module is imported when its row is asked for, no earlier, so that a missing file costs its own rows only
-    (flowcoro_net.py: the scenes `echo`, `http`, `chat`, `rpc`, `network` and `breaker`; of these `http`, `chat` and `breaker` need
-    flowcoro_http.py, `chat` flowcoro_websocket.py, `rpc` flowcoro_rpc.py, `network` and `breaker` flowcoro_testing.py and
-    `breaker` flowcoro_resilience.py too); the message then says which file to copy. No module of a lower layer imports this
-    one: a command is handed its arguments (a list of strings) and returns the exit status, a scene is handed a Screen and draws
-    on it. Exit status: 0 done · 1 a scene failed, or a vendored copy differs ·
+    (flowcoro_net.py: the scenes `echo`, `http`, `chat`, `rpc`, `network` and `breaker`; of these `http`, `chat` and
+    `breaker` need flowcoro_http.py, `chat` flowcoro_websocket.py, `rpc` flowcoro_rpc.py, `network` and `breaker`
+    flowcoro_testing.py and `breaker` flowcoro_resilience.py too); the message then says which file to copy. No module of a lower
+    layer imports this one: a command is handed its arguments (a list of strings) and returns the exit status, a scene is handed
+    a Screen and draws on it. Exit status: 0 done · 1 a scene failed, or a vendored copy differs ·
     2 the command line cannot be obeyed · 130 Ctrl-C · 141 the reader of the output has gone. Only a bug ends in a traceback.
     `vendor` decides everything before it writes anything, writes to a temporary folder in the destination and
     renames from there: at any moment a copy is the old file or the new one. A package needs relative imports;
@@ -697,27 +697,28 @@ def _scene_breaker(screen):
     bar, normal = 12, _Outage.RATE
 
     def row(begin, loads, lost, states):
-        left, right = (f"{'#' * round(load * bar / 4 / normal):{bar}}{load:3.0f} {part:4.0f} %" for load, part in zip(loads, lost))
+        left, right = (f"{'#' * round(load * bar / 4 / normal):{bar}}{load:3.0f} {part:4.0f} %"
+                       for load, part in zip(loads, lost))
         screen.say(f"{begin:2} s  {left}   {right}  {' '.join(states)}")
 
     start = time.perf_counter()
     outage = _Outage(1, row)
-    screen.say(f"Look at the bars, what arrives at two stores in a second. A shop asks each {normal} times, and")
-    screen.say(f"up to four times for one answer; a store can give {outage.CAPACITY}. From {outage.DOWN} to {outage.UP} s both are down.")
+    screen.say(f"Look at the bars, what arrives at two stores in a second. A shop asks each {normal} times, and up to four")
+    screen.say(f"times for one answer; a store can give {outage.CAPACITY}. From {outage.DOWN} to {outage.UP} s both are down.")
     screen.say(f"      {'retries alone':{bar + 3}}   lost   {'budget, breaker':{bar + 3}}   lost  breaker", "bold")
     flowcoro.run(outage.run(), clock=outage.testing.VirtualClock(), seed=1)
-    (alone, load), (alone_failed, failed) = outage.load.values(), outage.failed.values()
-    last, healthy = outage.END - 5, outage.UP + outage.HEALTHY
-    screen.check(not any(failed[healthy:]), f"with policies questions were still lost {outage.HEALTHY} s after the outage")
-    most = max(load[outage.UP:outage.END])
-    screen.check(most < 1.3 * normal, f"with policies {most} questions arrived in one second after the outage, normal are {normal}")
-    screen.check(all(alone_failed[last:]) and min(alone[last:outage.END]) > 2 * normal,
-                 "with retries alone the store has recovered, which it is here to show that it does not")
-    screen.say(f"Retries alone: {sum(alone[last:outage.END]) / 5 / normal:.1f} times the load, so that each answer is too late, so that "
-               "it is asked again.", "red")
-    good = next(second for second in range(outage.UP, outage.END) if not any(failed[second:]))
-    screen.say(f"With budget and breaker: never more than {most / normal:.1f} times the load, and nothing is lost any more from "
-               f"{good - outage.UP} s after the outage on.", "green")
+    (alone, load), (alone_lost, lost) = outage.load.values(), outage.failed.values()
+    up, end, late, healthy = outage.UP, outage.END, outage.END - 5, outage.UP + outage.HEALTHY
+    screen.check(not any(lost[healthy:]), f"with policies questions were still lost {outage.HEALTHY} s after the outage")
+    most = max(load[up:end])
+    screen.check(most < 1.3 * normal, f"with policies {most} questions came in one second after the outage; normal are {normal}")
+    screen.check(all(alone_lost[late:]) and min(alone[late:end]) > 2 * normal,
+                 "with retries alone the store has recovered, and it is here to show that it does not")
+    screen.say(f"Retries alone: {sum(alone[late:end]) / (end - late) / normal:.1f} times the load, so that each answer is too "
+               "late, so that it is asked again.", "red")
+    well = next(second for second in range(up, end) if not any(lost[second:])) - up
+    screen.say(f"Budget, breaker: never more than {most / normal:.1f} times the load, and nothing is lost any more from {well} s "
+               "after the outage on.", "green")
     screen.say(f"This minute has passed in {time.perf_counter() - start:.2f} s.")
 
 

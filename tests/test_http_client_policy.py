@@ -13,7 +13,7 @@ import flowcoro
 from flowcoro_http import (ConnectError, DigestAuth, HttpClient, ProxyError, RequestError, RequestTimeout, Retries, StatusError,
                            Timeouts, TransferError)
 from flowcoro_net import Socket
-from flowcoro_resilience import BreakerOpen, Keyed, Pipeline, Policy, Rejected
+from flowcoro_resilience import BreakerOpen, CircuitBreaker, Hedge, Keyed, Pipeline, Policy, Rejected, Retry
 from flowcoro_testing import VirtualClock, memory_socket_pair
 from test_http_client import Origin, answer, given_back, scripted
 from test_net_cancel import cancelled_at
@@ -457,3 +457,61 @@ def test_cancelled_at_each_point_it_leaves_nothing(policy):
 def test_http_does_not_need_the_module_of_policies():
     with open(os.path.join(os.path.dirname(__file__), "..", "flowcoro_http.py"), encoding="utf-8") as file:
         assert "import flowcoro_resilience" not in file.read()
+
+
+# ---- with the policies that there are -------------------------------------------------------------------------
+
+def is_busy(response):
+    return response.status == 503
+
+
+def test_a_retry_keeps_to_what_the_server_asks_for_and_does_nothing_twice_that_may_have_had_an_effect():
+    retry = Retry(3, first=0.01, result=is_busy)
+
+    async def work(client, origin):
+        assert (await client.get("/")).text == "good" and 20 <= flowcoro.now() <= 30       # and a quarter more, by chance
+        assert (await client.post("/", content=b"x")).status == 503 and len(origin.requests) == 3
+        origin.refusals = 2
+        assert (await client.post("/", content=b"x")).text == "good" and len(origin.requests) == 4
+        with pytest.raises(TransferError, match="POST"):
+            await client.post("/", content=b"x")
+        assert (await client.put("/", content=b"x")).text == "good" and len(origin.requests) == 6
+
+    replies = [answer("", "503 x", "Retry-After: 20"), answer("good"), answer("", "503 x"), answer("good"), None, answer("good")]
+    talk(scripted(*replies), work, policy=retry)
+
+
+def test_breakers_of_two_origins_and_a_retry_that_does_not_wait_for_them():
+    breakers = Keyed(lambda origin: CircuitBreaker(window=4, minimum_calls=4, failure_result=is_busy, name=origin))
+
+    async def work(client, origin):
+        for _ in range(2):
+            assert (await client.get("/")).status == 503
+        with pytest.raises(BreakerOpen, match="http://shop:80 is OPEN") as caught:
+            await client.get("/")
+        assert caught.value.retry_after == pytest.approx(60, abs=1) and len(origin.requests) == 4
+        assert (await client.get("http://other/")).text == "good"
+
+    def handler(request):
+        return answer("good") if request.headers["host"] == "other" else answer("", "503 x")
+
+    talk(handler, work, policy=Pipeline(Retry(2, first=0.01, result=is_busy, ignored=Rejected), breakers))
+
+
+def test_a_hedge_of_a_stream_leaves_one_connection_and_one_response():
+    async def slowly(request):
+        if len(origins[0].requests) == 1:
+            await flowcoro.sleep(100)
+        return answer(f"{len(origins[0].requests)}")
+
+    async def work(client, origin):
+        origins.append(origin)
+        async with client.stream("GET", "/") as response:
+            assert await response.read() == b"2" and flowcoro.now() == pytest.approx(5, abs=0.1)
+        assert given_back(client)
+        with pytest.raises(RequestTimeout):         # the file is not read by two, so that there is no hedge of it
+            origin.requests.clear()
+            await client.put("/", content=io.BytesIO(b"x"), timeout=10)
+
+    origins = []
+    talk(slowly, work, policy=Hedge(after=5))
