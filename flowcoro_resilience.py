@@ -2705,8 +2705,6 @@ class Hedge(Policy):
             if race.state == "won":
                 self._measure(race)
                 return race.result
-            if not race.errors:
-                raise flowcoro.TaskCancelled(f"{self.name}: each attempt has cancelled its own task")
             raise self._lose(call, race)
         finally:
             race.errors = race.result = None        # no circles through the tracebacks

@@ -345,12 +345,42 @@ async def test_a_refresh_that_fails_is_reported_and_there_is_none_for_a_second(r
         assert await cache.try_execute(operation) == "a1"
         await flowcoro.sleep(0.0625)
     assert operation.calls == 5 and len(reports) == 4           # the first, and after 1, 2 and 3 of 3.1 seconds
+    assert not any(entry.error for entry in cache._entries.values())
     assert "the call of 'Cache' for" in reports[0][0] and str(reports[0][1]) == "a2"
     operation.down = False
     await flowcoro.sleep(1)
     await cache.try_execute(operation)
     await flowcoro.sleep(1)
     assert await cache.try_execute(operation) == "a6"
+
+
+@run_in_kernel
+async def test_a_success_makes_up_for_the_failure_before():
+    cache, operation = Cache(0.25, stale_seconds=100), Asked(0.0)
+    await cache.try_execute(operation)
+    await flowcoro.sleep(200)
+    operation.down = True
+    with pytest.raises(ConnectionError):
+        await cache.try_execute(operation)
+    operation.down = False
+    await cache.try_execute(operation)
+    await flowcoro.sleep(0.25)
+    assert await cache.try_execute(operation) == "a3"
+    await flowcoro.sleep(0)
+    assert operation.calls == 4                 # it is fetched at once
+
+
+@run_in_kernel
+async def test_when_no_task_can_be_made_for_a_call_it_is_not_under_way(monkeypatch):
+    def fail(coro, name):
+        coro.close()
+        raise RuntimeError("the run ends")
+
+    cache, operation = Cache(10), Asked()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the run ends"):
+        patch.setattr(flowcoro, "spawn", fail)
+        await cache.try_execute(operation)
+    assert await cache.try_execute(operation) == "a1"
 
 
 @run_in_kernel
@@ -708,17 +738,24 @@ def test_with_several_workers_one_call_is_made_for_each_key():
 
 
 @run_in_kernel
-async def test_nothing_is_garbage_after_a_call_that_fails():
-    async def fail():
+async def test_nothing_is_garbage_after_a_call_that_fails(monkeypatch):
+    async def fail(*, good=()):
         await flowcoro.sleep(1)
-        raise ConnectionError("down")
+        if not good:
+            raise ConnectionError("down")
 
-    cache = Cache(10)
+    monkeypatch.setattr("sys.unraisablehook", lambda report: None)
+    cache = Cache(1, stale_seconds=1000, key=lambda good=(): "key")
+    await cache.try_execute(fail, good=True)
+    await flowcoro.sleep(5)
     gc.collect()
     gc.disable()
     try:
+        await cache.try_execute(fail)           # a refresh
+        await flowcoro.sleep(5)
+        assert gc.collect() == 0
         try:
-            await cache.try_execute(fail)
+            await Cache(10).try_execute(fail)
         except ConnectionError:
             pass
         assert gc.collect() == 0
