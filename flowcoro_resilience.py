@@ -82,9 +82,8 @@ __all__ = ["Policy", "PolicyEvent", "CountWindow", "TimeWindow", "Keyed", "Pipel
            "LimitExceeded",
            "CircuitBreaker", "BreakerPermit",
            "AdaptiveBreaker",
-           "RateLimiter", "RateState",
-           "Backoff", "Retry", "RetryBudget", "LatencyWindow", "Hedge", "Timeout", "Fallback", "Cache",
-           "RateLimiter", "RateState", "ConcurrencyLimiter", "AIMD", "Gradient2"]
+           "RateLimiter", "RateState", "ConcurrencyLimiter", "AIMD", "Gradient2",
+           "Backoff", "Retry", "RetryBudget", "LatencyWindow", "Hedge", "Timeout", "Fallback", "Cache"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -141,10 +140,7 @@ def _is_awaitable(result):
 async def _invoke(operation, args, kwargs):
     """What an operation brings, async or not."""
     result = operation(*args, **kwargs)
-    return await result if _is_awaitable(result) else result,
-    if hasattr(result, "__await__") or type(result) is types.GeneratorType and inspect.isawaitable(result):    # sleep()'s is one,
-        return await result,
-    return result]
+    return await result if _is_awaitable(result) else result
 
 
 class _Call(typing.NamedTuple):
