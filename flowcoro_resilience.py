@@ -1138,17 +1138,17 @@ class CircuitBreaker(_Breaker):
 
 
 # ---- adaptive breaker -----------------------------------------------------------------------------------------
-# What a dependency turns away costs it too: at some load it does nothing else. So its clients turn away themselves what it would,
-# without asking it. A client knows how many of its requests were accepted lately, and lets through about K times as many as that:
-# those above what is accepted are how it notices that more is. It needs no state but the counts, so nothing opens, closes or is
-# tuned; and a failure or two among many does nothing at all.
+# What a dependency turns away costs it too: at some load it does nothing else. So its clients turn away themselves what it
+# would, without asking it. A client knows how many of its requests were accepted lately, and lets through about K times as many
+# as that: those above what is accepted are how it notices that more is. It needs no state but the counts, so nothing opens or
+# closes, and a failure or two among many does nothing at all.
 #
-# A request is counted when it ends, not when it begins, as go-zero's and Envoy's do: otherwise those that are under way would look
-# as if they were not accepted, and the first burst at a slow dependency would be turned away. What is cancelled or ignored has
-# then added nothing that would have to be found again in the window. The price is that a dependency which does not answer at all is
+# A request is counted when it ends, not when it begins (as in go-zero's, for one): else those that are under way would look as
+# if they were not accepted, and the first burst at a slow dependency would be turned away. What is cancelled or ignored has then
+# added nothing that would have to be found again in the window. The price is that a dependency which does not answer at all is
 # noticed when the calls time out: put a Timeout within.
 
-# Requests below which nothing is rejected: of one or two, none accepted says nothing. go-zero's, whose K and window these are, too.
+# Requests below which nothing is rejected: of one or two, none accepted says nothing. go-zero's; so are k, seconds, buckets.
 ADAPTIVE_MINIMUM_CALLS = 5
 
 ACCEPTED, NOT_ACCEPTED = (1,), (0,)     # what is added to the window
@@ -1222,8 +1222,8 @@ class AdaptiveBreaker(_Breaker):
 
         max(0, (requests - k * accepts) / (requests + 1))
 
-    What is rejected here is a request as well. So a dependency that takes x requests a second, whatever is asked of it, gets k * x:
-    with k=1.5 one that fails for two that do not.
+    What is rejected here is a request as well. So a dependency that takes x requests a second, whatever is asked of it, gets
+    k * x: with k=1.5 one that fails for two that do not.
 
     k=1.5               a smaller one spares the dependency, a greater one finds sooner that it takes more; the book has 2
     seconds=10.0        what is older counts no more; in `buckets` (40) of equal length
@@ -1231,12 +1231,12 @@ class AdaptiveBreaker(_Breaker):
     minimum_calls=5     with fewer requests none is rejected
     clock, random       functions: seconds of a clock, and a number from 0 up to 1
 
-    failures, ignored, failure_result: what comes back says whether it was accepted: as CircuitBreaker's, a failure was not. It counts
-    once it has ended; so what is ignored or cancelled never counts, and if it was the last to go through, the next one may probe.
+    failures, ignored, failure_result: which ends are failures, as CircuitBreaker's: those were not accepted. A call counts once
+    it has ended; so what is ignored or cancelled never counts, and if it was the last to go through, the next one may probe.
     Ways in: as CircuitBreaker's. BreakerOpen has as retry_after the time until a call is forced through.
 
-    Events: "success", "failure", each with `seconds`, "failure" with `error` too (None if it was a result); "ignored" with `error`;
-    "rejected" with `probability`, `retry_after`; "probe", forced through, with `probability`.
+    Events: "success", "failure", each with `seconds`, "failure" with `error` too (None if it was a result); "ignored" with
+    `error`; "rejected" with `probability`, `retry_after`; "probe", forced through, with `probability`.
     """
 
     def __init__(self, *, k=1.5, seconds=10.0, buckets=40, probe_seconds=1.0, minimum_calls=ADAPTIVE_MINIMUM_CALLS,
@@ -1264,8 +1264,9 @@ class AdaptiveBreaker(_Breaker):
         if permit is None:
             if self._listeners:
                 self._tell("rejected", key, probability=probability, retry_after=retry_after)
-            raise BreakerOpen(f"{self.name}: {accepts} of {requests} requests were accepted in the last {circuit.window.seconds:g} s, "
-                              f"so {probability:.0%} are rejected; in {retry_after:.3g} s one may try", self, retry_after)
+            raise BreakerOpen(
+                f"{self.name}: {accepts} of {requests} requests were accepted in the last {circuit.window.seconds:g} s, so "
+                f"{probability:.0%} are rejected; in {retry_after:.3g} s one may try", self, retry_after)
         if forced and self._listeners:
             self._tell("probe", key, probability=probability)
         return permit
@@ -1278,8 +1279,11 @@ class AdaptiveBreaker(_Breaker):
             self._tell_end(key, failed, max(0.0, ended - started), error)
 
     def statistics(self):
-        """{"name", "requests", "accepts": of the last `seconds`, those rejected among the requests; "probability": of a rejection;
-        "rejected", "probes", "ignored": since it was made, how many were rejected, forced through, and ignored}"""
+        """A dict.
+
+        "name"; "requests", "accepts": of the last `seconds`, those rejected among the requests; "probability": of a rejection.
+        Never going back: "rejected", "probes", "ignored": how many, probes being those that were forced through.
+        """
         with self._lock:
             circuit = self._circuit
             circuit.advance(self._now())

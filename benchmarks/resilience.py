@@ -83,7 +83,7 @@ CASES = [
          net.plain_rows("refused", "limiter, refused", (*CHECK, {}))),
     Case("keys", ["flowcoro", "throttled"], """
         A million different keys ask a limiter that has room for 100,000. Memory: what the process has grown by at most (its
-        resident set), divided by 100,000; allocated: what Python says it has at the end, of a tenth of that. The keys are in it.""",
+        resident set), divided by 100,000; allocated: what Python has at the end, of a tenth of all that. The keys are in it.""",
          net.plain_rows("keys", "a million keys, room for 100,000", *MEMORY)),
     Case("keys_all", ["flowcoro", "throttled"], """
         The same with room for all.""",
