@@ -1308,9 +1308,9 @@ class AdaptiveBreaker(_Breaker):
 # Keys are forgotten. One whose time has passed is as good as one that was never seen, so nothing is lost with it. A hand goes
 # round all keys (as in the CLOCK algorithm for pages): for each that is new it looks at one, and at another if that one could
 # go. So all are looked at again and again, at O(1) for each call. Where max_keys are there and none of the next has passed, the
-# one of five that is nearest to that goes early: its bucket is full again too soon, by what it had used. (Redis evicts the best
-# of five too; a heap would cost as much memory as all the rest.) A flood of new keys so evicts its own: who is at his limit is
-# farther from being free than they.
+# one of five that has used least, and so is nearest to it, goes early: it gets that again too soon. (Redis evicts the best of
+# five too; a heap would cost as much memory as all the rest.) A flood of new keys so evicts its own: who is at his limit has
+# used more than they.
 
 # Calls that may wait for one key at a time, each in a task of some 3 KB.
 MAX_WAITING = 1000
@@ -1338,12 +1338,12 @@ class _States:
     def __len__(self):
         return len(self._order)
 
-    def _free_at(self, state):
-        """When it is as good as none."""
+    def _weight(self, state, now):
+        """How many units would be given away with it; 0 or less: none. now: as _add() has it."""
         raise NotImplementedError
 
     def _add(self, key, state, now):
-        """Set the state of a key that has none. now: in what _free_at() counts in."""
+        """Set the state of a key that has none."""
         order = self._order
         if len(order) >= self._max_keys:
             self._make_room(now)
@@ -1353,29 +1353,29 @@ class _States:
         self._tables[hash(key) & self._mask][key] = state
 
     def _look(self, now):
-        """Forget the key at the hand, if that may be: None then. Else it is the last to be looked at again; when it is free."""
+        """Forget the key at the hand, if that may be: None then. Else it is the last to be looked at again; its weight."""
         key = self._order.popleft()
         table = self._tables[hash(key) & self._mask]
-        free_at = self._free_at(table[key])
-        if free_at <= now:
+        weight = self._weight(table[key], now)
+        if weight <= 0:
             del table[key]
             return None
         self._order.append(key)
-        return free_at
+        return weight
 
     def _make_room(self, now):
         """Forget one key, early if need be."""
-        order, nearest, best = self._order, 0, math.inf
+        order, lightest, best = self._order, 0, math.inf
         looks = min(_SAMPLED, len(order))
         for place in range(-looks, 0):              # where they will be in the end
-            free_at = self._look(now)
-            if free_at is None:
+            weight = self._look(now)
+            if weight is None:
                 return
-            if free_at < best and order[-1] not in self._kept:
-                nearest, best = place, free_at
-        if nearest:
-            key = order[nearest]
-            del order[nearest]
+            if weight < best and order[-1] not in self._kept:
+                lightest, best = place, weight
+        if lightest:
+            key = order[lightest]
+            del order[lightest]
             del self._tables[hash(key) & self._mask][key]
             self.evicted += 1
 
@@ -1387,8 +1387,8 @@ class _Gcra(_States):
         super().__init__(max_keys, kept)
         self._speed, self._burst = rate / per, burst
 
-    def _free_at(self, tat):
-        return tat
+    def _weight(self, tat, now):
+        return tat - now
 
     def take(self, key, cost, line, now):
         """The time from which on it may go, after those who wait in `line` (None: nobody). If that is not after now, it has
@@ -1429,8 +1429,8 @@ class _SlidingLog(_States):
         super().__init__(max_keys, kept)
         self._limit, self._per = rate, per
 
-    def _free_at(self, state):
-        return state[-2] + self._per
+    def _weight(self, state, now):
+        return state[0] if state[-2] + self._per > now else 0       # with what has passed since it was last asked
 
     def _state(self, key, now):
         """The state of a key without what is out of the window, or None; and how many units are in it."""
@@ -1441,7 +1441,7 @@ class _SlidingLog(_States):
         while place < end and state[place] + self._per <= now:
             state[0] -= state[place + 1]
             place += 2
-        if place == end:                        # the last entry stays, for _free_at(), and counts nothing
+        if place == end:                        # the last entry stays, for _weight(), and counts nothing
             state[-1], place = 0, end - 2
         if place > 1:
             del state[1:place]
@@ -1483,7 +1483,7 @@ class _SlidingLog(_States):
         state, used = self._state(key, now)
         remaining = self._limit - int(used) - (0 if line is None else line.cost)
         last = self._when(state, used, 0, line, now)            # when the last of those who wait goes
-        full = last + self._per if line is not None else self._free_at(state) if used else now
+        full = last + self._per if line is not None else state[-2] + self._per if used else now
         return max(0, remaining), self._when(state, used, 1, line, now), full
 
 
