@@ -1190,7 +1190,7 @@ class _Throttle:
         if self.free is not None:
             return self.free
         generation = self.generation + 1
-        if chance < self.probability():
+        if self.window.calls > self.k * self.window.totals[0] and chance < self.probability():      # the first half saves 0.1 µs
             if now < self.probe_at:
                 self.window.add(NOT_ACCEPTED, now)
                 self.rejected += 1
@@ -1258,18 +1258,18 @@ class AdaptiveBreaker(_Breaker):
         with self._lock:
             now = self._begin()
             permit = circuit.ask(now, chance)
-            forced = permit is not None and permit == circuit.forced
+            if permit is not None and permit != circuit.forced:
+                return permit
             probability, retry_after = circuit.probability(), circuit.probe_at - now
-            requests, accepts = circuit.window.calls, circuit.window.totals[0]
-        if permit is None:
+            requests, accepts, seconds = circuit.window.calls, circuit.window.totals[0], circuit.window.seconds
+        if permit is not None:
             if self._listeners:
-                self._tell("rejected", key, probability=probability, retry_after=retry_after)
-            raise BreakerOpen(
-                f"{self.name}: {accepts} of {requests} requests were accepted in the last {circuit.window.seconds:g} s, so "
-                f"{probability:.0%} are rejected; in {retry_after:.3g} s one may try", self, retry_after)
-        if forced and self._listeners:
-            self._tell("probe", key, probability=probability)
-        return permit
+                self._tell("probe", key, probability=probability)
+            return permit
+        if self._listeners:
+            self._tell("rejected", key, probability=probability, retry_after=retry_after)
+        raise BreakerOpen(f"{self.name}: {accepts} of {requests} requests were accepted in the last {seconds:g} s, so "
+                          f"{probability:.0%} are rejected; in {retry_after:.3g} s one may try", self, retry_after)
 
     def _record(self, permit, started, failed, key=None, error=None):
         with self._lock:
