@@ -493,8 +493,8 @@ class RetryBudget:
         floor = _number(floor, 0, math.inf, "RetryBudget(floor=", "repetitions a second")
         seconds = _number(seconds, 0, 3600, "RetryBudget(seconds=", "seconds", exclusive=True)
         if floor * seconds < 1 and not ratio:
-            raise ValueError(f"RetryBudget(ratio=0, floor={floor:g}, seconds={seconds:g}) allows nothing: give a ratio, or a floor "
-                             "of 1 / seconds or more; Retry(attempts=1) never repeats")
+            raise ValueError(f"RetryBudget(ratio=0, floor={floor:g}, seconds={seconds:g}) allows nothing: give a ratio, or a "
+                             "floor of 1 / seconds or more; Retry(attempts=1) never repeats")
         self._lock = threading.RLock()
         self._now = _steady(clock, "RetryBudget(clock=")
         self._window = _BudgetWindow(ratio, floor, seconds)
@@ -1462,8 +1462,8 @@ class Cache(Policy):
 
     def statistics(self):
         """{"name", "keys", "max_keys", "under_way": calls; and how often: "hit"; "miss": a call was made; "shared": somebody
-        waited for the call of another; "stale", "stale_if_error": an old value was given; "negative": an error again; "refreshed";
-        "failed": calls; "evicted": keys}"""
+        waited for the call of another; "stale", "stale_if_error": an old value was given; "negative": an error again;
+        "refreshed"; "failed": calls; "evicted": keys}"""
         with self._lock:
             return {"name": self.name, "keys": len(self._entries), "max_keys": self._max_keys, "under_way": len(self._flights),
                     **self._counts}
