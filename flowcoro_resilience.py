@@ -2111,8 +2111,8 @@ JITTERS = ("full", "decorrelated", "none")
 def _steady(read, said):
     """A function that gives what `read()` does as long as that goes forwards, and stands still while it does not (P4).
 
-    It is called under the policy's lock: threads that were late would make it stand still. A closure, which is 50 ns faster than a
-    method.
+    It is called under the policy's lock: threads that were late would make it stand still. A closure, which is 50 ns faster than
+    a method.
     """
     if not callable(read):
         raise TypeError(f"{said}{read!r:.80}): give a function that returns seconds")
@@ -2146,7 +2146,7 @@ class Backoff:
         self.most = _number(most, 0, math.inf, "Backoff(most=", "seconds")
         self.times = _number(times, 1, math.inf, "Backoff(times=", "times as long")
         if not self.first <= self.most < math.inf:
-            raise ValueError(f"Backoff(first={first!r}, most={most!r}): the longest wait is finite, and not shorter than the first")
+            raise ValueError(f"Backoff(first={first!r}, most={most!r}): the longest wait is finite, and no less than the first")
         if jitter not in JITTERS:
             raise ValueError(f"Backoff(jitter={jitter!r:.80}): give one of {', '.join(map(repr, JITTERS))}")
         self.jitter = jitter
@@ -2209,8 +2209,8 @@ class RetryBudget:
         floor = _number(floor, 0, math.inf, "RetryBudget(floor=", "repetitions a second")
         seconds = _number(seconds, 0, 3600, "RetryBudget(seconds=", "seconds", exclusive=True)
         if floor * seconds < 1 and not ratio:
-            raise ValueError(f"RetryBudget(ratio=0, floor={floor:g}, seconds={seconds:g}) allows nothing: give a ratio, or a floor of "
-                             "1 / seconds or more; Retry(attempts=1) never repeats")
+            raise ValueError(f"RetryBudget(ratio=0, floor={floor:g}, seconds={seconds:g}) allows nothing: give a ratio, or a "
+                             "floor of 1 / seconds or more; Retry(attempts=1) never repeats")
         self._lock = threading.RLock()
         self._now = _steady(clock, "RetryBudget(clock=")
         self._window = _BudgetWindow(ratio, floor, seconds)
@@ -2386,8 +2386,8 @@ class Retry(Policy):
         self._total_seconds = math.inf if total_seconds is None else _number(
             total_seconds, 0, math.inf, "Retry(total_seconds=", "seconds", exclusive=True)
         if self._attempt_seconds > self._total_seconds and attempt_seconds is not None:
-            raise ValueError(f"Retry(attempt_seconds={attempt_seconds!r}, total_seconds={total_seconds!r}): no attempt can have more "
-                             "time than all have together")
+            raise ValueError(f"Retry(attempt_seconds={attempt_seconds!r}, total_seconds={total_seconds!r}): no attempt can have "
+                             "more time than all have together")
         self._limit = min(self._attempt_seconds, self._total_seconds)       # seconds that the first attempt has
         self._max_wait = _number(max_wait, 0, math.inf, "Retry(max_wait=", "seconds")
         self._is_error, self._is_ignored = _test(errors, "Retry(errors=", self), _test(ignored, "Retry(ignored=", self)
@@ -2486,8 +2486,8 @@ class Retry(Policy):
             self._gave_up[reason] = self._gave_up.get(reason, 0) + 1
             passed = self._now() - attempts.began
         if earlier is not None and (reason != "final" or attempts.number > 1):
-            why = {"unsafe": "; not made again, as it may have had an effect: Retry(idempotent=True), or an attribute `idempotent` "
-                             "of the operation, says that this does no harm",
+            why = {"unsafe": "; not made again, as it may have had an effect: Retry(idempotent=True), or an attribute "
+                             "`idempotent` of the operation, says that this does no harm",
                    "wait": f"; it asks to wait {_retry_after_of(outcome):g} s, and max_wait={self._max_wait:g}",
                    "deadline": f"; no time is left for more of total_seconds={self._total_seconds:g}",
                    "budget": f"; {self._budget.name!r} is spent"}.get(reason, "")
@@ -2709,8 +2709,6 @@ class Hedge(Policy):
             if race.state == "won":
                 self._measure(race)
                 return race.result
-            if not race.errors:
-                raise flowcoro.TaskCancelled(f"{self.name}: each attempt has cancelled its own task")
             raise self._lose(call, race)
         finally:
             race.errors = race.result = None        # no circles through the tracebacks
@@ -2786,8 +2784,8 @@ class Hedge(Policy):
         return error
 
     def statistics(self):
-        """{"name", "calls", "delay": seconds, math.inf if calls are not hedged now; "hedges": attempts besides the first; "won": by
-        these; "refused": by the budget; "lost": calls of which all attempts failed; "budget": its statistics()}"""
+        """{"name", "calls", "delay": seconds, math.inf if calls are not hedged now; "hedges": attempts besides the first; "won":
+        by these; "refused": by the budget; "lost": calls of which all attempts failed; "budget": its statistics()}"""
         with self._lock:
             numbers = {"name": self.name, "calls": self._calls, "delay": self.delay, "hedges": self._hedges, "won": self._won,
                        "refused": self._refused, "lost": self._lost}
@@ -2977,8 +2975,8 @@ class Cache(Policy):
     itself; RuntimeError if it asks for its own key; TypeError for what cannot be a key. Results are shared: do not change them.
     Only one that nobody gets is let go of (`discard`).
 
-    Events, with the key: "hit", "miss", "shared", "stale", "stale_if_error", "negative", as in statistics(); "refreshed", "failed"
-    {error, refresh: whether it was one}, "evicted".
+    Events, with the key: "hit", "miss", "shared", "stale", "stale_if_error", "negative", as in statistics(); "refreshed",
+    "failed" {error, refresh: whether it was one}, "evicted".
     """
 
     def __init__(self, seconds, *, key=None, stale_seconds=0.0, stale_if_error=0.0, negative_seconds=0.0, errors=Exception,
@@ -2988,8 +2986,8 @@ class Cache(Policy):
                  "negative_seconds": negative_seconds}
         self._rules = _Freshness(*(_number(value, 0, math.inf, f"Cache({what}=", "seconds") for what, value in given.items()))
         if seconds == math.inf and (stale_seconds or stale_if_error):
-            raise ValueError(f"Cache(seconds=inf, stale_seconds={stale_seconds!r}, stale_if_error={stale_if_error!r}): what is kept "
-                             "for ever is never stale")
+            raise ValueError(f"Cache(seconds=inf, stale_seconds={stale_seconds!r}, stale_if_error={stale_if_error!r}): what is "
+                             "kept for ever is never stale")
         if key is not None and not callable(key):
             raise TypeError(f"Cache(key={key!r:.80}): give a function of the operation's arguments, or None")
         self._key_of, self._max_keys = key, _count(max_keys, 1, "Cache(max_keys=", "keys")
@@ -3179,9 +3177,9 @@ class Cache(Policy):
             self._flights.clear()
 
     def statistics(self):
-        """{"name", "keys", "max_keys", "under_way": calls; and how often: "hit"; "miss": a call was made; "shared": somebody waited
-        for the call of another; "stale", "stale_if_error": an old value was given; "negative": an error again; "refreshed";
-        "failed": calls; "evicted": keys}"""
+        """{"name", "keys", "max_keys", "under_way": calls; and how often: "hit"; "miss": a call was made; "shared": somebody
+        waited for the call of another; "stale", "stale_if_error": an old value was given; "negative": an error again;
+        "refreshed"; "failed": calls; "evicted": keys}"""
         with self._lock:
             return {"name": self.name, "keys": len(self._entries), "max_keys": self._max_keys, "under_way": len(self._flights),
                     **self._counts}

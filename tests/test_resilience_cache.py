@@ -345,12 +345,42 @@ async def test_a_refresh_that_fails_is_reported_and_there_is_none_for_a_second(r
         assert await cache.try_execute(operation) == "a1"
         await flowcoro.sleep(0.0625)
     assert operation.calls == 5 and len(reports) == 4           # the first, and after 1, 2 and 3 of 3.1 seconds
+    assert not any(entry.error for entry in cache._entries.values())
     assert "the call of 'Cache' for" in reports[0][0] and str(reports[0][1]) == "a2"
     operation.down = False
     await flowcoro.sleep(1)
     await cache.try_execute(operation)
     await flowcoro.sleep(1)
     assert await cache.try_execute(operation) == "a6"
+
+
+@run_in_kernel
+async def test_a_success_makes_up_for_the_failure_before():
+    cache, operation = Cache(0.25, stale_seconds=100), Asked(0.0)
+    await cache.try_execute(operation)
+    await flowcoro.sleep(200)
+    operation.down = True
+    with pytest.raises(ConnectionError):
+        await cache.try_execute(operation)
+    operation.down = False
+    await cache.try_execute(operation)
+    await flowcoro.sleep(0.25)
+    assert await cache.try_execute(operation) == "a3"
+    await flowcoro.sleep(0)
+    assert operation.calls == 4                 # it is fetched at once
+
+
+@run_in_kernel
+async def test_when_no_task_can_be_made_for_a_call_it_is_not_under_way(monkeypatch):
+    def fail(coro, name):
+        coro.close()
+        raise RuntimeError("the run ends")
+
+    cache, operation = Cache(10), Asked()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the run ends"):
+        patch.setattr(flowcoro, "spawn", fail)
+        await cache.try_execute(operation)
+    assert await cache.try_execute(operation) == "a1"
 
 
 @run_in_kernel
@@ -584,10 +614,11 @@ def test_many_who_ask_get_what_the_model_gives(seed, reports):
 
 
 @pytest.mark.parametrize("made, failed, expected", [
-    (None, None, "miss"), (0.0, None, "hit"), (9.0, None, "hit"), (10.0, None, "stale"), (14.0, None, "stale"), (15.0, None, "miss"),
+    (None, None, "miss"), (0.0, None, "hit"), (9.0, None, "hit"), (10.0, None, "stale"), (14.0, None, "stale"),
+    (15.0, None, "miss"),
     (None, 0.0, "negative"), (None, 2.0, "negative"), (None, 3.0, "miss"),
-    (5.0, 1.0, "hit"), (12.0, 1.0, "stale"), (16.0, 1.0, "stale_if_error"), (29.0, 2.9, "stale_if_error"), (30.0, 1.0, "negative"),
-    (30.0, 3.0, "miss"),
+    (5.0, 1.0, "hit"), (12.0, 1.0, "stale"), (16.0, 1.0, "stale_if_error"), (29.0, 2.9, "stale_if_error"),
+    (30.0, 1.0, "negative"), (30.0, 3.0, "miss"),
 ])
 def test_each_state_of_what_is_kept(made, failed, expected):
     """made, failed: how many seconds ago."""
@@ -628,7 +659,7 @@ async def test_predicates_and_listeners_that_raise_are_reported(reports):
     with pytest.raises(ConnectionError):
         await cache.try_execute(operation)
     assert [message for message, _ in reports] == [
-        "flowcoro_resilience: a listener of 'Cache' failed at 'miss'", "flowcoro_resilience: a listener of 'Cache' failed at 'miss'",
+        *["flowcoro_resilience: a listener of 'Cache' failed at 'miss'"] * 2,
         "flowcoro_resilience: the predicate Cache(errors=…) of 'Cache' failed, which means no",
         "flowcoro_resilience: a listener of 'Cache' failed at 'failed'"]
 
@@ -708,17 +739,24 @@ def test_with_several_workers_one_call_is_made_for_each_key():
 
 
 @run_in_kernel
-async def test_nothing_is_garbage_after_a_call_that_fails():
-    async def fail():
+async def test_nothing_is_garbage_after_a_call_that_fails(monkeypatch):
+    async def fail(*, good=()):
         await flowcoro.sleep(1)
-        raise ConnectionError("down")
+        if not good:
+            raise ConnectionError("down")
 
-    cache = Cache(10)
+    monkeypatch.setattr("sys.unraisablehook", lambda report: None)
+    cache = Cache(1, stale_seconds=1000, key=lambda good=(): "key")
+    await cache.try_execute(fail, good=True)
+    await flowcoro.sleep(5)
     gc.collect()
     gc.disable()
     try:
+        await cache.try_execute(fail)           # a refresh
+        await flowcoro.sleep(5)
+        assert gc.collect() == 0
         try:
-            await cache.try_execute(fail)
+            await Cache(10).try_execute(fail)
         except ConnectionError:
             pass
         assert gc.collect() == 0

@@ -74,8 +74,8 @@ def test_a_percentile_is_that_of_the_last_latencies(seed):
 @pytest.mark.parametrize("state", ["running", "won", "lost"])
 @pytest.mark.parametrize("event", ["success", "failure", "last failure", "fatal"])
 def test_each_event_in_each_state_of_a_race(state, event):
-    race = flowcoro_resilience._Race(2, 10.0)
-    race.state, race.failed = state, event == "last failure"
+    race = flowcoro_resilience._Race(3, 10.0)
+    race.state, race.failed = state, 2 * (event == "last failure")
     race.starts()
     error = KeyError("x")
     ended = race.succeeds(2, 11.0) if event == "success" else race.fails(2, error, event == "fatal")
@@ -84,7 +84,7 @@ def test_each_event_in_each_state_of_a_race(state, event):
     assert ended == (state == "running" and event != "failure")
     assert race.errors == ([(2, error)] if state == "running" and event != "success" else [])
     assert (race.winner, race.ended) == ((2, 11.0) if state == "running" and event == "success" else (None, None))
-    assert not race.may_start()
+    assert race.may_start() == (expected == "running")
 
 
 def test_a_race_that_has_failed_so_far_is_lost_when_no_more_may_start():
@@ -253,8 +253,9 @@ async def test_the_budget_says_how_many_are_hedged():
         assert await hedge.try_execute(Attempts((2.5, "first"), (0.5, "second"))) == expected
     assert heard == ["hedged", "won", "hedged", "won", "refused"]
     assert hedge.statistics()["refused"] == budget.statistics()["refused"] == 1
-    with pytest.raises(OSError):
+    with pytest.raises(OSError) as caught:
         await hedge.try_execute(Attempts((1.5, OSError("and nothing else may begin"))))
+    assert caught.value.__notes__ == ["Hedge: attempt 1 of 1, after 1.5 s"]
 
 
 @run_in_kernel
@@ -279,6 +280,13 @@ async def test_hedging_does_not_change_the_percentile_it_goes_by():
         await hedge.try_execute(Attempts((chance.uniform(0, 1), 1), (chance.uniform(0, 1), 2)))
     assert 0.87 < hedge.delay < 0.93
     assert 150 < hedge.statistics()["hedges"] < 250
+
+
+@run_in_kernel
+async def test_the_time_that_the_loser_takes_to_end_is_no_latency():
+    hedge = Hedge(1.0, percentile=0.5, minimum=1)
+    assert await hedge.try_execute(Attempts((9, "first"), (1, "second"), cleanup=50)) == "second"
+    assert 2 / 1.0906 <= hedge.delay <= 2 * 1.0906
 
 
 @run_in_kernel

@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import random
+import sys
 import threading
 import traceback
 
@@ -42,6 +43,21 @@ class Failing:
             self.raised.append(error)
             raise error
         return number
+
+
+class Scripted:
+    """An operation whose calls bring one after the other what is given: results, or errors to raise."""
+
+    idempotent = True
+
+    def __init__(self, *outcomes):
+        self.outcomes = iter(outcomes)
+
+    async def __call__(self):
+        outcome = next(self.outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
 
 def plain(**settings):
@@ -136,11 +152,15 @@ def test_threads_together_get_no_more_than_the_budget_has():
         barrier.wait()
         granted.append(sum(budget.withdraw() for _ in range(600)))
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    threads, interval = [threading.Thread(target=ask) for _ in range(4)], sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert sum(granted) == 1000 and budget.statistics()["refused"] == 1400
 
 
@@ -164,6 +184,8 @@ async def test_what_is_made_again_is_a_fifth_of_the_calls_while_all_fails():
         with pytest.raises(ConnectionError):
             await policies[number % 2].try_execute(operation)
     assert operation.calls == 1200
+    note = operation.raised[-1].__notes__[0]
+    assert note == "Retry: attempt 2 of 4, after 0.01 s; 'RetryBudget' is spent"
     assert policies[0].statistics()["gave_up"]["budget"] + policies[1].statistics()["gave_up"]["budget"] == 1000
     unlimited = plain(attempts=4, budget=RetryBudget(floor=math.inf), first=0.0)
     for _ in range(1000):
@@ -185,6 +207,7 @@ def test_each_reason_not_to_do_it_again(meant, left, safe, asked, fits):
     reason, delay = attempts.may_repeat(3, Backoff(1.0, 10.0, 2.0, "none"), 5.0, meant, safe, asked, 0.5, now)
     assert reason == expected and delay == (max(2.0, asked) if reason is None else 0.0)
     assert attempts.number == (2 if left else 3) + (reason is None)
+    assert attempts.delay == (2.0 if reason is None else 0.0)       # what was asked for makes no later wait longer
 
 
 # ---- Retry -----------------------------------------------------------------------------------------------------
@@ -209,6 +232,7 @@ async def test_the_last_error_is_raised_itself_with_the_others_below_and_a_note(
     with pytest.raises(ConnectionError, match="attempt 3") as caught:
         await retry.try_execute(operation)
     first, second, third = operation.raised
+    assert retry.budget.statistics()["withdrawn"] == 2
     assert caught.value is third and third.__notes__ == ["ask: attempt 3 of 3, after 3.3 s"]
     _, group = chain(third)
     assert isinstance(group, ExceptionGroup) and group.exceptions == (first, second)
@@ -249,6 +273,9 @@ async def test_an_error_object_that_is_raised_again_and_again_does_not_grow():
     fail.idempotent = fail_otherwise.idempotent = True
     inner, outer = plain(name="inner"), plain(name="outer")
     shared.append(KeyError("shared"))
+    with pytest.raises(ConnectionError) as caught:
+        await plain(errors=KeyError).try_execute(Scripted(shared[0], shared[0], ConnectionError("another")))
+    assert chain(caught.value)[1].exceptions == (shared[0],)
     shared[0].__cause__ = cause
     for _ in range(3):
         numbers = itertools.count()
@@ -337,6 +364,7 @@ async def test_what_it_is_asked_to_wait_it_waits_and_gives_up_at_once_if_that_is
         began = flowcoro.now()
         assert await plain(first=2.0).try_execute(Failing(1, retry_after=odd)) == 2
         assert flowcoro.now() == began + 2.0
+    assert await Retry().try_execute(Failing(1, retry_after=math.nan)) == 2
 
 
 @run_in_kernel
@@ -451,6 +479,35 @@ async def test_a_clock_that_is_faster_than_the_sleep_begins_no_attempt_after_the
                 await plain(total_seconds=50, idempotent=True, result="no good".__eq__, clock=clock).try_execute(operation)
         if expected is ConnectionError:
             assert operation.calls == 1 and caught.value is operation.raised[0]
+
+
+@run_in_kernel
+async def test_when_the_time_is_over_after_a_result_that_was_no_good_that_is_a_timeout():
+    ahead = [0.0]
+
+    def is_bad(result):
+        ahead[0] += 100
+        return True
+
+    def clock():
+        return flowcoro.now() + (ahead[0] if flowcoro.now() > 1.5 else 0.0)     # after the wait of two seconds
+
+    error = ConnectionError("first")
+    with pytest.raises(TimeoutError, match="total_seconds=50 are over, in attempt 3 of 3") as caught:
+        await plain(total_seconds=50, result=is_bad, clock=clock).try_execute(Scripted(error, "no good"))
+    assert chain(caught.value)[1].exceptions == (error,)
+
+
+@run_in_kernel
+async def test_a_result_that_is_slow_to_let_go_of_makes_no_wait_longer():
+    async def discard(result):
+        await flowcoro.sleep(3.5)
+
+    operation = Scripted("no good", "good")
+    operation.discard = discard
+    with pytest.raises(TimeoutError):
+        await plain(first=1.0, total_seconds=4, result="no good".__eq__).try_execute(operation)
+    assert flowcoro.now() == 4.0
 
 
 @run_in_kernel
@@ -640,7 +697,7 @@ def test_with_several_workers_each_call_is_counted():
     (lambda: Retry(0), ValueError, "Retry(attempts=0): give a number of attempts in all, from 1 up"),
     (lambda: Retry(2.5), TypeError, "Retry(attempts=2.5)"),
     (lambda: Retry(first=-1), ValueError, "Backoff(first=-1): give a number of seconds from 0 up"),
-    (lambda: Retry(first=2, most=1), ValueError, "Backoff(first=2, most=1): the longest wait is finite, and not shorter"),
+    (lambda: Retry(first=2, most=1), ValueError, "Backoff(first=2, most=1): the longest wait is finite, and no less"),
     (lambda: Retry(most=math.inf), ValueError, "the longest wait is finite"),
     (lambda: Retry(times=0.5), ValueError, "Backoff(times=0.5): give a number of times as long from 1 up"),
     (lambda: Retry(jitter="some"), ValueError, "Backoff(jitter='some'): give one of 'full', 'decorrelated', 'none'"),
