@@ -8,8 +8,8 @@
 `python -m flowcoro bench resilience` is the same program. It needs Linux; the environment for the peers is that of kernel.py.
 
 What is compared: `resilience_cases/` has one file for each contender, as its own manual would write it. Read them side by side
-before you believe a ratio: they do not do the same. FlowCoro and interlock keep a window, judge rates, and read the clock for slow
-calls; circuitbreaker, pybreaker, aiobreaker and purgatory count failures in a row: where all is well two assignments. The
+before you believe a ratio: they do not do the same. FlowCoro and interlock keep a window, judge rates, and read the clock for
+slow calls; circuitbreaker, pybreaker, aiobreaker and purgatory count failures in a row: where all is well two assignments. The
 peers run on asyncio. pybreaker's call_async() needs Tornado, so it is its context manager that is measured.
 
 How it is measured: everything happens in one thread of one process, and is counted in its processor time, in blocks of a thousand
