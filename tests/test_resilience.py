@@ -39,6 +39,10 @@ async def test_an_operation_may_be_async_or_not_and_gets_its_arguments():
     assert await policy.try_execute(double, 4, more=1) == 9
     assert await policy.try_execute(lambda number: number + 1, 4) == 5
     assert await policy.try_execute(dict, operation=1, self=2) == {"operation": 1, "self": 2}
+    began = flowcoro.now()
+    await policy.try_execute(flowcoro.sleep, 1)                 # a coroutine that is a generator, and has no __await__
+    assert flowcoro.now() - began == 1
+    assert list(await policy.try_execute(lambda: (number for number in range(2)))) == [0, 1]
 
 
 @run_in_kernel
