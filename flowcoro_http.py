@@ -7133,7 +7133,8 @@ def _event_bytes(event):
 # ---- middleware -----------------------------------------------------------------------------------------------
 # Each function gives an `async def middleware(request, call_next)` for app.middleware(). Of those that belong together the
 # outermost is added first: trusted_proxies, request_id, access_log, security_headers, cors, compress, etag, rate_limit,
-# concurrency_limit, timeout, body_limit, sessions, and who is who. What one refuses is an HttpError, so that error handlers and those further out see it.
+# concurrency_limit, timeout, body_limit, sessions, and who is who. What one refuses is an HttpError, so that error handlers
+# and those further out see it.
 #
 # What needs to know a stream to its end stands around it (_Through); a file stays one that the system sends (_FileStream.done).
 

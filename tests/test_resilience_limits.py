@@ -1,4 +1,4 @@
-"""flowcoro_resilience: RateLimiter and ConcurrencyLimiter against naive models, under cancels, strange clocks and several workers.
+"""flowcoro_resilience: RateLimiter and ConcurrencyLimiter against naive models, cancels, strange clocks, several workers.
 
 Times in models are sixteenths of a second, which floats and Fractions both have exactly. FLOWCORO_SEEDS=1000 runs a thousand
 programs per model. A failure names its seed, which repeats it.
@@ -15,7 +15,8 @@ from fractions import Fraction
 import pytest
 
 import flowcoro
-from flowcoro_resilience import (AIMD, ConcurrencyLimiter, Gradient2, LimitExceeded, Pipeline, RateLimited, RateLimiter, RateState)
+from flowcoro_resilience import (AIMD, ConcurrencyLimiter, Gradient2, LimitExceeded, Pipeline, RateLimited, RateLimiter,
+                                 RateState)
 from flowcoro_testing import VirtualClock, run_in_kernel, wait_all_tasks_parked
 
 SEEDS = range(int(os.environ.get("FLOWCORO_SEEDS", 30)))
@@ -162,7 +163,8 @@ def test_a_check_says_what_the_model_says_and_exactly_when_it_will_succeed(chanc
 @each_seed
 def test_whatever_its_digits_a_check_succeeds_after_the_seconds_it_was_told_and_not_before(chance):
     clock = Clock(chance.choice([1.0, 1e5, 1.7e9]) * chance.random())
-    limiter = RateLimiter(10 ** chance.uniform(-3, 4), 10 ** chance.uniform(-2, 4), burst=chance.choice([1, 5, 33.3]), clock=clock)
+    rate, per = 10 ** chance.uniform(-3, 4), 10 ** chance.uniform(-2, 4)
+    limiter = RateLimiter(rate, per, burst=chance.choice([1, 5, 33.3]), clock=clock)
     window = RateLimiter(chance.randint(1, 9), 10 ** chance.uniform(-2, 4), algorithm="sliding_window", clock=clock)
     for _ in range(50):
         for one in (limiter, window):
@@ -288,7 +290,8 @@ class Program:
         self.models, self.calls, self.ends = {key: make() for key in "ab"}, [], {}
         for number, start in enumerate(sorted(chance.sample(range(200), 25))):
             leaves = (start + chance.randint(0, 40)) * STEP + (2 * number + 1) / 1024 if chance.random() < 0.4 else math.inf
-            self.calls.append((start * STEP, chance.choice("aab"), chance.choice(costs), chance.choice([0, 0.5, 2, math.inf]), leaves))
+            wait = chance.choice([0, 0.5, 2, math.inf])
+            self.calls.append((start * STEP, chance.choice("aab"), chance.choice(costs), wait, leaves))
 
     def expected(self):
         ends, queues = {}, {"a": [], "b": []}
@@ -522,8 +525,8 @@ async def test_in_a_pipeline_the_operation_names_its_key():
     (lambda: RateLimiter(1, burst=0.5), ValueError, "RateLimiter(burst=0.5): give a number of units from 1"),
     (lambda: RateLimiter(1, algorithm="leaky"), ValueError, """algorithm='leaky'): "gcra" or "sliding_window\""""),
     (lambda: RateLimiter(1, algorithm="sliding_window", burst=2), ValueError, "leave burst out"),
-    (lambda: RateLimiter(1.5, algorithm="sliding_window"), TypeError, "RateLimiter(rate=1.5): give a number of units of a sliding"),
-    (lambda: RateLimiter(5, algorithm="sliding_window", cost=1.5), TypeError, "RateLimiter(cost=1.5): give a number of units, an"),
+    (lambda: RateLimiter(1.5, algorithm="sliding_window"), TypeError, "RateLimiter(rate=1.5): give a number of units of a"),
+    (lambda: RateLimiter(5, algorithm="sliding_window", cost=1.5), TypeError, "RateLimiter(cost=1.5): give a number of units,"),
     (lambda: RateLimiter(1, key="user"), TypeError, "RateLimiter(key='user'): give a function"),
     (lambda: RateLimiter(1, clock=None), TypeError, "RateLimiter(clock=None): give a function"),
     (lambda: RateLimiter(1, cost=2), ValueError, "RateLimiter(cost=2): more than 1 units can never go at once"),
@@ -727,7 +730,7 @@ async def test_a_rejection_estimates_when_to_ask_again_and_listeners_hear():
     async with flowcoro.TaskGroup() as group:
         group.spawn(limiter.acquire(wait=3))
         await flowcoro.sleep(1)
-        with pytest.raises(LimitExceeded, match="database: 2 run and 1 wait; the limit is 2 at a time, and 1 in the queue") as caught:
+        with pytest.raises(LimitExceeded, match="database: 2 run and 1 wait; the limit is 2 at a time, and 1 in") as caught:
             await limiter.acquire()
         assert caught.value.retry_after == 8 * 2 / 2
         permits[0].release()
@@ -918,7 +921,7 @@ def test_an_adaptive_limiter_whose_clock_goes_back_goes_on_from_where_it_was():
     (lambda: ConcurrencyLimiter(True), TypeError, "ConcurrencyLimiter(True)"),
     (lambda: ConcurrencyLimiter(1, max_waiting=-1), ValueError, "ConcurrencyLimiter(max_waiting=-1)"),
     (lambda: ConcurrencyLimiter(1, wait=1), ValueError, "ConcurrencyLimiter(wait=1, max_waiting=0): nobody may wait"),
-    (lambda: ConcurrencyLimiter(1, max_waiting=1, wait=0), ValueError, "ConcurrencyLimiter(wait=0): give a number of seconds more"),
+    (lambda: ConcurrencyLimiter(1, max_waiting=1, wait=0), ValueError, "ConcurrencyLimiter(wait=0): give a number of seconds"),
     (lambda: ConcurrencyLimiter(1, dropped=KeyError), ValueError, "a fixed limit does not depend on that"),
     (lambda: ConcurrencyLimiter(AIMD(), dropped=5), TypeError, "ConcurrencyLimiter(dropped=5): give an exception type"),
     (lambda: ConcurrencyLimiter(1, clock=5), TypeError, "ConcurrencyLimiter(clock=5): give a function"),
