@@ -631,7 +631,7 @@ class _Outage:
             random=chance)
         breaker.add_listener(self.hear)
         return self.policies.Pipeline(
-            retry(4, budget=budget(floor=1), ignored=self.policies.Rejected, random=chance), breaker)
+            retry(4, budget=budget(floor=1), random=chance), breaker)
 
     def hear(self, event):
         state = {"opened": "OPEN", "half_opened": "HALF_OPEN", "closed": "CLOSED"}.get(event.kind)

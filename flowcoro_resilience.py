@@ -149,7 +149,7 @@ class _Call(typing.NamedTuple):
     key: object
     idempotent: bool
     discard: object             # or None
-    asked: object = None        # (operation, args, kwargs), for policies that look at them; None: not told
+    asked: tuple                # (operation, args, kwargs)
 
     async def drop(self, result, policy):
         """Let go of a result that nobody will get. Its own task is not cancelled meanwhile; an error is reported."""
@@ -162,7 +162,7 @@ class _Call(typing.NamedTuple):
                                           "flowcoro_resilience")
 
 
-def _call_of(operation, asked=None):
+def _call_of(operation, asked):
     return _Call(getattr(operation, "key", None), bool(getattr(operation, "idempotent", False)),
                  getattr(operation, "discard", None), asked)
 
@@ -260,6 +260,29 @@ def _count(value, least, said, unit):
     if value < least:
         raise ValueError(f"{said}{value!r:.80}): give a number of {unit}, from {least} up")
     return value
+
+
+def _steady(read, said):
+    """A function that gives what `read()` does, or what it was given of that, as long as it goes forwards, and stands still while
+    it does not (P4).
+
+    It is called under the policy's lock: threads that were late would make it stand still. A closure, which is 50 ns faster than
+    a method.
+    """
+    if not callable(read):
+        raise TypeError(f"{said}{read!r:.80}): give a function that returns seconds")
+    last, offset = -math.inf, 0.0
+
+    def steady(said=None):
+        nonlocal last, offset
+        now = (read() if said is None else said) + offset
+        if now < last:
+            offset += last - now
+            return last
+        last = now
+        return now
+
+    return steady
 
 
 def _test(what, said, policy, broken=False):
@@ -463,12 +486,9 @@ class _Breaker(Policy):
         self._failures = self._errors(failures, f"{said}failures=", True)
         self._ignored = None if ignored is None else self._errors(ignored, f"{said}ignored=", False)
         self._failure_result = None if failure_result is None else _test(failure_result, f"{said}failure_result=", self)
-        if not callable(clock):
-            raise TypeError(f"{said}clock={clock!r:.80}): give a function that returns seconds")
         if not callable(random):
             raise TypeError(f"{said}random={random!r:.80}): give a function that returns a number from 0 to 1")
-        self._clock, self._random = clock, random
-        self._last, self._offset = -math.inf, 0.0       # P4: what the clock said last, and what is added to it since it went back
+        self._clock, self._now, self._random = clock, _steady(clock, f"{said}clock="), random
         self._given_back = collections.deque()          # permits; taken out by the next decision (BreakerPermit.__del__)
         self._entered = {}                              # (task or thread, depth) -> (started, permit), of `with`
 
@@ -479,14 +499,6 @@ class _Breaker(Policy):
                     raise TypeError(f"{said}{one.__name__}): give types of Exception; what is none, as Cancelled, is never "
                                     "counted")
         return _test(what, said, self, broken)
-
-    def _now(self):
-        now = self._clock() + self._offset
-        if now < self._last:
-            self._offset += self._last - now
-            now = self._last
-        self._last = now
-        return now
 
     def _begin(self):
         """Begin a decision, under the lock, with what was given back before it. Returns now."""
@@ -1073,12 +1085,7 @@ class CircuitBreaker(_Breaker):
         with self._lock:
             ended = self._clock()
             slow = ended - started > self._slow_seconds
-            now = ended + self._offset          # _now(), in line
-            if now < self._last:
-                self._offset += self._last - now
-                now = self._last
-            self._last = now
-            counted = circuit.record(generation, OUTCOMES[failed][slow], now, self._chance)
+            counted = circuit.record(generation, OUTCOMES[failed][slow], self._now(ended), self._chance)
             news = circuit.news
             if news:
                 circuit.news = []
@@ -1273,8 +1280,8 @@ class AdaptiveBreaker(_Breaker):
 
     def _record(self, permit, started, failed, key=None, error=None):
         with self._lock:
-            self._circuit.ended(self._now(), not failed)
-            ended = self._last - self._offset
+            ended = self._clock()
+            self._circuit.ended(self._now(ended), not failed)
         if self._listeners:
             self._tell_end(key, failed, max(0.0, ended - started), error)
 
@@ -1549,9 +1556,7 @@ class RateLimiter(_Timed):
     ints, and each key takes up to 16 · rate bytes.
 
     key: function of the operation's arguments; without it one limit is for all. cost: units of an operation, a number or a
-    function of its arguments. In a Pipeline, whose policies do not see the arguments, the key is the operation's attribute
-    `key`, as for Keyed, and the cost has to be a number. max_keys: how many are remembered; beyond them the ones nearest to
-    being free go. wait: seconds that a call waits at most, in its turn; 0: it is rejected at once. max_waiting: calls that wait
+    function of its arguments. max_keys: how many are remembered; beyond them the ones nearest to being free go. wait: seconds that a call waits at most, in its turn; 0: it is rejected at once. max_waiting: calls that wait
     for one key at a time. clock: function that gives seconds.
 
     check(), acquire_nowait() and state_of() may be called in any thread, and outside of run().
@@ -1747,21 +1752,10 @@ class RateLimiter(_Timed):
         if first:                           # not under the lock: unpark() takes the kernel's guard, which comes before it
             line.lot.unpark(1, (True, 0.0))
 
-    async def try_execute(self, operation, /, *args, **kwargs):
-        """As Policy.try_execute(), after acquire() with the key and the cost of these arguments."""
-        _checked_operation(operation, f"{self.name}.try_execute()")
+    async def _run(self, call, proceed):
+        _, args, kwargs = call.asked
         await self.acquire(None if self._key_of is None else self._key_of(*args, **kwargs),
                            self._cost(*args, **kwargs) if callable(self._cost) else self._cost)
-        return await _invoke(operation, args, kwargs)
-
-    async def _run(self, call, proceed):
-        if callable(self._cost):
-            raise TypeError(f"{self.name}: in a Pipeline its cost= has to be a number, since policies do not see the arguments "
-                            "there; or let it call the pipeline: limiter.try_execute(pipeline.try_execute, operation, …)")
-        if self._key_of is not None and call.key is None:
-            raise TypeError(f"{self.name}: the operation has no key: give it an attribute `key`, since policies of a Pipeline do "
-                            "not see the arguments")
-        await self.acquire(None if self._key_of is None else call.key, self._cost)
         return await proceed()
 
     def statistics(self):
@@ -2108,28 +2102,6 @@ RETRY_AFTER_SPREAD = 0.25
 JITTERS = ("full", "decorrelated", "none")
 
 
-def _steady(read, said):
-    """A function that gives what `read()` does as long as that goes forwards, and stands still while it does not (P4).
-
-    It is called under the policy's lock: threads that were late would make it stand still. A closure, which is 50 ns faster than
-    a method.
-    """
-    if not callable(read):
-        raise TypeError(f"{said}{read!r:.80}): give a function that returns seconds")
-    last, offset = -math.inf, 0.0
-
-    def steady():
-        nonlocal last, offset
-        now = read() + offset
-        if now < last:
-            offset += last - now
-            return last
-        last = now
-        return now
-
-    return steady
-
-
 class Backoff:
     """How long to wait before a thing is done again: longer each time, and by chance.
 
@@ -2234,7 +2206,7 @@ class RetryBudget:
 
     def _enter(self, call):
         """Count a call, unless a policy further out has. Whether it has been counted now, and is to leave."""
-        number = id(call.asked or call)     # what is asked stays the same object on the whole way
+        number = id(call.asked)     # what is asked stays the same object on the whole way
         with self._lock:
             if number in self._counted:
                 return False
@@ -2243,7 +2215,7 @@ class RetryBudget:
             return True
 
     def _leave(self, call):
-        self._counted.discard(id(call.asked or call))       # one step for all threads by itself
+        self._counted.discard(id(call.asked))       # one step for all threads by itself
 
     def statistics(self):
         """{"name", "calls", "repetitions": both lately; "left": how many more could be made now; "withdrawn", "refused": ever}"""
@@ -2361,9 +2333,10 @@ class Retry(Policy):
     after which an attempt is cancelled, which ends it with a TimeoutError. total_seconds: for all attempts and waits; no wait is
     begun after which there would be no time left. budget: a RetryBudget, which any number of policies share; None: one of its
     own, with the defaults. errors: after which it tries again: an exception type, a tuple of them, a predicate, or None; ignored:
-    after which of these not. result: a predicate of results that are no better than an error; the last one is returned.
+    after which of these not: by default a Rejected of a policy within, since those who wait for a breaker would come together
+    when it closes, and limits have a `wait` of their own. result: a predicate of results that are no better than an error; the last one is returned.
     idempotent: True says that every operation may be done twice; else only what has the attribute `idempotent` is, and what
-    cannot have had an effect, because the error says so (`sent` is False, as Rejected has it). max_wait: seconds of a
+    cannot have had an effect, because the error says so (`sent` is False). max_wait: seconds of a
     `retry_after`, which errors and results may have, that it waits at most; if more is asked for, it ends. clock: function that
     says the time; random: function that gives a number from 0 to 1.
 
@@ -2376,7 +2349,7 @@ class Retry(Policy):
     """
 
     def __init__(self, attempts=3, *, first=0.1, most=10.0, times=2.0, jitter="full", attempt_seconds=None, total_seconds=None,
-                 budget=None, errors=Exception, ignored=None, result=None, idempotent=False, max_wait=30.0, clock=flowcoro.now,
+                 budget=None, errors=Exception, ignored=Rejected, result=None, idempotent=False, max_wait=30.0, clock=flowcoro.now,
                  random=random.random, name=None):
         super().__init__(name)
         self._attempts = _count(attempts, 1, "Retry(attempts=", "attempts in all")
@@ -3297,7 +3270,7 @@ class Pipeline(Policy):
         Pipeline(Fallback(…), Timeout(10), Retry(…), CircuitBreaker(…), ConcurrencyLimiter(…), Timeout(2))
 
     Read it from left to right, as a call goes: 10 seconds for all attempts, each of which asks the breaker, waits for a place,
-    and has 2 seconds; the breaker counts what each attempt brings, and Retry sees its rejections. resilience4j wraps its
+    and has 2 seconds; the breaker counts what each attempt brings, and Retry does not go on when it rejects. resilience4j wraps its
     decorators in the same order. A policy may stand in several pipelines, which then share its state: one breaker for each
     dependency.
 

@@ -499,21 +499,12 @@ async def test_a_rate_limits_operations_by_key_and_cost():
 
 
 @run_in_kernel
-async def test_in_a_pipeline_the_operation_names_its_key():
-    limiter = RateLimiter(1, key=lambda: None)
-
-    async def operation():
-        return "done"
-
-    with pytest.raises(TypeError, match="the operation has no key"):
-        await Pipeline(limiter).try_execute(operation)
-    operation.key = "there"
-    assert await Pipeline(limiter).try_execute(operation) == "done"
-    with pytest.raises(RateLimited, match="'there'"):
-        await Pipeline(limiter).try_execute(operation)
-    assert await Pipeline(RateLimiter(1)).try_execute(operation) == "done"
-    with pytest.raises(TypeError, match="in a Pipeline its cost= has to be a number"):
-        await Pipeline(RateLimiter(1, cost=lambda: 1)).try_execute(operation)
+async def test_in_a_pipeline_too_key_and_cost_come_from_the_arguments():
+    policy = Pipeline(RateLimiter(2, key=lambda user, units: user, cost=lambda user, units: units))
+    assert await policy.try_execute(lambda *asked: asked, "ann", 2) == ("ann", 2)
+    assert await policy.try_execute(lambda *asked: asked, "bob", 1) == ("bob", 1)
+    with pytest.raises(RateLimited, match="'bob'"):
+        await policy.try_execute(lambda *asked: asked, "bob", 2)
 
 
 @pytest.mark.parametrize("make, error, message", [

@@ -346,7 +346,15 @@ async def test_what_was_not_sent_is_done_again_whatever_it_is():
         assert operation.calls == calls
     operation = Failing(1, error=Rejected)
     operation.idempotent = False
-    assert await plain().try_execute(operation) == 2
+    assert await plain(ignored=None).try_execute(operation) == 2
+
+
+@run_in_kernel
+async def test_what_a_policy_within_has_rejected_is_not_tried_again_unless_that_is_wanted():
+    operation = Failing(1, error=Rejected, retry_after=0.1)
+    with pytest.raises(Rejected):
+        await plain().try_execute(operation)
+    assert operation.calls == 1
 
 
 @run_in_kernel
