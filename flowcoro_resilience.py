@@ -1497,13 +1497,14 @@ class _SlidingLog(_States):
 class _Line:
     """Those who wait for one key. The first of them sleeps until it may go, the others are parked behind it."""
 
-    __slots__ = ("lot", "costs", "cost", "users")
+    __slots__ = ("lot", "costs", "cost", "users", "led")
 
     def __init__(self):
         self.lot = flowcoro.ParkingLot("wait for a RateLimiter")
         self.costs = collections.OrderedDict()      # place -> cost; a dict takes O(n) to find its first, once many have gone
         self.cost = 0                               # their sum
         self.users = 0                              # calls that hold this line, waiting in it or about to
+        self.led = False                            # whether its first is awake: one at most, or two would overtake each other
 
 
 class RateState(typing.NamedTuple):
@@ -1685,14 +1686,14 @@ class RateLimiter(_Timed):
 
     async def _wait_in_line(self, key, cost, most):
         """0.0 when it has got them, else in how many seconds it would have."""
-        line, place = self._enter(key), object()
+        line, place, first = self._enter(key), object(), False
         try:
             first, seconds = await line.lot.park_unless(functools.partial(self._join, line, place, key, cost, most))
             while first and (seconds := self._go(line, place, key, cost)):
                 await flowcoro.sleep(seconds)
             return seconds
         finally:
-            self._leave(line, place)
+            self._leave(line, place, first)
             self._exit(line, key)
 
     def _enter(self, key):
@@ -1724,7 +1725,10 @@ class RateLimiter(_Timed):
             line.costs[place] = cost
             line.cost += cost
             self._waiting += 1
-            return (True, seconds) if len(line.costs) == 1 else None
+            if line.led:
+                return None
+            line.led = True
+            return True, seconds
 
     @flowcoro.atomic
     def _go(self, line, place, key, cost):
@@ -1736,21 +1740,21 @@ class RateLimiter(_Timed):
                 return self._seconds_until(when, now, raw)
             self._allowed += 1
             self._waited += 1
-        self._leave(line, place)
+        self._leave(line, place, True)
         return 0.0
 
     @flowcoro.atomic
-    def _leave(self, line, place):
-        """If it is still in the line. Who is the first then is woken."""
+    def _leave(self, line, place, first):
+        """If it is still in the line; after the first the next is woken. One that was cancelled while it was parked is no first,
+        though its cost may be the oldest, until it runs and comes here: who was behind it may be awake by then."""
         with self._lock:
-            first = next(iter(line.costs), None) is place
             cost = line.costs.pop(place, None)
             if cost is None:
                 return
             line.cost = line.cost - cost if line.costs else 0
             self._waiting -= 1
         if first:                           # not under the lock: unpark() takes the kernel's guard, which comes before it
-            line.lot.unpark(1, (True, 0.0))
+            line.led = line.lot.unpark(1, (True, 0.0)) > 0
 
     async def _run(self, call, proceed):
         _, args, kwargs = call.asked

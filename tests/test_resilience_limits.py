@@ -393,6 +393,31 @@ async def test_a_cancelled_first_wakes_the_second_who_takes_over_its_time():
     assert times == [(1, 0.5), (2, 0.75)]
 
 
+@pytest.mark.parametrize("cancelled", [(0, 1), (1, 0), (0, 1, 2), (2, 1, 0), (1, 0, 4), (0, 1, 2, 3, 4)])
+@run_in_kernel
+async def test_cancelled_together_they_leave_one_first(cancelled):
+    limiter, went, costs = RateLimiter(1, burst=8, wait=math.inf), [], [5, 1, 8, 1, 1]
+    assert limiter.check(None, 8) == 0
+    began = flowcoro.now()
+
+    async def call(number):
+        await limiter.acquire(None, costs[number])
+        went.append((number, flowcoro.now() - began))
+
+    async with flowcoro.TaskGroup() as group:
+        tasks = []
+        for number in range(5):
+            tasks.append(group.spawn(call(number)))
+            await wait_all_tasks_parked()
+        for number in cancelled:
+            tasks[number].cancel()
+        if len(cancelled) == 5:
+            group.spawn(call(0))            # joins after those who have not left yet
+    left = [0] if len(cancelled) == 5 else [number for number in range(5) if number not in cancelled]
+    assert went == [(number, sum(costs[one] for one in left[:place])) for place, number in enumerate(left, 1)]
+    assert limiter.statistics()["waiting"] == 0 and not limiter._lines
+
+
 @run_in_kernel
 async def test_no_more_wait_than_may():
     limiter = RateLimiter(1, wait=math.inf, max_waiting=2)
