@@ -278,10 +278,10 @@ async def test_hedging_does_not_change_the_percentile_it_goes_by():
     """Who is cancelled because a hedge has won has been slower than the percentile, and is counted so."""
     chance = random.Random(5)
     hedge = Hedge(percentile=0.9, minimum=100, budget=RetryBudget(floor=math.inf))
-    for _ in range(2000):
+    for _ in range(1000):
         await hedge.try_execute(Attempts((chance.uniform(0, 1), 1), (chance.uniform(0, 1), 2)))
     assert 0.87 < hedge.delay < 0.93
-    assert 150 < hedge.statistics()["hedges"] < 250
+    assert 60 < hedge.statistics()["hedges"] < 130
 
 
 @run_in_kernel
