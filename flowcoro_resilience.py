@@ -207,13 +207,15 @@ class Policy:
         raise NotImplementedError
 
     def __call__(self, function):
-        """A decorator of an async function: its calls go through try_execute()."""
+        """A decorator of an async function: its calls go through the policy. What the function says of itself (`idempotent`, …) may
+        also be said of what is decorated, which is the operation: Cache.key_of() is given that."""
         if not inspect.iscoroutinefunction(function):
             raise TypeError(f"@{self.name} decorates async functions, got {function!r:.80}")
 
         @functools.wraps(function)
         async def decorated(*args, **kwargs):
-            return await self.try_execute(function, *args, **kwargs)
+            return await self._run(_call_of(decorated, (decorated, args, kwargs)),
+                                   functools.partial(_invoke, function, args, kwargs))
 
         return decorated
 
@@ -599,7 +601,11 @@ class _Breaker(Policy):
             raise TypeError(f"@{self.name} got {function!r:.80}, a generator function: its call returns before anything is done: "
                             "write `async with` or `with` in it, or take acquire_nowait() and say how it ends")
         if inspect.iscoroutinefunction(function):
-            return super().__call__(function)
+            @functools.wraps(function)
+            async def by_try_execute(*args, **kwargs):          # 0.5 µs less than Policy's
+                return await self.try_execute(function, *args, **kwargs)
+
+            return by_try_execute
 
         @functools.wraps(function)
         def decorated(*args, **kwargs):

@@ -10,7 +10,7 @@ import pytest
 import flowcoro
 from flowcoro_resilience import (AdaptiveBreaker, Cache, CircuitBreaker, ConcurrencyLimiter, Fallback, Hedge, Keyed, Pipeline,
                                  RateLimiter, Rejected, Retry, RetryBudget, Timeout)
-from flowcoro_testing import VirtualClock
+from flowcoro_testing import VirtualClock, run_in_kernel
 from test_net_cancel import at_each_point
 
 SEEDS = range(int(os.environ.get("FLOWCORO_SEEDS", 30)))
@@ -26,8 +26,9 @@ class Stack:
         self.cache, self.adaptive = Cache(0, key=lambda *what: what), AdaptiveBreaker(random=chance)
         self.keyed = Keyed(lambda key: Pipeline(Timeout(50), Fallback("instead", errors=KeyError)), key=lambda *what: what[0])
         self.policy = Pipeline(
-            Fallback("nobody", errors=Rejected), Timeout(60), *[self.cache] * cached, Retry(2, first=seconds, budget=self.budget, random=chance),
-            Hedge(seconds, budget=self.budget), self.breaker, self.adaptive, self.rate, self.limiter, self.keyed)
+            Fallback("nobody", errors=Rejected), Timeout(60), *[self.cache] * cached,
+            Retry(2, first=seconds, budget=self.budget, random=chance), Hedge(seconds, budget=self.budget),
+            self.breaker, self.adaptive, self.rate, self.limiter, self.keyed)
 
     async def half_open(self):
         for _ in range(2):
@@ -111,6 +112,28 @@ def test_whatever_happens_to_many_calls_through_all_policies_nothing_is_left(see
         stack.check_nothing_is_left()
 
     flowcoro.run(main(), clock=VirtualClock(), seed=seed)
+
+
+# ---- decorators ------------------------------------------------------------------------------------------------
+
+@run_in_kernel
+async def test_what_is_decorated_may_say_more_about_itself_afterwards_and_is_what_a_cache_has_a_key_of():
+    cache, calls = Cache(60), []
+
+    @cache
+    @Retry(3, first=0.0)
+    async def ask(what):
+        calls.append(what)
+        if len(calls) < 3:
+            raise OSError
+        return what
+
+    with pytest.raises(OSError):
+        await ask("a")
+    assert calls == ["a"]
+    ask.__wrapped__.idempotent = True               # what Retry made of it
+    assert await ask("a") == await ask("a") == "a" and calls == ["a"] * 3
+    assert cache.invalidate(cache.key_of(ask, "a")) and await ask("a") == "a" and calls == ["a"] * 4
 
 
 # ---- locks -----------------------------------------------------------------------------------------------------
