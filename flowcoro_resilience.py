@@ -207,8 +207,8 @@ class Policy:
         raise NotImplementedError
 
     def __call__(self, function):
-        """A decorator of an async function: its calls go through the policy. What the function says of itself (`idempotent`, …) may
-        also be said of what is decorated, which is the operation: Cache.key_of() is given that."""
+        """A decorator of an async function: its calls go through the policy. What the function says of itself (`idempotent`, …)
+        may also be said of what is decorated, which is the operation: Cache.key_of() is given that."""
         if not inspect.iscoroutinefunction(function):
             raise TypeError(f"@{self.name} decorates async functions, got {function!r:.80}")
 
