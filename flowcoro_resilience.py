@@ -1556,8 +1556,9 @@ class RateLimiter(_Timed):
     ints, and each key takes up to 16 · rate bytes.
 
     key: function of the operation's arguments; without it one limit is for all. cost: units of an operation, a number or a
-    function of its arguments. max_keys: how many are remembered; beyond them the ones nearest to being free go. wait: seconds that a call waits at most, in its turn; 0: it is rejected at once. max_waiting: calls that wait
-    for one key at a time. clock: function that gives seconds.
+    function of its arguments. max_keys: how many are remembered; beyond them the ones nearest to being free go. wait: seconds
+    that a call waits at most, in its turn; 0: it is rejected at once. max_waiting: calls that wait for one key at a time.
+    clock: function that gives seconds.
 
     check(), acquire_nowait() and state_of() may be called in any thread, and outside of run().
 
@@ -2330,15 +2331,15 @@ class Retry(Policy):
         Retry(attempts=3, idempotent=True, attempt_seconds=2.0, total_seconds=10.0)
 
     attempts: at most, in all. first, most, times, jitter: how long it waits in between, as Backoff has them. attempt_seconds:
-    after which an attempt is cancelled, which ends it with a TimeoutError. total_seconds: for all attempts and waits; no wait is
-    begun after which there would be no time left. budget: a RetryBudget, which any number of policies share; None: one of its
-    own, with the defaults. errors: after which it tries again: an exception type, a tuple of them, a predicate, or None; ignored:
-    after which of these not: by default a Rejected of a policy within, since those who wait for a breaker would come together
-    when it closes, and limits have a `wait` of their own. result: a predicate of results that are no better than an error; the last one is returned.
-    idempotent: True says that every operation may be done twice; else only what has the attribute `idempotent` is, and what
-    cannot have had an effect, because the error says so (`sent` is False). max_wait: seconds of a
-    `retry_after`, which errors and results may have, that it waits at most; if more is asked for, it ends. clock: function that
-    says the time; random: function that gives a number from 0 to 1.
+    after which an attempt is cancelled, which ends it with a TimeoutError. total_seconds: for all attempts and waits; no wait
+    is begun after which there would be no time left. budget: a RetryBudget, which any number of policies share; None: one of
+    its own, with the defaults. errors: after which it tries again: an exception type, a tuple of them, a predicate, or None;
+    ignored: after which of these not: by default a Rejected of a policy within, since those who wait for a breaker would come
+    together when it closes, and limits have a `wait` of their own. result: a predicate of results that are no better than an
+    error; the last one is returned. idempotent: True says that every operation may be done twice; else only what has the
+    attribute `idempotent` is, and what cannot have had an effect, because the error says so (`sent` is False). max_wait:
+    seconds of a `retry_after`, which errors and results may have, that it waits at most; if more is asked for, it ends.
+    clock: function that says the time; random: function that gives a number from 0 to 1.
 
     Raises the last error itself, with a note which attempt it was, and those of the attempts before below it. Cancelled: ends at
     once, in an attempt as while waiting; nothing is left. Results of attempts that are made again are let go of (`discard`).
@@ -2349,8 +2350,8 @@ class Retry(Policy):
     """
 
     def __init__(self, attempts=3, *, first=0.1, most=10.0, times=2.0, jitter="full", attempt_seconds=None, total_seconds=None,
-                 budget=None, errors=Exception, ignored=Rejected, result=None, idempotent=False, max_wait=30.0, clock=flowcoro.now,
-                 random=random.random, name=None):
+                 budget=None, errors=Exception, ignored=Rejected, result=None, idempotent=False, max_wait=30.0,
+                 clock=flowcoro.now, random=random.random, name=None):
         super().__init__(name)
         self._attempts = _count(attempts, 1, "Retry(attempts=", "attempts in all")
         self._backoff = Backoff(first, most, times, jitter)
@@ -3269,10 +3270,10 @@ class Pipeline(Policy):
 
         Pipeline(Fallback(…), Timeout(10), Retry(…), CircuitBreaker(…), ConcurrencyLimiter(…), Timeout(2))
 
-    Read it from left to right, as a call goes: 10 seconds for all attempts, each of which asks the breaker, waits for a place,
-    and has 2 seconds; the breaker counts what each attempt brings, and Retry does not go on when it rejects. resilience4j wraps its
-    decorators in the same order. A policy may stand in several pipelines, which then share its state: one breaker for each
-    dependency.
+    Read it from left to right, as a call goes: 10 seconds for all attempts, each of which asks the breaker, waits for a
+    place, and has 2 seconds; the breaker counts what each attempt brings, and Retry does not go on when it rejects.
+    resilience4j wraps its decorators in the same order. A policy may stand in several pipelines, which then share its state:
+    one breaker for each dependency.
 
     Events: those of its policies.
     """
