@@ -993,7 +993,7 @@ class ConcurrencyLimiter(_Timed):
     """At most `limit` operations at a time; max_waiting others wait in turn for up to `wait` seconds (1 by default).
 
     limit: an int, or an algorithm that finds it: AIMD() or Gradient2(), or what has their `limit` and record(), one for each
-    limiter. dropped: which ends of an operation tell an adaptive limit that it was too much: an exception type, a tuple of them,
+    limiter; record() is called within an atomic step, and must not block. dropped: which ends of an operation tell an adaptive limit that it was too much: an exception type, a tuple of them,
     or a predicate of error or result; by default TimeoutError. Other errors, and cancelled calls, tell it nothing: so a Timeout
     belongs within the limiter. clock: function that gives seconds.
 
