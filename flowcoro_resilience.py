@@ -993,9 +993,10 @@ class ConcurrencyLimiter(_Timed):
     """At most `limit` operations at a time; max_waiting others wait in turn for up to `wait` seconds (1 by default).
 
     limit: an int, or an algorithm that finds it: AIMD() or Gradient2(), or what has their `limit` and record(), one for each
-    limiter; record() is called within an atomic step, and must not block. dropped: which ends of an operation tell an adaptive limit
-    that it was too much: an exception type, a tuple of them, or a predicate of error or result; by default TimeoutError. Other
-    errors, and cancelled calls, tell it nothing: so a Timeout belongs within the limiter. clock: function that gives seconds.
+    limiter; record() is called within an atomic step, and must not block. dropped: which ends of an operation tell an adaptive
+    limit that it was too much: an exception type, a tuple of them, or a predicate of error or result; by default TimeoutError.
+    Other errors, and cancelled calls, tell it nothing: so a Timeout belongs within the limiter. clock: function that gives
+    seconds.
 
     Besides try_execute() there are `async with limiter:`, and acquire(), whose permit has release(). LimitExceeded names as
     `retry_after` an estimate: how long places are held on the mean, for those who wait and this one, by the limit; None as long
