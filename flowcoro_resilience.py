@@ -1908,9 +1908,10 @@ class ConcurrencyLimiter(_Timed):
     """At most `limit` operations at a time; max_waiting others wait in turn for up to `wait` seconds (1 by default).
 
     limit: an int, or an algorithm that finds it: AIMD() or Gradient2(), or what has their `limit` and record(), one for each
-    limiter. dropped: which ends of an operation tell an adaptive limit that it was too much: an exception type, a tuple of them,
-    or a predicate of error or result; by default TimeoutError. Other errors, and cancelled calls, tell it nothing: so a Timeout
-    belongs within the limiter. clock: function that gives seconds.
+    limiter; record() is called within an atomic step, and must not block. dropped: which ends of an operation tell an adaptive
+    limit that it was too much: an exception type, a tuple of them, or a predicate of error or result; by default TimeoutError.
+    Other errors, and cancelled calls, tell it nothing: so a Timeout belongs within the limiter. clock: function that gives
+    seconds.
 
     Besides try_execute() there are `async with limiter:`, and acquire(), whose permit has release(). LimitExceeded names as
     `retry_after` an estimate: how long places are held on the mean, for those who wait and this one, by the limit; None as long
@@ -1985,7 +1986,7 @@ class ConcurrencyLimiter(_Timed):
         permit = self._take()
         if permit is not None:
             return permit
-        if not most or len(self._lot) >= self._max_waiting:
+        if not most or len(self._lot) >= self._max_waiting:     # the latter is asked again below; here it costs no park
             raise self._rejection(0.0)
         began = flowcoro.now()
         with flowcoro.move_on_after(most):
