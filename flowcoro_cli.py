@@ -22,7 +22,7 @@ Example:
         assert (copies / "flowcoro.py").exists() and (copies / "__init__.py").exists()
         assert flowcoro_cli.main(["vendor", "--check", str(copies)]) == 0
 
-Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the ten scenes ·
+Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the eleven scenes ·
 demo · vendor · bench · get · rpc · serve · the command line.
 
 How it works:

@@ -1572,8 +1572,8 @@ class RateLimiter(_Timed):
 
     key: function of the operation's arguments; without it one limit is for all. cost: units of an operation, a number or a
     function of its arguments. max_keys: how many are remembered; beyond them the ones nearest to being free go. wait: seconds
-    that a call waits at most, in its turn; 0: it is rejected at once. max_waiting: calls that wait for one key at a time. clock:
-    function that gives seconds.
+    that a call waits at most, in its turn; 0: it is rejected at once. max_waiting: calls that wait for one key at a time.
+    clock: function that gives seconds.
 
     check(), acquire_nowait() and state_of() may be called in any thread, and outside of run(). Those that wait are tasks of one
     run at a time.
@@ -1927,10 +1927,10 @@ class ConcurrencyLimiter(_Timed):
     """At most `limit` operations at a time, a bulkhead; max_waiting others wait in turn for up to `wait` seconds (1 by default).
 
     limit: an int, or an algorithm that finds it: AIMD() or Gradient2(), or what has their `limit` and record(), one for each
-    limiter. dropped: which ends of an operation tell an adaptive limit that it was too much: an exception type, a tuple of them,
-    or a predicate of error or result; by default TimeoutError. Other errors, and cancelled calls, tell it nothing: so a Timeout
-    belongs within the limiter. clock: function that gives seconds. It belongs to the tasks of one run at a time, as a Semaphore
-    does: threads beside them have no place here. An algorithm's record() is called within a decision: it waits for nothing.
+    limiter; record() is called within an atomic step, and must not block. dropped: which ends of an operation tell an adaptive
+    limit that it was too much: an exception type, a tuple of them, or a predicate of error or result; by default TimeoutError.
+    Other errors, and cancelled calls, tell it nothing: so a Timeout belongs within the limiter. clock: function that gives
+    seconds. It belongs to the tasks of one run at a time, as a Semaphore does: threads beside them have no place here.
 
     Besides try_execute() there are `async with limiter:`, and acquire(), whose permit has release(). LimitExceeded names as
     `retry_after` an estimate: how long places are held on the mean, for those who wait and this one, by the limit; None as long
@@ -2005,7 +2005,7 @@ class ConcurrencyLimiter(_Timed):
         permit = self._take()
         if permit is not None:
             return permit
-        if not most or len(self._lot) >= self._max_waiting:
+        if not most or len(self._lot) >= self._max_waiting:     # the latter is asked again below; here it costs no park
             raise self._rejection(0.0)
         began = flowcoro.now()
         with flowcoro.move_on_after(most):
@@ -2350,15 +2350,15 @@ class Retry(Policy):
         Retry(attempts=3, idempotent=True, attempt_seconds=2.0, total_seconds=10.0)
 
     attempts: at most, in all. first, most, times, jitter: how long it waits in between, as Backoff has them. attempt_seconds:
-    after which an attempt is cancelled, which ends it with a TimeoutError. total_seconds: for all attempts and waits; no wait is
-    begun after which there would be no time left. budget: a RetryBudget, which any number of policies share; None: one of its
-    own, with the defaults. errors: after which it tries again: an exception type, a tuple of them, a predicate, or None; ignored:
-    after which of these not: by default a Rejected of a policy within, since those who wait for a breaker would come together
-    when it closes, and limits have a `wait` of their own. result: a predicate of results that are no better than an error; the
-    last one is returned. idempotent: True says that every operation may be done twice; else only what has the attribute
-    `idempotent` is, and what cannot have had an effect, because the error says so (`sent` is False). max_wait: seconds of a
-    `retry_after`, which errors and results may have, that it waits at most; if more is asked for, it ends. clock: function that
-    says the time; random: function that gives a number from 0 to 1.
+    after which an attempt is cancelled, which ends it with a TimeoutError. total_seconds: for all attempts and waits; no wait
+    is begun after which there would be no time left. budget: a RetryBudget, which any number of policies share; None: one of
+    its own, with the defaults. errors: after which it tries again: an exception type, a tuple of them, a predicate, or None;
+    ignored: after which of these not: by default a Rejected of a policy within, since those who wait for a breaker would come
+    together when it closes, and limits have a `wait` of their own. result: a predicate of results that are no better than an
+    error; the last one is returned. idempotent: True says that every operation may be done twice; else only what has the
+    attribute `idempotent` is, and what cannot have had an effect, because the error says so (`sent` is False). max_wait:
+    seconds of a `retry_after`, which errors and results may have, that it waits at most; if more is asked for, it ends.
+    clock: function that says the time; random: function that gives a number from 0 to 1.
 
     Raises the last error itself, with a note which attempt it was, and those of the attempts before below it. Cancelled: ends at
     once, in an attempt as while waiting; nothing is left. Results of attempts that are made again are let go of (`discard`).
@@ -3289,10 +3289,10 @@ class Pipeline(Policy):
 
         Pipeline(Fallback(…), Timeout(10), Retry(…), CircuitBreaker(…), ConcurrencyLimiter(…), Timeout(2))
 
-    Read it from left to right, as a call goes: 10 seconds for all attempts, each of which asks the breaker, waits for a place,
-    and has 2 seconds; the breaker counts what each attempt brings, and Retry does not go on when it rejects. resilience4j wraps
-    its decorators in the same order. A policy may stand in several pipelines, which then share its state: one breaker for each
-    dependency.
+    Read it from left to right, as a call goes: 10 seconds for all attempts, each of which asks the breaker, waits for a
+    place, and has 2 seconds; the breaker counts what each attempt brings, and Retry does not go on when it rejects.
+    resilience4j wraps its decorators in the same order. A policy may stand in several pipelines, which then share its state:
+    one breaker for each dependency.
 
     Events: those of its policies.
     """

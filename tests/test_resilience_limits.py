@@ -16,6 +16,7 @@ import pytest
 import flowcoro
 from flowcoro_resilience import (AIMD, ConcurrencyLimiter, Gradient2, LimitExceeded, Pipeline, RateLimited, RateLimiter,
                                  RateState)
+from flowcoro_resilience import _FULL, _Gcra
 from flowcoro_testing import VirtualClock, run_in_kernel, wait_all_tasks_parked
 from test_net_cancel import cancelled_at
 
@@ -157,6 +158,17 @@ def test_whatever_its_digits_a_check_succeeds_after_the_seconds_it_was_told_and_
                 clock.now = told
                 assert one.check() == 0
             clock.now += chance.choice([0, 0, 10 ** chance.uniform(-6, 2)])
+
+
+def test_the_time_that_is_told_is_the_first_at_which_it_holds():
+    chance = random.Random(5)
+    for _ in range(500):
+        rate, room = chance.choice([3, 7, 100 / 60, 1e5]), chance.choice([0, 2, 32.3])
+        states, tat = _Gcra(rate, 1, 100, 10, ()), room + 10 ** chance.uniform(0, 6)
+        when = states._when(tat, room)
+        assert when * rate + room >= tat
+        when -= 3 * math.ulp(max(when, room / rate))
+        assert when * rate + room < tat
 
 
 def test_a_full_bucket_lets_its_burst_go_at_any_time():
@@ -412,6 +424,24 @@ async def test_no_more_wait_than_may():
         await limiter.acquire("b")
         with pytest.raises(RateLimited, match=r"RateLimiter: 1 in 1 s for 'b' are used up; 1 more may go in 1 s"):
             limiter.acquire_nowait("b")
+    assert limiter.statistics()["rejected"] == 2 and limiter.statistics()["allowed"] == 4
+
+
+@run_in_kernel
+async def test_what_another_worker_does_between_the_look_and_the_place_in_the_line_is_seen():
+    limiter = RateLimiter(1, wait=math.inf, max_waiting=2)
+    async with flowcoro.TaskGroup() as group:
+        limiter.check("a")
+        group.spawn(limiter.acquire("a"))
+        await wait_all_tasks_parked()
+        line = limiter._lines["a"]
+        assert limiter._join(line, object(), "a", 1, 1.0) == (False, 2.0)
+        group.spawn(limiter.acquire("a"))
+        await wait_all_tasks_parked()
+        assert limiter._join(line, object(), "a", 1, math.inf) == (False, 3.0)
+        await flowcoro.sleep(5)
+        assert limiter._join(line, object(), "a", 1, 0.0) == (False, 0.0)
+    assert limiter.statistics()["rejected"] == 2 and limiter.statistics()["allowed"] == 4
 
 
 @run_in_kernel
@@ -623,7 +653,9 @@ def test_places_are_given_in_turn_as_the_model_says(chance):
     assert bulkhead.ends == expected
     found = bulkhead.limiter.statistics()
     assert found["running"] == found["waiting"] == 0 and found["limit"] == bulkhead.limit
-    assert found["rejected"] == sum(end == "exceeded" for _, end in expected.values())
+    exceeded = [when for when, end in expected.items() if end[1] == "exceeded"]
+    assert found["rejected"] == len(exceeded)
+    assert found["timed_out"] == sum(expected[number][0] > bulkhead.calls[number][0] for number in exceeded)
 
 
 @run_in_kernel
@@ -731,6 +763,11 @@ async def test_a_rejection_estimates_when_to_ask_again_and_listeners_hear():
         assert caught.value.retry_after == 8 * 2 / 2
         permits[0].release()
     assert heard[2] == ("waited", {"seconds": 1.0})
+    async with flowcoro.TaskGroup() as group:
+        waits = group.spawn(limiter.acquire())
+        await wait_all_tasks_parked()
+        assert limiter._join() is _FULL             # as when a task of another worker was faster
+        waits.cancel()
     with pytest.raises(LimitExceeded, match="; no place was free for 4 s"):
         await limiter.acquire()
     held = 8 + (1 - 8) / 8
@@ -871,6 +908,16 @@ async def test_an_adaptive_limit_hears_of_results_and_drops_and_not_of_errors_an
         permit.release("dropped")
     assert algorithm.told == [(1, 1, False), (2, 1, True), (0.5, 1, True), (4, 2, True), (4, 1, False)]
     assert limiter.statistics()["running"] == 0
+    algorithm.told.clear()
+
+    async def nested(begins, ends):
+        await flowcoro.sleep_until(began + begins)
+        async with limiter:
+            await flowcoro.sleep_until(began + ends)
+
+    began = flowcoro.now()
+    await flowcoro.when_all(nested(0, 3), nested(1, 2))
+    assert algorithm.told == [(1, 2, False), (3, 1, False)]
     picky = ConcurrencyLimiter(algorithm, dropped=lambda end: end == "busy")
     algorithm.told.clear()
     assert await picky.try_execute(lambda: "busy") == "busy" and await picky.try_execute(lambda: "well") == "well"
