@@ -496,8 +496,11 @@ class _Breaker(Policy):
 
     def __init__(self, name, said, failures, ignored, failure_result, clock, random):
         super().__init__(name)
-        self._failures = self._errors(failures, f"{said}failures=", True)
-        self._ignored = None if ignored is None else self._errors(ignored, f"{said}ignored=", False)
+        # Of an ExceptionGroup's errors one is enough for a failure, and all are needed to ignore it: what TaskGroup raises is one,
+        # also where a single task has failed, and would be none of the types.
+        self._failures = self._errors(failures, f"{said}failures=", True, lambda group: group.subgroup(failures) is not None)
+        self._ignored = None if ignored is None else self._errors(
+            ignored, f"{said}ignored=", False, lambda group: group.split(ignored)[1] is None)
         self._failure_result = None if failure_result is None else _test(failure_result, f"{said}failure_result=", self)
         self._clock = _checked_function(clock, f"{said}clock=", "a function that returns seconds")
         self._random = _checked_function(random, f"{said}random=", "a function that returns a number from 0 to 1")
@@ -505,13 +508,16 @@ class _Breaker(Policy):
         self._given_back = collections.deque()          # permits; taken out by the next decision (BreakerPermit.__del__)
         self._entered = {}                              # (task or thread, depth) -> (started, permit), of `with`
 
-    def _errors(self, what, said, broken):
+    def _errors(self, what, said, broken, of_group):
         if what is not None:
             for one in what if isinstance(what, tuple) else (what,):
                 if isinstance(one, type) and not issubclass(one, Exception):
                     raise TypeError(f"{said}{one.__name__}): give types of Exception; what is none, as Cancelled, is never "
                                     "counted")
-        return _test(what, said, self, broken)
+        test = _test(what, said, self, broken)
+        if not isinstance(what, (type, tuple)):
+            return test
+        return lambda error: isinstance(error, what) or isinstance(error, ExceptionGroup) and of_group(error)
 
     def _now(self):
         now = self._clock() + self._offset
@@ -997,7 +1003,8 @@ class CircuitBreaker(_Breaker):
 
     What counts is what comes back: a result (a success, if failure_result(result) does not say otherwise), or an Exception: a
     failure if it is one of `failures`, neither if it is one of `ignored`, else a success. Each is a type, several, or a
-    predicate. By default a Rejected from within is ignored: nothing was called. Cancelled, and whatever else is no Exception,
+    predicate; an ExceptionGroup is of a type in `failures` if one of its errors is, of one in `ignored` if all are. By
+    default a Rejected from within is ignored: nothing was called. Cancelled, and whatever else is no Exception,
     is not counted, and gives the permit back: so a timeout has to stand *inside* the breaker, as in
     Pipeline(CircuitBreaker(), Timeout(2)); one that stands outside cancels the call, and the breaker learns nothing. A
     predicate that raises means no, but for `failures`, where it means yes: an error that nobody has understood is one.

@@ -16,7 +16,7 @@ import pytest
 
 import flowcoro
 from flowcoro_resilience import (
-    TRANSITIONS, BreakerOpen, CircuitBreaker, CountWindow, Keyed, Pipeline, Rejected)
+    TRANSITIONS, AdaptiveBreaker, BreakerOpen, CircuitBreaker, CountWindow, Keyed, Pipeline, Rejected)
 from flowcoro_testing import explore, run_in_kernel
 from test_net_cancel import cancelled_at
 
@@ -570,6 +570,25 @@ async def test_errors_are_failures_or_ignored_or_else_successes_by_type_or_predi
             await breaker.try_execute(raises, error)
     numbers = breaker.statistics()
     assert (numbers["calls"], numbers["failures"], numbers["ignored"]) == (3, 2, 1)
+
+
+@run_in_kernel
+async def test_the_errors_of_a_group_count_as_if_they_had_come_alone():
+    async def in_tasks(*errors):
+        async with flowcoro.TaskGroup() as group:
+            for error in errors:
+                group.spawn(fail(error))
+
+    for breaker in CircuitBreaker(failures=(OSError,), ignored=KeyError), AdaptiveBreaker(failures=OSError, ignored=(KeyError,)):
+        for errors in (OSError,), (ValueError, OSError), (OSError, KeyError), (KeyError,), (KeyError, KeyError), (ValueError,):
+            with pytest.raises(ExceptionGroup):
+                await breaker.try_execute(in_tasks, *errors)
+        numbers = breaker.statistics()
+        assert numbers["ignored"] == 2
+        if "failures" in numbers:
+            assert (numbers["calls"], numbers["failures"]) == (4, 3)
+        else:
+            assert (numbers["requests"], numbers["accepts"]) == (4, 1)
 
 
 @run_in_kernel
