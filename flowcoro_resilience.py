@@ -137,12 +137,6 @@ def _is_awaitable(result):
         result.__class__ is types.GeneratorType and result.gi_code.co_flags & inspect.CO_ITERABLE_COROUTINE != 0)
 
 
-async def _invoke(operation, args, kwargs):
-    """What an operation brings, async or not."""
-    result = operation(*args, **kwargs)
-    return await result if _is_awaitable(result) else result
-
-
 class _Call(typing.NamedTuple):
     """What the policies of one call are told of it."""
 
@@ -173,6 +167,26 @@ def _is_generator_function(function):
         function = function.func
     flags = getattr(getattr(function, "__code__", None), "co_flags", 0)
     return bool(flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR)) and not flags & inspect.CO_ITERABLE_COROUTINE
+
+
+async def _invoke(operation, args, kwargs):
+    """What an operation brings, async or not."""
+    result = operation(*args, **kwargs)
+    if _is_awaitable(result):
+        return await result
+    if result.__class__ in GENERATORS:
+        _refuse_generator(operation)
+    return result
+
+
+GENERATORS = frozenset([types.GeneratorType, types.AsyncGeneratorType])
+
+
+def _refuse_generator(operation):
+    """TypeError if it is a generator function, and not one that has a generator for a result."""
+    if _is_generator_function(operation):
+        raise TypeError(f"a policy got {operation!r:.80}, a generator function: its call returns before anything is done: give a "
+                        "function that runs through what it yields")
 
 
 def _checked_function(function, said, what):
@@ -209,8 +223,9 @@ class Policy:
     async def try_execute(self, operation, /, *args, **kwargs):
         """What operation(*args, **kwargs) brings; it may be async or not.
 
-        Raises what it raises, Rejected if the policy does not let it run, and TypeError for a coroutine object. Cancelled: the
-        operation is, and what the policy has given it is taken back.
+        Raises what it raises, Rejected if the policy does not let it run, and TypeError for a coroutine object, and for generator
+        functions, which have done nothing when they return. Cancelled: the operation is, and what the policy has given it is taken
+        back.
         """
         _checked_operation(operation, f"{self.name}.try_execute()")
         asked = (operation, args, kwargs)
@@ -594,6 +609,8 @@ class _Breaker(Policy):
             result = operation(*args, **kwargs)
             if result.__class__ is types.CoroutineType or _is_awaitable(result):
                 result = await result
+            elif result.__class__ in GENERATORS:
+                _refuse_generator(operation)
             failed = self._failure_result is not None and self._failure_result(result)
         except BaseException as error:
             self._raised(generation, started, error, getattr(operation, "key", None))

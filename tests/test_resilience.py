@@ -67,6 +67,18 @@ async def test_a_coroutine_object_is_refused_and_closed():
 
 
 @run_in_kernel
+async def test_generator_functions_are_refused_since_they_have_done_nothing_when_they_return():
+    async def pages(number):
+        yield number
+
+    for policy in Pass(), CircuitBreaker(), Pipeline(CircuitBreaker()), AdaptiveBreaker():
+        for operation in pages, one_by_one, functools.partial(pages, 1):
+            with pytest.raises(TypeError, match="a generator function: its call returns before anything is done"):
+                await policy.try_execute(operation, *[1] * (operation in (pages, one_by_one)))
+        assert [page async for page in await policy.try_execute(lambda: pages(1))] == [1]       # a result like others
+
+
+@run_in_kernel
 async def test_a_policy_is_a_decorator_of_async_functions():
     policy = Pass()
 
