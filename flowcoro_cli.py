@@ -22,7 +22,7 @@ Example:
         assert (copies / "flowcoro.py").exists() and (copies / "__init__.py").exists()
         assert flowcoro_cli.main(["vendor", "--check", str(copies)]) == 0
 
-Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the ten scenes ·
+Contents: tables of commands and scenes · errors · helpers of all commands · Screen · the eleven scenes ·
 demo · vendor · bench · get · rpc · serve · the command line.
 
 How it works:
@@ -631,7 +631,7 @@ class _Outage:
             random=chance)
         breaker.add_listener(self.hear)
         return self.policies.Pipeline(
-            retry(4, budget=budget(floor=1), ignored=self.policies.Rejected, random=chance), breaker)
+            retry(4, budget=budget(floor=1), random=chance), breaker)
 
     def hear(self, event):
         state = {"opened": "OPEN", "half_opened": "HALF_OPEN", "closed": "CLOSED"}.get(event.kind)

@@ -129,10 +129,11 @@ __all__ = ["HttpServer", "HttpListener", "Request", "Response", "Fields", "FormF
            "negotiate_encoding", "negotiate_language", "http_date", "parse_http_date", "entity_tag", "safe_filename",
            "content_disposition", "parse_links", "cache_control", "TrustedProxies", "Forwarding", "Signer", "SignatureError",
            "send_file", "static_files", "ServerSentEvent", "event_stream", "last_event_id", "access_log", "cors",
-           "compress", "etag", "security_headers", "body_limit", "timeout", "trusted_proxies", "request_id", "basic_auth",
-           "bearer_auth", "sessions", "wsgi_app", "asgi_app", "HttpClient", "ClientRequest", "ClientResponse", "Timeouts",
-           "Retries", "Auth", "BasicAuth", "BearerAuth", "DigestAuth", "EventStream", "RequestError", "ConnectError",
-           "ProxyError", "TransferError", "RequestTimeout", "ResponseError", "RedirectError", "StatusError"]
+           "compress", "etag", "security_headers", "body_limit", "timeout", "rate_limit", "concurrency_limit",
+           "trusted_proxies", "request_id", "basic_auth", "bearer_auth", "sessions", "wsgi_app", "asgi_app", "HttpClient",
+           "ClientRequest", "ClientResponse", "Timeouts", "Retries", "Auth", "BasicAuth", "BearerAuth", "DigestAuth",
+           "EventStream", "RequestError", "ConnectError", "ProxyError", "TransferError", "RequestTimeout", "ResponseError",
+           "RedirectError", "StatusError"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -7131,8 +7132,9 @@ def _event_bytes(event):
 
 # ---- middleware -----------------------------------------------------------------------------------------------
 # Each function gives an `async def middleware(request, call_next)` for app.middleware(). Of those that belong together the
-# outermost is added first: trusted_proxies, request_id, access_log, security_headers, cors, compress, etag, timeout, body_limit,
-# sessions, and who is who. What one refuses is an HttpError, so that error handlers and those further out see it.
+# outermost is added first: trusted_proxies, request_id, access_log, security_headers, cors, compress, etag, rate_limit,
+# concurrency_limit, timeout, body_limit, sessions, and who is who. What one refuses is an HttpError, so that error handlers
+# and those further out see it.
 #
 # What needs to know a stream to its end stands around it (_Through); a file stays one that the system sends (_FileStream.done).
 
@@ -7519,6 +7521,118 @@ def timeout(seconds, *, status=503):
             request._deadlines = (*request._deadlines, scope)
             return await call_next(request)
         raise HttpError(status, f"there was no answer within {seconds:g} s")
+    return middleware
+
+
+@functools.lru_cache(1024)                      # 10 µs for an address of IPv6
+def _client_network(address):
+    """What an address is counted as: one of IPv6 by its /64, since a client has all of that."""
+    try:
+        parsed = ipaddress.IPv6Address(address)
+    except ValueError:                              # of IPv4, or "unknown"
+        return address
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return f"{ipaddress.IPv6Address(int(parsed) >> 64 << 64)}/64"
+
+
+def _client_key(request):
+    client = request.client
+    return _client_network(client[0]) if isinstance(client, tuple) else "unix"
+
+
+async def _acquired(limiter, *arguments):
+    """(what acquire() gives, None), or (None, the error of a limiter that has none to give)."""
+    try:
+        return await limiter.acquire(*arguments), None
+    except flowcoro.FlowCoroError as error:
+        if not hasattr(error, "retry_after"):
+            raise
+        return None, error
+
+
+def _check_limiter(limiter, given_to, *names):
+    if missing := [name for name in names if not hasattr(limiter, name)]:
+        raise TypeError(f"{given_to}({limiter!r:.80}): it has no {missing[0]}; give a limiter that has {', '.join(names)}")
+
+
+def _whole_seconds(seconds):
+    """For Retry-After: rounded up, and 1 at least, so that nobody asks again at once."""
+    return max(1, math.ceil(seconds or 0))
+
+
+def rate_limit(limiter, *, key=_client_key, cost=1, name="default"):
+    """Let so many requests through as a limiter allows; the others are answered 429, with Retry-After.
+
+    limiter: a RateLimiter of flowcoro_resilience, or what has its `await acquire(key, cost)` (an error with `retry_after`:
+    seconds, if it must not be), state_of(key) (with `remaining` and `reset`: seconds until all is there again) and numbers
+    `rate`, `per` and `burst`. If the limiter lets calls wait, requests do. key: function of a request: who it is counted for, by
+    default request.client, an address of IPv6 by its /64 (behind proxies add trusted_proxies() first); None: it is not counted.
+    cost: units that a request takes, a number or a function of it; more than `burst` can never be, and is answered 429 without
+    Retry-After. name: of the limit, for clients who have several.
+
+    Each answer says what is left, in RateLimit-Policy and RateLimit (draft-ietf-httpapi-ratelimit-headers-10), and also in
+    RateLimit-Limit, -Remaining and -Reset of its revisions up to 06, which is what most clients read; of several limits that
+    have passed it on, these say what the one with least left does. Units are whole, rounded down; seconds too, rounded up.
+    """
+    _check_limiter(limiter, "rate_limit", "acquire", "state_of", "rate", "per", "burst")
+    if not (isinstance(name, str) and name and name.isascii() and name.isprintable()):
+        raise ValueError(f"rate_limit(name={name!r:.80}): give printable ASCII, which a header field can have")
+    quota, quoted = int(limiter.burst), _quote(name)
+    policy = f"{quoted};q={quota};w={_whole_seconds(limiter.burst * limiter.per / limiter.rate)}"
+    refused = f"more than {limiter.rate:g} in {limiter.per:g} s, which is the limit {quoted}"
+
+    def fields(state, wait):
+        left, reset = int(state.remaining), wait or math.ceil(state.reset)
+        return [("RateLimit-Policy", policy), ("RateLimit", f"{quoted};r={left};t={reset}")], [
+            ("RateLimit-Limit", str(quota)), ("RateLimit-Remaining", str(left)), ("RateLimit-Reset", str(reset))]
+
+    async def middleware(request, call_next):
+        whose, units = key(request), cost(request) if callable(cost) else cost
+        if whose is None:
+            return await call_next(request)
+        if units > limiter.burst:
+            raise HttpError(429, f"this asks for {units:g} at once: {refused}, and {quota} is the most it ever lets through")
+        _, error = await _acquired(limiter, whose, units)
+        if error is not None:
+            wait = _whole_seconds(error.retry_after)
+            current, older = fields(limiter.state_of(whose), wait)
+            raise HttpError(429, f"{refused}: ask again in {wait} s", [*current, *older, ("Retry-After", str(wait))])
+        current, older = fields(limiter.state_of(whose), None)
+        response = await call_next(request)
+        headers = response.headers
+        for field in current:
+            headers.add(*field)
+        before = headers.get("ratelimit-remaining")
+        if before is None or not _is_digits(before) or int(before) >= int(older[1][1]):
+            for field in older:
+                headers.set(*field)
+        return response
+    return middleware
+
+
+def concurrency_limit(limiter):
+    """Let so many requests be handled at a time as a limiter allows; the others are answered 503, with Retry-After.
+
+    limiter: a ConcurrencyLimiter of flowcoro_resilience, or what has its `await acquire()` (an error with `retry_after`, seconds
+    or None, if there is no place), which gives something with release(outcome): "done"; "dropped" after a 503 or 504;
+    "ignored" if the request was cancelled. It counts until there is a Response, or a WebSocket's handler has ended; what a
+    stream sends later does not count. timeout() belongs within, so that an adaptive limiter hears of it.
+    """
+    _check_limiter(limiter, "concurrency_limit", "acquire")
+
+    async def middleware(request, call_next):
+        permit, error = await _acquired(limiter)
+        if error is not None:
+            raise HttpError(503, "too many requests are under way: ask again later",
+                            [("Retry-After", str(_whole_seconds(error.retry_after)))])
+        outcome = "ignored"
+        try:
+            response = await call_next(request)
+            outcome = "dropped" if response.status in (503, 504) else "done"
+            return response
+        finally:
+            permit.release(outcome)
     return middleware
 
 

@@ -143,7 +143,7 @@ class _Call(typing.NamedTuple):
     key: object
     idempotent: bool
     discard: object             # or None
-    asked: object = None        # (operation, args, kwargs), for policies that look at them; None: not told
+    asked: tuple                # (operation, args, kwargs)
 
     async def drop(self, result, policy):
         """Let go of a result that nobody will get. Its own task is not cancelled meanwhile; an error is reported."""
@@ -156,7 +156,7 @@ class _Call(typing.NamedTuple):
                                           "flowcoro_resilience")
 
 
-def _call_of(operation, asked=None):
+def _call_of(operation, asked):
     return _Call(getattr(operation, "key", None), bool(getattr(operation, "idempotent", False)),
                  getattr(operation, "discard", None), asked)
 
@@ -224,8 +224,8 @@ class Policy:
         """What operation(*args, **kwargs) brings; it may be async or not.
 
         Raises what it raises, Rejected if the policy does not let it run, and TypeError for a coroutine object, and for generator
-        functions, which have done nothing when they return. Cancelled: the operation is, and what the policy has given it is taken
-        back.
+        functions, which have done nothing when they return. Cancelled: the operation is, and what the policy has given it is
+        taken back.
         """
         _checked_operation(operation, f"{self.name}.try_execute()")
         asked = (operation, args, kwargs)
@@ -312,6 +312,29 @@ def _count(value, least, said, unit, most=math.inf):
         limit = "up" if most == math.inf else f"to {most:,}"
         raise ValueError(f"{said}{value!r:.80}): give a number of {unit}, from {least} {limit}")
     return value
+
+
+def _steady(read, said):
+    """A function that gives what `read()` does, or what it was given of that, as long as it goes forwards, and stands still while
+    it does not (P4).
+
+    It is called under the policy's lock: threads that were late would make it stand still. A closure, which is 50 ns faster than
+    a method.
+    """
+    _checked_function(read, said, "a function that returns seconds")
+    last, offset = -math.inf, 0.0
+
+    def steady(said=None):
+        nonlocal last, offset
+        now = (read() if said is None else said) + offset
+        if not now >= last:
+            if now > -math.inf:             # else it says that, or nan, from which nothing comes back
+                offset += last - now
+            return last
+        last = now
+        return now
+
+    return steady
 
 
 def _test(what, said, policy, broken=False):
@@ -511,15 +534,14 @@ class _Breaker(Policy):
 
     def __init__(self, name, said, failures, ignored, failure_result, clock, random):
         super().__init__(name)
-        # Of an ExceptionGroup's errors one is enough for a failure, and all are needed to ignore it: what TaskGroup raises is one,
-        # also where a single task has failed, and would be none of the types.
+        # Of an ExceptionGroup's errors one is enough for a failure, and all are needed to ignore it: what TaskGroup raises is
+        # one, also where a single task has failed, and would be none of the types.
         self._failures = self._errors(failures, f"{said}failures=", True, lambda group: group.subgroup(failures) is not None)
         self._ignored = None if ignored is None else self._errors(
             ignored, f"{said}ignored=", False, lambda group: group.split(ignored)[1] is None)
         self._failure_result = None if failure_result is None else _test(failure_result, f"{said}failure_result=", self)
-        self._clock = _checked_function(clock, f"{said}clock=", "a function that returns seconds")
+        self._clock, self._now = clock, _steady(clock, f"{said}clock=")
         self._random = _checked_function(random, f"{said}random=", "a function that returns a number from 0 to 1")
-        self._last, self._offset = -math.inf, 0.0       # P4: what the clock said last, and what is added to it since it went back
         self._given_back = collections.deque()          # permits; taken out by the next decision (BreakerPermit.__del__)
         self._entered = {}                              # (task or thread, depth) -> (started, permit), of `with`
 
@@ -533,15 +555,6 @@ class _Breaker(Policy):
         if not isinstance(what, (type, tuple)):
             return test
         return lambda error: isinstance(error, what) or isinstance(error, ExceptionGroup) and of_group(error)
-
-    def _now(self):
-        now = self._clock() + self._offset
-        if not now >= self._last:
-            if now > -math.inf:         # else the clock says that, or nan
-                self._offset += self._last - now
-            now = self._last
-        self._last = now
-        return now
 
     def _begin(self):
         """Begin a decision, under the lock, with what was given back before it. Returns now."""
@@ -1131,13 +1144,7 @@ class CircuitBreaker(_Breaker):
             except BaseException:               # of the clock
                 self._give_back(generation)
                 raise
-            now = ended + self._offset          # _now(), in line
-            if not now >= self._last:
-                if now > -math.inf:
-                    self._offset += self._last - now
-                now = self._last
-            self._last = now
-            counted = circuit.record(generation, OUTCOMES[failed][slow], now, self._chance)
+            counted = circuit.record(generation, OUTCOMES[failed][slow], self._now(ended), self._chance)
             news = circuit.news
             if news:
                 circuit.news = []
@@ -1197,17 +1204,17 @@ class CircuitBreaker(_Breaker):
 
 
 # ---- adaptive breaker -----------------------------------------------------------------------------------------
-# What a dependency turns away costs it too: at some load it does nothing else. So its clients turn away themselves what it would,
-# without asking it. A client knows how many of its requests were accepted lately, and lets through about K times as many as that:
-# those above what is accepted are how it notices that more is. It needs no state but the counts, so nothing opens, closes or is
-# tuned; and a failure or two among many does nothing at all.
+# What a dependency turns away costs it too: at some load it does nothing else. So its clients turn away themselves what it
+# would, without asking it. A client knows how many of its requests were accepted lately, and lets through about K times as many
+# as that: those above what is accepted are how it notices that more is. It needs no state but the counts, so nothing opens or
+# closes, and a failure or two among many does nothing at all.
 #
-# A request is counted when it ends, not when it begins, as go-zero's and Envoy's do: otherwise those that are under way would look
-# as if they were not accepted, and the first burst at a slow dependency would be turned away. What is cancelled or ignored has
-# then added nothing that would have to be found again in the window. The price is that a dependency which does not answer at all is
+# A request is counted when it ends, not when it begins (as in go-zero's, for one): else those that are under way would look as
+# if they were not accepted, and the first burst at a slow dependency would be turned away. What is cancelled or ignored has then
+# added nothing that would have to be found again in the window. The price is that a dependency which does not answer at all is
 # noticed when the calls time out: put a Timeout within.
 
-# Requests below which nothing is rejected: of one or two, none accepted says nothing. go-zero's, whose K and window these are, too.
+# Requests below which nothing is rejected: of one or two, none accepted says nothing. go-zero's; so are k, seconds, buckets.
 ADAPTIVE_MINIMUM_CALLS = 5
 
 ACCEPTED, NOT_ACCEPTED = (1,), (0,)     # what is added to the window
@@ -1249,7 +1256,7 @@ class _Throttle:
         if self.free is not None:
             return self.free
         generation = self.generation + 1
-        if chance < self.probability():
+        if self.window.calls > self.k * self.window.totals[0] and chance < self.probability():      # the first half saves 0.1 µs
             if now < self.probe_at:
                 self.window.add(NOT_ACCEPTED, now)
                 self.rejected += 1
@@ -1281,8 +1288,8 @@ class AdaptiveBreaker(_Breaker):
 
         max(0, (requests - k * accepts) / (requests + 1))
 
-    What is rejected here is a request as well. So a dependency that takes x requests a second, whatever is asked of it, gets k * x:
-    with k=1.5 one that fails for two that do not.
+    What is rejected here is a request as well. So a dependency that takes x requests a second, whatever is asked of it, gets
+    k * x: with k=1.5 one that fails for two that do not.
 
     k=1.5               a smaller one spares the dependency, a greater one finds sooner that it takes more; the book has 2
     seconds=10.0        what is older counts no more; in `buckets` (40) of equal length
@@ -1290,12 +1297,12 @@ class AdaptiveBreaker(_Breaker):
     minimum_calls=5     with fewer requests none is rejected
     clock, random       functions: seconds of a clock, and a number from 0 up to 1
 
-    failures, ignored, failure_result: what comes back says whether it was accepted: as CircuitBreaker's, a failure was not. It counts
-    once it has ended; so what is ignored or cancelled never counts, and if it was the last to go through, the next one may probe.
+    failures, ignored, failure_result: which ends are failures, as CircuitBreaker's: those were not accepted. A call counts once
+    it has ended; so what is ignored or cancelled never counts, and if it was the last to go through, the next one may probe.
     Ways in: as CircuitBreaker's. BreakerOpen has as retry_after the time until a call is forced through.
 
-    Events: "success", "failure", each with `seconds`, "failure" with `error` too (None if it was a result); "ignored" with `error`;
-    "rejected" with `probability`, `retry_after`; "probe", forced through, with `probability`.
+    Events: "success", "failure", each with `seconds`, "failure" with `error` too (None if it was a result); "ignored" with
+    `error`; "rejected" with `probability`, `retry_after`; "probe", forced through, with `probability`.
     """
 
     def __init__(self, *, k=1.5, seconds=10.0, buckets=40, probe_seconds=1.0, minimum_calls=ADAPTIVE_MINIMUM_CALLS,
@@ -1317,37 +1324,41 @@ class AdaptiveBreaker(_Breaker):
         with self._lock:
             now = self._begin()
             permit = circuit.ask(now, chance)
-            forced = permit is not None and permit == circuit.forced
+            if permit is not None and permit != circuit.forced:
+                return permit
             probability, retry_after = circuit.probability(), circuit.probe_at - now
-            requests, accepts = circuit.window.calls, circuit.window.totals[0]
-        if permit is None:
+            requests, accepts, seconds = circuit.window.calls, circuit.window.totals[0], circuit.window.seconds
+        if permit is not None:
             if self._listeners:
-                self._tell("rejected", key, probability=probability, retry_after=retry_after)
-            raise BreakerOpen(f"{self.name}: {accepts} of {requests} requests were accepted in the last {circuit.window.seconds:g} s, "
-                              f"so {probability:.0%} are rejected; in {retry_after:.3g} s one may try", self, retry_after)
-        if forced and self._listeners:
-            try:
-                self._tell("probe", key, probability=probability)
-            except BaseException:               # of a listener that is interrupted
-                self._give_back(permit)
-                raise
-        return permit
+                try:
+                    self._tell("probe", key, probability=probability)
+                except BaseException:           # of a listener that is interrupted
+                    self._give_back(permit)
+                    raise
+            return permit
+        if self._listeners:
+            self._tell("rejected", key, probability=probability, retry_after=retry_after)
+        raise BreakerOpen(f"{self.name}: {accepts} of {requests} requests were accepted in the last {seconds:g} s, so "
+                          f"{probability:.0%} are rejected; in {retry_after:.3g} s one may try", self, retry_after)
 
     def _record(self, permit, started, failed, key=None, error=None):
         with self._lock:
             try:
-                now = self._now()
+                ended = self._clock()
+                now = self._now(ended)
             except BaseException:               # of the clock
                 self._give_back(permit)
                 raise
             self._circuit.ended(now, not failed)
-            ended = now - self._offset
         if self._listeners:
             self._tell_end(key, failed, max(0.0, ended - started), error)
 
     def statistics(self):
-        """{"name", "requests", "accepts": of the last `seconds`, those rejected among the requests; "probability": of a rejection;
-        "rejected", "probes", "ignored": since it was made, how many were rejected, forced through, and ignored}"""
+        """A dict.
+
+        "name"; "requests", "accepts": of the last `seconds`, those rejected among the requests; "probability": of a rejection.
+        Never going back: "rejected", "probes", "ignored": how many, probes being those that were forced through.
+        """
         with self._lock:
             circuit = self._circuit
             circuit.advance(self._now())
@@ -1372,9 +1383,9 @@ class AdaptiveBreaker(_Breaker):
 # Keys are forgotten. One whose time has passed is as good as one that was never seen, so nothing is lost with it. A hand goes
 # round all keys (as in the CLOCK algorithm for pages): for each that is new it looks at one, and at another if that one could
 # go. So all are looked at again and again, at O(1) for each call. Where max_keys are there and none of the next has passed, the
-# one of five that is nearest to that goes early: its bucket is full again too soon, by what it had used. (Redis evicts the best
-# of five too; a heap would cost as much memory as all the rest.) A flood of new keys so evicts its own: who is at his limit is
-# farther from being free than they.
+# one of five that has used least, and so is nearest to it, goes early: it gets that again too soon. (Redis evicts the best of
+# five too; a heap would cost as much memory as all the rest.) A flood of new keys so evicts its own: who is at his limit has
+# used more than they.
 
 # Calls that may wait for one key at a time, each in a task of some 3 KB.
 MAX_WAITING = 1000
@@ -1402,12 +1413,12 @@ class _States:
     def __len__(self):
         return len(self._order)
 
-    def _free_at(self, state):
-        """When it is as good as none."""
+    def _weight(self, state, now):
+        """How many units would be given away with it; 0 or less: none. now: as _add() has it."""
         raise NotImplementedError
 
     def _add(self, key, state, now):
-        """Set the state of a key that has none. now: in what _free_at() counts in."""
+        """Set the state of a key that has none."""
         order = self._order
         if len(order) >= self._max_keys:
             self._make_room(now)
@@ -1417,29 +1428,29 @@ class _States:
         self._tables[hash(key) & self._mask][key] = state
 
     def _look(self, now):
-        """Forget the key at the hand, if that may be: None then. Else it is the last to be looked at again; when it is free."""
+        """Forget the key at the hand, if that may be: None then. Else it is the last to be looked at again; its weight."""
         key = self._order.popleft()
         table = self._tables[hash(key) & self._mask]
-        free_at = self._free_at(table[key])
-        if free_at <= now:
+        weight = self._weight(table[key], now)
+        if weight <= 0:
             del table[key]
             return None
         self._order.append(key)
-        return free_at
+        return weight
 
     def _make_room(self, now):
         """Forget one key, early if need be."""
-        order, nearest, best = self._order, 0, math.inf
+        order, lightest, best = self._order, 0, math.inf
         looks = min(_SAMPLED, len(order))
         for place in range(-looks, 0):              # where they will be in the end
-            free_at = self._look(now)
-            if free_at is None:
+            weight = self._look(now)
+            if weight is None:
                 return
-            if free_at < best and order[-1] not in self._kept:
-                nearest, best = place, free_at
-        if nearest:
-            key = order[nearest]
-            del order[nearest]
+            if weight < best and order[-1] not in self._kept:
+                lightest, best = place, weight
+        if lightest:
+            key = order[lightest]
+            del order[lightest]
             del self._tables[hash(key) & self._mask][key]
             self.evicted += 1
 
@@ -1451,8 +1462,8 @@ class _Gcra(_States):
         super().__init__(max_keys, kept)
         self._speed, self._burst = rate / per, burst
 
-    def _free_at(self, tat):
-        return tat
+    def _weight(self, tat, now):
+        return tat - now
 
     def take(self, key, cost, line, now):
         """The time from which on it may go, after those who wait in `line` (None: nobody). If that is not after now, it has
@@ -1493,8 +1504,8 @@ class _SlidingLog(_States):
         super().__init__(max_keys, kept)
         self._limit, self._per = rate, per
 
-    def _free_at(self, state):
-        return state[-2] + self._per
+    def _weight(self, state, now):
+        return state[0] if state[-2] + self._per > now else 0       # with what has passed since it was last asked
 
     def _state(self, key, now):
         """The state of a key without what is out of the window, or None; and how many units are in it."""
@@ -1505,7 +1516,7 @@ class _SlidingLog(_States):
         while place < end and state[place] + self._per <= now:
             state[0] -= state[place + 1]
             place += 2
-        if place == end:                        # the last entry stays, for _free_at(), and counts nothing
+        if place == end:                        # the last entry stays, for _weight(), and counts nothing
             state[-1], place = 0, end - 2
         if place > 1:
             del state[1:place]
@@ -1547,7 +1558,7 @@ class _SlidingLog(_States):
         state, used = self._state(key, now)
         remaining = self._limit - int(used) - (0 if line is None else line.cost)
         last = self._when(state, used, 0, line, now)            # when the last of those who wait goes
-        full = last + self._per if line is not None else self._free_at(state) if used else now
+        full = last + self._per if line is not None else state[-2] + self._per if used else now
         return max(0, remaining), self._when(state, used, 1, line, now), full
 
 
@@ -1613,10 +1624,9 @@ class RateLimiter(_Timed):
     ints, and each key takes up to 16 · rate bytes.
 
     key: function of the operation's arguments; without it one limit is for all. cost: units of an operation, a number or a
-    function of its arguments. In a Pipeline, whose policies do not see the arguments, the key is the operation's attribute
-    `key`, as for Keyed, and the cost has to be a number. max_keys: how many are remembered; beyond them the ones nearest to
-    being free go. wait: seconds that a call waits at most, in its turn; 0: it is rejected at once. max_waiting: calls that wait
-    for one key at a time. clock: function that gives seconds.
+    function of its arguments. max_keys: how many are remembered; beyond them the ones nearest to being free go. wait: seconds
+    that a call waits at most, in its turn; 0: it is rejected at once. max_waiting: calls that wait for one key at a time.
+    clock: function that gives seconds.
 
     check(), acquire_nowait() and state_of() may be called in any thread, and outside of run().
 
@@ -1811,21 +1821,10 @@ class RateLimiter(_Timed):
         if first:                           # not under the lock: unpark() takes the kernel's guard, which comes before it
             line.lot.unpark(1, (True, 0.0))
 
-    async def try_execute(self, operation, /, *args, **kwargs):
-        """As Policy.try_execute(), after acquire() with the key and the cost of these arguments."""
-        _checked_operation(operation, f"{self.name}.try_execute()")
+    async def _run(self, call, proceed):
+        _, args, kwargs = call.asked
         await self.acquire(None if self._key_of is None else self._key_of(*args, **kwargs),
                            self._cost(*args, **kwargs) if callable(self._cost) else self._cost)
-        return await _invoke(operation, args, kwargs)
-
-    async def _run(self, call, proceed):
-        if callable(self._cost):
-            raise TypeError(f"{self.name}: in a Pipeline its cost= has to be a number, since policies do not see the arguments "
-                            "there; or let it call the pipeline: limiter.try_execute(pipeline.try_execute, operation, …)")
-        if self._key_of is not None and call.key is None:
-            raise TypeError(f"{self.name}: the operation has no key: give it an attribute `key`, since policies of a Pipeline do "
-                            "not see the arguments")
-        await self.acquire(None if self._key_of is None else call.key, self._cost)
         return await proceed()
 
     def statistics(self):
@@ -1977,9 +1976,10 @@ class ConcurrencyLimiter(_Timed):
     """At most `limit` operations at a time; max_waiting others wait in turn for up to `wait` seconds (1 by default).
 
     limit: an int, or an algorithm that finds it: AIMD() or Gradient2(), or what has their `limit` and record(), one for each
-    limiter. dropped: which ends of an operation tell an adaptive limit that it was too much: an exception type, a tuple of them,
-    or a predicate of error or result; by default TimeoutError. Other errors, and cancelled calls, tell it nothing: so a Timeout
-    belongs within the limiter. clock: function that gives seconds.
+    limiter; record() is called within an atomic step, and must not block. dropped: which ends of an operation tell an adaptive
+    limit that it was too much: an exception type, a tuple of them, or a predicate of error or result; by default TimeoutError.
+    Other errors, and cancelled calls, tell it nothing: so a Timeout belongs within the limiter. clock: function that gives
+    seconds.
 
     Besides try_execute() there are `async with limiter:`, and acquire(), whose permit has release(). LimitExceeded names as
     `retry_after` an estimate: how long places are held on the mean, for those who wait and this one, by the limit; None as long
@@ -1994,8 +1994,8 @@ class ConcurrencyLimiter(_Timed):
         if not isinstance(limit, int) and callable(getattr(limit, "record", None)):
             self._algorithm, limit = limit, limit.limit
         elif dropped is not None:
-            raise ValueError(f"{self.name}({limit!r:.80}, dropped={dropped!r:.80}): a fixed limit does not depend on that; leave it "
-                             "out, or give AIMD() or Gradient2()")
+            raise ValueError(f"{self.name}({limit!r:.80}, dropped={dropped!r:.80}): a fixed limit does not depend on that; leave "
+                             "it out, or give AIMD() or Gradient2()")
         self._limit = _count(limit, 1, f"{self.name}(", "calls at a time")
         self._max_waiting = _count(max_waiting, 0, f"{self.name}(max_waiting=", "calls")
         if wait is not None and not max_waiting:
@@ -2054,7 +2054,7 @@ class ConcurrencyLimiter(_Timed):
         permit = self._take()
         if permit is not None:
             return permit
-        if not most or len(self._lot) >= self._max_waiting:
+        if not most or len(self._lot) >= self._max_waiting:     # the latter is asked again below; here it costs no park
             raise self._rejection(0.0)
         began = flowcoro.now()
         with flowcoro.move_on_after(most):
@@ -2140,7 +2140,7 @@ class ConcurrencyLimiter(_Timed):
 
     @flowcoro.atomic
     def _left(self, task):
-        """(a permit, whether it is the task's own). It may have none: an async generator is closed by another task than its own."""
+        """(a permit, whether it is the task's own). It may have none: another task may close an async generator."""
         own = task in self._entered
         task = task if own else next(iter(self._entered))
         permit = self._entered[task].pop()
@@ -2172,28 +2172,6 @@ RETRY_AFTER_SPREAD = 0.25
 JITTERS = ("full", "decorrelated", "none")
 
 
-def _steady(read, said):
-    """A function that gives what `read()` does as long as that goes forwards, and stands still while it does not (P4).
-
-    It is called under the policy's lock: threads that were late would make it stand still. A closure, which is 50 ns faster than a
-    method.
-    """
-    if not callable(read):
-        raise TypeError(f"{said}{read!r:.80}): give a function that returns seconds")
-    last, offset = -math.inf, 0.0
-
-    def steady():
-        nonlocal last, offset
-        now = read() + offset
-        if now < last:
-            offset += last - now
-            return last
-        last = now
-        return now
-
-    return steady
-
-
 class Backoff:
     """How long to wait before a thing is done again: longer each time, and by chance.
 
@@ -2210,7 +2188,7 @@ class Backoff:
         self.most = _number(most, 0, math.inf, "Backoff(most=", "seconds")
         self.times = _number(times, 1, math.inf, "Backoff(times=", "times as long")
         if not self.first <= self.most < math.inf:
-            raise ValueError(f"Backoff(first={first!r}, most={most!r}): the longest wait is finite, and not shorter than the first")
+            raise ValueError(f"Backoff(first={first!r}, most={most!r}): the longest wait is finite, and no less than the first")
         if jitter not in JITTERS:
             raise ValueError(f"Backoff(jitter={jitter!r:.80}): give one of {', '.join(map(repr, JITTERS))}")
         self.jitter = jitter
@@ -2273,8 +2251,8 @@ class RetryBudget:
         floor = _number(floor, 0, math.inf, "RetryBudget(floor=", "repetitions a second")
         seconds = _number(seconds, 0, 3600, "RetryBudget(seconds=", "seconds", exclusive=True)
         if floor * seconds < 1 and not ratio:
-            raise ValueError(f"RetryBudget(ratio=0, floor={floor:g}, seconds={seconds:g}) allows nothing: give a ratio, or a floor of "
-                             "1 / seconds or more; Retry(attempts=1) never repeats")
+            raise ValueError(f"RetryBudget(ratio=0, floor={floor:g}, seconds={seconds:g}) allows nothing: give a ratio, or a "
+                             "floor of 1 / seconds or more; Retry(attempts=1) never repeats")
         self._lock = threading.RLock()
         self._now = _steady(clock, "RetryBudget(clock=")
         self._window = _BudgetWindow(ratio, floor, seconds)
@@ -2298,7 +2276,7 @@ class RetryBudget:
 
     def _enter(self, call):
         """Count a call, unless a policy further out has. Whether it has been counted now, and is to leave."""
-        number = id(call.asked or call)     # what is asked stays the same object on the whole way
+        number = id(call.asked)     # what is asked stays the same object on the whole way
         with self._lock:
             if number in self._counted:
                 return False
@@ -2307,7 +2285,7 @@ class RetryBudget:
             return True
 
     def _leave(self, call):
-        self._counted.discard(id(call.asked or call))       # one step for all threads by itself
+        self._counted.discard(id(call.asked))       # one step for all threads by itself
 
     def statistics(self):
         """{"name", "calls", "repetitions": both lately; "left": how many more could be made now; "withdrawn", "refused": ever}"""
@@ -2422,14 +2400,15 @@ class Retry(Policy):
         Retry(attempts=3, idempotent=True, attempt_seconds=2.0, total_seconds=10.0)
 
     attempts: at most, in all. first, most, times, jitter: how long it waits in between, as Backoff has them. attempt_seconds:
-    after which an attempt is cancelled, which ends it with a TimeoutError. total_seconds: for all attempts and waits; no wait is
-    begun after which there would be no time left. budget: a RetryBudget, which any number of policies share; None: one of its
-    own, with the defaults. errors: after which it tries again: an exception type, a tuple of them, a predicate, or None; ignored:
-    after which of these not. result: a predicate of results that are no better than an error; the last one is returned.
-    idempotent: True says that every operation may be done twice; else only what has the attribute `idempotent` is, and what
-    cannot have had an effect, because the error says so (`sent` is False, as Rejected has it). max_wait: seconds of a
-    `retry_after`, which errors and results may have, that it waits at most; if more is asked for, it ends. clock: function that
-    says the time; random: function that gives a number from 0 to 1.
+    after which an attempt is cancelled, which ends it with a TimeoutError. total_seconds: for all attempts and waits; no wait
+    is begun after which there would be no time left. budget: a RetryBudget, which any number of policies share; None: one of
+    its own, with the defaults. errors: after which it tries again: an exception type, a tuple of them, a predicate, or None;
+    ignored: after which of these not: by default a Rejected of a policy within, since those who wait for a breaker would come
+    together when it closes, and limits have a `wait` of their own. result: a predicate of results that are no better than an
+    error; the last one is returned. idempotent: True says that every operation may be done twice; else only what has the
+    attribute `idempotent` is, and what cannot have had an effect, because the error says so (`sent` is False). max_wait:
+    seconds of a `retry_after`, which errors and results may have, that it waits at most; if more is asked for, it ends.
+    clock: function that says the time; random: function that gives a number from 0 to 1.
 
     Raises the last error itself, with a note which attempt it was, and those of the attempts before below it. Cancelled: ends at
     once, in an attempt as while waiting; nothing is left. Results of attempts that are made again are let go of (`discard`).
@@ -2440,8 +2419,8 @@ class Retry(Policy):
     """
 
     def __init__(self, attempts=3, *, first=0.1, most=10.0, times=2.0, jitter="full", attempt_seconds=None, total_seconds=None,
-                 budget=None, errors=Exception, ignored=None, result=None, idempotent=False, max_wait=30.0, clock=flowcoro.now,
-                 random=random.random, name=None):
+                 budget=None, errors=Exception, ignored=Rejected, result=None, idempotent=False, max_wait=30.0,
+                 clock=flowcoro.now, random=random.random, name=None):
         super().__init__(name)
         self._attempts = _count(attempts, 1, "Retry(attempts=", "attempts in all")
         self._backoff = Backoff(first, most, times, jitter)
@@ -2450,8 +2429,8 @@ class Retry(Policy):
         self._total_seconds = math.inf if total_seconds is None else _number(
             total_seconds, 0, math.inf, "Retry(total_seconds=", "seconds", exclusive=True)
         if self._attempt_seconds > self._total_seconds and attempt_seconds is not None:
-            raise ValueError(f"Retry(attempt_seconds={attempt_seconds!r}, total_seconds={total_seconds!r}): no attempt can have more "
-                             "time than all have together")
+            raise ValueError(f"Retry(attempt_seconds={attempt_seconds!r}, total_seconds={total_seconds!r}): no attempt can have "
+                             "more time than all have together")
         self._limit = min(self._attempt_seconds, self._total_seconds)       # seconds that the first attempt has
         self._max_wait = _number(max_wait, 0, math.inf, "Retry(max_wait=", "seconds")
         self._is_error, self._is_ignored = _test(errors, "Retry(errors=", self), _test(ignored, "Retry(ignored=", self)
@@ -2550,8 +2529,8 @@ class Retry(Policy):
             self._gave_up[reason] = self._gave_up.get(reason, 0) + 1
             passed = self._now() - attempts.began
         if earlier is not None and (reason != "final" or attempts.number > 1):
-            why = {"unsafe": "; not made again, as it may have had an effect: Retry(idempotent=True), or an attribute `idempotent` "
-                             "of the operation, says that this does no harm",
+            why = {"unsafe": "; not made again, as it may have had an effect: Retry(idempotent=True), or an attribute "
+                             "`idempotent` of the operation, says that this does no harm",
                    "wait": f"; it asks to wait {_retry_after_of(outcome):g} s, and max_wait={self._max_wait:g}",
                    "deadline": f"; no time is left for more of total_seconds={self._total_seconds:g}",
                    "budget": f"; {self._budget.name!r} is spent"}.get(reason, "")
@@ -2848,8 +2827,8 @@ class Hedge(Policy):
         return error
 
     def statistics(self):
-        """{"name", "calls", "delay": seconds, math.inf if calls are not hedged now; "hedges": attempts besides the first; "won": by
-        these; "refused": by the budget; "lost": calls of which all attempts failed; "budget": its statistics()}"""
+        """{"name", "calls", "delay": seconds, math.inf if calls are not hedged now; "hedges": attempts besides the first; "won":
+        by these; "refused": by the budget; "lost": calls of which all attempts failed; "budget": its statistics()}"""
         with self._lock:
             numbers = {"name": self.name, "calls": self._calls, "delay": self.delay, "hedges": self._hedges, "won": self._won,
                        "refused": self._refused, "lost": self._lost}
@@ -3039,8 +3018,8 @@ class Cache(Policy):
     itself; RuntimeError if it asks for its own key; TypeError for what cannot be a key. Results are shared: do not change them.
     Only one that nobody gets is let go of (`discard`).
 
-    Events, with the key: "hit", "miss", "shared", "stale", "stale_if_error", "negative", as in statistics(); "refreshed", "failed"
-    {error, refresh: whether it was one}, "evicted".
+    Events, with the key: "hit", "miss", "shared", "stale", "stale_if_error", "negative", as in statistics(); "refreshed",
+    "failed" {error, refresh: whether it was one}, "evicted".
     """
 
     def __init__(self, seconds, *, key=None, stale_seconds=0.0, stale_if_error=0.0, negative_seconds=0.0, errors=Exception,
@@ -3050,8 +3029,8 @@ class Cache(Policy):
                  "negative_seconds": negative_seconds}
         self._rules = _Freshness(*(_number(value, 0, math.inf, f"Cache({what}=", "seconds") for what, value in given.items()))
         if seconds == math.inf and (stale_seconds or stale_if_error):
-            raise ValueError(f"Cache(seconds=inf, stale_seconds={stale_seconds!r}, stale_if_error={stale_if_error!r}): what is kept "
-                             "for ever is never stale")
+            raise ValueError(f"Cache(seconds=inf, stale_seconds={stale_seconds!r}, stale_if_error={stale_if_error!r}): what is "
+                             "kept for ever is never stale")
         if key is not None and not callable(key):
             raise TypeError(f"Cache(key={key!r:.80}): give a function of the operation's arguments, or None")
         self._key_of, self._max_keys = key, _count(max_keys, 1, "Cache(max_keys=", "keys")
@@ -3241,9 +3220,9 @@ class Cache(Policy):
             self._flights.clear()
 
     def statistics(self):
-        """{"name", "keys", "max_keys", "under_way": calls; and how often: "hit"; "miss": a call was made; "shared": somebody waited
-        for the call of another; "stale", "stale_if_error": an old value was given; "negative": an error again; "refreshed";
-        "failed": calls; "evicted": keys}"""
+        """{"name", "keys", "max_keys", "under_way": calls; and how often: "hit"; "miss": a call was made; "shared": somebody
+        waited for the call of another; "stale", "stale_if_error": an old value was given; "negative": an error again;
+        "refreshed"; "failed": calls; "evicted": keys}"""
         with self._lock:
             return {"name": self.name, "keys": len(self._entries), "max_keys": self._max_keys, "under_way": len(self._flights),
                     **self._counts}
@@ -3313,7 +3292,8 @@ class Keyed(Policy):
         if entry is None:
             if self._listeners:
                 self._tell("rejected", key)
-            raise Rejected(f"{self.name}: {self._max_keys} keys are in use at once, and max_keys={self._max_keys}: raise it", self)
+            raise Rejected(f"{self.name}: {self._max_keys} keys are in use at once, and max_keys={self._max_keys}: raise it",
+                           self)
         try:
             if evicted is not None and self._listeners:
                 self._tell("evicted", evicted)
@@ -3368,10 +3348,10 @@ class Pipeline(Policy):
 
         Pipeline(Fallback(…), Timeout(10), Retry(…), CircuitBreaker(…), ConcurrencyLimiter(…), Timeout(2))
 
-    Read it from left to right, as a call goes: 10 seconds for all attempts, each of which asks the breaker, waits for a place,
-    and has 2 seconds; the breaker counts what each attempt brings, and Retry sees its rejections. resilience4j wraps its
-    decorators in the same order. A policy may stand in several pipelines, which then share its state: one breaker for each
-    dependency.
+    Read it from left to right, as a call goes: 10 seconds for all attempts, each of which asks the breaker, waits for a
+    place, and has 2 seconds; the breaker counts what each attempt brings, and Retry does not go on when it rejects.
+    resilience4j wraps its decorators in the same order. A policy may stand in several pipelines, which then share its state:
+    one breaker for each dependency.
 
     Events: those of its policies.
     """

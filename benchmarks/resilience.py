@@ -1,15 +1,16 @@
 """The benchmark of resilience: what a breaker, a limiter, a retry cost a call that needs none of them, and how they hold.
 
-    python benchmarks/resilience.py                 FlowCoro's figures alone, in half a minute
-    python benchmarks/resilience.py --peers         next to those of ten other packages, in three minutes
+    python benchmarks/resilience.py                 FlowCoro's figures alone, in a minute
+    python benchmarks/resilience.py --peers         next to those of ten other packages, in four minutes
     python benchmarks/resilience.py --peers --case closed --repeat 15
     python benchmarks/resilience.py --list          what each case does
 
 `python -m flowcoro bench resilience` is the same program. It needs Linux; the environment for the peers is that of kernel.py.
 
 What is compared: `resilience_cases/` has one file for each contender, as its own manual would write it. Read them side by side
-before you believe a ratio: they do not do the same. FlowCoro and interlock keep a window and judge rates; circuitbreaker,
-pybreaker, aiobreaker and purgatory count failures in a row, which is two assignments. The peers run on asyncio.
+before you believe a ratio: they do not do the same. FlowCoro and interlock keep a window, judge rates, and read the clock for
+slow calls; circuitbreaker, pybreaker, aiobreaker and purgatory count failures in a row: where all is well two assignments. The
+peers run on asyncio. pybreaker's call_async() needs Tornado, so it is its context manager that is measured.
 
 How it is measured: everything happens in one thread of one process, and is counted in its processor time, in blocks of a thousand
 calls; the median block counts. What is protected does nothing and never waits, so that what is seen is what stands around it. A
@@ -83,7 +84,7 @@ CASES = [
          net.plain_rows("refused", "limiter, refused", (*CHECK, {}))),
     Case("keys", ["flowcoro", "throttled"], """
         A million different keys ask a limiter that has room for 100,000. Memory: what the process has grown by at most (its
-        resident set), divided by 100,000; allocated: what Python says it has at the end, of a tenth of that. The keys are in it.""",
+        resident set), divided by 100,000; allocated: what Python has at the end, of a tenth of all that. The keys are in it.""",
          net.plain_rows("keys", "a million keys, room for 100,000", *MEMORY)),
     Case("keys_all", ["flowcoro", "throttled"], """
         The same with room for all.""",

@@ -12,9 +12,10 @@ from flowcoro_resilience import CircuitBreaker, Pipeline, Rejected, Retry, Retry
 from flowcoro_testing import SimulatedNetwork, VirtualClock
 
 RATE, CAPACITY, DOWN, UP, END = 10, 15, 10, 40, 60      # questions and answers a second; seconds
+random.seed(1)
 breaker = CircuitBreaker(window_seconds=10, minimum_calls=10, open_seconds=2, open_jitter=0.2, probes=5)
 POLICIES = {"retries alone": Retry(4, budget=RetryBudget(floor=float("inf"))),
-            "budget, breaker": Pipeline(Retry(4, budget=RetryBudget(floor=1), ignored=Rejected), breaker)}
+            "budget, breaker": Pipeline(Retry(4, budget=RetryBudget(floor=1)), breaker)}
 
 
 async def store(load, cold):
@@ -54,7 +55,6 @@ async def outage(policy, load, failed):
 
 if __name__ == "__main__":
     for name, policy in POLICIES.items():
-        random.seed(1)
         load, failed = [0] * (END + 5), [0] * END           # of each second: what has arrived, what was not answered
         flowcoro.run(outage(policy, load, failed), clock=VirtualClock(), seed=1)
         print(f"{name:16}", *(f"{sum(load[at:at + 5]) / 5:.0f}/{sum(failed[at:at + 5]) / 5:<4.0f}" for at in range(0, END, 5)))

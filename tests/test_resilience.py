@@ -350,6 +350,17 @@ async def test_an_operation_names_its_own_key_and_one_without_is_refused():
 
 
 @run_in_kernel
+async def test_keyed_sees_the_arguments_inside_a_pipeline_and_within_another_keyed():
+    log = []
+    keyed = Keyed(lambda key: Keyed(lambda key: Pass(key, log), key=lambda number: f"k{number}"), key=lambda number: number % 2)
+    pipeline = Pipeline(Pass("outer", log), keyed)
+    assert [await pipeline.try_execute(double, number) for number in (1, 2, 3)] == [2, 4, 6]
+    assert [entry for entry in log if entry[1] == "in" and entry[0] != "outer"] == [
+        (f"k{number}", "in", f"k{number}", False) for number in (1, 2, 3)]
+    assert keyed.keys() == [0, 1]
+
+
+@run_in_kernel
 async def test_a_maker_that_makes_no_policy_is_told():
     with pytest.raises(TypeError, match="gave 'x' for 1: give a Policy"):
         await Keyed(lambda key: "x", key=lambda number: number).try_execute(double, 1)

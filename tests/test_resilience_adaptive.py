@@ -153,7 +153,7 @@ def test_a_dependency_that_takes_so_many_a_second_gets_k_times_as_many(k):
 def test_a_dependency_that_takes_all_gets_all_however_much_it_is_and_a_few_failures_change_nothing():
     throttle = _Throttle(1.5, TimeWindow(10.0, 40), 0, 1.0)
     for step in range(1000):
-        assert throttle.ask(step / 50, 0.0) is not None # the worst chance
+        assert throttle.ask(step / 50, 0.0) is not None     # the worst chance
         throttle.ended(step / 50, step % 4 != 3)        # three of four; two of three would be 1 / k
 
 
@@ -176,9 +176,10 @@ async def test_rejected_calls_run_nothing_and_know_when_the_next_one_may():
     with pytest.raises(BreakerOpen) as caught:
         await breaker.try_execute(lambda: 1 / 0)
     assert caught.value.policy is breaker and caught.value.retry_after == 0.75 and caught.value.sent is False
-    assert str(caught.value) == ("there: 0 of 6 requests were accepted in the last 10 s, so 86% are rejected; in 0.75 s one may try")
-    assert breaker.statistics() == {"name": "there", "requests": 6, "accepts": 0, "probability": 6 / 7, "rejected": 1, "probes": 0,
-                                    "ignored": 0}
+    assert str(caught.value) == (
+        "there: 0 of 6 requests were accepted in the last 10 s, so 86% are rejected; in 0.75 s one may try")
+    assert breaker.statistics() == {"name": "there", "requests": 6, "accepts": 0, "probability": 6 / 7,
+                                    "rejected": 1, "probes": 0, "ignored": 0}
     await flowcoro.sleep(0.75)
     assert await breaker.try_execute(accepted) == "done"        # it is the probe, and the next one waits for its turn
     assert await outcome(breaker, accepted) == "rejected"

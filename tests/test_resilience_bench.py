@@ -24,8 +24,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the benchmark n
 
 def bench(*arguments):
     """Run `python -m flowcoro bench resilience …` in a process of its own: the CompletedProcess."""
-    return subprocess.run([sys.executable, "-W", "error", "-m", "flowcoro", "bench", "resilience", *map(str, arguments)], cwd=ROOT,
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run([sys.executable, "-W", "error", "-m", "flowcoro", "bench", "resilience", *map(str, arguments)],
+                          cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_every_case_is_measured():

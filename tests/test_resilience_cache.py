@@ -614,10 +614,11 @@ def test_many_who_ask_get_what_the_model_gives(seed, reports):
 
 
 @pytest.mark.parametrize("made, failed, expected", [
-    (None, None, "miss"), (0.0, None, "hit"), (9.0, None, "hit"), (10.0, None, "stale"), (14.0, None, "stale"), (15.0, None, "miss"),
+    (None, None, "miss"), (0.0, None, "hit"), (9.0, None, "hit"), (10.0, None, "stale"), (14.0, None, "stale"),
+    (15.0, None, "miss"),
     (None, 0.0, "negative"), (None, 2.0, "negative"), (None, 3.0, "miss"),
-    (5.0, 1.0, "hit"), (12.0, 1.0, "stale"), (16.0, 1.0, "stale_if_error"), (29.0, 2.9, "stale_if_error"), (30.0, 1.0, "negative"),
-    (30.0, 3.0, "miss"),
+    (5.0, 1.0, "hit"), (12.0, 1.0, "stale"), (16.0, 1.0, "stale_if_error"), (29.0, 2.9, "stale_if_error"),
+    (30.0, 1.0, "negative"), (30.0, 3.0, "miss"),
 ])
 def test_each_state_of_what_is_kept(made, failed, expected):
     """made, failed: how many seconds ago."""
@@ -658,7 +659,7 @@ async def test_predicates_and_listeners_that_raise_are_reported(reports):
     with pytest.raises(ConnectionError):
         await cache.try_execute(operation)
     assert [message for message, _ in reports] == [
-        "flowcoro_resilience: a listener of 'Cache' failed at 'miss'", "flowcoro_resilience: a listener of 'Cache' failed at 'miss'",
+        *["flowcoro_resilience: a listener of 'Cache' failed at 'miss'"] * 2,
         "flowcoro_resilience: the predicate Cache(errors=…) of 'Cache' failed, which means no",
         "flowcoro_resilience: a listener of 'Cache' failed at 'failed'"]
 

@@ -93,6 +93,8 @@ def test_a_race_that_has_failed_so_far_is_lost_when_no_more_may_start():
     race.starts_no_more()
     assert race.state == "lost"
     race = flowcoro_resilience._Race(3, 0.0)
+    assert race.starts() == 2 and race.starts() == 3 and not race.may_start()
+    race = flowcoro_resilience._Race(3, 0.0)
     race.starts_no_more()
     assert race.state == "running" and race.fails(1, KeyError(), False) and race.state == "lost"
 

@@ -346,7 +346,15 @@ async def test_what_was_not_sent_is_done_again_whatever_it_is():
         assert operation.calls == calls
     operation = Failing(1, error=Rejected)
     operation.idempotent = False
-    assert await plain().try_execute(operation) == 2
+    assert await plain(ignored=None).try_execute(operation) == 2
+
+
+@run_in_kernel
+async def test_what_a_policy_within_has_rejected_is_not_tried_again_unless_that_is_wanted():
+    operation = Failing(1, error=Rejected, retry_after=0.1)
+    with pytest.raises(Rejected):
+        await plain().try_execute(operation)
+    assert operation.calls == 1
 
 
 @run_in_kernel
@@ -489,10 +497,12 @@ async def test_when_the_time_is_over_after_a_result_that_was_no_good_that_is_a_t
         ahead[0] += 100
         return True
 
+    def clock():
+        return flowcoro.now() + (ahead[0] if flowcoro.now() > 1.5 else 0.0)     # after the wait of two seconds
+
     error = ConnectionError("first")
     with pytest.raises(TimeoutError, match="total_seconds=50 are over, in attempt 3 of 3") as caught:
-        await plain(total_seconds=50, result=is_bad, clock=lambda: flowcoro.now() + ahead[0] * (flowcoro.now() > 1.5)).try_execute(
-            Scripted(error, "no good"))
+        await plain(total_seconds=50, result=is_bad, clock=clock).try_execute(Scripted(error, "no good"))
     assert chain(caught.value)[1].exceptions == (error,)
 
 
@@ -695,7 +705,7 @@ def test_with_several_workers_each_call_is_counted():
     (lambda: Retry(0), ValueError, "Retry(attempts=0): give a number of attempts in all, from 1 up"),
     (lambda: Retry(2.5), TypeError, "Retry(attempts=2.5)"),
     (lambda: Retry(first=-1), ValueError, "Backoff(first=-1): give a number of seconds from 0 up"),
-    (lambda: Retry(first=2, most=1), ValueError, "Backoff(first=2, most=1): the longest wait is finite, and not shorter"),
+    (lambda: Retry(first=2, most=1), ValueError, "Backoff(first=2, most=1): the longest wait is finite, and no less"),
     (lambda: Retry(most=math.inf), ValueError, "the longest wait is finite"),
     (lambda: Retry(times=0.5), ValueError, "Backoff(times=0.5): give a number of times as long from 1 up"),
     (lambda: Retry(jitter="some"), ValueError, "Backoff(jitter='some'): give one of 'full', 'decorrelated', 'none'"),

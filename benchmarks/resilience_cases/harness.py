@@ -5,8 +5,8 @@ A `cases_*.py` is one contender, used as its own manual says, and runs one case 
     python cases_aiobreaker.py closed key=value …       {"over": 2140.0, "bare": 45.1}
     python cases_aiobreaker.py version                  {"version": "1.2.0"}
 
-Options: `seconds` of processor time that a timing goes on for, at least; `keys`: how many different ones `keys` and `keys_all` use.
-What each case does stands in the table CASES of ../resilience.py.
+Options: `seconds` of processor time that a timing goes on for, at least; `keys`: how many different ones `keys` and `keys_all`
+use. What each case does stands in the table CASES of ../resilience.py.
 
 SPDX-License-Identifier: MIT
 """
@@ -177,7 +177,7 @@ def room():
 
 
 def main(cases, run, version):
-    """Do what the command line asks for: one of `cases`, {name: async function}, by `run(coroutine)`; plain functions are called."""
+    """Do what the command line asks for: one of `cases`, {name: function}; what async ones return goes to `run`."""
     if sys.argv[1] == "version":
         print(json.dumps({"version": version}))
         return
