@@ -1123,7 +1123,7 @@ class CircuitBreaker(_Breaker):
         """The chance of the next open time: drawn ahead, since a decision calls nobody."""
         if self._circuit.settings.open_jitter:
             try:
-                self._chance = min(max(self._random(), 0.0), 1.0)
+                self._chance = min(max(0.0, self._random()), 1.0)        # in this order nan is 0
             except Exception as error:
                 flowcoro.report_error(error, f"{SAID}random=…) of {self.name!r} failed, and jitter stays as it was",
                                       "flowcoro_resilience")
