@@ -93,9 +93,9 @@ __all__ = ["Policy", "PolicyEvent", "CountWindow", "TimeWindow", "Keyed", "Pipel
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
-# Keys that a Keyed, or whatever else has a state for each key, remembers at most: some 13 MB of a RateLimiter. A Keyed of circuit
-# breakers takes 3.3 KB for each with a window of 100 calls, 2.6 with one of 10: give it fewer than that many, if they may come.
-MAX_KEYS = 100_000
+# Keys that a RateLimiter remembers at most, some 13 MB of them, and a Keyed, whose policies are larger: 33 MB of circuit breakers
+# with a window of 100 calls, 26 with one of 10.
+MAX_KEYS, MAX_KEYED = 100_000, 10_000
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------
@@ -885,7 +885,9 @@ class _Circuit:
         elif self.consecutive:
             self.consecutive = 0
         if self.free is None:
-            if sums.calls == self.settings.probes:
+            if self.consecutive >= self.settings.consecutive_failures:
+                self.go("exceeded", now, chance)
+            elif sums.calls == self.settings.probes:
                 self.go("exceeded" if self._exceeded(sums.calls) else "recovered", now, chance)
         elif sums.totals[0] or sums.totals[1] or self.over:     # else no rate can be too high
             self._judge(now, chance)
@@ -1057,7 +1059,7 @@ class CircuitBreaker(_Breaker):
     more, has failed, or a part of slow_call_rate took longer than slow_call_seconds, or consecutive_failures have come in a row
     (for which there is no minimum), it is OPEN: all are rejected. After open_seconds the next call makes it HALF_OPEN: `probes`
     calls go through, no more, however many ask at a time. When all have ended, their rates decide: CLOSED again, with an empty
-    window, or OPEN. FORCED_OPEN, until reset(), rejects all; METRICS_ONLY counts, and rejects none.
+    window, or OPEN; consecutive_failures among them are OPEN at once. FORCED_OPEN, until reset(), rejects all; METRICS_ONLY counts, and rejects none.
 
     What counts is what comes back: a result (a success, if failure_result(result) does not say otherwise), or an Exception: a
     failure if it is one of `failures`, neither if it is one of `ignored`, else a success. Each is a type, several, or a
@@ -3274,19 +3276,19 @@ class Keyed(Policy):
     one that was not used for longest goes, of those in which nothing is under way; if something is under way in all of them, the
     call is Rejected. TypeError for an operation without a key. What `make` and `key` raise comes out of the call.
 
-    A CircuitBreaker takes 3 kB, an AdaptiveBreaker 5: 300 and 500 MB for as many keys as there may be without max_keys.
+    keyed[key] is the policy of a key, made if there is none: for `async with keyed[host]:`, say, or to load() a state.
 
     Events: "created", "evicted", "rejected". Listeners hear what the policies within say as well, which names their own `policy`.
     """
 
-    def __init__(self, make, *, key=None, max_keys=MAX_KEYS, name=None):
+    def __init__(self, make, *, key=None, max_keys=MAX_KEYED, name=None):
         super().__init__(name)
         self._make = _checked_function(make, "Keyed(", "a function of a key that makes a policy")
         self._key_of = None if key is None else _checked_function(key, "Keyed(key=", "a function of the operation's arguments")
         self._max_keys = _count(max_keys, 1, "Keyed(max_keys=", "keys")
         # key -> [policy, calls under way]. Of those in `_idle` the one that was not used for longest is the first: found at once,
         # however many are in use.
-        self._idle, self._busy = {}, {}
+        self._idle, self._busy = collections.OrderedDict(), {}
         self._evicted = 0
 
     async def _run(self, call, proceed):
@@ -3320,8 +3322,7 @@ class Keyed(Policy):
                 return entry
             is_full, evicted = len(self._idle) + len(self._busy) >= self._max_keys, None
             if is_full and self._idle:
-                evicted = next(iter(self._idle))
-                del self._idle[evicted]
+                evicted, _ = self._idle.popitem(last=False)
                 self._evicted += 1
             if not is_full or evicted is not None:
                 entry = self._busy[key] = [policy, 1]
@@ -3357,6 +3358,11 @@ class Keyed(Policy):
             entry[1] -= 1
             if not entry[1]:
                 self._idle[key] = self._busy.pop(key)
+
+    def __getitem__(self, key):
+        entry = self._enter(key)
+        self._leave(key, entry)
+        return entry[0]
 
     def get(self, key):
         """The policy of a key, or None: it is not made."""

@@ -11,7 +11,7 @@ import pytest
 import flowcoro
 from flowcoro_resilience import (AdaptiveBreaker, CircuitBreaker, CountWindow, Keyed, Pipeline, Policy, PolicyEvent, Rejected,
                                  RetryBudget, TimeWindow)
-from flowcoro_testing import run_in_kernel
+from flowcoro_testing import VirtualClock, run_in_kernel
 
 
 class Pass(Policy):
@@ -275,6 +275,68 @@ async def test_keyed_makes_one_policy_for_each_key_and_forgets_the_one_used_long
     assert heard.count(("k1", "in", "k1")) == 3
     assert keyed.statistics() == {"name": "Keyed", "keys": 2, "max_keys": 2, "evicted": 2,
                                   "policies": {"k1": {"name": "k1"}, "k2": {"name": "k2"}}}
+
+
+@run_in_kernel
+async def test_the_policy_of_a_key_is_there_before_it_is_used():
+    keyed = Keyed(Pass, max_keys=2)
+    first = keyed["a"]
+    assert keyed["a"] is first is keyed.get("a") and keyed.get("b") is None
+    keyed["b"], keyed["c"]
+    assert keyed.keys() == ["b", "c"]
+
+
+SEEDS = range(int(os.environ.get("FLOWCORO_SEEDS", 30)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_keyed_is_a_list_of_keys_in_the_order_of_their_last_use(seed):
+    """The naive model: those in use stay, and of the others the one goes that was left longest ago."""
+    chance, most = random.Random(seed), random.Random(seed).randint(1, 4)
+    idle, busy = [], []
+
+    async def call(key, end):
+        room = key in idle or key in busy or len(idle) + len(set(busy)) < most or idle
+        try:
+            await keyed.try_execute(Held(key, end))
+        except Rejected:
+            assert not room
+
+    class Held:
+        def __init__(self, key, end):
+            self.key, self.end = key, end
+
+        async def __call__(self):
+            if self.key in idle:
+                idle.remove(self.key)
+            elif self.key not in busy and len(idle) + len(set(busy)) >= most:
+                del idle[0]
+            busy.append(self.key)
+            try:
+                await self.end.wait()
+            finally:
+                busy.remove(self.key)
+                if self.key not in busy:
+                    idle.append(self.key)
+
+    async def main():
+        ends = []
+        async with flowcoro.TaskGroup() as group:
+            for _ in range(60):
+                if chance.random() < 0.5 and ends:
+                    task, end = ends.pop(chance.randrange(len(ends)))
+                    chance.choice([end.set, task.cancel])()
+                else:
+                    end = flowcoro.Event()
+                    ends.append((group.spawn(call(chance.randrange(6), end)), end))
+                await flowcoro.sleep(1)
+                assert keyed.keys()[:len(idle)] == idle and sorted(keyed.keys()[len(idle):]) == sorted(set(busy))
+            for _, end in ends:
+                end.set()
+
+    keyed = Keyed(Pass, max_keys=most)
+    flowcoro.run(main(), clock=VirtualClock(), seed=seed)
+    assert not busy and keyed.keys() == idle
 
 
 @run_in_kernel

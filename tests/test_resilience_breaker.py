@@ -213,12 +213,11 @@ class Model:
         calls, settings = self.window(), self.settings
         high = (sum(failed for _, failed, _ in calls) / len(calls) >= settings["failure_rate"]
                 or sum(slow for _, _, slow in calls) / len(calls) >= settings["slow_call_rate"])
-        if self.state == "HALF_OPEN" and len(calls) == settings["probes"]:
-            self.open(self.now) if high else self.enter("CLOSED")
-        elif self.state == "CLOSED":
-            most = settings["consecutive_failures"]
-            if high and len(calls) >= settings["minimum_calls"] or most is not None and self.in_a_row() >= most:
-                self.open(self.now)
+        in_a_row = settings["consecutive_failures"] is not None and self.in_a_row() >= settings["consecutive_failures"]
+        if self.state == "HALF_OPEN" and (in_a_row or len(calls) == settings["probes"]):
+            self.open(self.now) if in_a_row or high else self.enter("CLOSED")
+        elif self.state == "CLOSED" and (in_a_row or high and len(calls) >= settings["minimum_calls"]):
+            self.open(self.now)
 
     def in_a_row(self):
         return next((ago for ago, call in enumerate(reversed(self.calls)) if not call[1]), len(self.calls))
@@ -470,6 +469,16 @@ def test_failures_in_a_row_open_without_a_minimum_of_calls():
     told(breaker, OSError(), OSError(), True, OSError(), OSError())
     assert breaker.state == "CLOSED"
     breaker.acquire_nowait().give_back()
+    told(breaker, OSError())
+    assert breaker.state == "OPEN"
+
+
+def test_failures_in_a_row_of_probes_open_it_again_at_once():
+    breaker, clock = small(probes=10, failure_rate=1.0, consecutive_failures=2)
+    told(breaker, OSError(), OSError())
+    clock.at += 60
+    told(breaker, True, OSError(), True, OSError())
+    assert breaker.state == "HALF_OPEN"
     told(breaker, OSError())
     assert breaker.state == "OPEN"
 

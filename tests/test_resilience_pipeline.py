@@ -46,7 +46,7 @@ class Stack:
         assert self.limiter.statistics() | {"running": 0, "waiting": 0} == self.limiter.statistics()
         assert not self.limiter._entered and not self.rate._lines and not self.budget._counted
         assert self.cache.statistics()["under_way"] == 0
-        assert all(under_way == 0 for _, under_way in self.keyed._policies.values())
+        assert not self.keyed._busy
 
 
 @pytest.mark.parametrize("workers", [1, 3])
