@@ -351,8 +351,8 @@ def _steady(read, said):
     def steady(said=None):
         nonlocal last, offset
         now = (read() if said is None else said) + offset
-        if not now >= last:
-            if now > -math.inf:             # else it says that, or nan, from which nothing comes back
+        if not last <= now < math.inf:
+            if -math.inf < now < last:      # else it says that, or nan, from which nothing comes back
                 offset += last - now
             return last
         last = now
@@ -579,6 +579,15 @@ class _Breaker(Policy):
         if not isinstance(what, (type, tuple)):
             return test
         return lambda error: isinstance(error, what) or isinstance(error, ExceptionGroup) and of_group(error)
+
+    def _drawn(self):
+        """A chance, from 0 to 1."""
+        try:
+            return min(max(0.0, self._random()), 1.0)       # in this order nan is 0
+        except Exception as error:
+            flowcoro.report_error(error, f"the function random= of {self.name!r} failed, which is taken for 0.5",
+                                  "flowcoro_resilience")
+            return 0.5
 
     def _begin(self):
         """Begin a decision, under the lock, with what was given back before it. Returns now."""
@@ -1135,11 +1144,7 @@ class CircuitBreaker(_Breaker):
     def _draw(self):
         """The chance of the next open time: drawn ahead, since a decision calls nobody."""
         if self._circuit.settings.open_jitter:
-            try:
-                self._chance = min(max(0.0, self._random()), 1.0)        # in this order nan is 0
-            except Exception as error:
-                flowcoro.report_error(error, f"{SAID}random=…) of {self.name!r} failed, and jitter stays as it was",
-                                      "flowcoro_resilience")
+            self._chance = self._drawn()
 
     def _permit(self, key):
         """The generation to tell with the end of the call. Raises BreakerOpen."""
@@ -1350,7 +1355,7 @@ class AdaptiveBreaker(_Breaker):
         circuit = self._circuit
         if circuit.free is not None:            # one read, as CircuitBreaker's
             return circuit.free
-        chance = self._random()                 # not under the lock: a function of the caller's (P1)
+        chance = self._drawn()                  # not under the lock: a function of the caller's (P1)
         with self._lock:
             now = self._begin()
             permit = circuit.ask(now, chance)

@@ -58,6 +58,16 @@ def never(**settings):
     return AdaptiveBreaker(random=lambda: 0.0, **settings)
 
 
+@run_in_kernel
+async def test_a_random_that_fails_ends_no_call(monkeypatch):
+    reported = []
+    monkeypatch.setattr("sys.unraisablehook", lambda report: reported.append(report.err_msg))
+    breaker = AdaptiveBreaker(random=lambda: 1 / 0)
+    await all_failed(breaker, 5)
+    assert await outcome(breaker, accepted) in ("accepted", "rejected")
+    assert reported == ["flowcoro_resilience: the function random= of 'AdaptiveBreaker' failed, which is taken for 0.5"]
+
+
 # ---- the decisions -----------------------------------------------------------------------------------------------
 
 class Model:
