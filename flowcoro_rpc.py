@@ -1319,7 +1319,6 @@ class _Outgoing:
         while self._queued - self._written > MAX_UNSENT and self._lost is None:
             await self._room.park_unless(lambda: self._queued - self._written <= MAX_UNSENT or self._lost is not None)
 
-    @flowcoro.atomic
     def _explained(self, error):
         """The error of a connection; after what was no JSON-RPC, most often another kind of server, that is told, too."""
         if self._no_message is None or not isinstance(error, flowcoro_net.BrokenError) or error.__cause__ is self._no_message:
@@ -1328,6 +1327,7 @@ class _Outgoing:
         explained.__cause__ = self._no_message
         return explained
 
+    @flowcoro.atomic
     def _lose(self, error):
         """The connection is over: who waits is told at once, and run() ends."""
         if self._lost is None:

@@ -140,7 +140,7 @@ def test_decisions_are_those_of_the_formula_over_all_that_has_happened(seed):
 
 @pytest.mark.parametrize("k", [1.5, 2.0, 3.0])
 def test_a_dependency_that_takes_so_many_a_second_gets_k_times_as_many(k):
-    takes, offered, chance = 40, 400, random.Random(7)
+    takes, offered, chance = 20, 200, random.Random(7)
     throttle, sent = _Throttle(k, TimeWindow(10.0, 40), 5, 1.0), [0] * 40       # in each second
     for step in range(len(sent) * offered):
         now = step / offered

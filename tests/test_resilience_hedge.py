@@ -78,12 +78,12 @@ def test_each_event_in_each_state_of_a_race(state, event):
     race.state, race.failed = state, 2 * (event == "last failure")
     race.starts()
     error = KeyError("x")
-    ended = race.succeeds(2, 11.0) if event == "success" else race.fails(2, error, event == "fatal")
+    ended = race.succeeds(11.0) if event == "success" else race.fails(2, error, event == "fatal")
     expected = {"success": "won", "failure": "running"}.get(event, "lost") if state == "running" else state
     assert race.state == RACE[state, event] == expected
     assert ended == (state == "running" and event != "failure")
     assert race.errors == ([(2, error)] if state == "running" and event != "success" else [])
-    assert (race.winner, race.ended) == ((2, 11.0) if state == "running" and event == "success" else (None, None))
+    assert race.ended == (11.0 if state == "running" and event == "success" else None)
     assert race.may_start() == (expected == "running")
 
 
@@ -278,10 +278,10 @@ async def test_hedging_does_not_change_the_percentile_it_goes_by():
     """Who is cancelled because a hedge has won has been slower than the percentile, and is counted so."""
     chance = random.Random(5)
     hedge = Hedge(percentile=0.9, minimum=100, budget=RetryBudget(floor=math.inf))
-    for _ in range(2000):
+    for _ in range(1000):
         await hedge.try_execute(Attempts((chance.uniform(0, 1), 1), (chance.uniform(0, 1), 2)))
     assert 0.87 < hedge.delay < 0.93
-    assert 150 < hedge.statistics()["hedges"] < 250
+    assert 60 < hedge.statistics()["hedges"] < 130
 
 
 @run_in_kernel

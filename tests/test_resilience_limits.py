@@ -9,7 +9,6 @@ import math
 import os
 import random
 import threading
-import types
 from fractions import Fraction
 
 import pytest
@@ -19,6 +18,7 @@ from flowcoro_resilience import (AIMD, ConcurrencyLimiter, Gradient2, LimitExcee
                                  RateState)
 from flowcoro_resilience import _FULL, _Gcra
 from flowcoro_testing import VirtualClock, run_in_kernel, wait_all_tasks_parked
+from test_net_cancel import cancelled_at
 
 SEEDS = range(int(os.environ.get("FLOWCORO_SEEDS", 30)))
 STEP = 1 / 16
@@ -46,26 +46,6 @@ class Clock:
 
     def __call__(self):
         return self.now
-
-
-@types.coroutine
-def cancelled_at(scope, number, coro):
-    """Run `coro` and cancel `scope` at its suspension of this number; whatever may suspend, does."""
-    task, step, argument, count = flowcoro.current_task(), coro.send, None, 0
-    while True:
-        task.budget = 0
-        try:
-            trap = step(argument)
-        except StopIteration as stop:
-            return stop.value
-        count += 1
-        if count == number:
-            scope.cancel()
-        step, argument = coro.send, None
-        try:
-            argument = yield trap
-        except BaseException as error:
-            step, argument = coro.throw, error
 
 
 # ---- models of the rate ----------------------------------------------------------------------------------------
@@ -239,14 +219,14 @@ def test_a_flood_of_keys_stays_within_max_keys_and_does_not_free_who_is_at_his_l
         while not limiter.check("greedy"):
             pass
         freed = 0
-        for number in range(20_000):
+        for number in range(4000):
             clock.now += 1e-6
             assert limiter.check(number) == 0
             if number % 5 == 0:
                 freed += not limiter.check("greedy")
         found = limiter.statistics()
         assert found["keys"] == len(limiter._states._order) == sum(map(len, limiter._states._tables)) == 1000
-        assert found["evicted"] == 19_001 and freed == 0
+        assert found["evicted"] == 3001 and freed == 0
 
 
 def test_keys_whose_time_has_passed_go_first_and_nothing_is_lost_with_them():
@@ -403,6 +383,31 @@ async def test_a_cancelled_first_wakes_the_second_who_takes_over_its_time():
         assert limiter.check() == 8 / 4 - 0.5       # not before those who wait, though a unit is there
         first.cancel()
     assert times == [(1, 0.5), (2, 0.75)]
+
+
+@pytest.mark.parametrize("cancelled", [(0, 1), (1, 0), (0, 1, 2), (2, 1, 0), (1, 0, 4), (0, 1, 2, 3, 4)])
+@run_in_kernel
+async def test_cancelled_together_they_leave_one_first(cancelled):
+    limiter, went, costs = RateLimiter(1, burst=8, wait=math.inf), [], [5, 1, 8, 1, 1]
+    assert limiter.check(None, 8) == 0
+    began = flowcoro.now()
+
+    async def call(number):
+        await limiter.acquire(None, costs[number])
+        went.append((number, flowcoro.now() - began))
+
+    async with flowcoro.TaskGroup() as group:
+        tasks = []
+        for number in range(5):
+            tasks.append(group.spawn(call(number)))
+            await wait_all_tasks_parked()
+        for number in cancelled:
+            tasks[number].cancel()
+        if len(cancelled) == 5:
+            group.spawn(call(0))            # joins after those who have not left yet
+    left = [0] if len(cancelled) == 5 else [number for number in range(5) if number not in cancelled]
+    assert went == [(number, sum(costs[one] for one in left[:place])) for place, number in enumerate(left, 1)]
+    assert limiter.statistics()["waiting"] == 0 and not limiter._lines
 
 
 @run_in_kernel

@@ -17,7 +17,7 @@ from flowcoro_rpc import Backoff, Newline, RpcClient, RpcServer
 from flowcoro_testing import VirtualClock
 
 EXAMPLE = pathlib.Path(__file__).resolve().parent.parent / "examples" / "resilience_outage.py"
-FIRST, SEEDS = int(os.environ.get("FLOWCORO_FIRST_SEED", 1)), int(os.environ.get("FLOWCORO_SEEDS", 50))
+FIRST, SEEDS = int(os.environ.get("FLOWCORO_FIRST_SEED", 1)), int(os.environ.get("FLOWCORO_SEEDS", 0))
 ALONE, WITH = "retries alone", "budget, breaker"
 LATER = 5           # seconds after the outage from which on all is to be well
 
@@ -57,16 +57,16 @@ def check_before(example, load, failed, seed):
     assert all(failed[example.DOWN + 1:example.UP - LATER]), (seed, failed)
 
 
-@pytest.mark.parametrize("seed", range(FIRST, FIRST + max(2, SEEDS // 500)))
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + max(1, SEEDS // 500)))
 def test_retries_alone_keep_the_store_down(seed):
     example = fresh()
-    example.END = example.UP + 10
+    example.END = example.UP + LATER + 4
     outcome = run(example, ALONE, seed)
     check_before(example, *outcome, seed)
     check_down_for_good(example, *outcome, seed)
 
 
-@pytest.mark.parametrize("seed", range(FIRST, FIRST + max(3, SEEDS // 25)))
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + max(2, SEEDS // 25)))
 def test_with_budget_and_breaker_the_store_is_back_at_once(seed):
     example = fresh()
     outcome = run(example, WITH, seed)

@@ -122,11 +122,11 @@ def test_a_budget_is_a_share_of_the_calls_lately_and_a_floor(seed):
         else:
             step = chance.choice([0, 0, length / 4, length, chance.randint(0, 160) / 8])
             now, clock = now + step, clock + step
-        lately = [what for when, what in events if when // length > now // length - 10]
         if chance.random() < 0.6:
             budget.deposit()
             events.append((now, "call"))
         else:
+            lately = [what for when, what in events if when // length > now // length - 10]
             allowed = lately.count("again") + 1 <= ratio * lately.count("call") + floor * seconds
             assert budget.withdraw() == allowed
             events += [(now, "again")] * allowed
@@ -188,10 +188,10 @@ async def test_what_is_made_again_is_a_fifth_of_the_calls_while_all_fails():
     assert note == "Retry: attempt 2 of 4, after 0.01 s; 'RetryBudget' is spent"
     assert policies[0].statistics()["gave_up"]["budget"] + policies[1].statistics()["gave_up"]["budget"] == 1000
     unlimited = plain(attempts=4, budget=RetryBudget(floor=math.inf), first=0.0)
-    for _ in range(1000):
+    for _ in range(100):
         with pytest.raises(ConnectionError):
             await unlimited.try_execute(operation)
-    assert operation.calls == 5200
+    assert operation.calls == 1600
 
 
 # ---- the decision ----------------------------------------------------------------------------------------------
