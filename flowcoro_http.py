@@ -9111,9 +9111,9 @@ def _as_limit(max_bytes):
 
 
 def _as_policy(policy):
-    if policy is not None and not callable(getattr(policy, "try_execute", None)):
+    if policy is not None and (isinstance(policy, type) or not callable(getattr(policy, "try_execute", None))):
         raise TypeError(f"policy={policy!r:.80}: give a policy of flowcoro_resilience, or what has `await try_execute(operation, "
-                        "*args)`; None for none")
+                        "*args)`; not its class; None for none")
     return policy
 
 

@@ -2689,9 +2689,9 @@ class RpcClient(_Caller):
 
     def __init__(self, open, framing, methods, options, reconnect, policy, key):
         _check_framing(framing)
-        if policy is not None and not callable(getattr(policy, "try_execute", None)):
+        if policy is not None and (isinstance(policy, type) or not callable(getattr(policy, "try_execute", None))):
             raise TypeError(f"policy={policy!r:.80}: give a policy of flowcoro_resilience, or what has `await "
-                            "try_execute(operation, *args)`; None for none")
+                            "try_execute(operation, *args)`; not its class; None for none")
         self._policy, self._key = policy, key
         self._open, self._framing, self._options, self._reconnect = open, framing, options, reconnect
         self._methods = Methods() if methods is None else methods
@@ -2892,6 +2892,12 @@ class RpcClient(_Caller):
 
 # ---- pool -----------------------------------------------------------------------------------------------------
 
+def _again_after(refusal):
+    """Seconds after which it may be worth while to ask again: of a server's own refusal 0, math.inf if a policy does not know."""
+    seconds = getattr(refusal, "retry_after", 0.0)
+    return math.inf if seconds is None else seconds
+
+
 async def _close_all(clients):
     async with flowcoro.TaskGroup() as group:
         for client in clients:
@@ -2903,7 +2909,8 @@ class RpcPool(_Caller):
     RpcPool.connect(…)` makes one.
 
     A call that has not run where it was sent, since the connection was lost before, or the server shuts down or has too many
-    calls, goes to the next; so does one that a client's policy does not let through (an error with `sent` False). That policy
+    calls, goes to the next; so does one that a client's policy does not let through (an error with `sent` False). If all refuse,
+    the error of that one comes out which can be asked again first: a server, or the policy with the least `retry_after`. That policy
     stands around each try at one server: with `Keyed(lambda address: CircuitBreaker())` each has its own breaker. A Retry that is
     to go from one to the other stands around the pool: `retry.try_execute(pool.call, "add", 1, 2)`.
     """
@@ -2951,11 +2958,12 @@ class RpcPool(_Caller):
                     raise
                 if isinstance(error, ConnectionLost):
                     gone.append(client)
-                else:
+                elif refused is None or _again_after(error) < _again_after(refused):
                     refused = error
-        if not gone:
+        waiting = [client for client in gone if not client.closed]
+        if refused is not None and not waiting:
             raise refused
-        return await call(gone[0])
+        return await call((waiting or gone)[0])
 
     async def _call(self, method, params, timeout, idempotent=False):
         return await self._try_each(lambda caller: caller._call(method, params, timeout, idempotent), method, params, idempotent)

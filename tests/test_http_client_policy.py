@@ -182,7 +182,7 @@ def test_a_request_may_have_another_policy_or_none():
     talk(hello, work, policy=spy)
 
 
-@pytest.mark.parametrize("policy", ["retry", 3, Retries(2), lambda operation: None])
+@pytest.mark.parametrize("policy", ["retry", 3, Retries(2), lambda operation: None, CircuitBreaker])
 def test_what_is_no_policy_is_refused(policy):
     with pytest.raises(TypeError, match="give a policy of flowcoro_resilience"):
         HttpClient(policy=policy)

@@ -1,12 +1,14 @@
 """flowcoro_resilience: policies in general, windows, Keyed, Pipeline. On the virtual clock."""
 
+import functools
 import random
 import threading
 
 import pytest
 
 import flowcoro
-from flowcoro_resilience import CountWindow, Keyed, Pipeline, Policy, PolicyEvent, Rejected, TimeWindow
+from flowcoro_resilience import (AdaptiveBreaker, CircuitBreaker, CountWindow, Keyed, Pipeline, Policy, PolicyEvent, Rejected,
+                                 TimeWindow)
 from flowcoro_testing import run_in_kernel
 
 
@@ -62,6 +64,18 @@ async def test_a_coroutine_object_is_refused_and_closed():
         await Pass().try_execute(double(1))
     with pytest.raises(TypeError, match="got 5: give a function"):
         await Pass().try_execute(5)
+
+
+@run_in_kernel
+async def test_generator_functions_are_refused_since_they_have_done_nothing_when_they_return():
+    async def pages(number):
+        yield number
+
+    for policy in Pass(), CircuitBreaker(), Pipeline(CircuitBreaker()), AdaptiveBreaker():
+        for operation in pages, one_by_one, functools.partial(pages, 1):
+            with pytest.raises(TypeError, match="a generator function: its call returns before anything is done"):
+                await policy.try_execute(operation, *[1] * (operation in (pages, one_by_one)))
+        assert [page async for page in await policy.try_execute(lambda: pages(1))] == [1]       # a result like others
 
 
 @run_in_kernel
@@ -130,6 +144,30 @@ async def test_a_result_that_nobody_gets_is_discarded_even_while_its_task_is_can
     assert dropped == [0, 2] and [str(error) for error in reported] == ["it does not close"] * 2
 
 
+async def later(*args):
+    """What it says nobody awaits."""
+
+
+def one_by_one(*args):
+    yield args
+
+
+@pytest.mark.parametrize("make", [
+    lambda function: Pass().add_listener(function), lambda function: Keyed(function),
+    lambda function: Keyed(Pass, key=function), lambda function: CircuitBreaker(failure_result=function),
+    lambda function: CircuitBreaker(failures=function), lambda function: CircuitBreaker(ignored=function),
+    lambda function: CircuitBreaker(clock=function), lambda function: AdaptiveBreaker(random=function)])
+def test_async_functions_and_generators_are_refused_where_nobody_would_await_them(make):
+    for function in (later, one_by_one, functools.partial(later, 1)):
+        with pytest.raises(TypeError, match="this one is async, or a generator"):
+            make(function)
+
+
+def test_a_policy_is_shown_by_its_name():
+    assert repr(Pass("to the shop")) == "<Pass 'to the shop'>"
+    assert repr(Pipeline(Pass(("shop", 80)), Pass("b"))) == "<Pipeline ('shop', 80) > b>"
+
+
 # ---- windows ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(20))
@@ -180,10 +218,15 @@ def test_a_time_window_whose_clock_goes_back_counts_into_the_bucket_it_had():
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: CountWindow(0), "CountWindow(size=0): give a number of calls, from 1 up"),
-    (lambda: TimeWindow(0), "TimeWindow(seconds=0): give a number of seconds more than 0 up"),
+    (lambda: CountWindow(0), "CountWindow(size=0): give a number of calls, from 1 to 1,000,000"),
+    (lambda: TimeWindow(0), "TimeWindow(seconds=0): give a number of seconds from 0.001 to 3.16224e+07"),
     (lambda: TimeWindow(float("nan")), "TimeWindow(seconds=nan)"),
-    (lambda: TimeWindow(1, 0), "TimeWindow(buckets=0): give a number of buckets, from 1 up"),
+    (lambda: TimeWindow(5e-324), "TimeWindow(seconds=5e-324): give a number of seconds from 0.001 to"),
+    (lambda: TimeWindow(10**400), "0): give a number of seconds from 0.001 to"),
+    (lambda: TimeWindow(1, 10**30), "0): give a number of buckets, from 1 to 10,000"),
+    (lambda: TimeWindow(1, counters=0), "TimeWindow(counters=0): give a number of counters, from 1 up"),
+    (lambda: CountWindow(10**30), "0): give a number of calls, from 1 to 1,000,000"),
+    (lambda: TimeWindow(1, 0), "TimeWindow(buckets=0): give a number of buckets, from 1 to 10,000"),
 ])
 def test_impossible_windows_are_refused(make, message):
     with pytest.raises(ValueError) as caught:
@@ -224,6 +267,72 @@ async def test_keyed_keeps_what_is_in_use_and_rejects_what_there_is_no_room_for(
 
 
 @run_in_kernel
+async def test_keyed_finds_the_key_to_forget_however_many_are_in_use():
+    class Key(str):
+        asked = 0
+
+        def __hash__(self):
+            Key.asked += 1
+            return hash(str(self))
+
+    keyed = Keyed(Pass, key=lambda number: Key(number), max_keys=1001)
+    async with flowcoro.TaskGroup() as group:
+        for number in range(1000):
+            group.spawn(keyed.try_execute(double, number))
+        await flowcoro.sleep(0.5)
+        for number in (1000, 1001, 1002):
+            assert await keyed.try_execute(lambda number: number, number) == number
+        assert keyed.keys() == ["1002", *map(str, range(1000))] and keyed.get("7").name == "7"
+    assert keyed.keys() == ["1002", *map(str, range(1000))]
+    assert Key.asked < 20_000               # a few for each call, and none for all those in use
+
+
+@run_in_kernel
+async def test_a_call_that_keyed_has_no_room_for_is_told():
+    keyed, heard = Keyed(Pass, key=str, max_keys=1), []
+    keyed.add_listener(lambda event: heard.append((event.kind, event.key)))
+    async with flowcoro.TaskGroup() as group:
+        group.spawn(keyed.try_execute(double, 1))
+        await flowcoro.sleep(0.5)
+        with pytest.raises(Rejected):
+            await keyed.try_execute(double, 2)
+    assert heard == [("created", "1"), ("in", "1"), ("rejected", "2")]
+
+
+@run_in_kernel
+async def test_a_listener_of_keyed_that_is_interrupted_leaves_no_key_in_use():
+    keyed = Keyed(Pass, key=str, max_keys=1)
+
+    def interrupted(event):
+        raise KeyboardInterrupt
+
+    keyed.add_listener(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        await keyed.try_execute(double, 1)
+    keyed.remove_listener(interrupted)
+    assert await keyed.try_execute(double, 2) == 4
+
+
+@run_in_kernel
+async def test_listeners_of_keyed_hear_what_is_within_once_and_all_of_them(monkeypatch):
+    reported, heard, shared = [], [], Pass("shared")
+    monkeypatch.setattr("sys.unraisablehook", lambda report: reported.append(report.err_msg))
+    keyed = Keyed(lambda key: Pipeline(Pass(key), shared), key=str, max_keys=3)
+
+    def bad(event):
+        raise ValueError
+
+    keyed.add_listener(bad)
+    keyed.add_listener(lambda event: heard.append((event.policy.name, event.kind)))
+    for number in range(5):                 # each makes a pipeline, and evicts one
+        await keyed.try_execute(double, number)
+    heard.clear()
+    await keyed.try_execute(double, 4)
+    assert heard == [("4", "in"), ("shared", "in")]
+    assert reported[-1] == "flowcoro_resilience: a listener of 'Keyed' failed at 'in'"
+
+
+@run_in_kernel
 async def test_an_operation_names_its_own_key_and_one_without_is_refused():
     keyed = Keyed(Pass)
 
@@ -232,6 +341,8 @@ async def test_an_operation_names_its_own_key_and_one_without_is_refused():
 
     with pytest.raises(TypeError, match="the operation has no key"):
         await keyed.try_execute(operation)
+    with pytest.raises(TypeError, match="the function key=.* gave None"):
+        await Keyed(Pass, key=lambda: None).try_execute(operation)
     operation.key = "there"
     operation.idempotent = True
     assert await keyed.try_execute(operation) == "done"
@@ -310,6 +421,12 @@ async def test_listeners_of_a_pipeline_hear_all_its_policies():
     pipeline.remove_listener(listener)
     await pipeline.try_execute(double, 1)
     assert heard == ["a", "b"]
+    twice = Pass("twice")
+    pipeline = Pipeline(twice, twice)
+    listener = pipeline.add_listener(lambda event: heard.append("twice"))
+    await pipeline.try_execute(double, 1)
+    pipeline.remove_listener(listener)
+    assert heard[2:] == ["twice"] * 2 and not twice._listeners
 
 
 def test_a_pipeline_of_something_else_is_refused():

@@ -345,6 +345,30 @@ async def test_an_ignored_probe_gives_its_turn_back():
     assert await outcome(breaker, accepted) == "accepted"
 
 
+@run_in_kernel
+async def test_a_clock_or_a_listener_that_is_interrupted_gives_the_turn_back():
+    stopped = []
+
+    def clock():
+        if stopped:
+            raise stopped.pop()
+        return flowcoro.now()
+
+    def stop(event):
+        raise KeyboardInterrupt
+
+    breaker = never(clock=clock)
+    await all_failed(breaker, 5)
+    await flowcoro.sleep(1)
+    with pytest.raises(KeyboardInterrupt):
+        await breaker.try_execute(lambda: stopped.append(KeyboardInterrupt()))
+    breaker.add_listener(stop)
+    with pytest.raises(KeyboardInterrupt):
+        await breaker.try_execute(accepted)
+    breaker.remove_listener(stop)
+    assert await outcome(breaker, accepted) == "accepted"
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_clock_that_goes_back_makes_time_stand_still_and_go_on(seed):
     chance, raw, passed = random.Random(seed), 0.0, 0.0
@@ -477,10 +501,12 @@ def test_threads_with_runs_of_their_own_lose_no_count():
 @pytest.mark.parametrize("settings, error, message", [
     (dict(k=0.5), ValueError, "AdaptiveBreaker(k=0.5): give a number of requests for each that is accepted from 1 to 1000"),
     (dict(k="2"), TypeError, "AdaptiveBreaker(k='2')"),
-    (dict(seconds=0), ValueError, "AdaptiveBreaker(seconds=0): give a number of seconds more than 0 up"),
+    (dict(seconds=0), ValueError, "AdaptiveBreaker(seconds=0): give a number of seconds from 0.001 to 3.16224e+07"),
     (dict(seconds=float("nan")), ValueError, "AdaptiveBreaker(seconds=nan)"),
-    (dict(buckets=0), ValueError, "AdaptiveBreaker(buckets=0): give a number of buckets, from 1 up"),
-    (dict(probe_seconds=0), ValueError, "AdaptiveBreaker(probe_seconds=0): give a number of seconds more than 0 up"),
+    (dict(seconds=5e-324), ValueError, "AdaptiveBreaker(seconds=5e-324): give a number of seconds from 0.001"),
+    (dict(buckets=10**30), ValueError, "0): give a number of buckets, from 1 to 10,000"),
+    (dict(buckets=0), ValueError, "AdaptiveBreaker(buckets=0): give a number of buckets, from 1 to 10,000"),
+    (dict(probe_seconds=0), ValueError, "AdaptiveBreaker(probe_seconds=0): give a number of seconds more than 0 to 3.16224e+07"),
     (dict(minimum_calls=-1), ValueError, "AdaptiveBreaker(minimum_calls=-1): give a number of calls, from 0 up"),
     (dict(clock=5), TypeError, "AdaptiveBreaker(clock=5): give a function that returns seconds"),
     (dict(random=0.5), TypeError, "AdaptiveBreaker(random=0.5): give a function that returns a number from 0 to 1"),

@@ -16,7 +16,7 @@ import pytest
 
 import flowcoro
 from flowcoro_resilience import (
-    TRANSITIONS, BreakerOpen, CircuitBreaker, CountWindow, Keyed, Pipeline, Rejected)
+    TRANSITIONS, AdaptiveBreaker, BreakerOpen, CircuitBreaker, CountWindow, Keyed, Pipeline, Rejected)
 from flowcoro_testing import explore, run_in_kernel
 from test_net_cancel import cancelled_at
 
@@ -573,6 +573,25 @@ async def test_errors_are_failures_or_ignored_or_else_successes_by_type_or_predi
 
 
 @run_in_kernel
+async def test_the_errors_of_a_group_count_as_if_they_had_come_alone():
+    async def in_tasks(*errors):
+        async with flowcoro.TaskGroup() as group:
+            for error in errors:
+                group.spawn(fail(error))
+
+    for breaker in CircuitBreaker(failures=(OSError,), ignored=KeyError), AdaptiveBreaker(failures=OSError, ignored=(KeyError,)):
+        for errors in (OSError,), (ValueError, OSError), (OSError, KeyError), (KeyError,), (KeyError, KeyError), (ValueError,):
+            with pytest.raises(ExceptionGroup):
+                await breaker.try_execute(in_tasks, *errors)
+        numbers = breaker.statistics()
+        assert numbers["ignored"] == 2
+        if "failures" in numbers:
+            assert (numbers["calls"], numbers["failures"]) == (4, 3)
+        else:
+            assert (numbers["requests"], numbers["accepts"]) == (4, 1)
+
+
+@run_in_kernel
 async def test_a_result_may_be_a_failure_and_is_returned_all_the_same():
     breaker = CircuitBreaker(failure_result=lambda result: result is None)
     assert await breaker.try_execute(answer, None) is None
@@ -661,6 +680,53 @@ async def test_a_predicate_or_a_listener_that_is_interrupted_leaks_no_permit():
     with pytest.raises(Stop):
         await breaker.try_execute(answer)
     assert breaker.statistics()["probes"] == 0 and breaker.state == "HALF_OPEN"
+
+
+@pytest.mark.parametrize("bad", [RuntimeError("the clock has stopped"), KeyboardInterrupt(), "noon"])
+def test_a_clock_that_fails_as_a_call_ends_leaks_no_permit(bad):
+    class Clock(Hands):
+        bad = None
+
+        def __call__(self):
+            if isinstance(self.bad, BaseException):
+                raise self.bad
+            return self.at if self.bad is None else self.bad
+
+    breaker, clock = small(probes=1, clock=Clock())
+    half_open(breaker, clock).give_back()
+
+    def stop(error=None):
+        clock.bad = bad
+        if error is not None:
+            raise error
+
+    def by_hand():
+        permit = breaker.acquire_nowait()
+        stop()
+        permit.succeed()
+
+    def entered():
+        with breaker:
+            stop()
+
+    for call in breaker(stop), functools.partial(breaker(stop), OSError()), by_hand, entered:
+        with pytest.raises((RuntimeError, KeyboardInterrupt, TypeError)):
+            call()
+        clock.bad = None
+        assert breaker.statistics()["probes"] == 0 and breaker.state == "HALF_OPEN"
+
+
+@pytest.mark.parametrize("nothing", [math.nan, -math.inf])
+@pytest.mark.parametrize("settings", [{}, {"window": 100, "window_seconds": 10}])
+def test_time_stands_still_while_the_clock_says_no_time(nothing, settings):
+    breaker, clock = small(**settings)
+    told(breaker, OSError())
+    clock.at, good = nothing, clock.at
+    told(breaker, OSError())
+    assert breaker.statistics()["retry_after"] == 60
+    clock.at = good + 60
+    told(breaker, True)
+    assert breaker.state == "HALF_OPEN"
 
 
 # ---- ways in ---------------------------------------------------------------------------------------------------
@@ -1250,12 +1316,12 @@ def test_what_was_never_saved_is_refused_by_the_name_of_its_member(member, value
 # ---- settings --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings, message", [
-    ({"window": 0}, "window=0): give a number of calls, from 1 up"),
+    ({"window": 0}, "window=0): give a number of calls, from 1 to 1,000,000"),
     ({"window": 10, "minimum_calls": 11}, "window=10, minimum_calls=11): no rate would ever be known"),
     ({"window": 10, "window_seconds": 5}, "window=10, window_seconds=5): it counts the last calls, or those of the last seconds"),
     ({"window_seconds": 0}, "window_seconds=0): give a number of seconds from 0.001"),
     ({"window_seconds": math.inf}, "window_seconds=inf): give a number of seconds"),
-    ({"window_seconds": 5, "buckets": 0}, "buckets=0): give a number of buckets, from 1 up"),
+    ({"window_seconds": 5, "buckets": 0}, "buckets=0): give a number of buckets, from 1 to 10,000"),
     ({"buckets": 5}, "buckets=5): they are of a window of time: give window_seconds too"),
     ({"minimum_calls": 0}, "minimum_calls=0): give a number of calls, from 1 up"),
     ({"failure_rate": 0}, "failure_rate=0): give a number of failures for each call more than 0 to 1"),
@@ -1269,7 +1335,11 @@ def test_what_was_never_saved_is_refused_by_the_name_of_its_member(member, value
     ({"open_growth": 0.5}, "open_growth=0.5): give a number of times the open time before from 1"),
     ({"max_open_seconds": 59}, "open_seconds=60, max_open_seconds=59): the longest open time is shorter than the first"),
     ({"open_jitter": 1.5}, "open_jitter=1.5): give a number of parts of the open time from 0 to 1"),
-    ({"probes": 0}, "probes=0): give a number of calls, from 1 up"),
+    ({"probes": 10**30}, f"probes={10**30}): give a number of calls, from 1 to 1,000,000"),
+    ({"window": 10**30}, f"window={10**30}): give a number of calls, from 1 to 1,000,000"),
+    ({"window_seconds": 1, "buckets": 10**30}, f"buckets={10**30}): give a number of buckets, from 1 to 10,000"),
+    ({"slow_call_seconds": 10**400}, "slow_call_seconds=1000"),
+    ({"probes": 0}, "probes=0): give a number of calls, from 1 to 1,000,000"),
     ({"half_open_seconds": 0}, "half_open_seconds=0): give a number of seconds more than 0"),
 ])
 def test_impossible_settings_are_refused_by_name(settings, message):

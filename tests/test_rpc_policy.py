@@ -174,7 +174,7 @@ async def test_anything_with_try_execute_is_a_policy_and_other_things_are_refuse
 
     async with await RpcClient.connect("shop", 1, policy=Plain()) as client:
         assert await client.call("add", 1, 2) == 30
-    for policy in ("retry", Backoff(), lambda operation: None):
+    for policy in ("retry", Backoff(), lambda operation: None, Refuse):
         with pytest.raises(TypeError, match="give a policy of flowcoro_resilience"):
             RpcClient.over(None, policy=policy)
 
@@ -241,6 +241,40 @@ async def test_a_pool_all_of_whose_policies_reject_says_so(world):
         with pytest.raises(Rejected, match="is down"):
             await pool.call("add")
     assert world.calls == []
+
+
+@in_kernel
+async def test_a_pool_that_refuses_says_who_can_be_asked_first(world):
+    class RefuseFor(Policy):
+        async def _run(self, call, proceed):
+            raise BreakerOpen(f"{call.key} is down", self, {"shop:1": None, "shop:2": 60.0, "shop:3": 1.0}[call.key])
+
+    addresses = [("shop", port) for port in (1, 2, 3)]
+    world.server(2), world.server(3)
+    async with await RpcPool.connect(addresses, policy=RefuseFor()) as pool:
+        for _ in addresses:                 # whoever's turn it is
+            with pytest.raises(Rejected, match="shop:3") as caught:
+                await pool.call("add", 1)
+            assert caught.value.retry_after == 1.0
+    policies = {"shop:1": RefuseFor(), "shop:2": RefuseFor(), "shop:3": Spy()}
+    async with await RpcPool.connect(addresses, policy=Keyed(policies.get)) as pool:
+        for _ in addresses:
+            with pytest.raises(Overloaded):
+                await pool.call("fail", "busy")
+
+
+@in_kernel
+async def test_a_server_that_has_gone_for_good_does_not_hide_what_the_others_say(world):
+    world.server(2)
+    policies = {"shop:1": Spy(), "shop:2": Refuse()}
+    async with await RpcPool.connect([("shop", 1), ("shop", 2)], policy=Keyed(policies.get), reconnect=None) as pool:
+        world.connections[1].close_nowait()
+        await flowcoro.sleep(1)
+        for _ in range(2):
+            with pytest.raises(Rejected, match="shop:2 is down"):
+                await pool.call("add", 1)
+        policies["shop:2"]._run = policies["shop:1"]._run
+        assert await pool.call("add", 1) == 1
 
 
 @in_kernel
