@@ -368,6 +368,9 @@ async def test_what_it_is_asked_to_wait_it_waits_and_gives_up_at_once_if_that_is
         assert flowcoro.now() == began and text in caught.value.__notes__[0]
     with pytest.raises(ConnectionError):
         await plain(max_wait=math.inf).try_execute(Failing(9, retry_after=math.inf))
+    for most in (30.0, math.inf):
+        with pytest.raises(ConnectionError):
+            await plain(max_wait=most).try_execute(Failing(9, retry_after=10**400))
     for odd in (None, -1, math.nan, "5", True, object()):
         began = flowcoro.now()
         assert await plain(first=2.0).try_execute(Failing(1, retry_after=odd)) == 2
@@ -720,6 +723,10 @@ def test_with_several_workers_each_call_is_counted():
     (lambda: Retry(budget=5), TypeError, "Retry(budget=5): give a RetryBudget, or None for one of its own"),
     (lambda: Retry(random=0.5), TypeError, "Retry(random=0.5)"),
     (lambda: Retry(clock=5), TypeError, "Retry(clock=5): give a function"),
+    (lambda: Retry(errors=flowcoro.when_all), TypeError, "this one is async, or a generator, and nobody awaits"),
+    (lambda: Retry(random=flowcoro.when_all), TypeError, "this one is async"),
+    (lambda: Retry(idempotent=bool), TypeError, "give True or False; what depends on the operation is its attribute"),
+    (lambda: Retry(max_wait=10**400), ValueError, "Retry(max_wait=1000"),
     (lambda: RetryBudget(-0.1), ValueError, "RetryBudget(ratio=-0.1)"),
     (lambda: RetryBudget(floor=-1), ValueError, "RetryBudget(floor=-1)"),
     (lambda: RetryBudget(seconds=0), ValueError, "RetryBudget(seconds=0)"),
