@@ -367,6 +367,20 @@ def _test(what, said, policy, broken=False):
     return predicate
 
 
+def _test_error(what, said, policy, one_of_group=False):
+    """As _test(), for errors: types are of Exception. An ExceptionGroup, which is what a TaskGroup raises though a single task has
+    failed, is of a type if all its errors are; one_of_group: if one of them is. TypeError for other types."""
+    test = _test(what, said, policy)
+    if not isinstance(what, (type, tuple)):
+        return test
+    for one in what if isinstance(what, tuple) else (what,):
+        if not issubclass(one, Exception):
+            raise TypeError(f"{said}{one.__name__}): give types of Exception; what is none, as Cancelled, always goes through")
+    if one_of_group:
+        return lambda error: isinstance(error, what) or isinstance(error, ExceptionGroup) and error.subgroup(what) is not None
+    return lambda error: isinstance(error, what) or isinstance(error, ExceptionGroup) and error.split(what)[1] is None
+
+
 # ---- windows --------------------------------------------------------------------------------------------------
 # What happened lately, in O(1) for each call and bounded memory. Several counters at a time: a call adds to each of them.
 
@@ -2018,7 +2032,7 @@ class ConcurrencyLimiter(_Timed):
 
     limit: an int, or an algorithm that finds it: AIMD() or Gradient2(), or what has their `limit` and record(), one for each
     limiter. dropped: which ends of an operation tell an adaptive limit that it was too much: an exception type, a tuple of them,
-    or a predicate of error or result; by default TimeoutError. Other errors, and cancelled calls, tell it nothing: so a Timeout
+    or a predicate of error or result; by default TimeoutError, also as one of an ExceptionGroup. Other errors, and cancelled calls, tell it nothing: so a Timeout
     belongs within the limiter. clock: function that gives seconds. It belongs to the tasks of one run at a time, as a Semaphore
     does: threads beside them have no place here. An algorithm's record() is called within a decision: it waits for nothing.
 
@@ -2042,7 +2056,7 @@ class ConcurrencyLimiter(_Timed):
         if wait is not None and not max_waiting:
             raise ValueError(f"{self.name}(wait={wait!r:.80}, max_waiting=0): nobody may wait; give a max_waiting")
         self._wait = _number(QUEUE_WAIT if wait is None else wait, 0, math.inf, f"{self.name}(wait=", "seconds", exclusive=True)
-        self._is_dropped = _test(TimeoutError if dropped is None else dropped, f"{self.name}(dropped=", self)
+        self._is_dropped = _test_error(TimeoutError if dropped is None else dropped, f"{self.name}(dropped=", self, True)
         self._lot = flowcoro.ParkingLot("wait for a ConcurrencyLimiter")
         self._running, self._held = 0, None     # held: seconds that a place is held on the mean
         self._entered = {}                      # task -> permits of its `async with`
@@ -2463,7 +2477,8 @@ class Retry(Policy):
     begun after which there would be no time left. budget: a RetryBudget, which any number of policies share; None: one of its
     own, with the defaults. errors: after which it tries again: an exception type, a tuple of them, a predicate, or None; ignored:
     after which of these not: by default a Rejected of a policy within, since those who wait for a breaker would come together
-    when it closes, and limits have a `wait` of their own. result: a predicate of results that are no better than an error; the
+    when it closes, and limits have a `wait` of their own. An ExceptionGroup is of a type in `errors` if all its errors are, and
+    of one in `ignored` if one is. result: a predicate of results that are no better than an error; the
     last one is returned. idempotent: True says that every operation may be done twice; else only what has the attribute
     `idempotent` is, and what cannot have had an effect, because the error says so (`sent` is False). max_wait: seconds of a
     `retry_after`, which errors and results may have, that it waits at most; if more is asked for, it ends. clock: function that
@@ -2492,7 +2507,8 @@ class Retry(Policy):
                              "more time than all have together")
         self._limit = min(self._attempt_seconds, self._total_seconds)       # seconds that the first attempt has
         self._max_wait = _number(max_wait, 0, math.inf, "Retry(max_wait=", "seconds")
-        self._is_error, self._is_ignored = _test(errors, "Retry(errors=", self), _test(ignored, "Retry(ignored=", self)
+        self._is_error = _test_error(errors, "Retry(errors=", self)
+        self._is_ignored = _test_error(ignored, "Retry(ignored=", self, True)
         self._is_bad = None if result is None else _test(result, "Retry(result=", self)
         self._random = _checked_function(random, "Retry(random=", "a function that gives a number from 0 to 1, as random.random")
         self._idempotent, self._now = _checked_flag(idempotent, "Retry(idempotent="), _steady(clock, "Retry(clock=")
@@ -2761,7 +2777,8 @@ class Hedge(Policy):
         elif minimum is not None:
             raise ValueError(f"Hedge(after={after!r}, minimum={minimum!r}): that is for a percentile, and there is none")
         self._most = 1 + _count(max_hedges, 1, "Hedge(max_hedges=", "attempts besides the first")
-        self._is_error, self._is_ignored = _test(errors, "Hedge(errors=", self), _test(ignored, "Hedge(ignored=", self)
+        self._is_error = _test_error(errors, "Hedge(errors=", self)
+        self._is_ignored = _test_error(ignored, "Hedge(ignored=", self, True)
         self._idempotent, self._now = _checked_flag(idempotent, "Hedge(idempotent="), _steady(clock, "Hedge(clock=")
         self._budget = _checked_budget(budget, clock, "Hedge")
         self._calls = self._unsafe = self._hedges = self._won = self._refused = self._lost = 0
@@ -2937,7 +2954,8 @@ class Fallback(Policy):
     """Gives something else instead of an error: Fallback([]), Fallback(lambda error: …).
 
     instead: what to give; a function, async or not, is given the error, and what it brings is given (a function that is itself
-    to be given: lambda error: function). errors: of which: an exception type, a tuple of them, or a predicate.
+    to be given: lambda error: function). errors: of which: an exception type, a tuple of them, or a predicate; an ExceptionGroup
+    is of a type if all its errors are.
 
     An error of the function is raised, with the first one as its context. Cancelled is no error.
 
@@ -2950,7 +2968,7 @@ class Fallback(Policy):
             instead.close()             # else it would warn that it was never awaited
             raise TypeError("Fallback() got a coroutine object, which can be awaited once: give the async function of an error")
         self._instead = instead
-        self._is_error = _test(errors, "Fallback(errors=", self)
+        self._is_error = _test_error(errors, "Fallback(errors=", self)
         self._calls = self._fell_back = self._failed = 0
 
     async def _run(self, call, proceed):
@@ -3096,7 +3114,7 @@ class Cache(Policy):
         if key is not None:
             _checked_function(key, "Cache(key=", "a function of the operation's arguments, or None")
         self._key_of, self._max_keys = key, _count(max_keys, 1, "Cache(max_keys=", "keys")
-        self._is_error, self._now = _test(errors, "Cache(errors=", self), _steady(clock, "Cache(clock=")
+        self._is_error, self._now = _test_error(errors, "Cache(errors=", self), _steady(clock, "Cache(clock=")
         self._entries = {}              # key -> _Entry; the one asked for last is the last
         self._flights = {}              # key -> _Flight, that who comes now joins
         self._counts = dict.fromkeys(("hit", "miss", "shared", "stale", "stale_if_error", "negative", "refreshed", "failed",

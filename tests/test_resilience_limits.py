@@ -920,6 +920,8 @@ async def test_an_adaptive_limit_hears_of_results_and_drops_and_not_of_errors_an
         with pytest.raises(type(error)):
             async with limiter:
                 await operation(0.5, error)
+    with pytest.raises(ExceptionGroup):
+        await limiter.try_execute(operation, 0.25, ExceptionGroup("of a TaskGroup", [TimeoutError(), KeyError()]))
     with flowcoro.move_on_after(3):
         await limiter.try_execute(operation, 100)
     with flowcoro.move_on_after(3):
@@ -929,7 +931,7 @@ async def test_an_adaptive_limit_hears_of_results_and_drops_and_not_of_errors_an
         permit = await limiter.acquire()
         await flowcoro.sleep(4)
         permit.release("dropped")
-    assert algorithm.told == [(1, 1, False), (2, 1, True), (0.5, 1, True), (4, 2, True), (4, 1, False)]
+    assert algorithm.told == [(1, 1, False), (2, 1, True), (0.5, 1, True), (0.25, 1, True), (4, 2, True), (4, 1, False)]
     assert limiter.statistics()["running"] == 0
     algorithm.told.clear()
 

@@ -408,6 +408,20 @@ async def test_which_errors_are_tried_again_is_said_by_type_or_predicate():
 
 
 @run_in_kernel
+async def test_what_a_task_group_raises_is_tried_again_if_all_of_it_may_be():
+    for settings, kinds, calls in (
+            ({"errors": OSError}, (OSError, ConnectionError), 3), ({"errors": OSError}, (OSError, KeyError), 1),
+            ({"ignored": KeyError}, (OSError, KeyError), 1), ({}, (OSError, Rejected), 1), ({}, (OSError,), 3)):
+        operation = Failing(9, error=lambda text: ExceptionGroup(text, [kind(text) for kind in kinds]))
+        with pytest.raises(ExceptionGroup):
+            await plain(**settings).try_execute(operation)
+        assert operation.calls == calls
+        with pytest.raises(ExceptionGroup):
+            await Fallback(5, errors=KeyError).try_execute(operation)
+    assert await Fallback(5, errors=(OSError, KeyError)).try_execute(Failing(9, error=operation.error)) == 5
+
+
+@run_in_kernel
 async def test_results_that_are_no_good_are_let_go_of_and_the_last_one_is_returned():
     dropped, numbers = [], itertools.count(1)
 
@@ -723,6 +737,8 @@ def test_with_several_workers_each_call_is_counted():
     (lambda: Retry(budget=5), TypeError, "Retry(budget=5): give a RetryBudget, or None for one of its own"),
     (lambda: Retry(random=0.5), TypeError, "Retry(random=0.5)"),
     (lambda: Retry(clock=5), TypeError, "Retry(clock=5): give a function"),
+    (lambda: Retry(errors=BaseException), TypeError, "Retry(errors=BaseException): give types of Exception"),
+    (lambda: Retry(ignored=(KeyError, int)), TypeError, "Retry(ignored=int): give types of Exception"),
     (lambda: Retry(errors=flowcoro.when_all), TypeError, "this one is async, or a generator, and nobody awaits"),
     (lambda: Retry(random=flowcoro.when_all), TypeError, "this one is async"),
     (lambda: Retry(idempotent=bool), TypeError, "give True or False; what depends on the operation is its attribute"),
