@@ -1,14 +1,16 @@
 """flowcoro_resilience: policies in general, windows, Keyed, Pipeline. On the virtual clock."""
 
 import functools
+import os
 import random
 import threading
+import warnings
 
 import pytest
 
 import flowcoro
 from flowcoro_resilience import (AdaptiveBreaker, CircuitBreaker, CountWindow, Keyed, Pipeline, Policy, PolicyEvent, Rejected,
-                                 TimeWindow)
+                                 RetryBudget, TimeWindow)
 from flowcoro_testing import run_in_kernel
 
 
@@ -169,6 +171,29 @@ def test_async_functions_and_generators_are_refused_where_nobody_would_await_the
 def test_a_policy_is_shown_by_its_name():
     assert repr(Pass("to the shop")) == "<Pass 'to the shop'>"
     assert repr(Pipeline(Pass(("shop", 80)), Pass("b"))) == "<Pipeline ('shop', 80) > b>"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_the_child_of_a_fork_does_not_wait_for_a_lock_that_a_thread_of_its_parent_had():
+    breaker, budget, held, done = CircuitBreaker(), RetryBudget(), threading.Event(), threading.Event()
+
+    def hold():
+        with breaker._lock, budget._lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # from Python 3.12 on it warns of threads
+        child = os.fork()
+    if not child:
+        free = breaker._lock.acquire(blocking=False) and budget._lock.acquire(blocking=False)
+        os._exit(0 if free else 1)
+    done.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 # ---- windows ---------------------------------------------------------------------------------------------------

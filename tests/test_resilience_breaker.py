@@ -501,10 +501,10 @@ def test_the_open_time_grows_up_to_a_limit_and_begins_anew_after_closing():
 
 
 def test_jitter_is_drawn_anew_for_each_open_time(monkeypatch):
-    reported, chances = [], iter([0.0, 1.0, 0.25, 7.0])         # 7 is not from 0 to 1: as 1
+    reported, chances = [], iter([0.0, 1.0, 0.25, math.nan, 7.0])       # nan is taken as 0, and 7 as 1
     monkeypatch.setattr("sys.unraisablehook", lambda report: reported.append(report.err_msg))
     breaker, clock = small(probes=1, open_jitter=0.5, random=lambda: next(chances))
-    for seconds in 30.0, 90.0, 45.0, 90.0, 90.0:
+    for seconds in 30.0, 90.0, 45.0, 30.0, 90.0, 90.0:
         open_up(breaker)
         assert breaker.statistics()["retry_after"] == seconds
         clock.at += seconds
