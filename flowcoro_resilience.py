@@ -385,8 +385,8 @@ def _test(what, said, policy, broken=False):
 
 
 def _test_error(what, said, policy, one_of_group=False):
-    """As _test(), for errors: types are of Exception. An ExceptionGroup, which is what a TaskGroup raises though a single task has
-    failed, is of a type if all its errors are; one_of_group: if one of them is. TypeError for other types."""
+    """As _test(), for errors: types are of Exception. An ExceptionGroup, which is what a TaskGroup raises though a single task
+    has failed, is of a type if all its errors are; one_of_group: if one of them is. TypeError for other types."""
     test = _test(what, said, policy)
     if not isinstance(what, (type, tuple)):
         return test
@@ -1682,12 +1682,12 @@ class RateLimiter(_Timed):
     algorithm: "gcra", a token bucket: `burst` units at once (by default what `per` seconds allow: who did not ask for a minute
     may ask for all of that minute), and then one each per / rate seconds; so in t seconds at most burst + rate · t / per.
     "sliding_window": never more than `rate`, an int, within any `per` seconds, for quotas that somebody else counts; costs are
-    ints, and each key takes up to 16 · rate bytes.
+    ints, and each key takes up to 18 · rate bytes.
 
     key: function of the operation's arguments; without it one limit is for all. cost: units of an operation, a number or a
     function of its arguments. max_keys: how many are remembered; beyond them the ones nearest to being free go. wait: seconds
     that a call waits at most, in its turn; 0: it is rejected at once. max_waiting: calls that wait for one key at a time. clock:
-    function that gives seconds.
+    function that gives seconds; while it raises, which is reported, time stands still.
 
     check(), acquire_nowait() and state_of() may be called in any thread, and outside of run(). Those that wait are tasks of one
     run at a time.
@@ -2049,9 +2049,10 @@ class ConcurrencyLimiter(_Timed):
 
     limit: an int, or an algorithm that finds it: AIMD() or Gradient2(), or what has their `limit` and record(), one for each
     limiter. dropped: which ends of an operation tell an adaptive limit that it was too much: an exception type, a tuple of them,
-    or a predicate of error or result; by default TimeoutError, also as one of an ExceptionGroup. Other errors, and cancelled calls, tell it nothing: so a Timeout
-    belongs within the limiter. clock: function that gives seconds. It belongs to the tasks of one run at a time, as a Semaphore
-    does: threads beside them have no place here. An algorithm's record() is called within a decision: it waits for nothing.
+    or a predicate of error or result; by default TimeoutError, also as one of an ExceptionGroup. Other errors, and cancelled
+    calls, tell it nothing: so a Timeout belongs within the limiter. clock: function that gives seconds; while it raises, which is
+    reported, time stands still. It belongs to the tasks of one run at a time, as a Semaphore does: threads beside them have no
+    place here. An algorithm's record() is called within a decision: it waits for nothing.
 
     Besides try_execute() there are `async with limiter:`, and acquire(), whose permit has release(). LimitExceeded names as
     `retry_after` an estimate: how long places are held on the mean, for those who wait and this one, by the limit; None as long
@@ -2766,8 +2767,9 @@ class Hedge(Policy):
 
     The first success is what it brings. If all fail, the last error is raised, with the others below it. A result that comes as
     another has won is let go of (`discard`). Cancelled: all attempts are cancelled and joined; only if one had won by then, what
-    it has brought is returned, and the next checkpoint raises. The first attempt runs in the task that calls, others in tasks of
-    their own, with a copy of the context as it was when the call began. BaseExceptions that are no Cancelled end all.
+    it has brought is returned, and the next checkpoint raises. TaskCancelled if all have cancelled themselves. The first attempt
+    runs in the task that calls, others in tasks of their own, with a copy of the context as it was when the call began.
+    BaseExceptions that are no Cancelled end all.
 
     Of the first attempt of each call the latency counts, and if another has won, the time until then, which is less than it would
     have been, and longer than the percentile: so that stays what it is. Errors do not count.
@@ -3114,7 +3116,8 @@ class Cache(Policy):
     Cancelled: who waits leaves, and only the last one to leave cancels and joins the call. A refresh belongs to the run, at most
     one for each key; an error of it is reported, and there is no other one for a second. TaskCancelled if the call has cancelled
     itself; RuntimeError if it asks for its own key; TypeError for what cannot be a key. Results are shared: do not change them.
-    Only one that nobody gets is let go of (`discard`).
+    Only one that nobody gets is let go of (`discard`); but a Retry or a Hedge around the cache would let go of one that others
+    have as well: put those within.
 
     Events, with the key: "hit", "miss", "shared", "stale", "stale_if_error", "negative", as in statistics(); "refreshed",
     "failed" {error, refresh: whether it was one}, "evicted".
