@@ -2597,7 +2597,7 @@ class Retry(Policy):
     def _after(self, attempts, call, outcome, meant):
         """(None, seconds until the next attempt), or (why there is none, 0.0)."""
         safe = self._idempotent or call.idempotent or getattr(outcome, "sent", None) is False
-        retry_after, chance = _retry_after_of(outcome), self._random()
+        retry_after, chance = _retry_after_of(outcome), min(max(0.0, self._random()), 1.0)      # in this order nan is 0
         with self._lock:
             reason, delay = attempts.may_repeat(self._attempts, self._backoff, self._max_wait, meant, safe, retry_after, chance,
                                                 self._now())

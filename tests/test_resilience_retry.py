@@ -379,6 +379,14 @@ async def test_what_it_is_asked_to_wait_it_waits_and_gives_up_at_once_if_that_is
 
 
 @run_in_kernel
+async def test_chance_is_from_0_to_1_whatever_its_function_gives():
+    for given, waited in ((math.nan, 0.0), (-1.0, 0.0), (0.5, 1.0), (7, 2.0)):
+        began = flowcoro.now()
+        assert await Retry(first=2.0, random=lambda: given).try_execute(Failing(1)) == 2
+        assert flowcoro.now() == began + waited
+
+
+@run_in_kernel
 async def test_many_that_are_told_the_same_time_come_spread():
     retry, came = Retry(random=random.Random(1).random, idempotent=True, max_wait=60), []
 
