@@ -7552,6 +7552,8 @@ async def _acquired(limiter, *arguments):
 
 
 def _check_limiter(limiter, given_to, *names):
+    if isinstance(limiter, type):
+        raise TypeError(f"{given_to}({limiter!r:.80}): that is a class; give a limiter")
     if missing := [name for name in names if not hasattr(limiter, name)]:
         raise TypeError(f"{given_to}({limiter!r:.80}): it has no {missing[0]}; give a limiter that has {', '.join(names)}")
 
@@ -7568,14 +7570,21 @@ def rate_limit(limiter, *, key=_client_key, cost=1, name="default"):
     seconds, if it must not be), state_of(key) (with `remaining` and `reset`: seconds until all is there again) and numbers
     `rate`, `per` and `burst`. If the limiter lets calls wait, requests do. key: function of a request: who it is counted for, by
     default request.client, an address of IPv6 by its /64 (behind proxies add trusted_proxies() first); None: it is not counted.
-    cost: units that a request takes, a number or a function of it; more than `burst` can never be, and is answered 429 without
-    Retry-After. name: of the limit, for clients who have several.
+    cost: units that a request takes, more than 0, a number or a function of it; more than `burst` can never be, and is answered
+    429 without Retry-After. With HttpServer.run(processes=) each process counts for itself, so together they let through as many
+    times what the limiter says. name: of the limit, for clients who have several.
 
     Each answer says what is left, in RateLimit-Policy and RateLimit (draft-ietf-httpapi-ratelimit-headers-10), and also in
     RateLimit-Limit, -Remaining and -Reset of its revisions up to 06, which is what most clients read; of several limits that
     have passed it on, these say what the one with least left does. Units are whole, rounded down; seconds too, rounded up.
     """
     _check_limiter(limiter, "rate_limit", "acquire", "state_of", "rate", "per", "burst")
+    if not callable(key) or inspect.iscoroutinefunction(key):
+        raise TypeError(f"rate_limit(key={key!r:.80}): give a plain function of a request, which says who it is counted for")
+    if inspect.iscoroutinefunction(cost) or not callable(cost) and (
+            isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 0 < cost <= limiter.burst):
+        raise ValueError(f"rate_limit(cost={cost!r:.80}): give a number of units from more than 0 to {limiter.burst:g}, which is "
+                         "what the limiter ever lets through at once, or a plain function of a request")
     if not (isinstance(name, str) and name and name.isascii() and name.isprintable()):
         raise ValueError(f"rate_limit(name={name!r:.80}): give printable ASCII, which a header field can have")
     quota, quoted = int(limiter.burst), _quote(name)
@@ -7620,6 +7629,8 @@ def concurrency_limit(limiter):
     stream sends later does not count. timeout() belongs within, so that an adaptive limiter hears of it.
     """
     _check_limiter(limiter, "concurrency_limit", "acquire")
+    if hasattr(limiter, "state_of"):
+        raise TypeError(f"concurrency_limit({limiter!r:.80}): that limits a rate; give it to rate_limit()")
 
     async def middleware(request, call_next):
         permit, error = await _acquired(limiter)

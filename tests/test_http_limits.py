@@ -229,7 +229,13 @@ def test_a_place_is_free_again_however_a_handler_ends():
     (lambda: rate_limit(ConcurrencyLimiter(1)), TypeError, "it has no state_of"),
     (lambda: rate_limit(RateLimiter(1), name="é"), ValueError, "rate_limit(name='é'): give printable ASCII"),
     (lambda: rate_limit(RateLimiter(1), name="a\n"), ValueError, "give printable ASCII"),
+    (lambda: rate_limit(RateLimiter), TypeError, "that is a class; give a limiter"),
+    *[(lambda key=key: rate_limit(RateLimiter(1), key=key), TypeError, "give a plain function of a request")
+      for key in (None, "user", refused)],
+    *[(lambda cost=cost: rate_limit(RateLimiter(5), cost=cost), ValueError, "give a number of units from more than 0 to 5")
+      for cost in (0, -1, math.nan, "1", None, True, 6, refused)],
     (lambda: concurrency_limit(None), TypeError, "concurrency_limit(None): it has no acquire"),
+    (lambda: concurrency_limit(RateLimiter(1)), TypeError, "that limits a rate; give it to rate_limit()"),
 ])
 def test_what_is_no_limiter_is_refused(make, error, message):
     with pytest.raises(error) as caught:

@@ -93,6 +93,9 @@ async def test_a_policy_is_a_decorator_of_async_functions():
     assert triple.__doc__ == "Three times." and policy.log == [("pass", "in", None, False), ("pass", "out")]
     with pytest.raises(TypeError, match="decorates async functions"):
         policy(lambda: 1)
+    triple.idempotent, triple.key = True, "there"         # as said to the function before
+    policy.log.clear()
+    assert await triple(1) == 3 and policy.log[0] == ("pass", "in", "there", True) and triple.policy is policy
 
 
 @run_in_kernel

@@ -128,6 +128,42 @@ async def test_it_decorates():
     assert await ask("a") == 2
 
 
+@run_in_kernel
+async def test_what_it_has_decorated_is_forgotten_by_that_name_whatever_stands_around_it():
+    cache = Cache(10)
+
+    class Shop:
+        @Retry()
+        @cache
+        async def price(self, thing):
+            return next(numbers)
+
+    numbers, shop = itertools.count(), Shop()
+    assert [await shop.price("tea"), await shop.price("tea")] == [0, 0]
+    assert cache.invalidate(cache.key_of(Shop.price, shop, "tea")) and await shop.price("tea") == 1
+
+
+@run_in_kernel
+async def test_a_clock_that_fails_keeps_nothing_and_nobody_waiting(reports):
+    def read():
+        if broken:
+            raise OSError("no clock")
+        return 0.0
+
+    async def ask():
+        broken.append(1)
+        await flowcoro.sleep(1)
+        return next(numbers)
+
+    broken, numbers = [], itertools.count()
+    cache = Cache(10, clock=read)
+    assert await cache.try_execute(ask) == 0
+    assert [message.partition(" for ")[0] for message, _ in reports] == [
+        "flowcoro_resilience: the clock of 'Cache' failed: what has come"]
+    broken.clear()
+    assert await cache.try_execute(ask) == 1 and cache.statistics()["under_way"] == 0
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_what_was_not_asked_for_longest_goes(seed):
     chance = random.Random(seed)
@@ -773,6 +809,7 @@ async def test_nothing_is_garbage_after_a_call_that_fails(monkeypatch):
     (functools.partial(Cache, math.inf, stale_seconds=5), ValueError, "what is kept for ever is never stale"),
     (functools.partial(Cache, 1, key="x"), TypeError, "Cache(key='x'): give a function of the operation's arguments, or None"),
     (functools.partial(Cache, 1, max_keys=0), ValueError, "Cache(max_keys=0): give a number of keys, from 1 up"),
+    (functools.partial(Cache, 1, key=flowcoro.when_all), TypeError, "this one is async"),
     (functools.partial(Cache, 1, errors=5), TypeError, "Cache(errors=5)"),
     (functools.partial(Cache, 1, clock=5), TypeError, "Cache(clock=5)"),
 ])

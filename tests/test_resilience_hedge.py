@@ -110,7 +110,7 @@ async def test_the_second_attempt_begins_after_the_delay_and_the_loser_is_cancel
     assert heard == [("hedged", {"attempt": 2, "after": 2.0}), ("won", {"attempt": 2})]
     numbers = hedge.statistics()
     assert numbers.pop("budget")["repetitions"] == 1
-    assert numbers == {"name": "Hedge", "calls": 1, "delay": 2.0, "hedges": 1, "won": 1, "refused": 0, "lost": 0}
+    assert numbers == {"name": "Hedge", "calls": 1, "unsafe": 0, "delay": 2.0, "hedges": 1, "won": 1, "refused": 0, "lost": 0}
 
 
 @run_in_kernel
@@ -193,7 +193,7 @@ async def test_what_may_not_be_done_twice_is_done_once():
     operation.idempotent = False
     hedge = Hedge(2.0)
     assert await hedge.try_execute(operation) == "first" and len(operation.begun) == 1
-    assert hedge.statistics()["calls"] == 1
+    assert hedge.statistics()["calls"] == hedge.statistics()["unsafe"] == 1
     operation = Attempts((9, "first"), (1, "second"))
     operation.idempotent = False
     assert await Hedge(2.0, idempotent=True).try_execute(operation) == "second"
@@ -435,6 +435,17 @@ async def test_an_attempt_that_cancels_its_own_task_is_none():
 
 
 @run_in_kernel
+async def test_attempts_that_have_all_been_cancelled_are_a_cancelled_task():
+    async def operation():
+        await flowcoro.sleep(2)
+        raise flowcoro.Cancelled
+
+    hedge = Hedge(1.0, idempotent=True)
+    with pytest.raises(flowcoro.TaskCancelled, match="all attempts have cancelled themselves"):
+        await hedge.try_execute(operation)
+
+
+@run_in_kernel
 async def test_nothing_is_garbage_after_a_call_that_fails():
     async def fail():
         await flowcoro.sleep(1)
@@ -485,6 +496,8 @@ def test_what_ends_the_program_ends_all_attempts_and_a_result_that_had_come_is_l
     (lambda: Hedge(errors=5), TypeError, "Hedge(errors=5)"),
     (lambda: Hedge(ignored=5), TypeError, "Hedge(ignored=5)"),
     (lambda: Hedge(clock=5), TypeError, "Hedge(clock=5)"),
+    (lambda: Hedge(errors=flowcoro.when_all), TypeError, "this one is async"),
+    (lambda: Hedge(idempotent="no"), TypeError, "Hedge(idempotent='no'): give True or False"),
     (lambda: LatencyWindow(2), ValueError, "LatencyWindow(percentile=2)"),
     (lambda: LatencyWindow(0.5, 0), ValueError, "LatencyWindow(size=0)"),
 ])

@@ -252,6 +252,22 @@ def test_many_keys_are_in_several_tables():
     assert limiter.statistics()["keys"] == 3000
 
 
+def test_a_max_keys_that_is_never_reached_costs_nothing():
+    limiter = RateLimiter(1, max_keys=10**9)
+    assert limiter.check("key") == 0.0 and limiter.check("key") > 0 and len(limiter._states._tables) == 4096
+
+
+def test_what_is_out_of_a_window_is_taken_out_together():
+    clock, lengths = Clock(), []
+    limiter = RateLimiter(1000, per=1000, algorithm="sliding_window", max_keys=1, clock=clock)
+    for clock.now in range(5000):
+        assert limiter.check() == 0.0
+        lengths.append(len(limiter._states._tables[0][None]))
+    assert sum(later < before for before, later in zip(lengths, lengths[1:])) in range(20, 35)      # 4000 / 143
+    assert sum(later > before for before, later in zip(lengths, lengths[1:])) > 4900
+    assert max(lengths) <= 2 + 2 * 1000 * 8 / 7 + 3
+
+
 def test_threads_together_get_what_there_is():
     limiter, barrier, got = RateLimiter(100, per=1000, clock=Clock()), threading.Barrier(4), []
 
@@ -558,6 +574,13 @@ async def test_in_a_pipeline_too_key_and_cost_come_from_the_arguments():
     (lambda: RateLimiter(1, cost=2), ValueError, "RateLimiter(cost=2): more than 1 units can never go at once"),
     (lambda: RateLimiter(1, cost=0), ValueError, "RateLimiter(cost=0): give a number of units more than 0"),
     (lambda: RateLimiter(1, cost="1"), TypeError, "RateLimiter(cost='1'): give a number of units"),
+    (lambda: RateLimiter(1, key=flowcoro.when_all), TypeError, "this one is async, or a generator, and nobody awaits"),
+    (lambda: RateLimiter(1, cost=flowcoro.when_all), TypeError, "this one is async"),
+    (lambda: RateLimiter(1, clock=flowcoro.when_all), TypeError, "this one is async"),
+    (lambda: RateLimiter(1, clock=lambda: "now"), TypeError, "gave 'now'): give a number of seconds"),
+    (lambda: RateLimiter(1, clock=lambda: math.nan), ValueError, "gave nan): give a number of seconds"),
+    (lambda: RateLimiter(1, wait=10**400), ValueError, "RateLimiter(wait=1000"),
+    (lambda: RateLimiter(1, wait=5, max_waiting=0), ValueError, "RateLimiter(wait=5, max_waiting=0): nobody may wait"),
     (lambda: RateLimiter(1, max_keys=0), ValueError, "RateLimiter(max_keys=0)"),
     (lambda: RateLimiter(1, wait=-1), ValueError, "RateLimiter(wait=-1)"),
     (lambda: RateLimiter(1, max_waiting=-1), ValueError, "RateLimiter(max_waiting=-1)"),
@@ -897,6 +920,8 @@ async def test_an_adaptive_limit_hears_of_results_and_drops_and_not_of_errors_an
         with pytest.raises(type(error)):
             async with limiter:
                 await operation(0.5, error)
+    with pytest.raises(ExceptionGroup):
+        await limiter.try_execute(operation, 0.25, ExceptionGroup("of a TaskGroup", [TimeoutError(), KeyError()]))
     with flowcoro.move_on_after(3):
         await limiter.try_execute(operation, 100)
     with flowcoro.move_on_after(3):
@@ -906,7 +931,7 @@ async def test_an_adaptive_limit_hears_of_results_and_drops_and_not_of_errors_an
         permit = await limiter.acquire()
         await flowcoro.sleep(4)
         permit.release("dropped")
-    assert algorithm.told == [(1, 1, False), (2, 1, True), (0.5, 1, True), (4, 2, True), (4, 1, False)]
+    assert algorithm.told == [(1, 1, False), (2, 1, True), (0.5, 1, True), (0.25, 1, True), (4, 2, True), (4, 1, False)]
     assert limiter.statistics()["running"] == 0
     algorithm.told.clear()
 
@@ -958,8 +983,58 @@ def test_an_adaptive_limiter_whose_clock_goes_back_goes_on_from_where_it_was():
         assert limiter.limit == limit and limiter.statistics()["seconds"] == 0
 
 
+@run_in_kernel
+async def test_a_clock_that_fails_stands_still_and_keeps_no_place(reports):
+    def read():
+        if now is None:
+            raise OSError("no clock")
+        return now
+
+    now, heard = 5.0, []
+    limiter, rate = ConcurrencyLimiter(1, max_waiting=2, clock=read), RateLimiter(2, clock=read)
+    permit = limiter.acquire_nowait()
+    async with flowcoro.TaskGroup() as group:
+        other = group.spawn(limiter.acquire())
+        await wait_all_tasks_parked()
+        now = None
+        permit.release()
+    other.result().release()
+    await limiter.try_execute(heard.append, 1)
+    assert [rate.check(), rate.check(), rate.check()] == [0.0, 0.0, 0.5] and rate.state_of().remaining == 0
+    assert heard == [1] and limiter.statistics()["running"] == 0
+    assert {message for message, _ in reports} == {
+        f"flowcoro_resilience: the clock of '{name}' failed: time stands still" for name in ("ConcurrencyLimiter", "RateLimiter")}
+    now = 5.5
+    assert rate.check() == 0.0
+
+
+def test_an_interrupted_listener_or_predicate_keeps_no_place():
+    def interrupt(thing):
+        raise KeyboardInterrupt
+
+    limiter = ConcurrencyLimiter(AIMD(1, least=1), max_waiting=1, dropped=interrupt)
+    limiter.add_listener(interrupt)
+
+    async def within():
+        async with limiter:
+            pass
+
+    async def waiting():
+        permit = limiter.acquire_nowait()
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(limiter.acquire())
+            await wait_all_tasks_parked()
+            permit.release("ignored")
+
+    for main in (within, waiting):
+        with pytest.raises(KeyboardInterrupt):
+            flowcoro.run(main())
+        assert limiter.statistics()["running"] == 0
+
+
 @pytest.mark.parametrize("make, error, message", [
     (lambda: ConcurrencyLimiter(0), ValueError, "ConcurrencyLimiter(0): give a number of calls at a time, from 1 up"),
+    (lambda: ConcurrencyLimiter(AIMD), TypeError, "(<class 'flowcoro_resilience.AIMD'>): give a number of calls at a time"),
     (lambda: ConcurrencyLimiter(1.5), TypeError, "ConcurrencyLimiter(1.5): give a number of calls at a time, an int"),
     (lambda: ConcurrencyLimiter(True), TypeError, "ConcurrencyLimiter(True)"),
     (lambda: ConcurrencyLimiter(1, max_waiting=-1), ValueError, "ConcurrencyLimiter(max_waiting=-1)"),

@@ -368,11 +368,22 @@ async def test_what_it_is_asked_to_wait_it_waits_and_gives_up_at_once_if_that_is
         assert flowcoro.now() == began and text in caught.value.__notes__[0]
     with pytest.raises(ConnectionError):
         await plain(max_wait=math.inf).try_execute(Failing(9, retry_after=math.inf))
+    for most in (30.0, math.inf):
+        with pytest.raises(ConnectionError):
+            await plain(max_wait=most).try_execute(Failing(9, retry_after=10**400))
     for odd in (None, -1, math.nan, "5", True, object()):
         began = flowcoro.now()
         assert await plain(first=2.0).try_execute(Failing(1, retry_after=odd)) == 2
         assert flowcoro.now() == began + 2.0
     assert await Retry().try_execute(Failing(1, retry_after=math.nan)) == 2
+
+
+@run_in_kernel
+async def test_chance_is_from_0_to_1_whatever_its_function_gives():
+    for given, waited in ((math.nan, 0.0), (-1.0, 0.0), (0.5, 1.0), (7, 2.0)):
+        began = flowcoro.now()
+        assert await Retry(first=2.0, random=lambda: given).try_execute(Failing(1)) == 2
+        assert flowcoro.now() == began + waited
 
 
 @run_in_kernel
@@ -402,6 +413,20 @@ async def test_which_errors_are_tried_again_is_said_by_type_or_predicate():
         assert operation.calls == calls
         if calls == 1:
             assert not hasattr(caught.value, "__notes__")
+
+
+@run_in_kernel
+async def test_what_a_task_group_raises_is_tried_again_if_all_of_it_may_be():
+    for settings, kinds, calls in (
+            ({"errors": OSError}, (OSError, ConnectionError), 3), ({"errors": OSError}, (OSError, KeyError), 1),
+            ({"ignored": KeyError}, (OSError, KeyError), 1), ({}, (OSError, Rejected), 1), ({}, (OSError,), 3)):
+        operation = Failing(9, error=lambda text: ExceptionGroup(text, [kind(text) for kind in kinds]))
+        with pytest.raises(ExceptionGroup):
+            await plain(**settings).try_execute(operation)
+        assert operation.calls == calls
+        with pytest.raises(ExceptionGroup):
+            await Fallback(5, errors=KeyError).try_execute(operation)
+    assert await Fallback(5, errors=(OSError, KeyError)).try_execute(Failing(9, error=operation.error)) == 5
 
 
 @run_in_kernel
@@ -720,6 +745,12 @@ def test_with_several_workers_each_call_is_counted():
     (lambda: Retry(budget=5), TypeError, "Retry(budget=5): give a RetryBudget, or None for one of its own"),
     (lambda: Retry(random=0.5), TypeError, "Retry(random=0.5)"),
     (lambda: Retry(clock=5), TypeError, "Retry(clock=5): give a function"),
+    (lambda: Retry(errors=BaseException), TypeError, "Retry(errors=BaseException): give types of Exception"),
+    (lambda: Retry(ignored=(KeyError, int)), TypeError, "Retry(ignored=int): give types of Exception"),
+    (lambda: Retry(errors=flowcoro.when_all), TypeError, "this one is async, or a generator, and nobody awaits"),
+    (lambda: Retry(random=flowcoro.when_all), TypeError, "this one is async"),
+    (lambda: Retry(idempotent=bool), TypeError, "give True or False; what depends on the operation is its attribute"),
+    (lambda: Retry(max_wait=10**400), ValueError, "Retry(max_wait=1000"),
     (lambda: RetryBudget(-0.1), ValueError, "RetryBudget(ratio=-0.1)"),
     (lambda: RetryBudget(floor=-1), ValueError, "RetryBudget(floor=-1)"),
     (lambda: RetryBudget(seconds=0), ValueError, "RetryBudget(seconds=0)"),
