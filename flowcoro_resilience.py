@@ -234,6 +234,8 @@ if hasattr(os, "register_at_fork"):
 class Policy:
     """What all policies have. `name` is for messages, statistics and metrics."""
 
+    _shares = False             # whether several calls may get the same result
+
     def __init__(self, name=None):
         self.name = type(self).__name__ if name is None else name
         self._listeners = ()
@@ -384,10 +386,10 @@ def _test(what, said, policy, broken=False):
     return predicate
 
 
-def _test_error(what, said, policy, one_of_group=False):
+def _test_error(what, said, policy, one_of_group=False, broken=False):
     """As _test(), for errors: types are of Exception. An ExceptionGroup, which is what a TaskGroup raises though a single task
     has failed, is of a type if all its errors are; one_of_group: if one of them is. TypeError for other types."""
-    test = _test(what, said, policy)
+    test = _test(what, said, policy, broken)
     if not isinstance(what, (type, tuple)):
         return test
     for one in what if isinstance(what, tuple) else (what,):
@@ -573,27 +575,14 @@ class _Breaker(Policy):
 
     def __init__(self, name, said, failures, ignored, failure_result, clock, random):
         super().__init__(name)
-        # Of an ExceptionGroup's errors one is enough for a failure, and all are needed to ignore it: what TaskGroup raises is
-        # one, also where a single task has failed, and would be none of the types.
-        self._failures = self._errors(failures, f"{said}failures=", True, lambda group: group.subgroup(failures) is not None)
-        self._ignored = None if ignored is None else self._errors(
-            ignored, f"{said}ignored=", False, lambda group: group.split(ignored)[1] is None)
+        # Of an ExceptionGroup's errors one is enough for a failure, and all are needed to ignore it.
+        self._failures = _test_error(failures, f"{said}failures=", self, one_of_group=True, broken=True)
+        self._ignored = None if ignored is None else _test_error(ignored, f"{said}ignored=", self)
         self._failure_result = None if failure_result is None else _test(failure_result, f"{said}failure_result=", self)
         self._clock, self._now = clock, _steady(clock, f"{said}clock=")
         self._random = _checked_function(random, f"{said}random=", "a function that returns a number from 0 to 1")
         self._given_back = collections.deque()          # permits; taken out by the next decision (BreakerPermit.__del__)
         self._entered = {}                              # (task or thread, depth) -> (started, permit), of `with`
-
-    def _errors(self, what, said, broken, of_group):
-        if what is not None:
-            for one in what if isinstance(what, tuple) else (what,):
-                if isinstance(one, type) and not issubclass(one, Exception):
-                    raise TypeError(f"{said}{one.__name__}): give types of Exception; what is none, as Cancelled, is never "
-                                    "counted")
-        test = _test(what, said, self, broken)
-        if not isinstance(what, (type, tuple)):
-            return test
-        return lambda error: isinstance(error, what) or isinstance(error, ExceptionGroup) and of_group(error)
 
     def _drawn(self):
         """A chance, from 0 to 1."""
@@ -1083,7 +1072,8 @@ class CircuitBreaker(_Breaker):
     more, has failed, or a part of slow_call_rate took longer than slow_call_seconds, or consecutive_failures have come in a row
     (for which there is no minimum), it is OPEN: all are rejected. After open_seconds the next call makes it HALF_OPEN: `probes`
     calls go through, no more, however many ask at a time. When all have ended, their rates decide: CLOSED again, with an empty
-    window, or OPEN; consecutive_failures among them are OPEN at once. FORCED_OPEN, until reset(), rejects all; METRICS_ONLY counts, and rejects none.
+    window, or OPEN; consecutive_failures among them are OPEN at once. FORCED_OPEN, until reset(), rejects all; METRICS_ONLY counts,
+    and rejects none.
 
     What counts is what comes back: a result (a success, if failure_result(result) does not say otherwise), or an Exception: a
     failure if it is one of `failures`, neither if it is one of `ignored`, else a success. Each is a type, several, or a
@@ -2035,6 +2025,51 @@ class Gradient2:
 _FULL = object()
 
 
+class _Places:
+    """A ConcurrencyLimiter's decisions. Who waits, and how many, the front knows, and says.
+
+    A place is given only while fewer run than the limit: so more run only after it was lowered.
+    """
+
+    __slots__ = ("limit", "algorithm", "max_waiting", "running", "held", "allowed", "rejected", "waited", "timed_out")
+
+    def __init__(self, limit, algorithm, max_waiting):
+        self.limit, self.algorithm, self.max_waiting = limit, algorithm, max_waiting
+        self.held = None            # seconds that a place is held on the mean
+        self.running = self.allowed = self.rejected = self.waited = self.timed_out = 0
+
+    def has_room(self):
+        """Whether a place is free."""
+        return self.running < self.limit
+
+    def may_wait(self, waiting):
+        """Whether one more may wait."""
+        return waiting < self.max_waiting
+
+    def give(self, waited=False):
+        """A free place is given."""
+        self.running += 1
+        self.allowed += 1
+        self.waited += waited
+
+    def refuse(self, waiting, timed_out):
+        """Somebody goes away; returns in how many seconds it may be worth while to ask again, or None."""
+        self.rejected += 1
+        self.timed_out += timed_out
+        return None if self.held is None else self.held * (waiting + 1) / self.limit
+
+    def take_back(self, seconds, in_flight, outcome, now):
+        """A place was held for `seconds`. Returns an error of the algorithm, or None."""
+        self.running -= 1
+        self.held = seconds if self.held is None else self.held + (seconds - self.held) * _SMOOTHING
+        if self.algorithm is not None and outcome != "ignored":
+            try:
+                self.limit = max(1, int(self.algorithm.record(seconds, in_flight, outcome == "dropped", now)))
+            except Exception as error:                      # a class of the user's own (P5)
+                return error
+        return None
+
+
 class _Permit:
     """A place that a call has, until release()."""
 
@@ -2070,52 +2105,47 @@ class ConcurrencyLimiter(_Timed):
 
     def __init__(self, limit, *, max_waiting=0, wait=None, dropped=None, clock=flowcoro.now, name=None):
         super().__init__(clock, name)
-        self._algorithm = None
+        algorithm = None
         if not isinstance(limit, (int, type)) and callable(getattr(limit, "record", None)):
-            self._algorithm, limit = limit, limit.limit
+            algorithm, limit = limit, limit.limit
         elif dropped is not None:
             raise ValueError(f"{self.name}({limit!r:.80}, dropped={dropped!r:.80}): a fixed limit does not depend on that; leave "
                              "it out, or give AIMD() or Gradient2()")
-        self._limit = _count(limit, 1, f"{self.name}(", "calls at a time")
-        self._max_waiting = _count(max_waiting, 0, f"{self.name}(max_waiting=", "calls")
+        self._places = _Places(_count(limit, 1, f"{self.name}(", "calls at a time"), algorithm,
+                               _count(max_waiting, 0, f"{self.name}(max_waiting=", "calls"))
         if wait is not None and not max_waiting:
             raise ValueError(f"{self.name}(wait={wait!r:.80}, max_waiting=0): nobody may wait; give a max_waiting")
         self._wait = _number(QUEUE_WAIT if wait is None else wait, 0, math.inf, f"{self.name}(wait=", "seconds", exclusive=True)
         self._is_dropped = _test_error(TimeoutError if dropped is None else dropped, f"{self.name}(dropped=", self, True)
         self._lot = flowcoro.ParkingLot("wait for a ConcurrencyLimiter")
-        self._running, self._held = 0, None     # held: seconds that a place is held on the mean
         self._entered = {}                      # task -> permits of its `async with`
-        self._allowed = self._rejected = self._waited = self._timed_out = 0
 
     @property
     def limit(self):
         """How many may run at a time now."""
-        return self._limit
+        return self._places.limit
 
     @flowcoro.atomic
     def set_limit(self, limit):
         """Change a fixed limit. If more run than that, they come to their end. ValueError for an adaptive one."""
-        if self._algorithm is not None:
-            raise ValueError(f"{self.name}.set_limit({limit!r}): {type(self._algorithm).__name__} says what it is")
-        self._limit = _count(limit, 1, f"{self.name}.set_limit(", "calls at a time")
+        if self._places.algorithm is not None:
+            raise ValueError(f"{self.name}.set_limit({limit!r}): {type(self._places.algorithm).__name__} says what it is")
+        self._places.limit = _count(limit, 1, f"{self.name}.set_limit(", "calls at a time")
         self._admit()
 
     @flowcoro.atomic
     def _take(self):
-        if self._running >= self._limit:
+        if not self._places.has_room():
             return None
-        permit = _Permit(self, self._running + 1, self._now()[0])
-        self._running += 1
-        self._allowed += 1
+        permit = _Permit(self, self._places.running + 1, self._now()[0])
+        self._places.give()
         return permit
 
     def _admit(self):
         """Hand places that are free to those who have waited longest; within an atomic step."""
-        while self._running < self._limit and self._lot:
-            if self._lot.unpark(1, _Permit(self, self._running + 1, self._now()[0])):
-                self._running += 1
-                self._allowed += 1
-                self._waited += 1
+        while self._places.has_room() and self._lot:
+            if self._lot.unpark(1, _Permit(self, self._places.running + 1, self._now()[0])):
+                self._places.give(waited=True)
 
     def acquire_nowait(self):
         """A permit, at once, or LimitExceeded."""
@@ -2135,7 +2165,7 @@ class ConcurrencyLimiter(_Timed):
         permit = self._take()
         if permit is not None:
             return permit
-        if not most or len(self._lot) >= self._max_waiting:     # the latter is asked again below; here it costs no park
+        if not most or not self._places.may_wait(len(self._lot)):       # the latter is asked again below; here it costs no park
             raise self._rejection(0.0)
         began = flowcoro.now()
         with flowcoro.move_on_after(most):
@@ -2153,7 +2183,7 @@ class ConcurrencyLimiter(_Timed):
 
     def _join(self):
         """For park_unless(): a permit, _FULL, or None to wait."""
-        return self._take() or (_FULL if len(self._lot) >= self._max_waiting else None)
+        return self._take() or (None if self._places.may_wait(len(self._lot)) else _FULL)
 
     def _rejection(self, seconds, timed_out=False):
         error = self._refuse(f"; no place was free for {seconds:.3g} s" if seconds else "", timed_out)
@@ -2163,12 +2193,9 @@ class ConcurrencyLimiter(_Timed):
 
     @flowcoro.atomic
     def _refuse(self, why, timed_out):
-        waiting = len(self._lot)
-        self._rejected += 1
-        self._timed_out += timed_out
-        return LimitExceeded(f"{self.name}: {self._running} run and {waiting} wait; the limit is {self._limit} at a time, and "
-                             f"{self._max_waiting} in the queue{why}", self,
-                             None if self._held is None else self._held * (waiting + 1) / self._limit)
+        waiting, places = len(self._lot), self._places
+        return LimitExceeded(f"{self.name}: {places.running} run and {waiting} wait; the limit is {places.limit} at a time, and "
+                             f"{places.max_waiting} in the queue{why}", self, places.refuse(waiting, timed_out))
 
     def _release(self, permit, outcome):
         error, before, limit = self._give_back(permit, outcome)
@@ -2183,21 +2210,14 @@ class ConcurrencyLimiter(_Timed):
         if permit._released:
             raise RuntimeError(f"this permit of {self.name!r} was released already: one acquire(), one release()")
         permit._released = True
-        self._running -= 1
-        now, before, error = self._now()[0], self._limit, None
-        seconds = now - permit._began
-        self._held = seconds if self._held is None else self._held + (seconds - self._held) * _SMOOTHING
-        if self._algorithm is not None and outcome != "ignored":
-            try:
-                self._limit = max(1, int(self._algorithm.record(seconds, permit._in_flight, outcome == "dropped", now)))
-            except Exception as failed:                     # a class of the user's own (P5)
-                error = failed
+        now, before = self._now()[0], self._places.limit
+        error = self._places.take_back(now - permit._began, permit._in_flight, outcome, now)
         self._admit()
-        return error, before, self._limit
+        return error, before, self._places.limit
 
     def _outcome(self, end):
         """What an end, error or result, says to an adaptive limit."""
-        if self._algorithm is None:
+        if self._places.algorithm is None:
             return "ignored"
         return "dropped" if self._is_dropped(end) else "ignored" if isinstance(end, BaseException) else "done"
 
@@ -2240,9 +2260,10 @@ class ConcurrencyLimiter(_Timed):
     def statistics(self):
         """{"name", "limit", "running", "waiting", "max_waiting": now, "allowed", "rejected": calls, "waited": of those allowed,
         "timed_out": of those rejected, "seconds": that a place is held on the mean, or None}"""
-        return {"name": self.name, "limit": self._limit, "running": self._running, "waiting": len(self._lot),
-                "max_waiting": self._max_waiting, "allowed": self._allowed, "rejected": self._rejected, "waited": self._waited,
-                "timed_out": self._timed_out, "seconds": self._held}
+        places = self._places
+        return {"name": self.name, "limit": places.limit, "running": places.running, "waiting": len(self._lot),
+                "max_waiting": places.max_waiting, "allowed": places.allowed, "rejected": places.rejected,
+                "waited": places.waited, "timed_out": places.timed_out, "seconds": places.held}
 
 
 # ---- retry ----------------------------------------------------------------------------------------------------
@@ -3123,12 +3144,13 @@ class Cache(Policy):
     Cancelled: who waits leaves, and only the last one to leave cancels and joins the call. A refresh belongs to the run, at most
     one for each key; an error of it is reported, and there is no other one for a second. TaskCancelled if the call has cancelled
     itself; RuntimeError if it asks for its own key; TypeError for what cannot be a key. Results are shared: do not change them.
-    Only one that nobody gets is let go of (`discard`); but a Retry or a Hedge around the cache would let go of one that others
-    have as well: put those within.
+    Only one that nobody gets is let go of (`discard`): policies further out in the same Pipeline let go of none.
 
     Events, with the key: "hit", "miss", "shared", "stale", "stale_if_error", "negative", as in statistics(); "refreshed",
     "failed" {error, refresh: whether it was one}, "evicted".
     """
+
+    _shares = True
 
     def __init__(self, seconds, *, key=None, stale_seconds=0.0, stale_if_error=0.0, negative_seconds=0.0, errors=Exception,
                  max_keys=CACHE_KEYS, clock=flowcoro.now, name=None):
@@ -3495,6 +3517,8 @@ class Pipeline(Policy):
     async def _run(self, call, proceed):
         for policy in reversed(self._policies):
             proceed = functools.partial(policy._run, call, proceed)
+            if policy._shares and call.discard is not None:
+                call = call._replace(discard=None)          # for those further out: what others have too is not let go of
         return await proceed()
 
     @property
