@@ -1072,8 +1072,8 @@ class CircuitBreaker(_Breaker):
     more, has failed, or a part of slow_call_rate took longer than slow_call_seconds, or consecutive_failures have come in a row
     (for which there is no minimum), it is OPEN: all are rejected. After open_seconds the next call makes it HALF_OPEN: `probes`
     calls go through, no more, however many ask at a time. When all have ended, their rates decide: CLOSED again, with an empty
-    window, or OPEN; consecutive_failures among them are OPEN at once. FORCED_OPEN, until reset(), rejects all; METRICS_ONLY counts,
-    and rejects none.
+    window, or OPEN; consecutive_failures among them are OPEN at once. FORCED_OPEN, until reset(), rejects all; METRICS_ONLY
+    counts, and rejects none.
 
     What counts is what comes back: a result (a success, if failure_result(result) does not say otherwise), or an Exception: a
     failure if it is one of `failures`, neither if it is one of `ignored`, else a success. Each is a type, several, or a
