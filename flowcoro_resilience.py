@@ -89,7 +89,7 @@ __all__ = ["Policy", "PolicyEvent", "CountWindow", "TimeWindow", "Keyed", "Pipel
            "CircuitBreaker", "BreakerPermit",
            "AdaptiveBreaker",
            "RateLimiter", "RateState", "ConcurrencyLimiter", "AIMD", "Gradient2",
-           "Backoff", "Retry", "RetryBudget", "LatencyWindow", "Hedge", "Timeout", "Fallback", "Cache"]
+           "Retry", "RetryBudget", "LatencyWindow", "Hedge", "Timeout", "Fallback", "Cache"]
 
 # ---- constants ------------------------------------------------------------------------------------------------
 
@@ -2282,25 +2282,25 @@ RETRY_AFTER_SPREAD = 0.25
 JITTERS = ("full", "decorrelated", "none")
 
 
-class Backoff:
+class _Backoff:
     """How long to wait before a thing is done again: longer each time, and by chance.
 
     first, most: seconds, of the first wait and of any at most. times: how much longer each is than the one before.
     jitter: "full", anything from 0 to that (Brooker: the fewest calls in all, and the least load at a time); "decorrelated", from
     `first` to three times the wait before, whatever `times` is; "none": just that.
-    ValueError, TypeError for other settings.
+    ValueError, TypeError for other settings, which are Retry's.
     """
 
     __slots__ = ("first", "most", "times", "jitter")
 
     def __init__(self, first=0.1, most=10.0, times=2.0, jitter="full"):
-        self.first = _number(first, 0, math.inf, "Backoff(first=", "seconds")
-        self.most = _number(most, 0, math.inf, "Backoff(most=", "seconds")
-        self.times = _number(times, 1, math.inf, "Backoff(times=", "times as long")
+        self.first = _number(first, 0, math.inf, "Retry(first=", "seconds")
+        self.most = _number(most, 0, math.inf, "Retry(most=", "seconds")
+        self.times = _number(times, 1, math.inf, "Retry(times=", "times as long")
         if not self.first <= self.most < math.inf:
-            raise ValueError(f"Backoff(first={first!r}, most={most!r}): the longest wait is finite, and no less than the first")
+            raise ValueError(f"Retry(first={first!r}, most={most!r}): the longest wait is finite, and no less than the first")
         if jitter not in JITTERS:
-            raise ValueError(f"Backoff(jitter={jitter!r:.80}): give one of {', '.join(map(repr, JITTERS))}")
+            raise ValueError(f"Retry(jitter={jitter!r:.80}): give one of {', '.join(map(repr, JITTERS))}")
         self.jitter = jitter
 
     def next_delay(self, attempt, previous, chance):
@@ -2519,17 +2519,22 @@ class Retry(Policy):
 
         Retry(attempts=3, idempotent=True, attempt_seconds=2.0, total_seconds=10.0)
 
-    attempts: at most, in all. first, most, times, jitter: how long it waits in between, as Backoff has them. attempt_seconds:
-    after which an attempt is cancelled, which ends it with a TimeoutError. total_seconds: for all attempts and waits; no wait is
-    begun after which there would be no time left. budget: a RetryBudget, which any number of policies share; None: one of its
-    own, with the defaults. errors: after which it tries again: an exception type, a tuple of them, a predicate, or None; ignored:
-    after which of these not: by default a Rejected of a policy within, since those who wait for a breaker would come together
-    when it closes, and limits have a `wait` of their own. An ExceptionGroup is of a type in `errors` if all its errors are, and
-    of one in `ignored` if one is. result: a predicate of results that are no better than an error; the
-    last one is returned. idempotent: True says that every operation may be done twice; else only what has the attribute
-    `idempotent` is, and what cannot have had an effect, because the error says so (`sent` is False). max_wait: seconds of a
-    `retry_after`, which errors and results may have, that it waits at most; if more is asked for, it ends. clock: function that
-    says the time; random: function that gives a number from 0 to 1.
+    attempts=3             at most, in all
+    first=0.1, most=10.0   seconds that it waits after the first attempt, and at most …
+    times=2.0              … each time so many times as long as before …
+    jitter="full"          … of which by chance any part; "decorrelated": from `first` to three times the wait before; "none": all
+    attempt_seconds=None   after which an attempt is cancelled, which ends it with a TimeoutError; None: no limit
+    total_seconds=None     for all attempts and waits; no wait is begun after which no time would be left
+    budget=None            a RetryBudget, which any number of policies share; None: one of its own, with the defaults
+    errors=Exception       after which it tries again: a type, a tuple of them, a predicate, or None …
+    ignored=Rejected       … but not after these: those who wait for a breaker within would come together when it closes, and
+                           limits have a `wait` of their own. An ExceptionGroup is meant by `errors` if all its errors are, and by
+                           `ignored` if one is
+    result=None            a predicate of results that are no better than an error; the last one is returned
+    idempotent=False       True: every operation may be done twice; else only what has the attribute `idempotent` is done again,
+                           and what cannot have had an effect, because the error says so (`sent` is False)
+    max_wait=30.0          seconds of a `retry_after`, which errors and results may have, that it waits at most; for more it ends
+    clock, random          functions: seconds of a clock, and a number from 0 to 1
 
     Raises the last error itself, with a note which attempt it was, and those of the attempts before below it. Cancelled: ends at
     once, in an attempt as while waiting; nothing is left. Results of attempts that are made again are let go of (`discard`).
@@ -2544,7 +2549,7 @@ class Retry(Policy):
                  clock=flowcoro.now, random=random.random, name=None):
         super().__init__(name)
         self._attempts = _count(attempts, 1, "Retry(attempts=", "attempts in all")
-        self._backoff = Backoff(first, most, times, jitter)
+        self._backoff = _Backoff(first, most, times, jitter)
         self._attempt_seconds = math.inf if attempt_seconds is None else _number(
             attempt_seconds, 0, math.inf, "Retry(attempt_seconds=", "seconds", exclusive=True)
         self._total_seconds = math.inf if total_seconds is None else _number(

@@ -1,4 +1,4 @@
-"""flowcoro_resilience: Backoff, RetryBudget, Retry, Timeout, Fallback. On the virtual clock.
+"""flowcoro_resilience: RetryBudget, Retry, Timeout, Fallback. On the virtual clock.
 
 FLOWCORO_SEEDS=1000 makes a thousand random runs of each kind. A failure names its seed.
 """
@@ -16,7 +16,7 @@ import pytest
 
 import flowcoro
 import flowcoro_resilience
-from flowcoro_resilience import Backoff, Fallback, Keyed, Pipeline, Rejected, Retry, RetryBudget, Timeout
+from flowcoro_resilience import Fallback, Keyed, Pipeline, Rejected, Retry, RetryBudget, Timeout, _Backoff
 from flowcoro_testing import VirtualClock, run_in_kernel
 from test_net_cancel import at_each_point
 
@@ -81,8 +81,8 @@ def chain(error):
 def test_waits_are_as_their_jitter_says(seed):
     chance = random.Random(seed)
     first, most, times = chance.uniform(0, 2), chance.uniform(2, 50), chance.uniform(1, 4)
-    full, none = Backoff(first, most, times), Backoff(first, most, times, "none")
-    decorrelated, previous = Backoff(first, most, times, "decorrelated"), 0.0
+    full, none = _Backoff(first, most, times), _Backoff(first, most, times, "none")
+    decorrelated, previous = _Backoff(first, most, times, "decorrelated"), 0.0
     for attempt in range(1, 40):
         drawn = chance.random()
         ceiling = first
@@ -97,11 +97,11 @@ def test_waits_are_as_their_jitter_says(seed):
 
 
 def test_the_wait_before_attempt_ten_thousand_is_the_longest():
-    assert Backoff().next_delay(10_000, 1.0, 0.5) == 5.0 and Backoff(first=0).next_delay(10_000, 1.0, 0.5) == 0.0
+    assert _Backoff().next_delay(10_000, 1.0, 0.5) == 5.0 and _Backoff(first=0).next_delay(10_000, 1.0, 0.5) == 0.0
 
 
 def test_what_was_asked_for_is_waited_at_least_and_not_by_all_alike():
-    full, none = Backoff(), Backoff(jitter="none")
+    full, none = _Backoff(), _Backoff(jitter="none")
     assert full.not_before(0.5, 0.0, 0.7) == 0.5
     assert [full.not_before(0.1, 60.0, chance) for chance in (0.0, 0.5, 1.0)] == [60.1, 67.5, 75.0]
     assert full.not_before(5.0, 1.0, 0.5) == 6.0
@@ -204,7 +204,7 @@ def test_each_reason_not_to_do_it_again(meant, left, safe, asked, fits):
     now = 199.0 - max(2.0, asked) if fits else 200.0 - max(2.0, asked)
     expected = ("final" if not meant else "attempts" if not left else "unsafe" if not safe else "wait" if asked > 5.0
                 else "deadline" if not fits else None)
-    reason, delay = attempts.may_repeat(3, Backoff(1.0, 10.0, 2.0, "none"), 5.0, meant, safe, asked, 0.5, now)
+    reason, delay = attempts.may_repeat(3, _Backoff(1.0, 10.0, 2.0, "none"), 5.0, meant, safe, asked, 0.5, now)
     assert reason == expected and delay == (max(2.0, asked) if reason is None else 0.0)
     assert attempts.number == (2 if left else 3) + (reason is None)
     assert attempts.delay == (2.0 if reason is None else 0.0)       # what was asked for makes no later wait longer
@@ -729,12 +729,12 @@ def test_with_several_workers_each_call_is_counted():
 @pytest.mark.parametrize("make, error, message", [
     (lambda: Retry(0), ValueError, "Retry(attempts=0): give a number of attempts in all, from 1 up"),
     (lambda: Retry(2.5), TypeError, "Retry(attempts=2.5)"),
-    (lambda: Retry(first=-1), ValueError, "Backoff(first=-1): give a number of seconds from 0 up"),
-    (lambda: Retry(first=2, most=1), ValueError, "Backoff(first=2, most=1): the longest wait is finite, and no less"),
+    (lambda: Retry(first=-1), ValueError, "Retry(first=-1): give a number of seconds from 0 up"),
+    (lambda: Retry(first=2, most=1), ValueError, "Retry(first=2, most=1): the longest wait is finite, and no less"),
     (lambda: Retry(most=math.inf), ValueError, "the longest wait is finite"),
-    (lambda: Retry(times=0.5), ValueError, "Backoff(times=0.5): give a number of times as long from 1 up"),
-    (lambda: Retry(jitter="some"), ValueError, "Backoff(jitter='some'): give one of 'full', 'decorrelated', 'none'"),
-    (lambda: Retry(jitter=[]), ValueError, "Backoff(jitter=[])"),
+    (lambda: Retry(times=0.5), ValueError, "Retry(times=0.5): give a number of times as long from 1 up"),
+    (lambda: Retry(jitter="some"), ValueError, "Retry(jitter='some'): give one of 'full', 'decorrelated', 'none'"),
+    (lambda: Retry(jitter=[]), ValueError, "Retry(jitter=[])"),
     (lambda: Retry(attempt_seconds=0), ValueError, "Retry(attempt_seconds=0): give a number of seconds more than 0 up"),
     (lambda: Retry(total_seconds=math.nan), ValueError, "Retry(total_seconds=nan)"),
     (lambda: Retry(attempt_seconds=3, total_seconds=2), ValueError, "no attempt can have more time than all have together"),
