@@ -141,7 +141,6 @@ CASES = [
          net.rows_of("processes", "two processes", ("rate", "by the clock", "k/s", {"targets": {"single": 1.7}}),
                      ("cpu", "per CPU second", "k/s", {}), P50, P99)),
 ]
-BY_NAME = {case.name: case for case in CASES}
 
 REMEDIES = {"wrk": "there is no `wrk`: apt-get install wrk", "nginx": "there is no `nginx`: apt-get install nginx-light"}
 
@@ -348,43 +347,30 @@ def seconds_of_crowd(text):
     return seconds
 
 
-def parse(argv):
-    parser = kernel.parser_of("HTTP", "http.py", PEERS, list(BY_NAME))
-    net.add_quick(parser)
+def add_seconds(parser):
     parser.add_argument("--seconds", type=seconds_of_crowd, metavar="S", default=Scale.crowd_seconds,
                         help=f"how long `idle` takes, at most {LONGEST}; %(default)s unless told otherwise")
-    return kernel.parsed(parser, argv)
 
 
 def main(argv=None):
     """Run the benchmark and print its report. 0, or 1: FlowCoro failed, or missed a target under --check."""
-    options = parse(argv)
-    if options.list:
-        net.print_list(CASES)
+    options, cases = net.options_and_cases(argv, CASES, "HTTP", "http.py", PEERS, add=add_seconds)
+    if options is None:
         return 0
-    net.needs_linux()
-    cases = [case for case in CASES if not options.case or case.name in options.case]
     scale = net.with_room(QUICK if options.quick else Scale(crowd_seconds=options.seconds),
                           any(case.name == "idle" for case in cases))
 
     with tempfile.TemporaryDirectory(prefix="flowcoro-bench-") as name:
-        python, left_out = sys.executable, {}
-        if options.peers:
-            python, left_out = kernel.prepare_environment(options.env.expanduser().absolute())
-        lab = Lab(pathlib.Path(name), python, scale, cases)
-        known = [contender for contender in [*OURS, *(PEERS if options.peers else [])]
-                 if any(contender in case.contenders for case in cases)]
-        if "go" in known and shutil.which("go"):
+        lab, missing = Lab(pathlib.Path(name), sys.executable, scale, cases), {}
+        if options.peers and any("go" in case.contenders for case in cases) and shutil.which("go"):
             try:
                 lab.compile_go()
             except Failed as error:
-                left_out["go"] = str(error)
-        versions = kernel.versions_of(python, "http_cases", known, left_out)
-        results = {}
-        for case in cases:
-            rounds = options.repeat if case.name in options.case else min(options.repeat, case.rounds_unasked or options.repeat)
-            results |= net.run_case(lab, case, [who for who in versions if who in case.contenders], rounds)
-    return net.deliver("HTTP", CASES, results, versions, left_out, python, options)
+                missing["go"] = str(error)
+        lab.python, versions, left_out = net.contenders_of(options, cases, "http_cases", OURS, PEERS, left_out=missing)
+        results = net.run_cases(lab, cases, versions, lambda case: options.repeat if case.name in options.case else min(
+            options.repeat, case.rounds_unasked or options.repeat))
+    return net.deliver("HTTP", CASES, results, versions, left_out, lab.python, options)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,6 @@ CASES = [
         The server sends a file of 1 GiB, which is in the system's cache, by its own means for that, four times.""",
          rows_of("file", "file of 1 GiB", *bulk_rows({"blocking": 0.9, "sendfile": 0.9, "shutil": 0.9}))),
 ]
-BY_NAME = {case.name: case for case in CASES}
 BULK = ["receive", "send", "file"]
 
 
@@ -363,14 +362,45 @@ def print_list(cases):
     print("\nrates (k/s, GB/s): more is better; costs (ns, µs, ms, KiB): less is better")
 
 
-def add_quick(parser):
+def options_and_cases(argv, cases, what, script, peers, groups={}, add=lambda parser: None):
+    """(options, the cases that are asked for); (None, None) when all there was to do was to list them.
+
+    groups: {name: names of cases} that --case takes as well. add(parser): what else the command line has.
+    """
+    names = [case.name for case in cases]
+    parser = kernel.parser_of(what, script, peers, [*names, *groups])
     parser.add_argument("--quick", action="store_true",
                         help="few connections, a moment each: to see that it works, not how fast")
-
-
-def needs_linux():
+    add(parser)
+    options = kernel.parsed(parser, argv)
+    if options.list:
+        print_list(cases)
+        return None, None
     if sys.platform != "linux":
         raise SystemExit(f"this benchmark needs Linux, for epoll and /proc; this is {sys.platform}")
+    asked = {name for word in options.case for name in groups.get(word, [word])}
+    return options, [case for case in cases if not asked or case.name in asked]
+
+
+def contenders_of(options, cases, folder, ours, peers, also={}, left_out={}):
+    """(the interpreter that runs them, {contender: version}, {contender: why it is left out}).
+
+    also: {contender: the package that it needs besides}. left_out: those for which something else is missing.
+    """
+    python, missing = sys.executable, {}
+    if options.peers:
+        python, missing = kernel.prepare_environment(options.env.expanduser().absolute())
+    left_out = {**missing, **left_out, **{name: missing[package] for name, package in also.items() if package in missing}}
+    known = [name for name in [*ours, *(peers if options.peers else [])] if any(name in case.contenders for case in cases)]
+    return python, kernel.versions_of(python, folder, known, left_out), left_out
+
+
+def run_cases(lab, cases, versions, rounds):
+    """{row: figures} of all cases. rounds: of a case."""
+    results = {}
+    for case in cases:
+        results |= run_case(lab, case, [name for name in versions if name in case.contenders], rounds(case))
+    return results
 
 
 def with_room(scale, wants_crowd):
@@ -401,35 +431,19 @@ def deliver(what, cases, results, versions, left_out, python, options):
 
 def main(argv=None):
     """Run the benchmark and print its report. 0, or 1: FlowCoro failed, or missed a target under --check."""
-    parser = kernel.parser_of("network", "net.py", PEERS, [*BY_NAME, "bulk"])
-    add_quick(parser)
-    options = kernel.parsed(parser, argv)
-    if options.list:
-        print_list(CASES)
+    options, cases = options_and_cases(argv, CASES, "network", "net.py", PEERS, {"bulk": BULK})
+    if options is None:
         return 0
-    needs_linux()
-
-    asked = {name for word in options.case for name in (BULK if word == "bulk" else [word])}
-    cases = [case for case in CASES if not asked or case.name in asked]
     scale = with_room(QUICK if options.quick else Scale(), any(case.name == "crowd" for case in cases))
 
     with tempfile.TemporaryDirectory(prefix="flowcoro-bench-") as folder:
-        python, left_out = sys.executable, {}
         try:
-            lab = Lab(pathlib.Path(folder), python, scale, any(case.tls for case in cases),
+            lab = Lab(pathlib.Path(folder), sys.executable, scale, any(case.tls for case in cases),
                       any(case.name == "file" for case in cases))
         except Failed as error:
             raise SystemExit(str(error)) from None
-        if options.peers:
-            lab.python, left_out = kernel.prepare_environment(options.env.expanduser().absolute())
-        known = [*OURS, *(PEERS if options.peers else [])]
-        known = [name for name in known if any(name in case.contenders for case in cases)]
-        if "uvloop" in left_out:
-            left_out["protocol"] = left_out["uvloop"]
-        versions = kernel.versions_of(lab.python, "net_cases", known, left_out)
-        results = {}
-        for case in cases:
-            results |= run_case(lab, case, [name for name in versions if name in case.contenders], options.repeat)
+        lab.python, versions, left_out = contenders_of(options, cases, "net_cases", OURS, PEERS, {"protocol": "uvloop"})
+        results = run_cases(lab, cases, versions, lambda case: options.repeat)
 
     return deliver("network", CASES, results, versions, left_out, lab.python, options)
 

@@ -119,23 +119,12 @@ class Lab:
 
 def main(argv=None):
     """Run the benchmark and print its report. 0, or 1: FlowCoro failed, or missed a target under --check."""
-    parser = kernel.parser_of("breakers, limiters and retries", "resilience.py", PEERS, list(BY_NAME))
-    net.add_quick(parser)
-    options = kernel.parsed(parser, argv)
-    if options.list:
-        net.print_list(CASES)
+    options, cases = net.options_and_cases(argv, CASES, "breakers, limiters and retries", "resilience.py", PEERS)
+    if options is None:
         return 0
-    net.needs_linux()
-    cases = [case for case in CASES if not options.case or case.name in options.case]
-    python, left_out = sys.executable, {}
-    if options.peers:
-        python, left_out = kernel.prepare_environment(options.env.expanduser().absolute())
-    known = [name for name in ["flowcoro", *(PEERS if options.peers else [])] if any(name in case.contenders for case in cases)]
-    versions = kernel.versions_of(python, "resilience_cases", known, left_out)
+    python, versions, left_out = net.contenders_of(options, cases, "resilience_cases", ["flowcoro"], PEERS)
     lab = Lab(python, *((0.01, 2_000) if options.quick else (0.5, 1_000_000)))
-    results = {}
-    for case in cases:
-        results |= net.run_case(lab, case, [name for name in versions if name in case.contenders], options.repeat)
+    results = net.run_cases(lab, cases, versions, lambda case: options.repeat)
     tables = [types.SimpleNamespace(rows=[row for name in table for row in BY_NAME[name].rows]) for table in TABLES]
     return net.deliver("resilience", tables, results, versions, left_out, python, options)
 

@@ -70,7 +70,6 @@ CASES = [
         called for each.""",
          net.rows_of("stream", "items of a stream", *rates({}))),
 ]
-BY_NAME = {case.name: case for case in CASES}
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
@@ -100,22 +99,11 @@ class Lab:
 
 def main(argv=None):
     """Run the benchmark and print its report. 0, or 1: FlowCoro failed, or missed a target under --check."""
-    parser = kernel.parser_of("RPC", "rpc.py", PEERS, list(BY_NAME))
-    net.add_quick(parser)
-    options = kernel.parsed(parser, argv)
-    if options.list:
-        net.print_list(CASES)
+    options, cases = net.options_and_cases(argv, CASES, "RPC", "rpc.py", PEERS)
+    if options is None:
         return 0
-    net.needs_linux()
-    cases = [case for case in CASES if not options.case or case.name in options.case]
-    python, left_out = sys.executable, {}
-    if options.peers:
-        python, left_out = kernel.prepare_environment(options.env.expanduser().absolute())
-    known = [name for name in [*OURS, *(PEERS if options.peers else [])] if any(name in case.contenders for case in cases)]
-    versions = kernel.versions_of(python, "rpc_cases", known, left_out)
-    lab, results = Lab(python, 0.1 if options.quick else 2.0), {}
-    for case in cases:
-        results |= net.run_case(lab, case, [name for name in versions if name in case.contenders], options.repeat)
+    python, versions, left_out = net.contenders_of(options, cases, "rpc_cases", OURS, PEERS)
+    results = net.run_cases(Lab(python, 0.1 if options.quick else 2.0), cases, versions, lambda case: options.repeat)
     return net.deliver("RPC", CASES, results, versions, left_out, python, options)
 
 

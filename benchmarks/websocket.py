@@ -95,7 +95,6 @@ CASES = [
         64 tasks of a client send a text of 100 bytes to FlowCoro's server and await it, each again and again.""",
              net.rows_of("client", "client", *net.both_rates({}), P50, P99)),
 ]
-BY_NAME = {case.name: case for case in CASES}
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
@@ -146,32 +145,21 @@ class Lab:
 
 def main(argv=None):
     """Run the benchmark and print its report. 0, or 1: FlowCoro failed, or missed a target under --check."""
-    parser = kernel.parser_of("WebSocket", "websocket.py", PEERS, list(BY_NAME))
-    net.add_quick(parser)
-    options = kernel.parsed(parser, argv)
-    if options.list:
-        net.print_list(CASES)
+    options, cases = net.options_and_cases(argv, CASES, "WebSocket", "websocket.py", PEERS)
+    if options is None:
         return 0
-    net.needs_linux()
-    cases = [case for case in CASES if not options.case or case.name in options.case]
     scale = net.with_room(QUICK if options.quick else Scale(), any(case.name in ("broadcast", "burst", "idle") for case in cases))
 
     with tempfile.TemporaryDirectory(prefix="flowcoro-bench-") as folder:
-        python, left_out = sys.executable, {}
         try:
-            lab = Lab(pathlib.Path(folder), python, scale)
+            lab = Lab(pathlib.Path(folder), sys.executable, scale)
         except Failed as error:
             raise SystemExit(str(error)) from None
-        if options.peers:
-            lab.python, left_out = kernel.prepare_environment(options.env.expanduser().absolute())
-        if "uvloop" in left_out:
-            left_out["aiohttp_uvloop"] = left_out["uvloop"]
-        versions = kernel.versions_of(lab.python, "websocket_cases", CONTENDERS if options.peers else OURS, left_out)
+        lab.python, versions, left_out = net.contenders_of(
+            options, cases, "websocket_cases", OURS, PEERS, {"aiohttp_uvloop": "uvloop"})
         if not versions:
             return 1
-        results = {}
-        for case in cases:
-            results |= net.run_case(lab, case, list(versions), options.repeat)
+        results = net.run_cases(lab, cases, versions, lambda case: options.repeat)
     return net.deliver("WebSocket", CASES, results, versions, left_out, lab.python, options)
 
 
