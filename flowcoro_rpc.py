@@ -425,6 +425,7 @@ class _Counted(_Framing):
 
 _BARE_LF = re.compile(rb"(?<!\r)\n").search
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e]*)").fullmatch
+_BEGINS_HEAD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]*(?::|\Z)").match
 _UTF8 = re.compile(rb"charset[ \t]*=[ \t]*\"?utf-?8\"?[ \t]*(?:;|\Z)", re.IGNORECASE).search
 
 
@@ -437,7 +438,7 @@ class ContentLength(_Counted):
         buffer, start = self._buffer, self._at
         end = buffer.find(b"\r\n\r\n", max(start, self._scan - 3), start + MAX_HEAD)
         if end < 0:
-            self._check_begin(buffer[start:start + 20])
+            self._check_begin(bytes(buffer[start:start + 60]))
             if _BARE_LF(buffer, max(start, self._scan - 1), start + MAX_HEAD):
                 raise ProtocolError("a line of the head of a message ends without CRLF")
             if len(buffer) - start >= MAX_HEAD:
@@ -448,6 +449,7 @@ class ContentLength(_Counted):
         for line in bytes(buffer[start:end]).split(b"\r\n"):
             field = _FIELD(line)
             if field is None:
+                self._check_begin(bytes(buffer[start:start + 60]))
                 raise ProtocolError(f"a line of the head is no field: {line[:60]!r}")
             name, value = field[1].lower(), field[2].strip()
             if name == b"content-length":
@@ -463,9 +465,9 @@ class ContentLength(_Counted):
 
     @staticmethod
     def _check_begin(data):
-        """Tell soon who speaks something else."""
-        if data[:1] not in (b"", b"c", b"C"):
-            raise ProtocolError(f"no head of a message begins with {bytes(data)!r}: Content-Length is its first field")
+        """Tell soon who speaks something else. Which field comes first is his choice."""
+        if not _BEGINS_HEAD(data):
+            raise ProtocolError(f"no head of a message begins with {data[:20]!r}, but with a field: \"Content-Length: …\"")
 
     @staticmethod
     def frame(message):
@@ -593,8 +595,8 @@ class Concatenated(_Framing):
 
     @staticmethod
     def frame(message):
-        """A message as bytes to send: itself, as it is an object or an array."""
-        return message
+        """A message as bytes to send: itself and a newline, which this framing skips and some readers wait for."""
+        return message + b"\n"
 
 
 # ---- codec ----------------------------------------------------------------------------------------------------
