@@ -79,6 +79,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import json
 import math
 import os
 import random
@@ -602,7 +603,8 @@ class Concatenated(_Framing):
 # ---- codec ----------------------------------------------------------------------------------------------------
 #
 # A message is judged by read_message(); of a batch each member alone. What has a "method" is a request; else what has a "result"
-# or an "error" is an answer. An answer that is none is not answered: two ends would tell each other of it for ever.
+# or an "error" is an answer. An answer that is none is not answered: two ends would tell each other of it for ever. That holds
+# also for what looks like an answer, and is too deep, or has NaN or a name twice: whose call it is can be seen.
 
 class Request(typing.NamedTuple):
     """A call: it has an id (str, int, float or None), and wants an answer. params: a list, a dict, or None where there are none.
@@ -695,6 +697,20 @@ def _judge_response(value):
     return Invalid(number if number.__class__ in _ID_TYPES else None, None, why)
 
 
+def _judge_refused(data, why):
+    """The event of a message that load_json() does not take: of a call that is answered by it, that this has failed."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return Invalid(None, ParseError.code, why)
+    members = value if value.__class__ is list else [value]
+    if not members or not all(one.__class__ is dict and "method" not in one and ("result" in one or "error" in one)
+                              for one in members):
+        return Invalid(None, ParseError.code, why)
+    events = [Invalid(one.get("id") if one.get("id").__class__ in _ID_TYPES else None, None, why) for one in members]
+    return Batch(events) if value is members else events[0]
+
+
 def read_message(data, *, max_depth=flowcoro_schema.JSON_DEPTH, max_batch=MAX_BATCH):
     """The event of a message (bytes or str): Request, Notification, Response, Batch or Invalid. Never fails.
 
@@ -703,7 +719,7 @@ def read_message(data, *, max_depth=flowcoro_schema.JSON_DEPTH, max_batch=MAX_BA
     try:
         value = flowcoro_schema.load_json(data, max_depth=max_depth)
     except flowcoro_schema.JsonError as error:
-        return Invalid(None, ParseError.code, str(error))
+        return _judge_refused(data, str(error))
     if value.__class__ is not list:
         return _judge(value)
     if not value:
@@ -1379,7 +1395,9 @@ class _Reply:
     def expire(self):
         """Its time is up."""
         if self.peer._give_up(self.id):
-            self.settle(None, TimeoutError(f"no answer to {self.method!r} within timeout={self.seconds:g} s; it may have run"))
+            wrong = self.peer._no_message
+            self.settle(None, TimeoutError(f"no answer to {self.method!r} within timeout={self.seconds:g} s; it may have run" + (
+                f"; the peer has sent what is no JSON-RPC ({wrong})" if wrong else "")))
             if self.heard == self.peer._heard:
                 self.peer._probe()
 

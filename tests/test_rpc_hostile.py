@@ -242,6 +242,42 @@ async def test_an_answer_that_is_none_ends_its_call_at_once(answer):
             assert await other == 5
 
 
+@pytest.mark.parametrize("result, why", [
+    ("[" * 70 + "]" * 70, "64 arrays"), ("NaN", "NaN"), ('{"a": 1, "a": 2}', "twice"), ('"\\ud800"', "surrogate")])
+@in_kernel
+async def test_an_answer_that_is_refused_as_json_ends_its_call_at_once_and_is_not_answered(result, why):
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours) as client, flowcoro.TaskGroup() as group:
+        async def fails(coro):
+            with pytest.raises(ProtocolError, match=why):
+                await coro
+
+        other = group.spawn(client.call("other"))
+        await wait_all_tasks_parked()
+        other_id = (await hear(theirs))["id"]
+        for one in client.call("a", timeout=None), client.batch(Request("b"), Request("c"), timeout=None):
+            task = group.spawn(fails(one))
+            await wait_all_tasks_parked()
+            asked = await hear(theirs)
+            answers = ['{"jsonrpc": "2.0", "result": %s, "id": %d}' % (result, each["id"])
+                       for each in (asked if isinstance(asked, list) else [asked])]
+            await tell(theirs, (f"[{', '.join(answers)}]" if isinstance(asked, list) else answers[0]).encode())
+            await task
+        await tell(theirs, {"jsonrpc": "2.0", "result": 5, "id": other_id})
+        assert await other == 5
+        await tell(theirs, b'[{"jsonrpc": "2.0", "result": NaN, "id": 1}, {"jsonrpc": "2.0", "method": "a", "id": 2}]')
+        assert (await hear(theirs))["error"]["code"] == -32700
+
+
+@in_kernel
+async def test_a_timeout_says_that_the_peer_has_sent_what_is_no_json():
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours) as client:
+        await theirs.write(b"Welcome!\n")
+        with pytest.raises(TimeoutError, match="it may have run; the peer has sent what is no JSON-RPC .Expecting value"):
+            await client.call("a", timeout=1)
+
+
 @in_kernel
 async def test_a_batch_that_is_too_long_is_refused_here(connect):
     async with await connect(slow_server(max_batch=5), max_batch=5) as client, flowcoro.TaskGroup() as group:
