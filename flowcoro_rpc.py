@@ -1619,6 +1619,8 @@ class _Calling(_Outgoing, _Caller):
 
     async def _until_room_for(self, method, seconds):
         """Wait until the peer reads. Returns what is left of the time."""
+        if self._queued - self._written <= MAX_UNSENT:
+            return seconds
         began = flowcoro.now()
         with flowcoro.move_on_after(seconds):
             await self._until_room()
@@ -1640,10 +1642,10 @@ class _Calling(_Outgoing, _Caller):
             probe = _Probe(self, self._next_id(), "$/ping", PROBE_TIMEOUT)
             self._register([probe], encode_request(probe.method, None, probe.id))
 
-    async def _notify(self, method, params):
+    async def _notify(self, method, params, seconds=math.inf):
         message = encode_request(method, params, more=self._more(math.inf))
         await flowcoro.checkpoint()
-        await self._until_room()
+        await self._until_room_for(method, seconds)
         self._register((), message)
 
     async def _batch(self, calls, timeout, idempotent=False):
@@ -2807,18 +2809,27 @@ class RpcClient(_Caller):
             raise ConnectionLost(f"{self!r}: there is no connection any more: {self._failure}", False) from self._failure
         return self._peer
 
-    async def _again(self, call, what, timeout):
-        """What `call(peer)` gives, over the first connection that takes it: what was not sent has not run."""
-        with flowcoro.move_on_after(self._options.timeout if timeout is _MISSING else _seconds(timeout)):
-            while True:
-                peer = await self._connected()
-                try:
-                    return await call(peer)
-                except ConnectionLost as error:
-                    if error.sent is not False or self._reconnect is None:
-                        raise
-                    await flowcoro.checkpoint()
-        raise TimeoutError(f"{self!r}: no connection, or no answer to {what}, within the timeout: {self._failure}")
+    async def _connected_within(self, seconds, what):
+        """A Peer, and what is left of the time. Errors of _connected(), TimeoutError."""
+        began = flowcoro.now()
+        with flowcoro.move_on_after(seconds):
+            return await self._connected(), max(seconds - (flowcoro.now() - began), 0)
+        raise TimeoutError(f"{self!r}: no connection for {what} within timeout={seconds:g} s, so it has not run: "
+                           f"{self._failure or self._peer._lost}")
+
+    async def _over_any(self, call, what, timeout):
+        """What `call(peer, seconds)` gives, over the first connection that takes it: what was not sent has not run."""
+        peer, seconds = self._peer, self._options.timeout if timeout is _MISSING else _seconds(timeout)
+        while True:
+            if peer._lost is not None or self._closed:
+                peer, seconds = await self._connected_within(seconds, what)
+            try:
+                return await call(peer, seconds)
+            except ConnectionLost as error:
+                if error.sent is not False or self._reconnect is None:
+                    raise
+                seconds = min(seconds, error._left)
+            peer, seconds = await self._connected_within(seconds, what)
 
     def _by_policy(self, run, method, params, idempotent):
         """await it: what `run()` gives, by way of the policy."""
@@ -2827,33 +2838,20 @@ class RpcClient(_Caller):
         return self._policy.try_execute(_Operation(self._key, bool(idempotent), run), method, params)
 
     def _call(self, method, params, timeout, idempotent=False):
-        if self._policy is None:
-            return self._once(method, params, timeout)
-        return self._by_policy(functools.partial(self._once, method, params, timeout), method, params, idempotent)
-
-    async def _once(self, method, params, timeout):
-        if self._peer._lost is None:
-            try:
-                return await self._peer._call(method, params, timeout)
-            except ConnectionLost as error:
-                if error.sent is not False or self._reconnect is None:
-                    raise
-                timeout = error._left
-        return await self._again(lambda peer: peer._call(method, params, timeout), repr(method), timeout)
+        def run():
+            return self._over_any(lambda peer, seconds: peer._call(method, params, seconds), repr(method), timeout)
+        return run() if self._policy is None else self._by_policy(run, method, params, idempotent)
 
     async def _notify(self, method, params):
-        await self._again(lambda peer: peer._notify(method, params), repr(method), _MISSING)
+        await self._over_any(lambda peer, seconds: peer._notify(method, params, seconds), repr(method), _MISSING)
 
     def _batch(self, calls, timeout, idempotent=False):
-        return self._by_policy(lambda: self._again(lambda peer: peer._batch(calls, timeout), "a batch", timeout),
-                               None, calls, idempotent)
+        def run():
+            return self._over_any(lambda peer, seconds: peer._batch(calls, seconds), "a batch", timeout)
+        return self._by_policy(run, None, calls, idempotent)
 
     async def _stream(self, method, params, timeout, window):
-        peer = None
-        with flowcoro.move_on_after(_seconds(timeout)):
-            peer = await self._connected()
-        if peer is None:
-            raise TimeoutError(f"{self!r}: no connection for {method!r} within the timeout: {self._failure}")
+        peer, _ = await self._connected_within(_seconds(timeout), repr(method))
         async for item in peer._stream(method, params, timeout, window):
             yield item
 

@@ -304,6 +304,40 @@ async def test_a_stream_of_what_gives_no_list_says_so(connect):
                     pass
 
 
+@in_kernel
+async def test_a_batch_that_has_no_answer_says_so_and_asks_for_a_sign_of_life(connect):
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours) as client:
+        with pytest.raises(TimeoutError, match="no answer to 'a' within timeout=1 s; it may have run$"):
+            await client.batch(Request("a"), timeout=1)
+        assert [one if isinstance(one, list) else one["method"] for one in [await hear(theirs) for _ in range(3)]][1:] == [
+            "$/cancelRequest", "$/ping"]
+
+
+@in_kernel
+async def test_who_calls_while_the_client_is_being_closed_is_told(connect):
+    server, methods = slow_server(), flowcoro_rpc.Methods()
+
+    @methods.method
+    async def hold():
+        await flowcoro.sleep(3)
+
+    async with await connect(server, methods=methods) as client, flowcoro.TaskGroup() as group:
+        async def keep_it_open():
+            assert await server.peers[0].call("hold") is None
+
+        group.spawn(keep_it_open())
+        await wait_all_tasks_parked()
+        closing = group.spawn(client.close())
+        await wait_all_tasks_parked()
+        for operation in client.call("slow", "a"), client.batch(Request("slow", ["b"])), client.notify("slow", "c"):
+            with pytest.raises(flowcoro.ClosedError):
+                await operation
+        assert not closing.done()
+    await flowcoro.sleep(5)
+    assert server.done == []
+
+
 # ---- connections that do not last -----------------------------------------------------------------------------
 
 @in_kernel
