@@ -1348,11 +1348,18 @@ class _Outgoing:
 
     def _lose(self, error):
         """The connection is over: who waits is told at once, and run() ends."""
-        if self._lost is None:
-            self._lost = error = self._explained(error)
+        if self._is_first(error):
             self._room.unpark_all()
-            self._settle_all(error)
+            self._settle_all(self._lost)
             self._ended.set()
+
+    @flowcoro.atomic
+    def _is_first(self, error):
+        """Whether this is what has ended it: then `_lost` is it from now on."""
+        if self._lost is not None:
+            return False
+        self._lost = self._explained(error)
+        return True
 
 
 # ---- peers: calls ---------------------------------------------------------------------------------------------
@@ -1535,8 +1542,13 @@ class _Calling(_Outgoing, _Caller):
         self._pending = {}              # id -> _Reply: R2
         self._heard = 0                 # how often something has come
         self._no_message = None         # a ProtocolError: why the last of what has come and was no JSON-RPC was none
-        self._next_id = itertools.count(1).__next__
+        self._ids = itertools.count(1)          # which without a GIL gives some twice, if two ask at once
+        self._next_id = self._shared_next_id if self._several else self._ids.__next__
         self._deadlines = _Deadlines.of_kernel()
+
+    @flowcoro.atomic
+    def _shared_next_id(self):
+        return next(self._ids)
 
     def _more(self, timeout):
         """The members of a request that are not the specification's."""
@@ -1636,11 +1648,17 @@ class _Calling(_Outgoing, _Caller):
             self._flush_later()
         return True
 
+    @flowcoro.atomic
     def _probe(self):
-        """Ask whether anybody is there."""
-        if self._lost is None and not self._input_ended and not any(one.__class__ is _Probe for one in self._pending.values()):
+        """Ask whether anybody is there. Never fails."""
+        if self._lost is None and not self._input_ended and not any(one.__class__ is _Probe for one in self._under_way()):
             probe = _Probe(self, self._next_id(), "$/ping", PROBE_TIMEOUT)
-            self._register([probe], encode_request(probe.method, None, probe.id))
+            self._enter([probe], encode_request(probe.method, None, probe.id))
+            self._flush_later()
+
+    def _under_way(self):
+        """The calls that wait for an answer now: a list, as another worker may end some meanwhile."""
+        return list(self._pending.values())
 
     async def _notify(self, method, params, seconds=math.inf):
         message = encode_request(method, params, more=self._more(math.inf))
@@ -1686,6 +1704,7 @@ class _Calling(_Outgoing, _Caller):
         self._register([feed], message)
         try:
             while True:
+                done = feed.done        # first: on another worker the last items may come, and the end, after we have looked
                 while feed.items:
                     item = feed.items.popleft()
                     taken += 1
@@ -1695,7 +1714,7 @@ class _Calling(_Outgoing, _Caller):
                         self._flush_later()
                         taken = 0
                     yield item
-                if feed.done:
+                if done:
                     break
                 with flowcoro.move_on_after(seconds):
                     await flowcoro.park(feed.park)
@@ -1723,7 +1742,7 @@ class _Calling(_Outgoing, _Caller):
     @flowcoro.atomic
     def _take_refusal(self, error):
         """What we have sent was not understood. If one message is all that is under way, it is that. Whether it is so."""
-        if len({id(reply.message) for reply in self._pending.values()}) != 1:
+        if len({id(reply.message) for reply in self._under_way()}) != 1:
             return False
         while self._pending:
             self._pending.popitem()[1].settle(None, error)
@@ -1856,18 +1875,26 @@ class _Call:
         """Its time is up."""
         self.end(DeadlineExceeded)
 
+    @flowcoro.atomic
     def grant(self, credit):
         """A stream may send more."""
         self.credit += credit
         if self.lot is not None:
             self.lot.unpark()
 
+    @flowcoro.atomic
+    def spend(self):
+        """Whether a stream may send an item; then it has."""
+        if not self.credit:
+            return False
+        self.credit -= 1
+        return True
+
     async def until_credit(self):
         """Wait until a stream may send more."""
         if self.lot is None:
             self.lot = flowcoro.ParkingLot("wait until the peer takes more of a stream")
-        while not self.credit:
-            await self.lot.park_unless(lambda: self.credit)
+        await self.lot.park_unless(lambda: self.credit)
 
 
 class _Deadlines:
@@ -1949,6 +1976,11 @@ class _Places:
         """One has ended."""
         self.taken -= 1
         self.offer()
+
+    @flowcoro.atomic
+    def forget(self, peer):
+        """The connection has ended."""
+        self.peers.pop(peer, None)
 
     @flowcoro.atomic
     def offer(self):
@@ -2039,9 +2071,8 @@ class _Answering(_Calling):
                     await _turn()
                 return listed
             async for item in items:
-                if not call.credit:
+                while not call.spend():
                     await call.until_credit()
-                call.credit -= 1
                 message = encode_request("$/stream", {"id": call.id, "items": [item]})
                 if len(message) > self._wire.max_message:
                     raise AnswerTooLarge
@@ -2407,7 +2438,7 @@ class Peer(_Reading):
                 finally:                    # before its handlers have been cancelled, which may take its time
                     self._lose(flowcoro.ClosedError(f"{self!r} has been closed here"))
         finally:
-            self._places.peers.pop(self, None)
+            self._places.forget(self)
             if isinstance(self._lost, flowcoro_net.BrokenError):
                 self._wire.close_nowait()
             else:

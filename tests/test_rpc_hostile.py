@@ -1,5 +1,6 @@
 """flowcoro_rpc against peers, handlers and users that mean no good, or do not know better."""
 
+import collections
 import enum
 import json
 import math
@@ -210,6 +211,53 @@ async def test_a_call_whose_time_is_up_while_it_is_answered_has_one_answer(monke
     async with raw_connection(server) as sock:
         assert (await ask(sock, request("slow", "a", id=7)))["result"] == "a"
         assert await ask(sock, request("fast", "b", id=8)) == {"jsonrpc": "2.0", "result": "b", "id": 8}
+
+
+# ---- what another worker does in between --------------------------------------------------------------------------
+
+@in_kernel
+async def test_items_that_come_with_the_end_after_the_last_look_at_a_stream_are_not_lost(monkeypatch):
+    class Sly(collections.deque):
+        """Where it is found to be empty, the rest has come just then."""
+
+        def __bool__(self):
+            if not len(self) and late:
+                feed, = client.peer._pending.values()
+                feed.receive(late.pop())
+                client.peer._take_response(flowcoro_rpc.Response(feed.id, None, None))
+                return False
+            return len(self) > 0
+
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    late = [["x", "y"]]
+    async with theirs, RpcClient.over(ours) as client:
+        monkeypatch.setattr(flowcoro_rpc.collections, "deque", Sly)
+        assert [item async for item in client.stream("a")] == ["x", "y"]
+
+
+@in_kernel
+async def test_calls_that_end_while_others_are_looked_at_do_no_harm():
+    class Ending(flowcoro_rpc._Reply):
+        """A call: who looks at it finds that another one has ended."""
+
+        __slots__ = ()
+
+        def __class__(self):
+            self.peer._pending.pop("other", None)
+            return Ending
+
+        def look(self):
+            self.peer._pending.pop("other", None)
+
+        __class__, message = property(__class__), property(look, lambda self, message: None)
+
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours) as client:
+        peer = client.peer
+        for look in peer._probe, lambda: peer._take_refusal(RpcError(1, "a")):
+            peer._pending.update({"one": Ending(peer, "one", "a"), "other": flowcoro_rpc._Reply(peer, "other", "a")})
+            look()
+            assert "other" not in peer._pending
 
 
 # ---- answers that are none ------------------------------------------------------------------------------------
