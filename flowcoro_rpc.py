@@ -1257,6 +1257,8 @@ class _Outgoing:
         self._several = flowcoro.runtime_info()["workers"] > 1
         # The peer sends no more; all that it has sent has been looked at; no more calls are begun.
         self._input_ended = self._all_read = self._draining = False
+        self._idle = False              # whether all that has come has been looked at, and more is waited for
+        self._is_late = False           # it came to a server that is being closed: its first message is waited for, to be told
         self._work = flowcoro.ParkingLot("wait for something to send")
         self._room = flowcoro.ParkingLot("wait until the peer reads what was sent")
         self._ended = flowcoro.Event()
@@ -2001,6 +2003,7 @@ class _Answering(_Calling):
         self._todo = collections.deque()        # members of a batch that were read and not yet begun: (event, slot)
         self._waiting = collections.deque()     # calls that wait for a place: (request, slot)
         self._catching_up = False               # whether a task begins these
+        self._reader = self._catcher = None     # the tasks that make first steps now, or have been the last to do so
         self._stalled = False                   # whether reading has paused for them in vain: no more are taken
         self._calls = {}                        # id, or of a notification the _Call itself -> _Call, of those that wait
         self._begun_calls = 0                   # how many have a place
@@ -2139,6 +2142,10 @@ class _Answering(_Calling):
                               "flowcoro_rpc")
         return InternalError({"reference": reference})
 
+    def _runs_in(self, task):
+        """Whether a handler of this connection runs in the task."""
+        return task is self._reader or task is self._catcher or any(call.task is task for call in list(self._calls.values()))
+
     # -- places
 
     @flowcoro.atomic
@@ -2192,7 +2199,7 @@ class _Answering(_Calling):
 
     async def _catch_up(self):
         """As _read(), of the calls that have waited."""
-        rest = None
+        rest, self._catcher = None, flowcoro.current_task()
         try:
             while rest is None and (waiting := self._next_waiting()):
                 rest = self._begin(*waiting)
@@ -2259,7 +2266,7 @@ class _Reading(_Answering):
         wire, todo, options, task = self._wire, self._todo, self._options, flowcoro.current_task()
         next_message, read, most = wire.next_message, wire.read, options.max_waiting
         max_depth, max_batch = options.max_depth, options.max_batch
-        leads = True
+        leads, self._reader = True, task
         try:
             while True:
                 if todo:
@@ -2271,7 +2278,12 @@ class _Reading(_Answering):
                             self._flush()
                         if self._input_ended:
                             return await self._at_end()
-                        if data := await read():
+                        self._idle = True
+                        if self._draining:
+                            self._look_for_end()
+                        data = await read()
+                        self._idle = False
+                        if data:
                             self._heard += 1
                             wire.receive_data(data)
                         else:
@@ -2319,7 +2331,8 @@ class _Reading(_Answering):
 
     def _look_for_end(self):
         """End, if it is time: nothing comes any more, or is to come, and nothing is left to do or to say."""
-        if ((self._all_read or self._draining) and not self._begun_calls and not self._waiting and not self._catching_up
+        drained = self._draining and self._idle and (self._heard or not self._is_late)
+        if ((self._all_read or drained) and not self._begun_calls and not self._waiting and not self._catching_up
                 and not self._todo and self._queued == self._written and self._lost is None):
             self._lose(self._ended_by_peer() if self._all_read else
                        flowcoro.ClosedError(f"{self!r} has been closed here"))
@@ -2445,16 +2458,21 @@ class Peer(_Reading):
                 await self._wire.close()
 
     def _drain(self):
-        """Begin no more calls, and end when those under way have."""
-        self._draining = True
+        """Begin no more calls, and end when those under way have. Not at once while what has come is looked at: a handler may be
+        in its first step (with several workers, or it calls this), and then who reads looks for the end."""
+        self._draining, self._is_late = True, False
         self._look_for_end()
 
     async def close(self, *, timeout=DRAIN_TIMEOUT):
         """Close the connection in order: calls that come are answered with ShuttingDown, those that run may go on for `timeout`
         seconds, then they are cancelled. Calls of ours that wait for an answer get ClosedError at once. Twice is once.
 
-        Not by a handler of this connection, which would wait for itself: close_nowait(). Cancelled: it is closed at once.
+        In a handler of this connection, for which it would wait, it returns at once, and goes on in a task of its own. Cancelled:
+        it is closed at once.
         """
+        if self._runs_in(flowcoro.current_task()):
+            flowcoro.spawn(self.close(timeout=timeout), name=f"close {self!r}")
+            return
         for number in list(self._pending) if self._lost is None else ():
             self._post(encode_request("$/cancelRequest", {"id": number}))
         self._settle_all(flowcoro.ClosedError(f"{self!r} has been closed here"))
@@ -2615,7 +2633,7 @@ class RpcServer(Methods):
         peer = Peer(wire, self, self._options, self._places, transport=transport, headers=headers)
         self._peers[peer] = None
         if self._closing:
-            peer._draining = True
+            peer._draining = peer._is_late = True
         try:
             await peer._run()
         finally:
@@ -2643,13 +2661,18 @@ class RpcServer(Methods):
         """Listen no more, let the calls under way end for `timeout` seconds, then cancel them. Twice is once.
 
         Calls that come meanwhile are answered with ShuttingDown. Cancelled: all is closed at once. A handler that takes long
-        to be cancelled is waited for; and one that awaits this waits for itself, so let it spawn a task for that.
+        to be cancelled is waited for. In a handler of this server, for which it would wait, it returns at once, and goes on in a
+        task of its own; not so in a task that the handler has spawned, and waits for.
         """
         self._closing = True
         for listening in self._listening:
             listening.close()
         for peer in list(self._peers):
             peer._drain()
+        task = flowcoro.current_task()
+        if any(peer._runs_in(task) for peer in self._peers):
+            flowcoro.spawn(self.close(timeout=timeout), name=f"close {self!r}")
+            return
         try:
             with flowcoro.move_on_after(timeout):
                 await self._until_gone()
@@ -2914,7 +2937,11 @@ class RpcClient(_Caller):
         return self._closed
 
     async def close(self):
-        """Close it: calls that wait for an answer get ClosedError. Twice is once. Cancelled: it is closed at once."""
+        """Close it: calls that wait for an answer get ClosedError. Twice is once. Cancelled: it is closed at once. In a handler of
+        its `methods`, for which it would wait, it returns at once, and goes on in a task of its own."""
+        if self._peer._runs_in(flowcoro.current_task()):
+            flowcoro.spawn(self.close(), name=f"close {self!r}")
+            return
         closing, self._closed = self._closed, True
         if not closing:
             self._failure = None

@@ -213,6 +213,66 @@ async def test_a_call_whose_time_is_up_while_it_is_answered_has_one_answer(monke
         assert await ask(sock, request("fast", "b", id=8)) == {"jsonrpc": "2.0", "result": "b", "id": 8}
 
 
+@pytest.mark.parametrize("seconds", [0, 1])
+@pytest.mark.parametrize("who", ["server", "peer", "client"])
+@in_kernel
+async def test_a_handler_that_closes_its_own_connection_is_answered_first(connect, who, seconds):
+    server, methods, found = slow_server(), flowcoro_rpc.Methods(), []
+
+    async def close(peer):
+        if seconds:
+            await flowcoro.sleep(seconds)
+        await {"server": server, "peer": peer, "client": client}[who].close()
+        return "closed"
+
+    server.method(close)
+    methods.method(close)
+    client = await connect(server, methods=methods, reconnect=None)
+    await wait_all_tasks_parked()
+    if who == "client":
+        found.append(await server.peers[0].call("close"))
+    else:
+        running = flowcoro.spawn(client.call("slow", "other", 2))
+        await wait_all_tasks_parked()
+        found.append(await client.call("close"))
+        assert await running == "other"
+    await wait_all_tasks_parked()
+    assert found == ["closed"] and client.closed and server.peers == [] and flowcoro.now() < 4
+    await client.close()
+
+
+@pytest.mark.parametrize("notifies", [False, True])
+@in_kernel
+async def test_a_drain_in_the_middle_of_a_first_step_does_not_cut_it(notifies):
+    server, ended = slow_server(), []
+
+    @server.method
+    def drain(peer):
+        peer._drain()                       # as another worker may
+        ended.append(peer.closed)
+        return "a"
+
+    async with raw_connection(server) as sock:
+        message = request("drain")
+        if notifies:
+            del message["id"]
+        await tell(sock, message)
+        if not notifies:
+            assert (await hear(sock))["result"] == "a"
+        with flowcoro.timeout(1):
+            assert await sock.read() == b"" and ended == [False]
+
+
+@in_kernel
+async def test_who_comes_while_the_server_is_being_closed_is_told_when_he_asks():
+    server = slow_server()
+    await server.close()
+    async with raw_connection(server) as sock:
+        await flowcoro.sleep(1)
+        assert (await ask(sock, request("fast", 1)))["error"]["code"] == -32011
+        assert await sock.read() == b""
+
+
 # ---- what another worker does in between --------------------------------------------------------------------------
 
 @in_kernel
