@@ -108,7 +108,8 @@ MAX_MESSAGE = 2**20
 # Members of a batch at most (go-ethereum: 1,000). What the answers to one have at most is max_message, too.
 MAX_BATCH = 1000
 
-# Bytes of an answer that says only what has failed.
+# Bytes of an answer that says only what has failed, with an id as most are. A batch for whose answers a message has no room is
+# refused as a whole.
 SHORT_ANSWER = 100
 
 # Calls of one connection, and of a server, that run at once; more wait. HTTP/2 servers allow 100 to 250 streams.
@@ -161,6 +162,9 @@ CHUNK = 64 * 2**10
 
 # Bytes of the head of a Content-Length frame at most; what is sent has 20 to 90.
 MAX_HEAD = 4096
+
+# Notifications that are not for methods.
+_CONTROLS = "$/cancelRequest", "$/stream"
 
 _MISSING = flowcoro_schema.MISSING
 
@@ -743,6 +747,8 @@ def encode_request(method, params=None, id=_MISSING, more=None):
 
     more: a dict of members that are not the specification's. ValueError for NaN and infinities, TypeError for what has no JSON.
     """
+    if not isinstance(method, str):
+        raise TypeError(f"method {method!r:.80}: give its name, a str")
     given = "" if params is None else f',"params":{flowcoro_schema.encode_json(params)}'
     if id is not _MISSING:
         given += f',"id":{_json_of_id(id)}'
@@ -911,7 +917,8 @@ class Methods:
         Async functions, async generators (streams), and plain functions, which are called in the kernel's thread and so must not
         block. A first parameter that is annotated with Peer or Context, or is named peer or context, gets that, and is no
         parameter for the caller. Annotations of the others are checked, see flowcoro_schema.kind_of(). TypeError for what cannot
-        be called, and for annotations that no JSON is made into; ValueError for a name that is taken, or begins with "rpc.".
+        be called, and for annotations that no JSON is made into; ValueError for a name that is taken, or begins with "rpc.", and
+        for "$/cancelRequest" and "$/stream", which never get here.
         """
         if isinstance(function, str) or function is None:
             return functools.partial(self.method, name=function or name)
@@ -923,6 +930,8 @@ class Methods:
         said = f"method {name!r}"
         if name.startswith("rpc."):
             raise ValueError(f"{said}: names that begin with \"rpc.\" are reserved by JSON-RPC 2.0, section 8")
+        if name in _CONTROLS:
+            raise ValueError(f"{said}: notifications of this name belong to the protocol; choose another one")
         if name in self._methods:
             raise ValueError(f"{said} is there already")
         self._methods[name] = _Method(name, function, said)
@@ -944,8 +953,10 @@ class Methods:
         """Decorates `async def around(context, call_next)`: it is called around each call, the first added the outermost.
 
         `await call_next(context)` gives what the handler has returned (of a stream the async generator); what this returns is the
-        answer. Parameters have been bound and checked by then.
+        answer. Parameters have been bound and checked by then. TypeError for what cannot be called.
         """
+        if not callable(function):
+            raise TypeError(f"middleware({function!r}): give a function")
         self._around.append(function)
         return function
 
@@ -1040,14 +1051,15 @@ class _SocketWire:
             return 0
         return self._sock.write_nowait(frames[0] if len(frames) == 1 else b"".join(frames))
 
-    async def write(self, frames):
-        """Write frames, and give the number of bytes after each part that the system has taken."""
+    async def write(self, frames, progress):
+        """Write frames; progress(begun, taken) is told how many bytes a write has begun with, and the system has taken."""
         data = memoryview(frames[0] if len(frames) == 1 else b"".join(frames))
         for start in range(0, len(data), WRITE_CHUNK):
             part = data[start:start + WRITE_CHUNK]
+            progress(start + len(part), start)
             with flowcoro.timeout(WRITE_TIMEOUT):
                 await self._sock.write(part)
-            yield len(part)
+        progress(len(data), len(data))
 
     async def linger(self):
         """After what was wrong: end what we send, and read until the peer has seen why."""
@@ -1151,9 +1163,19 @@ class _MessageWire:
             if getattr(error, "code", None) in (1000, 1001, 1005):      # a WebSocket that was closed in order
                 return b""
             raise
+        except flowcoro.ClosedError:
+            raise
+        except Exception as error:
+            raise self._broken(error) from error
         if message is None:
             return b""
         return (message.encode() if isinstance(message, str) else bytes(message)) or b" "       # no end, and no JSON either
+
+    def _broken(self, error):
+        """What the transport has raised, as the end of the connection; what is no error of transports is reported, too."""
+        if not isinstance(error, (flowcoro.FlowCoroError, OSError)):
+            flowcoro.report_error(error, f"the transport {self} has failed, and its connection has ended", "flowcoro_rpc")
+        return flowcoro_net.BrokenError(None, f"{self}: {type(error).__name__}: {error}")
 
     def receive_data(self, message):
         if len(message) > self.max_message:
@@ -1166,11 +1188,19 @@ class _MessageWire:
     def write_nowait(self, frames):
         return 0
 
-    async def write(self, frames):
+    async def write(self, frames, progress):
+        taken = 0
         for frame in frames:
-            with flowcoro.timeout(WRITE_TIMEOUT):
-                await self._messages.send(bytes(frame).decode())
-            yield len(frame)
+            progress(taken + len(frame), taken)
+            try:
+                with flowcoro.timeout(WRITE_TIMEOUT):
+                    await self._messages.send(bytes(frame).decode())
+            except (flowcoro.FlowCoroError, TimeoutError):
+                raise
+            except Exception as error:
+                raise self._broken(error) from error
+            taken += len(frame)
+        progress(taken, taken)
 
     async def linger(self):
         pass
@@ -1212,8 +1242,9 @@ class _OneWire:
         self.answers += frames
         return sum(map(len, frames))
 
-    async def write(self, frames):
-        yield self.write_nowait(frames)
+    async def write(self, frames, progress):
+        taken = self.write_nowait(frames)
+        progress(taken, taken)
 
     async def linger(self):
         pass
@@ -1232,7 +1263,8 @@ class _OneWire:
 #
 # Frames wait in `_out`. Who has reason to think that no other frame comes in this turn writes them at once (_flush); else the
 # writer does, a task which is woken when the first one comes (_flush_later), and so has its turn after all that are ready now.
-# `_queued`, `_begun`, `_written` count bytes: of frames that have come, that a write has begun with, that the system has taken.
+# `_queued`, `_begun`, `_written` count bytes: of frames that have come, that a write has begun with, that the system has taken;
+# so it is known of each call whether none of it was sent, or all.
 
 _current_task = flowcoro.current_task
 
@@ -1252,6 +1284,8 @@ class _Outgoing:
     def __init__(self, wire):
         self._wire = wire
         self._out, self._queued, self._begun, self._written = [], 0, 0, 0
+        self._before = 0                # what was written when the write under way has begun
+        self._offered = 0               # what was queued when a write was last tried
         self._group = None              # of its tasks, while it runs
         self._writing, self._writer = False, None
         self._several = flowcoro.runtime_info()["workers"] > 1
@@ -1269,7 +1303,7 @@ class _Outgoing:
         frame = self._wire.frame(message)
         self._out.append(frame)
         self._queued += len(frame)
-        if self._queued - self._begun >= FLUSH:
+        if self._queued - self._offered >= FLUSH:
             self._flush()
 
     _post = flowcoro.atomic(_add)
@@ -1280,23 +1314,24 @@ class _Outgoing:
             self._flush_later()
         elif self._out and not self._writing and self._lost is None:
             frames, self._out = self._out, []
-            self._begun = self._queued
+            self._begun = self._offered = self._queued
             try:
                 count = self._wire.write_nowait(frames)
             except flowcoro.FlowCoroError as error:
                 self._begun = self._written         # nothing of it was taken
                 self._lose(error)
             else:
+                self._written += count
                 self._taken(frames, count)
 
     def _taken(self, frames, count):
         """The system has taken so many bytes of the frames; the rest comes first the next time."""
-        self._written += count
         if self._written < self._begun:
             for index, frame in enumerate(frames, 1):
                 count -= len(frame)
                 if count < 0:
                     self._out[:0] = [memoryview(frame)[count:], *frames[index:]]
+                    self._begun = self._written + (-count if -count < len(frame) else 0)
                     break
             self._flush_later()
         elif self._all_read or self._draining:
@@ -1313,25 +1348,27 @@ class _Outgoing:
     @flowcoro.atomic
     def _take_out(self):
         frames, self._out = self._out, []
-        self._begun = self._queued
+        self._offered = self._queued
         return frames
+
+    def _progress(self, begun, taken):
+        """Of the frames that are being written a write has begun with so many bytes, and the system has taken so many."""
+        self._begun, self._written = self._before + begun, self._before + taken
 
     async def _write(self):
         """The writer."""
         while True:
             await self._work.park_unless(lambda: self._out)
             frames = self._take_out()
-            count, self._writing = 0, True
+            self._before, self._writing = self._written, True
             try:
-                async for part in self._wire.write(frames):
-                    count += part
+                await self._wire.write(frames, self._progress)
             except (flowcoro.FlowCoroError, TimeoutError) as error:
-                self._written += count
                 self._lose(error)
                 return
             finally:
                 self._writing = False
-            self._taken(frames, count)
+            self._taken(frames, self._written - self._before)
             self._room.unpark_all()
 
     async def _until_room(self):
@@ -1673,10 +1710,10 @@ class _Calling(_Outgoing, _Caller):
         replies, texts, more = [], [], self._more(seconds)
         for one in calls:
             if isinstance(one, Notification):
-                texts.append(encode_request(one.method, one.params))
+                texts.append(encode_request(one.method, _given((), None, one.params)))
             elif isinstance(one, Request):
                 replies.append(_Reply(self, self._next_id(), one.method, seconds))
-                texts.append(encode_request(one.method, one.params, replies[-1].id, more))
+                texts.append(encode_request(one.method, _given((), None, one.params), replies[-1].id, more))
             else:
                 raise TypeError(f"batch({one!r:.80}): it takes Request(method, params) and Notification(method, params)")
         if not texts:
@@ -2251,9 +2288,6 @@ class _Answering(_Calling):
             slot[0].set(slot[1], None)
 
 
-_CONTROLS = "$/cancelRequest", "$/stream"
-
-
 class _Reading(_Answering):
     """How a Peer reads."""
 
@@ -2386,6 +2420,10 @@ class _Reading(_Answering):
                 slot[0].set(slot[1], None)
             return None
         elif kind is Batch:
+            wanted = sum(one.__class__ is Request or one.__class__ is Invalid and one.code is not None for one in event.members)
+            if wanted * SHORT_ANSWER > self._wire.max_message:
+                return self._take(Invalid(None, InvalidRequest.code, f"a batch of {wanted} calls, to the answers of which "
+                                          f"max_message={self._wire.max_message} has no room"), None)
             answers = _Answers(self, len(event.members))
             self._todo.extend((member, (answers, index)) for index, member in enumerate(event.members))
         elif event.code is not None:

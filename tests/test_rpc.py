@@ -394,6 +394,11 @@ def test_names_of_methods():
     server.method(lambda: 1, name="a")
     with pytest.raises(ValueError, match="there already"):
         server.method(lambda: 1, name="a")
+    for name in "$/stream", "$/cancelRequest":
+        with pytest.raises(ValueError, match="belong to the protocol"):
+            server.method(lambda: 1, name=name)
+    with pytest.raises(TypeError, match="give a function"):
+        server.middleware(5)
     with pytest.raises(TypeError, match="give a function"):
         server.method(5)
     with pytest.raises(TypeError, match="give name="):
@@ -560,6 +565,9 @@ async def test_the_answer_to_a_batch_is_no_larger_than_a_message():
         line = await sock.read_until(b"\n", limit=2000)
         codes = [answer.get("error", {}).get("code") for answer in json.loads(line)]
         assert codes == [None, None, -32012, -32012, -32012]
+        assert len(await ask(sock, [1] * 10 + [{"jsonrpc": "2.0", "method": "large"}] * 20)) == 10
+        assert (await ask(sock, [1] * 11))["error"]["code"] == -32600
+        assert (await ask(sock, [request("large", id=number) for number in range(11)]))["id"] is None
 
 
 @in_kernel
@@ -1206,6 +1214,12 @@ async def test_a_client_calls(connect):
             await client.call("all", object())
         with pytest.raises(ValueError, match="timeout=-1"):
             await client.call("all", 1, timeout=-1)
+        for name in 5, None, ["all"], b"all":
+            with pytest.raises(TypeError, match="give its name"):
+                await client.call(name)
+        for call in Request("all", 5), Notification("all", "abc"):
+            with pytest.raises(TypeError, match="a list, a dict"):
+                await client.batch(call)
         assert client.peer.statistics()["calls_waiting"] == 0
 
 
@@ -1650,6 +1664,35 @@ async def test_what_was_not_sent_has_not_run_and_what_was_sent_in_part_nobody_kn
         await wait_all_tasks_parked()
         theirs.close_nowait()
     assert found == {"small": True, "large": None, "later": False}
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@in_kernel
+async def test_what_waited_in_one_write_with_what_was_sent_in_part_has_not_run(at_once):
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket, capacity=1000)
+    server = RpcServer()
+    async with ours, theirs, flowcoro.TaskGroup() as group:
+        group.spawn(server.serve_connection(ours))
+        await wait_all_tasks_parked()
+        peer, found = server.peers[0], {}
+
+        async def call(name, size):
+            with pytest.raises(ConnectionLost) as caught:
+                await peer.call("a", "x" * size)
+            found[name] = caught.value.sent
+
+        if at_once:                         # all wait for the same turn
+            await peer.notify("a")
+        for name, size in (("small", 10), ("large", 300_000), ("later", 300_000)):
+            group.spawn(call(name, size))
+        if at_once:
+            await flowcoro.checkpoint()
+            await flowcoro.checkpoint()
+            peer._lose(flowcoro_net.BrokenError(None, "cut"))
+        else:
+            await wait_all_tasks_parked()
+            theirs.close_nowait()
+    assert found["later"] is False and found["small"] is not False
 
 
 @in_kernel

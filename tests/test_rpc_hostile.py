@@ -634,6 +634,37 @@ async def test_an_empty_message_is_no_json_and_not_the_end():
     assert [one.get("result", one.get("error", {}).get("code")) for one in messages.sent] == [-32700, -32700, 1]
 
 
+class Failing(Texts):
+    def __init__(self, how, error):
+        super().__init__()
+        self.how, self.error = how, error
+
+    async def receive(self):
+        await flowcoro.sleep(1 if self.how == "receive" else 1000)
+        raise self.error
+
+    async def send(self, text):
+        await flowcoro.sleep(0.1)
+        if self.how == "send":
+            raise self.error
+
+
+@pytest.mark.parametrize("how", ["receive", "send"])
+@pytest.mark.parametrize("error", [ValueError("foreign"), OSError("foreign"), flowcoro_net.LimitError("foreign")])
+@in_kernel
+async def test_what_a_transport_raises_ends_its_connection_and_is_not_hidden(monkeypatch, how, error):
+    reports = []
+    monkeypatch.setattr("sys.unraisablehook", reports.append)
+    async with RpcClient.over(Failing(how, error)) as client:
+        with pytest.raises(ConnectionLost, match="foreign"):
+            await client.call("a", timeout=5)
+        with pytest.raises(ConnectionLost, match="foreign"):
+            await client.call("a", timeout=5)
+    if how == "receive":
+        await RpcServer().serve_messages(Failing(how, error))
+    assert len(reports) == (how == "receive") + 1 if isinstance(error, ValueError) else not reports
+
+
 # ---- arguments ------------------------------------------------------------------------------------------------
 
 def test_limits_that_are_none_are_refused_where_they_are_given():
