@@ -981,17 +981,30 @@ class Methods:
 
 def _openrpc_method(method, schemas):
     """A Method Object of OpenRPC."""
-    summary, _, rest = inspect.cleandoc(inspect.getdoc(method.function) or "").partition("\n")
-    fields = [*method.fields, *(field for field in method.named.values() if field not in method.fields)]
+    function = method.function
+    while isinstance(function, functools.partial):      # whose own docstring is that of its class
+        function = function.func
+    summary, _, rest = inspect.cleandoc(inspect.getdoc(function) or "").partition("\n")
+    structure, fields = _param_structure(method)
     document = {"name": method.name, "params": [_descriptor(field, schemas) for field in fields],
-                "result": {"name": "result", "schema": _result_schema(method, schemas)},
-                "paramStructure": "by-position" if len(method.named) < len(fields) else
-                "by-name" if len(method.fields) < len(fields) else "either"}
+                "result": {"name": "result", "schema": _result_schema(method, schemas)}, "paramStructure": structure}
     if summary:
         document["summary"] = summary
     if rest.strip():
         document["description"] = rest.strip()
     return document
+
+
+def _param_structure(method):
+    """How parameters are given, and those that can be given so: those that must be come first, as OpenRPC wants it."""
+    placed, named = method.fields, sorted(method.named.values(), key=lambda field: field.default is not _MISSING)
+    only_placed = [field for field in placed if field.name not in method.named]
+    only_named = [field for field in named if field not in placed]
+    if not only_placed and not only_named:
+        return "either", placed
+    if not only_named or any(field.default is _MISSING for field in only_placed):
+        return "by-position", placed
+    return "by-name", named
 
 
 def _descriptor(field, schemas):
@@ -3017,9 +3030,10 @@ class RpcPool(_Caller):
     RpcPool.connect(…)` makes one.
 
     A call that has not run where it was sent, since the connection was lost before, or the server shuts down or has too many
-    calls, goes to the next; so does one that a client's policy does not let through (an error with `sent` False). That policy
-    stands around each try at one server: with `Keyed(lambda address: CircuitBreaker())` each has its own breaker. A Retry that is
-    to go from one to the other stands around the pool: `retry.try_execute(pool.call, "add", 1, 2)`.
+    calls, goes to the next, with what is left of its timeout; so does one that a client's policy does not let through (an error
+    with `sent` False). That policy stands around each try at one server, whose attempts have the whole timeout each: with
+    `Keyed(lambda address: CircuitBreaker())` each has its own breaker. A Retry that is to go from one to the other stands around
+    the pool: `retry.try_execute(pool.call, "add", 1, 2)`.
     """
 
     def __init__(self, clients):
@@ -3049,15 +3063,22 @@ class RpcPool(_Caller):
         return sorted(turned, key=lambda client: (client._closed, client._peer._lost is not None or client._peer._input_ended,
                                                   len(client._peer._pending)))
 
-    async def _try_each(self, call, *asked):
-        """What `call` gives at the first that takes it: a Peer, which does not wait for another connection; then at a client
-        without a connection, which does. asked: what a policy is told of it, if it is anything for one."""
-        refused, gone = None, []
+    async def _try_each(self, call, timeout, *asked):
+        """What `call(caller, seconds)` gives at the first that takes it: a Peer, which does not wait for another connection; then
+        at a client without a connection, which does. asked: what a policy is told of it, if it is anything for one."""
+        refused, gone, began = None, [], flowcoro.now()
+
+        def left(client):
+            seconds = client._options.timeout if timeout is _MISSING else _seconds(timeout)
+            if client._policy is not None:              # which may wait, and each attempt of which has a timeout of its own
+                return seconds
+            return max(seconds - (flowcoro.now() - began), 0)
+
         for client in self._order():
             if client.closed:           # what ClosedError ends below may have run, so that one is not looked for
                 gone.append(client)
                 continue
-            run = functools.partial(call, client._peer)
+            run = functools.partial(call, client._peer, left(client))
             try:
                 return await (client._by_policy(run, *asked) if asked else run())
             except flowcoro.FlowCoroError as error:
@@ -3067,18 +3088,20 @@ class RpcPool(_Caller):
                     gone.append(client)
                 else:
                     refused = error
-        if not gone:
+        if refused is not None and (not gone or gone[0].closed):
             raise refused
-        return await call(gone[0])
+        return await call(gone[0], left(gone[0]))
 
     async def _call(self, method, params, timeout, idempotent=False):
-        return await self._try_each(lambda caller: caller._call(method, params, timeout, idempotent), method, params, idempotent)
+        return await self._try_each(lambda caller, seconds: caller._call(method, params, seconds, idempotent), timeout,
+                                    method, params, idempotent)
 
     async def _notify(self, method, params):
-        await self._try_each(lambda caller: caller._notify(method, params))
+        await self._try_each(lambda caller, seconds: caller._notify(method, params), _MISSING)
 
     async def _batch(self, calls, timeout, idempotent=False):
-        return await self._try_each(lambda caller: caller._batch(calls, timeout, idempotent), None, calls, idempotent)
+        return await self._try_each(lambda caller, seconds: caller._batch(calls, seconds, idempotent), timeout,
+                                    None, calls, idempotent)
 
     def _stream(self, method, params, timeout, window):
         return self._order()[0]._stream(method, params, timeout, window)

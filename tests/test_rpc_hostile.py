@@ -531,6 +531,52 @@ async def test_a_pool_waits_for_a_server_that_is_gone_when_no_other_takes_the_ca
 
 
 @in_kernel
+async def test_a_call_that_goes_from_one_server_of_a_pool_to_the_next_has_no_more_time_than_it_had(monkeypatch):
+    pairs = []
+
+    async def open(*where, **options):
+        await flowcoro.checkpoint()
+        pairs.append(memory_socket_pair(flowcoro_net.Socket, capacity=1000))
+        return pairs[-1][0]
+
+    monkeypatch.setattr(flowcoro_net.Socket, "connect", open)
+    async with await RpcPool.connect([("memory", 1), ("memory", 2)], reconnect=None) as pool, flowcoro.TaskGroup() as group:
+        async def fails(error, coro):
+            with pytest.raises(error):
+                await coro
+            return flowcoro.now() - began
+
+        began = flowcoro.now()
+        for client in pool._clients:            # whose servers do not read
+            group.spawn(fails(ConnectionLost, client.call("a", "x" * 10_000, timeout=None)))
+        await wait_all_tasks_parked()
+        task = group.spawn(fails(TimeoutError, pool.call("b", timeout=10)))
+        await wait_all_tasks_parked()
+        busy = max(range(2), key=lambda number: pool._clients[number].peer.statistics()["calls_waiting"])
+        await flowcoro.sleep(8)
+        pairs[busy][1].close_nowait()
+        assert await task == pytest.approx(10, abs=0.1)
+        pairs[1 - busy][1].close_nowait()
+
+
+@in_kernel
+async def test_a_pool_tells_that_a_server_is_busy_rather_than_that_another_is_gone_for_good(connect):
+    busy = slow_server()
+
+    @busy.method
+    def buy():
+        raise flowcoro_rpc.Overloaded
+
+    clients = [await connect(slow_server(), reconnect=None), await connect(busy)]
+    async with RpcPool(clients) as pool:
+        clients[0].memory.cut()
+        await wait_all_tasks_parked()
+        for _ in range(2):
+            with pytest.raises(flowcoro_rpc.Overloaded):
+                await pool.call("buy")
+
+
+@in_kernel
 async def test_a_stream_has_its_timeout_also_while_there_is_no_connection(connect):
     async with await connect(slow_server(), reconnect=Backoff(1, jitter=0)) as client:
         client.memory.refusals = 10**9
