@@ -2988,8 +2988,10 @@ class RpcClient(_Caller):
         return self._closed
 
     async def close(self):
-        """Close it: calls that wait for an answer get ClosedError. Twice is once. Cancelled: it is closed at once. In a handler of
-        its `methods`, for which it would wait, it returns at once, and goes on in a task of its own."""
+        """Close it: calls that wait for an answer get ClosedError. Twice is once. Cancelled: it is closed at once.
+
+        In a handler of its `methods`, for which it would wait, it returns at once, and goes on in a task of its own.
+        """
         if self._peer._runs_in(flowcoro.current_task()):
             flowcoro.spawn(self.close(), name=f"close {self!r}")
             return

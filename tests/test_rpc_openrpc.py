@@ -191,7 +191,8 @@ def test_parameters_are_described_as_they_can_be_given_those_that_must_be_first(
             required = [one["name"] for one in params if one["required"]]
             assert [one["required"] for one in params] == sorted((one["required"] for one in params), reverse=True)
             for names in required, [one["name"] for one in params]:
-                for given in [[0] * len(names)] * (structure != "by-name") + [dict.fromkeys(names, 0)] * (structure != "by-position"):
+                ways = {"by-position": [[0] * len(names)], "by-name": [dict.fromkeys(names, 0)]}
+                for given in ways.get(structure) or sum(ways.values(), []):
                     answer = await server.answer(flowcoro_rpc.encode_request(method["name"], given, 1))
                     assert json.loads(answer).get("result") == 0, (method, given)
 
