@@ -1712,10 +1712,10 @@ class _Calling(_Outgoing, _Caller):
         """The calls that wait for an answer now: a list, as another worker may end some meanwhile."""
         return list(self._pending.values())
 
-    async def _notify(self, method, params, seconds=math.inf):
+    async def _notify(self, method, params, timeout=None):
         message = encode_request(method, params, more=self._more(math.inf))
         await flowcoro.checkpoint()
-        await self._until_room_for(method, seconds)
+        await self._until_room_for(method, self._options.timeout if timeout is _MISSING else _seconds(timeout))
         self._register((), message)
 
     async def _batch(self, calls, timeout, idempotent=False):
@@ -2914,27 +2914,37 @@ class RpcClient(_Caller):
             raise ConnectionLost(f"{self!r}: there is no connection any more: {self._failure}", False) from self._failure
         return self._peer
 
-    async def _connected_within(self, seconds, what):
+    async def _connected_within(self, seconds, asked):
         """A Peer, and what is left of the time. Errors of _connected(), TimeoutError."""
-        began = flowcoro.now()
+        began, what = flowcoro.now(), repr(asked) if isinstance(asked, str) else "a batch"
         with flowcoro.move_on_after(seconds):
             return await self._connected(), max(seconds - (flowcoro.now() - began), 0)
         raise TimeoutError(f"{self!r}: no connection for {what} within timeout={seconds:g} s, so it has not run: "
                            f"{self._failure or self._peer._lost}")
 
-    async def _over_any(self, call, what, timeout):
-        """What `call(peer, seconds)` gives, over the first connection that takes it: what was not sent has not run."""
-        peer, seconds = self._peer, self._options.timeout if timeout is _MISSING else _seconds(timeout)
-        while True:
-            if peer._lost is not None or self._closed:
-                peer, seconds = await self._connected_within(seconds, what)
+    async def _over_any(self, call, timeout, *asked):
+        """What `call(peer, *asked, timeout)` gives, over the first connection that takes it: what was not sent has not run."""
+        peer = self._peer
+        if peer._lost is None and not self._closed:
             try:
-                return await call(peer, seconds)
+                return await call(peer, *asked, timeout)            # with nothing before it that takes time: most go so
             except ConnectionLost as error:
-                if error.sent is not False or self._reconnect is None:
-                    raise
-                seconds = min(seconds, error._left)
-            peer, seconds = await self._connected_within(seconds, what)
+                lost = error
+        else:
+            lost = None
+        seconds = self._options.timeout if timeout is _MISSING else _seconds(timeout)
+        while lost is None or lost.sent is False and self._reconnect is not None:
+            if lost is not None:
+                seconds = min(seconds, lost._left)
+            peer, seconds = await self._connected_within(seconds, asked[0])
+            try:
+                return await call(peer, *asked, seconds)
+            except ConnectionLost as error:
+                lost = error
+        try:
+            raise lost
+        finally:
+            del lost            # else its traceback has this frame, which has it
 
     def _by_policy(self, run, method, params, idempotent):
         """await it: what `run()` gives, by way of the policy."""
@@ -2943,20 +2953,18 @@ class RpcClient(_Caller):
         return self._policy.try_execute(_Operation(self._key, bool(idempotent), run), method, params)
 
     def _call(self, method, params, timeout, idempotent=False):
-        def run():
-            return self._over_any(lambda peer, seconds: peer._call(method, params, seconds), repr(method), timeout)
-        return run() if self._policy is None else self._by_policy(run, method, params, idempotent)
+        if self._policy is None:
+            return self._over_any(Peer._call, timeout, method, params)
+        return self._by_policy(functools.partial(self._over_any, Peer._call, timeout, method, params), method, params, idempotent)
 
     async def _notify(self, method, params):
-        await self._over_any(lambda peer, seconds: peer._notify(method, params, seconds), repr(method), _MISSING)
+        await self._over_any(Peer._notify, _MISSING, method, params)
 
     def _batch(self, calls, timeout, idempotent=False):
-        def run():
-            return self._over_any(lambda peer, seconds: peer._batch(calls, seconds), "a batch", timeout)
-        return self._by_policy(run, None, calls, idempotent)
+        return self._by_policy(functools.partial(self._over_any, Peer._batch, timeout, calls), None, calls, idempotent)
 
     async def _stream(self, method, params, timeout, window):
-        peer, _ = await self._connected_within(_seconds(timeout), repr(method))
+        peer, _ = await self._connected_within(_seconds(timeout), method)
         async for item in peer._stream(method, params, timeout, window):
             yield item
 
