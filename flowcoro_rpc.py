@@ -1299,6 +1299,7 @@ class _Outgoing:
         self._out, self._queued, self._begun, self._written = [], 0, 0, 0
         self._before = 0                # what was written when the write under way has begun
         self._offered = 0               # what was queued when a write was last tried
+        self._gathering = {}            # _Items that have some which are in no message yet: those of one turn share one
         self._group = None              # of its tasks, while it runs
         self._writing, self._writer = False, None
         self._several = flowcoro.runtime_info()["workers"] > 1
@@ -1360,6 +1361,8 @@ class _Outgoing:
 
     @flowcoro.atomic
     def _take_out(self):
+        for items in list(self._gathering):
+            items.send()
         frames, self._out = self._out, []
         self._offered = self._queued
         return frames
@@ -1371,7 +1374,7 @@ class _Outgoing:
     async def _write(self):
         """The writer."""
         while True:
-            await self._work.park_unless(lambda: self._out)
+            await self._work.park_unless(lambda: self._out or self._gathering)
             frames = self._take_out()
             self._before, self._writing = self._written, True
             try:
@@ -1888,20 +1891,20 @@ class _Answers:
 class _Call:
     """A call of the peer's that is under way: `task` is the one that it runs in."""
 
-    __slots__ = ("peer", "request", "id", "slot", "task", "due", "answered", "window", "credit", "lot")
+    __slots__ = ("peer", "request", "id", "slot", "task", "due", "answered", "items")
 
     def __init__(self, peer, request, number, slot):
         self.peer, self.request, self.id, self.slot = peer, request, number, slot
-        self.task = self.due = self.lot = None
+        self.task = self.due = None
         self.answered = False
-        self.window = self.credit = 0   # of a stream: the items that it may send at first (0: it comes as a list), and now
+        self.items = None               # of a stream that does not come as a list: an _Items
 
     def ask_stream(self):
         """Its items are to come as notifications, if the caller has asked for that, and can take them."""
         credit = self.request.more.get("$/stream")
         if (credit.__class__ is int and 0 < credit <= MAX_CREDIT and self.slot is None and self.id is not _MISSING
                 and self.peer._wire.__class__ is not _OneWire):
-            self.window = self.credit = credit
+            self.items = _Items(self, credit)
 
     @flowcoro.atomic
     def claim(self):
@@ -1927,25 +1930,51 @@ class _Call:
         """Its time is up."""
         self.end(DeadlineExceeded)
 
-    @flowcoro.atomic
-    def grant(self, credit):
-        """A stream may send more."""
-        self.credit += credit
-        if self.lot is not None:
-            self.lot.unpark()
+
+class _Items:
+    """The items of a stream to the peer: `credit` more may be sent. Those of one turn go in one message: `texts` is what it will
+    have, `room` the bytes that it has room for."""
+
+    __slots__ = ("call", "credit", "texts", "size", "head", "room", "lot")
+
+    def __init__(self, call, credit):
+        self.call, self.credit, self.texts, self.size = call, credit, [], 0
+        self.head = b'{"jsonrpc":"2.0","method":"$/stream","params":{"id":%b,"items":[' % _json_of_id(call.id).encode()
+        self.room = call.peer._wire.max_message - len(self.head) - len(b"]}}")
+        self.lot = flowcoro.ParkingLot("wait until the peer takes more of a stream")
 
     @flowcoro.atomic
-    def spend(self):
-        """Whether a stream may send an item; then it has."""
+    def grant(self, credit):
+        """It may send more."""
+        self.credit += credit
+        self.lot.unpark()
+
+    @flowcoro.atomic
+    def add(self, text):
+        """Whether there was credit for this one."""
         if not self.credit:
             return False
         self.credit -= 1
+        if self.texts and self.size + len(text) > min(self.room, FLUSH):
+            self.send()
+        self.texts.append(text)
+        self.size += len(text) + 1
+        if len(self.texts) == 1:
+            self.call.peer._gathering[self] = None
+            self.call.peer._flush_later()
         return True
 
+    @flowcoro.atomic
+    def send(self):
+        """Make a message of those that there are; none after the answer."""
+        peer, texts, self.texts, self.size = self.call.peer, self.texts, [], 0
+        peer._gathering.pop(self, None)
+        if texts and not self.call.answered:
+            peer._add(b"%b%b]}}" % (self.head, b",".join(texts)))
+
     async def until_credit(self):
-        """Wait until a stream may send more."""
-        if self.lot is None:
-            self.lot = flowcoro.ParkingLot("wait until the peer takes more of a stream")
+        """Wait until it may send more."""
+        self.send()
         await self.lot.park_unless(lambda: self.credit)
 
 
@@ -2113,9 +2142,9 @@ class _Answering(_Calling):
 
     async def _send_items(self, call, items):
         """A stream: its items as notifications, when the caller has asked for that; else all as a list."""
-        listed, size = [], 0
+        listed, size, sending = [], 0, call.items
         try:
-            if not call.window:
+            if sending is None:
                 async for item in items:
                     listed.append(item)
                     size += len(flowcoro_schema.encode_json(item))
@@ -2124,17 +2153,17 @@ class _Answering(_Calling):
                     await _turn()
                 return listed
             async for item in items:
-                while not call.spend():
-                    await call.until_credit()
-                message = encode_request("$/stream", {"id": call.id, "items": [item]})
-                if len(message) > self._wire.max_message:
+                text = flowcoro_schema.encode_json(item).encode()
+                if len(text) > sending.room:
                     raise AnswerTooLarge
-                self._post(message)
-                self._flush_later()
+                while not sending.add(text):
+                    await sending.until_credit()
                 await _turn()
                 await self._until_room()
             return None
         finally:
+            if sending is not None:
+                sending.send()
             await items.aclose()
 
     def _enrol(self, call, rest):
@@ -2179,7 +2208,7 @@ class _Answering(_Calling):
         """Seconds that a call may take: the server's limit, or what the caller says, if that is less."""
         more = call.request.more.get("$/context")
         said = more.get("timeout") if more.__class__ is dict else None
-        limit = math.inf if call.window else self._options.deadline
+        limit = math.inf if call.items is not None else self._options.deadline
         return min(limit, said) if said.__class__ in (int, float) and 0 <= said < MAX_SECONDS else limit
 
     def _internal(self, error, method):
@@ -2465,8 +2494,8 @@ class _Reading(_Answering):
                 self._take_items(params)
                 return
             call, credit = self._calls.get(_id_of(params)), params.get("credit")
-            if call is not None and credit.__class__ is int and 0 < credit <= MAX_CREDIT:
-                call.grant(credit)
+            if call is not None and call.items is not None and credit.__class__ is int and 0 < credit <= MAX_CREDIT:
+                call.items.grant(credit)
 
     @flowcoro.atomic
     def _cancel_waiting(self, number):

@@ -738,7 +738,7 @@ async def test_when_reading_has_paused_in_vain_calls_are_refused_and_what_comes_
             await tell(sock, request("fast", number, id=number))
         await tell(sock, {"jsonrpc": "2.0", "method": "fast"})
         await tell(sock, {"jsonrpc": "2.0", "method": "$/stream", "params": {"id": 1, "credit": 9}})
-        found = [await hear(sock) for _ in range(8)]
+        found = [await hear(sock) for _ in range(7)]
         assert [(one["id"], one["error"]["code"]) for one in found if "error" in one] == [(4, -32013), (5, -32013), (6, -32013)]
         assert [one["result"] for one in found if "result" in one] == [None, 2, 3]
         assert (await ask(sock, request("fast", 5)))["result"] == 5
@@ -1600,6 +1600,46 @@ async def test_a_stream_that_sends_more_than_it_may_ends_the_connection():
 
 
 @in_kernel
+async def test_items_of_one_turn_share_a_message_as_large_as_one_may_be_and_others_do_not_wait_for_more(monkeypatch):
+    monkeypatch.setattr("sys.unraisablehook", lambda report: None)
+    server = slow_server(max_message=1000)
+
+    @server.method
+    async def give(sizes, last="a", wait=0):
+        for size in sizes:
+            yield "x" * size
+        await flowcoro.sleep(wait)
+        if last != "a":
+            raise RpcError(1, "told")
+        yield "\ud800"
+
+    async def messages(sock, *call, credit=100, **more):
+        """The numbers of items in each message, and the code of the error."""
+        await tell(sock, request(*call, **{"$/stream": credit}, **more))
+        found = []
+        while "method" in (one := json.loads(line := await sock.read_until(b"\n"))):
+            assert len(line) <= 1001
+            found.append(len(one["params"]["items"]))
+        return found, one.get("error", {}).get("code")
+
+    async with raw_connection(server) as sock:
+        assert await messages(sock, "count", 50) == ([50], None)
+        assert await messages(sock, "count", 3, 1) == ([1, 1, 1], None)
+        assert await messages(sock, "count", 0) == ([], None)
+        assert await messages(sock, "give", [300] * 7, "b", id="an id") == ([3, 3, 1], 1)         # the error comes last
+        assert await messages(sock, "give", [1, 2]) == ([2], -32603)
+        assert await messages(sock, "give", [1, 930, 1], "b") == ([1, 1, 1], 1)
+        assert await messages(sock, "give", [1, 1000, 1]) == ([1], -32012)
+        await tell(sock, request("give", [1, 2], "b", 100, id=9, **{"$/stream": 5}))
+        await tell(sock, {"jsonrpc": "2.0", "method": "$/cancelRequest", "params": {"id": 9}})
+        first, then = await hear(sock), await hear(sock)
+        assert (first["params"], then["error"]["code"]) == ({"id": 9, "items": ["x", "xx"]}, -32800)
+        with flowcoro.move_on_after(200) as scope:
+            await sock.read()
+        assert scope.cancelled_caught
+
+
+@in_kernel
 async def test_credit_that_is_none_is_not_given():
     server = slow_server()
     async with raw_connection(server) as sock:
@@ -1612,7 +1652,7 @@ async def test_credit_that_is_none_is_not_given():
             await sock.read()
         assert scope.cancelled_caught
         await tell(sock, {"jsonrpc": "2.0", "method": "$/stream", "params": {"id": 1, "credit": 100}})
-        assert [(await hear(sock))["params"]["items"] for _ in range(9)] == [[number] for number in range(1, 10)]
+        assert (await hear(sock))["params"]["items"] == list(range(1, 10))
         assert await hear(sock) == {"jsonrpc": "2.0", "result": None, "id": 1}
         for wrong in (0, -1, "5", True, 2**40):         # no number of items: a list
             assert (await ask(sock, request("count", 2, **{"$/stream": wrong})))["result"] == [0, 1]
