@@ -84,6 +84,7 @@ import math
 import os
 import random
 import re
+import socket
 import types
 import typing
 import weakref
@@ -134,6 +135,11 @@ PROBE_TIMEOUT = 10.0
 # Seconds in which nothing has come, after which a stream probes too. Without, it would wait for ever for who is gone without a
 # word: nothing is sent that the system could find to be lost. WebSocket servers send a Ping every 20 to 30.
 SILENCE = 30.0
+
+# Options of TCP: after so many seconds of silence the system asks the other one whether that host is there, and again after so
+# many, so often. It answers also while its program works. A call without a timeout learns so that nobody is there, and a server
+# of clients that are; the default of systems is two hours.
+KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
 # Seconds for the calls under way when a server is closed; flowcoro_net has the same.
 DRAIN_TIMEOUT = 8.0
@@ -1057,6 +1063,19 @@ class _SocketWire:
         self._sock, self.frame, self.max_message = sock, framing.frame, framing.max_message
         self.next_message, self.receive_data, self.receive_end = framing.next_message, framing.receive_data, framing.receive_end
         self.read = functools.partial(sock.read, CHUNK)
+        raw = getattr(sock, "raw", None)
+        if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
+            self._keep_alive(raw)
+
+    @staticmethod
+    def _keep_alive(raw):
+        try:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in KEEP_ALIVE.items():
+                if hasattr(socket, name):               # macOS calls the first one by the second name
+                    raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        except OSError:             # it is lost already, which reading will tell; or the system does not know them
+            pass
 
     def write_nowait(self, frames):
         """Write frames; returns how many bytes the system has taken: 0 with TLS, where write() waits for that."""
@@ -1554,7 +1573,8 @@ class _Caller:
         passed, RpcError for an answer that is an error, ProtocolError for one that is none, ConnectionLost, ClosedError;
         LimitError for a call that is too large, TypeError and ValueError for what has no JSON. After a timeout, and when it is
         cancelled, the peer is told by $/cancelRequest; the call may have run. When a timeout has passed in which nothing at all
-        has come, the peer is asked for a sign of life; without one for 10 seconds the connection is lost.
+        has come, the peer is asked for a sign of life; without one for 10 seconds the connection is lost. Without a timeout only
+        the system asks, over TCP, whether that host is there (KEEP_ALIVE).
         idempotent: whether it does no harm if it runs twice, which a client's policy may ask. A parameter of one of these names
         goes into params=.
         """

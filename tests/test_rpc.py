@@ -2057,6 +2057,21 @@ def test_over_tcp_and_unix_sockets(tmp_path):
     flowcoro.run(main())
 
 
+def test_the_system_asks_whether_the_host_at_the_other_end_is_there():
+    async def main():
+        server = slow_server()
+        listening = await server.start_tcp_server(0)
+        async with await RpcClient.connect(*listening.local) as client:
+            await client.call("fast")
+            for peer in client.peer, server.peers[0]:
+                raw = peer.transport.raw
+                assert raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 10
+        await server.close()
+
+    flowcoro.run(main())
+
+
 def test_a_server_that_was_closed_while_it_began_to_listen_does_not_serve(monkeypatch):
     async def main():
         server, listening = RpcServer(), []
