@@ -2232,8 +2232,9 @@ class _Answering(_Calling):
         return min(limit, said) if said.__class__ in (int, float) and 0 <= said < MAX_SECONDS else limit
 
     def _internal(self, error, method):
-        """The answer for an error of a handler, which is reported, unless it is that who is gone cannot be called back."""
-        gone = self._lost is not None or self._input_ended and self._wire.__class__ is not _OneWire
+        """The answer for an error of a handler, which is reported, unless it is that who is gone, or is being left, cannot be
+        called back."""
+        gone = self._lost is not None or self._draining or self._input_ended and self._wire.__class__ is not _OneWire
         if gone and isinstance(error, (ConnectionLost, flowcoro.ClosedError)):
             return InternalError()
         reference = os.urandom(8).hex()

@@ -241,6 +241,29 @@ async def test_a_handler_that_closes_its_own_connection_is_answered_first(connec
     await client.close()
 
 
+@in_kernel
+async def test_a_handler_that_calls_back_while_its_connection_is_closed_here_is_nothing_to_report(connect, monkeypatch):
+    monkeypatch.setattr("sys.unraisablehook", lambda report: pytest.fail(report.err_msg))
+    server, methods = RpcServer(), flowcoro_rpc.Methods()
+
+    @methods.method
+    async def hold():
+        await flowcoro.sleep(100)
+
+    @server.method
+    async def back(peer):
+        return await peer.call("hold")
+
+    async with await connect(server, methods=methods, reconnect=None) as client, flowcoro.TaskGroup() as group:
+        async def call():
+            with pytest.raises(InternalError):
+                await client.call("back")
+
+        group.spawn(call())
+        await wait_all_tasks_parked()
+        await server.peers[0].close()
+
+
 @pytest.mark.parametrize("notifies", [False, True])
 @in_kernel
 async def test_a_drain_in_the_middle_of_a_first_step_does_not_cut_it(notifies):
