@@ -2964,20 +2964,21 @@ class RpcClient(_Caller):
             raise ConnectionLost(f"{self!r}: there is no connection any more: {self._failure}", False) from self._failure
         return self._peer
 
-    async def _connected_within(self, seconds, asked):
+    async def _connected_within(self, seconds, method):
         """A Peer, and what is left of the time. Errors of _connected(), TimeoutError."""
-        began, what = flowcoro.now(), repr(asked) if isinstance(asked, str) else "a batch"
+        began, what = flowcoro.now(), "a batch" if method is None else repr(method)
         with flowcoro.move_on_after(seconds):
             return await self._connected(), max(seconds - (flowcoro.now() - began), 0)
         raise TimeoutError(f"{self!r}: no connection for {what} within timeout={seconds:g} s, so it has not run: "
                            f"{self._failure or self._peer._lost}")
 
-    async def _over_any(self, call, timeout, *asked):
-        """What `call(peer, *asked, timeout)` gives, over the first connection that takes it: what was not sent has not run."""
+    async def _over_any(self, call, method, params, timeout):
+        """What `call(peer, method, params, timeout)` gives, over the first connection that takes it: what was not sent has not
+        run. Of a batch the method is None, and params are the calls."""
         peer = self._peer
         if peer._lost is None and not self._closed:
             try:
-                return await call(peer, *asked, timeout)            # with nothing before it that takes time: most go so
+                return await call(peer, method, params, timeout)    # with nothing before it that takes time: most go so
             except ConnectionLost as error:
                 lost = error
         else:
@@ -2986,9 +2987,9 @@ class RpcClient(_Caller):
         while lost is None or lost.sent is False and self._reconnect is not None:
             if lost is not None:
                 seconds = min(seconds, lost._left)
-            peer, seconds = await self._connected_within(seconds, asked[0])
+            peer, seconds = await self._connected_within(seconds, method)
             try:
-                return await call(peer, *asked, seconds)
+                return await call(peer, method, params, seconds)
             except ConnectionLost as error:
                 lost = error
         try:
@@ -3004,14 +3005,16 @@ class RpcClient(_Caller):
 
     def _call(self, method, params, timeout, idempotent=False):
         if self._policy is None:
-            return self._over_any(Peer._call, timeout, method, params)
-        return self._by_policy(functools.partial(self._over_any, Peer._call, timeout, method, params), method, params, idempotent)
+            return self._over_any(Peer._call, method, params, timeout)
+        return self._by_policy(functools.partial(self._over_any, Peer._call, method, params, timeout), method, params, idempotent)
 
     async def _notify(self, method, params):
-        await self._over_any(Peer._notify, _MISSING, method, params)
+        await self._over_any(Peer._notify, method, params, _MISSING)
 
     def _batch(self, calls, timeout, idempotent=False):
-        return self._by_policy(functools.partial(self._over_any, Peer._batch, timeout, calls), None, calls, idempotent)
+        def batch(peer, method, calls, timeout):
+            return peer._batch(calls, timeout)
+        return self._by_policy(functools.partial(self._over_any, batch, None, calls, timeout), None, calls, idempotent)
 
     async def _stream(self, method, params, timeout, window):
         peer, _ = await self._connected_within(_seconds(timeout), method)
