@@ -79,10 +79,12 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import json
 import math
 import os
 import random
 import re
+import socket
 import types
 import typing
 import weakref
@@ -107,7 +109,8 @@ MAX_MESSAGE = 2**20
 # Members of a batch at most (go-ethereum: 1,000). What the answers to one have at most is max_message, too.
 MAX_BATCH = 1000
 
-# Bytes of an answer that says only what has failed.
+# Bytes of an answer that says only what has failed, with an id as most are. A batch for whose answers a message has no room is
+# refused as a whole.
 SHORT_ANSWER = 100
 
 # Calls of one connection, and of a server, that run at once; more wait. HTTP/2 servers allow 100 to 250 streams.
@@ -132,6 +135,11 @@ PROBE_TIMEOUT = 10.0
 # Seconds in which nothing has come, after which a stream probes too. Without, it would wait for ever for who is gone without a
 # word: nothing is sent that the system could find to be lost. WebSocket servers send a Ping every 20 to 30.
 SILENCE = 30.0
+
+# Options of TCP: after so many seconds of silence the system asks the other one whether that host is there, and again after so
+# many, so often. It answers also while its program works. A call without a timeout learns so that nobody is there, and a server
+# of clients that are; the default of systems is two hours.
+KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
 # Seconds for the calls under way when a server is closed; flowcoro_net has the same.
 DRAIN_TIMEOUT = 8.0
@@ -160,6 +168,9 @@ CHUNK = 64 * 2**10
 
 # Bytes of the head of a Content-Length frame at most; what is sent has 20 to 90.
 MAX_HEAD = 4096
+
+# Notifications that are not for methods.
+_CONTROLS = "$/cancelRequest", "$/stream"
 
 _MISSING = flowcoro_schema.MISSING
 
@@ -425,6 +436,7 @@ class _Counted(_Framing):
 
 _BARE_LF = re.compile(rb"(?<!\r)\n").search
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e]*)").fullmatch
+_BEGINS_HEAD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]*(?::|\Z)").match
 _UTF8 = re.compile(rb"charset[ \t]*=[ \t]*\"?utf-?8\"?[ \t]*(?:;|\Z)", re.IGNORECASE).search
 
 
@@ -437,7 +449,7 @@ class ContentLength(_Counted):
         buffer, start = self._buffer, self._at
         end = buffer.find(b"\r\n\r\n", max(start, self._scan - 3), start + MAX_HEAD)
         if end < 0:
-            self._check_begin(buffer[start:start + 20])
+            self._check_begin(bytes(buffer[start:start + 60]))
             if _BARE_LF(buffer, max(start, self._scan - 1), start + MAX_HEAD):
                 raise ProtocolError("a line of the head of a message ends without CRLF")
             if len(buffer) - start >= MAX_HEAD:
@@ -448,6 +460,7 @@ class ContentLength(_Counted):
         for line in bytes(buffer[start:end]).split(b"\r\n"):
             field = _FIELD(line)
             if field is None:
+                self._check_begin(bytes(buffer[start:start + 60]))
                 raise ProtocolError(f"a line of the head is no field: {line[:60]!r}")
             name, value = field[1].lower(), field[2].strip()
             if name == b"content-length":
@@ -463,9 +476,9 @@ class ContentLength(_Counted):
 
     @staticmethod
     def _check_begin(data):
-        """Tell soon who speaks something else."""
-        if data[:1] not in (b"", b"c", b"C"):
-            raise ProtocolError(f"no head of a message begins with {bytes(data)!r}: Content-Length is its first field")
+        """Tell soon who speaks something else. Which field comes first is his choice."""
+        if not _BEGINS_HEAD(data):
+            raise ProtocolError(f"no head of a message begins with {data[:20]!r}, but with a field: \"Content-Length: …\"")
 
     @staticmethod
     def frame(message):
@@ -593,14 +606,15 @@ class Concatenated(_Framing):
 
     @staticmethod
     def frame(message):
-        """A message as bytes to send: itself, as it is an object or an array."""
-        return message
+        """A message as bytes to send: itself and a newline, which this framing skips and some readers wait for."""
+        return message + b"\n"
 
 
 # ---- codec ----------------------------------------------------------------------------------------------------
 #
 # A message is judged by read_message(); of a batch each member alone. What has a "method" is a request; else what has a "result"
-# or an "error" is an answer. An answer that is none is not answered: two ends would tell each other of it for ever.
+# or an "error" is an answer. An answer that is none is not answered: two ends would tell each other of it for ever. That holds
+# also for what looks like an answer, and is too deep, or has NaN or a name twice: whose call it is can be seen.
 
 class Request(typing.NamedTuple):
     """A call: it has an id (str, int, float or None), and wants an answer. params: a list, a dict, or None where there are none.
@@ -693,6 +707,20 @@ def _judge_response(value):
     return Invalid(number if number.__class__ in _ID_TYPES else None, None, why)
 
 
+def _judge_refused(data, why):
+    """The event of a message that load_json() does not take: of a call that is answered by it, that this has failed."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return Invalid(None, ParseError.code, why)
+    members = value if value.__class__ is list else [value]
+    if not members or not all(one.__class__ is dict and "method" not in one and ("result" in one or "error" in one)
+                              for one in members):
+        return Invalid(None, ParseError.code, why)
+    events = [Invalid(one.get("id") if one.get("id").__class__ in _ID_TYPES else None, None, why) for one in members]
+    return Batch(events) if value is members else events[0]
+
+
 def read_message(data, *, max_depth=flowcoro_schema.JSON_DEPTH, max_batch=MAX_BATCH):
     """The event of a message (bytes or str): Request, Notification, Response, Batch or Invalid. Never fails.
 
@@ -701,7 +729,7 @@ def read_message(data, *, max_depth=flowcoro_schema.JSON_DEPTH, max_batch=MAX_BA
     try:
         value = flowcoro_schema.load_json(data, max_depth=max_depth)
     except flowcoro_schema.JsonError as error:
-        return Invalid(None, ParseError.code, str(error))
+        return _judge_refused(data, str(error))
     if value.__class__ is not list:
         return _judge(value)
     if not value:
@@ -725,6 +753,8 @@ def encode_request(method, params=None, id=_MISSING, more=None):
 
     more: a dict of members that are not the specification's. ValueError for NaN and infinities, TypeError for what has no JSON.
     """
+    if not isinstance(method, str):
+        raise TypeError(f"method {method!r:.80}: give its name, a str")
     given = "" if params is None else f',"params":{flowcoro_schema.encode_json(params)}'
     if id is not _MISSING:
         given += f',"id":{_json_of_id(id)}'
@@ -893,7 +923,8 @@ class Methods:
         Async functions, async generators (streams), and plain functions, which are called in the kernel's thread and so must not
         block. A first parameter that is annotated with Peer or Context, or is named peer or context, gets that, and is no
         parameter for the caller. Annotations of the others are checked, see flowcoro_schema.kind_of(). TypeError for what cannot
-        be called, and for annotations that no JSON is made into; ValueError for a name that is taken, or begins with "rpc.".
+        be called, and for annotations that no JSON is made into; ValueError for a name that is taken, or begins with "rpc.", and
+        for "$/cancelRequest" and "$/stream", which never get here.
         """
         if isinstance(function, str) or function is None:
             return functools.partial(self.method, name=function or name)
@@ -905,6 +936,8 @@ class Methods:
         said = f"method {name!r}"
         if name.startswith("rpc."):
             raise ValueError(f"{said}: names that begin with \"rpc.\" are reserved by JSON-RPC 2.0, section 8")
+        if name in _CONTROLS:
+            raise ValueError(f"{said}: notifications of this name belong to the protocol; choose another one")
         if name in self._methods:
             raise ValueError(f"{said} is there already")
         self._methods[name] = _Method(name, function, said)
@@ -926,8 +959,10 @@ class Methods:
         """Decorates `async def around(context, call_next)`: it is called around each call, the first added the outermost.
 
         `await call_next(context)` gives what the handler has returned (of a stream the async generator); what this returns is the
-        answer. Parameters have been bound and checked by then.
+        answer. Parameters have been bound and checked by then. TypeError for what cannot be called.
         """
+        if not callable(function):
+            raise TypeError(f"middleware({function!r}): give a function")
         self._around.append(function)
         return function
 
@@ -952,17 +987,30 @@ class Methods:
 
 def _openrpc_method(method, schemas):
     """A Method Object of OpenRPC."""
-    summary, _, rest = inspect.cleandoc(inspect.getdoc(method.function) or "").partition("\n")
-    fields = [*method.fields, *(field for field in method.named.values() if field not in method.fields)]
+    function = method.function
+    while isinstance(function, functools.partial):      # whose own docstring is that of its class
+        function = function.func
+    summary, _, rest = inspect.cleandoc(inspect.getdoc(function) or "").partition("\n")
+    structure, fields = _param_structure(method)
     document = {"name": method.name, "params": [_descriptor(field, schemas) for field in fields],
-                "result": {"name": "result", "schema": _result_schema(method, schemas)},
-                "paramStructure": "by-position" if len(method.named) < len(fields) else
-                "by-name" if len(method.fields) < len(fields) else "either"}
+                "result": {"name": "result", "schema": _result_schema(method, schemas)}, "paramStructure": structure}
     if summary:
         document["summary"] = summary
     if rest.strip():
         document["description"] = rest.strip()
     return document
+
+
+def _param_structure(method):
+    """How parameters are given, and those that can be given so: those that must be come first, as OpenRPC wants it."""
+    placed, named = method.fields, sorted(method.named.values(), key=lambda field: field.default is not _MISSING)
+    only_placed = [field for field in placed if field.name not in method.named]
+    only_named = [field for field in named if field not in placed]
+    if not only_placed and not only_named:
+        return "either", placed
+    if not only_named or any(field.default is _MISSING for field in only_placed):
+        return "by-position", placed
+    return "by-name", named
 
 
 def _descriptor(field, schemas):
@@ -1015,6 +1063,19 @@ class _SocketWire:
         self._sock, self.frame, self.max_message = sock, framing.frame, framing.max_message
         self.next_message, self.receive_data, self.receive_end = framing.next_message, framing.receive_data, framing.receive_end
         self.read = functools.partial(sock.read, CHUNK)
+        raw = getattr(sock, "raw", None)
+        if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
+            self._keep_alive(raw)
+
+    @staticmethod
+    def _keep_alive(raw):
+        try:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in KEEP_ALIVE.items():
+                if hasattr(socket, name):               # macOS calls the first one by the second name
+                    raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        except OSError:             # it is lost already, which reading will tell; or the system does not know them
+            pass
 
     def write_nowait(self, frames):
         """Write frames; returns how many bytes the system has taken: 0 with TLS, where write() waits for that."""
@@ -1022,14 +1083,15 @@ class _SocketWire:
             return 0
         return self._sock.write_nowait(frames[0] if len(frames) == 1 else b"".join(frames))
 
-    async def write(self, frames):
-        """Write frames, and give the number of bytes after each part that the system has taken."""
+    async def write(self, frames, progress):
+        """Write frames; progress(begun, taken) is told how many bytes a write has begun with, and the system has taken."""
         data = memoryview(frames[0] if len(frames) == 1 else b"".join(frames))
         for start in range(0, len(data), WRITE_CHUNK):
             part = data[start:start + WRITE_CHUNK]
+            progress(start + len(part), start)
             with flowcoro.timeout(WRITE_TIMEOUT):
                 await self._sock.write(part)
-            yield len(part)
+        progress(len(data), len(data))
 
     async def linger(self):
         """After what was wrong: end what we send, and read until the peer has seen why."""
@@ -1133,9 +1195,19 @@ class _MessageWire:
             if getattr(error, "code", None) in (1000, 1001, 1005):      # a WebSocket that was closed in order
                 return b""
             raise
+        except flowcoro.ClosedError:
+            raise
+        except Exception as error:
+            raise self._broken(error) from error
         if message is None:
             return b""
         return (message.encode() if isinstance(message, str) else bytes(message)) or b" "       # no end, and no JSON either
+
+    def _broken(self, error):
+        """What the transport has raised, as the end of the connection; what is no error of transports is reported, too."""
+        if not isinstance(error, (flowcoro.FlowCoroError, OSError)):
+            flowcoro.report_error(error, f"the transport {self} has failed, and its connection has ended", "flowcoro_rpc")
+        return flowcoro_net.BrokenError(None, f"{self}: {type(error).__name__}: {error}")
 
     def receive_data(self, message):
         if len(message) > self.max_message:
@@ -1148,11 +1220,19 @@ class _MessageWire:
     def write_nowait(self, frames):
         return 0
 
-    async def write(self, frames):
+    async def write(self, frames, progress):
+        taken = 0
         for frame in frames:
-            with flowcoro.timeout(WRITE_TIMEOUT):
-                await self._messages.send(bytes(frame).decode())
-            yield len(frame)
+            progress(taken + len(frame), taken)
+            try:
+                with flowcoro.timeout(WRITE_TIMEOUT):
+                    await self._messages.send(bytes(frame).decode())
+            except (flowcoro.FlowCoroError, TimeoutError):
+                raise
+            except Exception as error:
+                raise self._broken(error) from error
+            taken += len(frame)
+        progress(taken, taken)
 
     async def linger(self):
         pass
@@ -1194,8 +1274,9 @@ class _OneWire:
         self.answers += frames
         return sum(map(len, frames))
 
-    async def write(self, frames):
-        yield self.write_nowait(frames)
+    async def write(self, frames, progress):
+        taken = self.write_nowait(frames)
+        progress(taken, taken)
 
     async def linger(self):
         pass
@@ -1214,7 +1295,8 @@ class _OneWire:
 #
 # Frames wait in `_out`. Who has reason to think that no other frame comes in this turn writes them at once (_flush); else the
 # writer does, a task which is woken when the first one comes (_flush_later), and so has its turn after all that are ready now.
-# `_queued`, `_begun`, `_written` count bytes: of frames that have come, that a write has begun with, that the system has taken.
+# `_queued`, `_begun`, `_written` count bytes: of frames that have come, that a write has begun with, that the system has taken;
+# so it is known of each call whether none of it was sent, or all.
 
 _current_task = flowcoro.current_task
 
@@ -1234,11 +1316,16 @@ class _Outgoing:
     def __init__(self, wire):
         self._wire = wire
         self._out, self._queued, self._begun, self._written = [], 0, 0, 0
+        self._before = 0                # what was written when the write under way has begun
+        self._offered = 0               # what was queued when a write was last tried
+        self._gathering = {}            # _Items that have some which are in no message yet: those of one turn share one
         self._group = None              # of its tasks, while it runs
         self._writing, self._writer = False, None
         self._several = flowcoro.runtime_info()["workers"] > 1
         # The peer sends no more; all that it has sent has been looked at; no more calls are begun.
         self._input_ended = self._all_read = self._draining = False
+        self._idle = False              # whether all that has come has been looked at, and more is waited for
+        self._is_late = False           # it came to a server that is being closed: its first message is waited for, to be told
         self._work = flowcoro.ParkingLot("wait for something to send")
         self._room = flowcoro.ParkingLot("wait until the peer reads what was sent")
         self._ended = flowcoro.Event()
@@ -1249,7 +1336,7 @@ class _Outgoing:
         frame = self._wire.frame(message)
         self._out.append(frame)
         self._queued += len(frame)
-        if self._queued - self._begun >= FLUSH:
+        if self._queued - self._offered >= FLUSH:
             self._flush()
 
     _post = flowcoro.atomic(_add)
@@ -1260,23 +1347,24 @@ class _Outgoing:
             self._flush_later()
         elif self._out and not self._writing and self._lost is None:
             frames, self._out = self._out, []
-            self._begun = self._queued
+            self._begun = self._offered = self._queued
             try:
                 count = self._wire.write_nowait(frames)
             except flowcoro.FlowCoroError as error:
                 self._begun = self._written         # nothing of it was taken
                 self._lose(error)
             else:
+                self._written += count
                 self._taken(frames, count)
 
     def _taken(self, frames, count):
         """The system has taken so many bytes of the frames; the rest comes first the next time."""
-        self._written += count
         if self._written < self._begun:
             for index, frame in enumerate(frames, 1):
                 count -= len(frame)
                 if count < 0:
                     self._out[:0] = [memoryview(frame)[count:], *frames[index:]]
+                    self._begun = self._written + (-count if -count < len(frame) else 0)
                     break
             self._flush_later()
         elif self._all_read or self._draining:
@@ -1292,26 +1380,30 @@ class _Outgoing:
 
     @flowcoro.atomic
     def _take_out(self):
+        for items in list(self._gathering):
+            items.send()
         frames, self._out = self._out, []
-        self._begun = self._queued
+        self._offered = self._queued
         return frames
+
+    def _progress(self, begun, taken):
+        """Of the frames that are being written a write has begun with so many bytes, and the system has taken so many."""
+        self._begun, self._written = self._before + begun, self._before + taken
 
     async def _write(self):
         """The writer."""
         while True:
-            await self._work.park_unless(lambda: self._out)
+            await self._work.park_unless(lambda: self._out or self._gathering)
             frames = self._take_out()
-            count, self._writing = 0, True
+            self._before, self._writing = self._written, True
             try:
-                async for part in self._wire.write(frames):
-                    count += part
+                await self._wire.write(frames, self._progress)
             except (flowcoro.FlowCoroError, TimeoutError) as error:
-                self._written += count
                 self._lose(error)
                 return
             finally:
                 self._writing = False
-            self._taken(frames, count)
+            self._taken(frames, self._written - self._before)
             self._room.unpark_all()
 
     async def _until_room(self):
@@ -1327,14 +1419,20 @@ class _Outgoing:
         explained.__cause__ = self._no_message
         return explained
 
-    @flowcoro.atomic
     def _lose(self, error):
         """The connection is over: who waits is told at once, and run() ends."""
-        if self._lost is None:
-            self._lost = error = self._explained(error)
+        if self._is_first(error):
             self._room.unpark_all()
-            self._settle_all(error)
+            self._settle_all(self._lost)
             self._ended.set()
+
+    @flowcoro.atomic
+    def _is_first(self, error):
+        """Whether this is what has ended it: then `_lost` is it from now on."""
+        if self._lost is not None:
+            return False
+        self._lost = self._explained(error)
+        return True
 
 
 # ---- peers: calls ---------------------------------------------------------------------------------------------
@@ -1377,7 +1475,9 @@ class _Reply:
     def expire(self):
         """Its time is up."""
         if self.peer._give_up(self.id):
-            self.settle(None, TimeoutError(f"no answer to {self.method!r} within timeout={self.seconds:g} s; it may have run"))
+            wrong = self.peer._no_message
+            self.settle(None, TimeoutError(f"no answer to {self.method!r} within timeout={self.seconds:g} s; it may have run" + (
+                f"; the peer has sent what is no JSON-RPC ({wrong})" if wrong else "")))
             if self.heard == self.peer._heard:
                 self.peer._probe()
 
@@ -1472,7 +1572,8 @@ class _Caller:
         passed, RpcError for an answer that is an error, ProtocolError for one that is none, ConnectionLost, ClosedError;
         LimitError for a call that is too large, TypeError and ValueError for what has no JSON. After a timeout, and when it is
         cancelled, the peer is told by $/cancelRequest; the call may have run. When a timeout has passed in which nothing at all
-        has come, the peer is asked for a sign of life; without one for 10 seconds the connection is lost.
+        has come, the peer is asked for a sign of life; without one for 10 seconds the connection is lost. Without a timeout only
+        the system asks, over TCP, whether that host is there (KEEP_ALIVE).
         idempotent: whether it does no harm if it runs twice, which a client's policy may ask. A parameter of one of these names
         goes into params=.
         """
@@ -1515,8 +1616,13 @@ class _Calling(_Outgoing, _Caller):
         self._pending = {}              # id -> _Reply: R2
         self._heard = 0                 # how often something has come
         self._no_message = None         # a ProtocolError: why the last of what has come and was no JSON-RPC was none
-        self._next_id = itertools.count(1).__next__
+        self._ids = itertools.count(1)          # which without a GIL gives some twice, if two ask at once
+        self._next_id = self._shared_next_id if self._several else self._ids.__next__
         self._deadlines = _Deadlines.of_kernel()
+
+    @flowcoro.atomic
+    def _shared_next_id(self):
+        return next(self._ids)
 
     def _more(self, timeout):
         """The members of a request that are not the specification's."""
@@ -1599,6 +1705,8 @@ class _Calling(_Outgoing, _Caller):
 
     async def _until_room_for(self, method, seconds):
         """Wait until the peer reads. Returns what is left of the time."""
+        if self._queued - self._written <= MAX_UNSENT:
+            return seconds
         began = flowcoro.now()
         with flowcoro.move_on_after(seconds):
             await self._until_room()
@@ -1614,16 +1722,22 @@ class _Calling(_Outgoing, _Caller):
             self._flush_later()
         return True
 
+    @flowcoro.atomic
     def _probe(self):
-        """Ask whether anybody is there."""
-        if self._lost is None and not self._input_ended and not any(one.__class__ is _Probe for one in self._pending.values()):
+        """Ask whether anybody is there. Never fails."""
+        if self._lost is None and not self._input_ended and not any(one.__class__ is _Probe for one in self._under_way()):
             probe = _Probe(self, self._next_id(), "$/ping", PROBE_TIMEOUT)
-            self._register([probe], encode_request(probe.method, None, probe.id))
+            self._enter([probe], encode_request(probe.method, None, probe.id))
+            self._flush_later()
 
-    async def _notify(self, method, params):
+    def _under_way(self):
+        """The calls that wait for an answer now: a list, as another worker may end some meanwhile."""
+        return list(self._pending.values())
+
+    async def _notify(self, method, params, timeout=None):
         message = encode_request(method, params, more=self._more(math.inf))
         await flowcoro.checkpoint()
-        await self._until_room()
+        await self._until_room_for(method, self._options.timeout if timeout is _MISSING else _seconds(timeout))
         self._register((), message)
 
     async def _batch(self, calls, timeout, idempotent=False):
@@ -1631,10 +1745,10 @@ class _Calling(_Outgoing, _Caller):
         replies, texts, more = [], [], self._more(seconds)
         for one in calls:
             if isinstance(one, Notification):
-                texts.append(encode_request(one.method, one.params))
+                texts.append(encode_request(one.method, _given((), None, one.params)))
             elif isinstance(one, Request):
                 replies.append(_Reply(self, self._next_id(), one.method, seconds))
-                texts.append(encode_request(one.method, one.params, replies[-1].id, more))
+                texts.append(encode_request(one.method, _given((), None, one.params), replies[-1].id, more))
             else:
                 raise TypeError(f"batch({one!r:.80}): it takes Request(method, params) and Notification(method, params)")
         if not texts:
@@ -1664,6 +1778,7 @@ class _Calling(_Outgoing, _Caller):
         self._register([feed], message)
         try:
             while True:
+                done = feed.done        # first: on another worker the last items may come, and the end, after we have looked
                 while feed.items:
                     item = feed.items.popleft()
                     taken += 1
@@ -1673,7 +1788,7 @@ class _Calling(_Outgoing, _Caller):
                         self._flush_later()
                         taken = 0
                     yield item
-                if feed.done:
+                if done:
                     break
                 with flowcoro.move_on_after(seconds):
                     await flowcoro.park(feed.park)
@@ -1701,7 +1816,7 @@ class _Calling(_Outgoing, _Caller):
     @flowcoro.atomic
     def _take_refusal(self, error):
         """What we have sent was not understood. If one message is all that is under way, it is that. Whether it is so."""
-        if len({id(reply.message) for reply in self._pending.values()}) != 1:
+        if len({id(reply.message) for reply in self._under_way()}) != 1:
             return False
         while self._pending:
             self._pending.popitem()[1].settle(None, error)
@@ -1795,20 +1910,20 @@ class _Answers:
 class _Call:
     """A call of the peer's that is under way: `task` is the one that it runs in."""
 
-    __slots__ = ("peer", "request", "id", "slot", "task", "due", "answered", "window", "credit", "lot")
+    __slots__ = ("peer", "request", "id", "slot", "task", "due", "answered", "items")
 
     def __init__(self, peer, request, number, slot):
         self.peer, self.request, self.id, self.slot = peer, request, number, slot
-        self.task = self.due = self.lot = None
+        self.task = self.due = None
         self.answered = False
-        self.window = self.credit = 0   # of a stream: the items that it may send at first (0: it comes as a list), and now
+        self.items = None               # of a stream that does not come as a list: an _Items
 
     def ask_stream(self):
         """Its items are to come as notifications, if the caller has asked for that, and can take them."""
         credit = self.request.more.get("$/stream")
         if (credit.__class__ is int and 0 < credit <= MAX_CREDIT and self.slot is None and self.id is not _MISSING
                 and self.peer._wire.__class__ is not _OneWire):
-            self.window = self.credit = credit
+            self.items = _Items(self, credit)
 
     @flowcoro.atomic
     def claim(self):
@@ -1834,18 +1949,52 @@ class _Call:
         """Its time is up."""
         self.end(DeadlineExceeded)
 
+
+class _Items:
+    """The items of a stream to the peer: `credit` more may be sent. Those of one turn go in one message: `texts` is what it will
+    have, `room` the bytes that it has room for."""
+
+    __slots__ = ("call", "credit", "texts", "size", "head", "room", "lot")
+
+    def __init__(self, call, credit):
+        self.call, self.credit, self.texts, self.size = call, credit, [], 0
+        self.head = b'{"jsonrpc":"2.0","method":"$/stream","params":{"id":%b,"items":[' % _json_of_id(call.id).encode()
+        self.room = call.peer._wire.max_message - len(self.head) - len(b"]}}")
+        self.lot = flowcoro.ParkingLot("wait until the peer takes more of a stream")
+
+    @flowcoro.atomic
     def grant(self, credit):
-        """A stream may send more."""
+        """It may send more."""
         self.credit += credit
-        if self.lot is not None:
-            self.lot.unpark()
+        self.lot.unpark()
+
+    @flowcoro.atomic
+    def add(self, text):
+        """Whether there was credit for this one."""
+        if not self.credit:
+            return False
+        self.credit -= 1
+        if self.texts and self.size + len(text) > min(self.room, FLUSH):
+            self.send()
+        self.texts.append(text)
+        self.size += len(text) + 1
+        if len(self.texts) == 1:
+            self.call.peer._gathering[self] = None
+            self.call.peer._flush_later()
+        return True
+
+    @flowcoro.atomic
+    def send(self):
+        """Make a message of those that there are; none after the answer."""
+        peer, texts, self.texts, self.size = self.call.peer, self.texts, [], 0
+        peer._gathering.pop(self, None)
+        if texts and not self.call.answered:
+            peer._add(b"%b%b]}}" % (self.head, b",".join(texts)))
 
     async def until_credit(self):
-        """Wait until a stream may send more."""
-        if self.lot is None:
-            self.lot = flowcoro.ParkingLot("wait until the peer takes more of a stream")
-        while not self.credit:
-            await self.lot.park_unless(lambda: self.credit)
+        """Wait until it may send more."""
+        self.send()
+        await self.lot.park_unless(lambda: self.credit)
 
 
 class _Deadlines:
@@ -1929,6 +2078,11 @@ class _Places:
         self.offer()
 
     @flowcoro.atomic
+    def forget(self, peer):
+        """The connection has ended."""
+        self.peers.pop(peer, None)
+
+    @flowcoro.atomic
     def offer(self):
         """If there is a place, the connection that waits longest may begin a call. Who does not take it has to offer it again."""
         while self.peers and self.taken < self.most:
@@ -1947,6 +2101,7 @@ class _Answering(_Calling):
         self._todo = collections.deque()        # members of a batch that were read and not yet begun: (event, slot)
         self._waiting = collections.deque()     # calls that wait for a place: (request, slot)
         self._catching_up = False               # whether a task begins these
+        self._reader = self._catcher = None     # the tasks that make first steps now, or have been the last to do so
         self._stalled = False                   # whether reading has paused for them in vain: no more are taken
         self._calls = {}                        # id, or of a notification the _Call itself -> _Call, of those that wait
         self._begun_calls = 0                   # how many have a place
@@ -2006,9 +2161,9 @@ class _Answering(_Calling):
 
     async def _send_items(self, call, items):
         """A stream: its items as notifications, when the caller has asked for that; else all as a list."""
-        listed, size = [], 0
+        listed, size, sending = [], 0, call.items
         try:
-            if not call.window:
+            if sending is None:
                 async for item in items:
                     listed.append(item)
                     size += len(flowcoro_schema.encode_json(item))
@@ -2017,18 +2172,17 @@ class _Answering(_Calling):
                     await _turn()
                 return listed
             async for item in items:
-                if not call.credit:
-                    await call.until_credit()
-                call.credit -= 1
-                message = encode_request("$/stream", {"id": call.id, "items": [item]})
-                if len(message) > self._wire.max_message:
+                text = flowcoro_schema.encode_json(item).encode()
+                if len(text) > sending.room:
                     raise AnswerTooLarge
-                self._post(message)
-                self._flush_later()
+                while not sending.add(text):
+                    await sending.until_credit()
                 await _turn()
                 await self._until_room()
             return None
         finally:
+            if sending is not None:
+                sending.send()
             await items.aclose()
 
     def _enrol(self, call, rest):
@@ -2073,18 +2227,23 @@ class _Answering(_Calling):
         """Seconds that a call may take: the server's limit, or what the caller says, if that is less."""
         more = call.request.more.get("$/context")
         said = more.get("timeout") if more.__class__ is dict else None
-        limit = math.inf if call.window else self._options.deadline
+        limit = math.inf if call.items is not None else self._options.deadline
         return min(limit, said) if said.__class__ in (int, float) and 0 <= said < MAX_SECONDS else limit
 
     def _internal(self, error, method):
-        """The answer for an error of a handler, which is reported, unless it is that who is gone cannot be called back."""
-        gone = self._lost is not None or self._input_ended and self._wire.__class__ is not _OneWire
+        """The answer for an error of a handler, which is reported, unless it is that who is gone, or is being left, cannot be
+        called back."""
+        gone = self._lost is not None or self._draining or self._input_ended and self._wire.__class__ is not _OneWire
         if gone and isinstance(error, (ConnectionLost, flowcoro.ClosedError)):
             return InternalError()
         reference = os.urandom(8).hex()
         flowcoro.report_error(error, f"method {method!r} failed; its caller was given the reference {reference}",
                               "flowcoro_rpc")
         return InternalError({"reference": reference})
+
+    def _runs_in(self, task):
+        """Whether a handler of this connection runs in the task."""
+        return task is self._reader or task is self._catcher or any(call.task is task for call in list(self._calls.values()))
 
     # -- places
 
@@ -2139,7 +2298,7 @@ class _Answering(_Calling):
 
     async def _catch_up(self):
         """As _read(), of the calls that have waited."""
-        rest = None
+        rest, self._catcher = None, flowcoro.current_task()
         try:
             while rest is None and (waiting := self._next_waiting()):
                 rest = self._begin(*waiting)
@@ -2191,9 +2350,6 @@ class _Answering(_Calling):
             slot[0].set(slot[1], None)
 
 
-_CONTROLS = "$/cancelRequest", "$/stream"
-
-
 class _Reading(_Answering):
     """How a Peer reads."""
 
@@ -2206,7 +2362,7 @@ class _Reading(_Answering):
         wire, todo, options, task = self._wire, self._todo, self._options, flowcoro.current_task()
         next_message, read, most = wire.next_message, wire.read, options.max_waiting
         max_depth, max_batch = options.max_depth, options.max_batch
-        leads = True
+        leads, self._reader = True, task
         try:
             while True:
                 if todo:
@@ -2218,7 +2374,12 @@ class _Reading(_Answering):
                             self._flush()
                         if self._input_ended:
                             return await self._at_end()
-                        if data := await read():
+                        self._idle = True
+                        if self._draining:
+                            self._look_for_end()
+                        data = await read()
+                        self._idle = False
+                        if data:
                             self._heard += 1
                             wire.receive_data(data)
                         else:
@@ -2266,7 +2427,8 @@ class _Reading(_Answering):
 
     def _look_for_end(self):
         """End, if it is time: nothing comes any more, or is to come, and nothing is left to do or to say."""
-        if ((self._all_read or self._draining) and not self._begun_calls and not self._waiting and not self._catching_up
+        drained = self._draining and self._idle and (self._heard or not self._is_late)
+        if ((self._all_read or drained) and not self._begun_calls and not self._waiting and not self._catching_up
                 and not self._todo and self._queued == self._written and self._lost is None):
             self._lose(self._ended_by_peer() if self._all_read else
                        flowcoro.ClosedError(f"{self!r} has been closed here"))
@@ -2320,6 +2482,10 @@ class _Reading(_Answering):
                 slot[0].set(slot[1], None)
             return None
         elif kind is Batch:
+            wanted = sum(one.__class__ is Request or one.__class__ is Invalid and one.code is not None for one in event.members)
+            if wanted * SHORT_ANSWER > self._wire.max_message:
+                return self._take(Invalid(None, InvalidRequest.code, f"a batch of {wanted} calls, to the answers of which "
+                                          f"max_message={self._wire.max_message} has no room"), None)
             answers = _Answers(self, len(event.members))
             self._todo.extend((member, (answers, index)) for index, member in enumerate(event.members))
         elif event.code is not None:
@@ -2348,8 +2514,8 @@ class _Reading(_Answering):
                 self._take_items(params)
                 return
             call, credit = self._calls.get(_id_of(params)), params.get("credit")
-            if call is not None and credit.__class__ is int and 0 < credit <= MAX_CREDIT:
-                call.grant(credit)
+            if call is not None and call.items is not None and credit.__class__ is int and 0 < credit <= MAX_CREDIT:
+                call.items.grant(credit)
 
     @flowcoro.atomic
     def _cancel_waiting(self, number):
@@ -2385,23 +2551,28 @@ class Peer(_Reading):
                 finally:                    # before its handlers have been cancelled, which may take its time
                     self._lose(flowcoro.ClosedError(f"{self!r} has been closed here"))
         finally:
-            self._places.peers.pop(self, None)
+            self._places.forget(self)
             if isinstance(self._lost, flowcoro_net.BrokenError):
                 self._wire.close_nowait()
             else:
                 await self._wire.close()
 
     def _drain(self):
-        """Begin no more calls, and end when those under way have."""
-        self._draining = True
+        """Begin no more calls, and end when those under way have. Not at once while what has come is looked at: a handler may be
+        in its first step (with several workers, or it calls this), and then who reads looks for the end."""
+        self._draining, self._is_late = True, False
         self._look_for_end()
 
     async def close(self, *, timeout=DRAIN_TIMEOUT):
         """Close the connection in order: calls that come are answered with ShuttingDown, those that run may go on for `timeout`
         seconds, then they are cancelled. Calls of ours that wait for an answer get ClosedError at once. Twice is once.
 
-        Not by a handler of this connection, which would wait for itself: close_nowait(). Cancelled: it is closed at once.
+        In a handler of this connection, for which it would wait, it returns at once, and goes on in a task of its own. Cancelled:
+        it is closed at once.
         """
+        if self._runs_in(flowcoro.current_task()):
+            flowcoro.spawn(self.close(timeout=timeout), name=f"close {self!r}")
+            return
         for number in list(self._pending) if self._lost is None else ():
             self._post(encode_request("$/cancelRequest", {"id": number}))
         self._settle_all(flowcoro.ClosedError(f"{self!r} has been closed here"))
@@ -2562,7 +2733,7 @@ class RpcServer(Methods):
         peer = Peer(wire, self, self._options, self._places, transport=transport, headers=headers)
         self._peers[peer] = None
         if self._closing:
-            peer._draining = True
+            peer._draining = peer._is_late = True
         try:
             await peer._run()
         finally:
@@ -2590,13 +2761,18 @@ class RpcServer(Methods):
         """Listen no more, let the calls under way end for `timeout` seconds, then cancel them. Twice is once.
 
         Calls that come meanwhile are answered with ShuttingDown. Cancelled: all is closed at once. A handler that takes long
-        to be cancelled is waited for; and one that awaits this waits for itself, so let it spawn a task for that.
+        to be cancelled is waited for. In a handler of this server, for which it would wait, it returns at once, and goes on in a
+        task of its own; not so in a task that the handler has spawned, and waits for.
         """
         self._closing = True
         for listening in self._listening:
             listening.close()
         for peer in list(self._peers):
             peer._drain()
+        task = flowcoro.current_task()
+        if any(peer._runs_in(task) for peer in self._peers):
+            flowcoro.spawn(self.close(timeout=timeout), name=f"close {self!r}")
+            return
         try:
             with flowcoro.move_on_after(timeout):
                 await self._until_gone()
@@ -2787,18 +2963,38 @@ class RpcClient(_Caller):
             raise ConnectionLost(f"{self!r}: there is no connection any more: {self._failure}", False) from self._failure
         return self._peer
 
-    async def _again(self, call, what, timeout):
-        """What `call(peer)` gives, over the first connection that takes it: what was not sent has not run."""
-        with flowcoro.move_on_after(self._options.timeout if timeout is _MISSING else _seconds(timeout)):
-            while True:
-                peer = await self._connected()
-                try:
-                    return await call(peer)
-                except ConnectionLost as error:
-                    if error.sent is not False or self._reconnect is None:
-                        raise
-                    await flowcoro.checkpoint()
-        raise TimeoutError(f"{self!r}: no connection, or no answer to {what}, within the timeout: {self._failure}")
+    async def _connected_within(self, seconds, method):
+        """A Peer, and what is left of the time. Errors of _connected(), TimeoutError."""
+        began, what = flowcoro.now(), "a batch" if method is None else repr(method)
+        with flowcoro.move_on_after(seconds):
+            return await self._connected(), max(seconds - (flowcoro.now() - began), 0)
+        raise TimeoutError(f"{self!r}: no connection for {what} within timeout={seconds:g} s, so it has not run: "
+                           f"{self._failure or self._peer._lost}")
+
+    async def _over_any(self, call, method, params, timeout):
+        """What `call(peer, method, params, timeout)` gives, over the first connection that takes it: what was not sent has not
+        run. Of a batch the method is None, and params are the calls."""
+        peer = self._peer
+        if peer._lost is None and not self._closed:
+            try:
+                return await call(peer, method, params, timeout)    # with nothing before it that takes time: most go so
+            except ConnectionLost as error:
+                lost = error
+        else:
+            lost = None
+        seconds = self._options.timeout if timeout is _MISSING else _seconds(timeout)
+        while lost is None or lost.sent is False and self._reconnect is not None:
+            if lost is not None:
+                seconds = min(seconds, lost._left)
+            peer, seconds = await self._connected_within(seconds, method)
+            try:
+                return await call(peer, method, params, seconds)
+            except ConnectionLost as error:
+                lost = error
+        try:
+            raise lost
+        finally:
+            del lost            # else its traceback has this frame, which has it
 
     def _by_policy(self, run, method, params, idempotent):
         """await it: what `run()` gives, by way of the policy."""
@@ -2808,32 +3004,19 @@ class RpcClient(_Caller):
 
     def _call(self, method, params, timeout, idempotent=False):
         if self._policy is None:
-            return self._once(method, params, timeout)
-        return self._by_policy(functools.partial(self._once, method, params, timeout), method, params, idempotent)
-
-    async def _once(self, method, params, timeout):
-        if self._peer._lost is None:
-            try:
-                return await self._peer._call(method, params, timeout)
-            except ConnectionLost as error:
-                if error.sent is not False or self._reconnect is None:
-                    raise
-                timeout = error._left
-        return await self._again(lambda peer: peer._call(method, params, timeout), repr(method), timeout)
+            return self._over_any(Peer._call, method, params, timeout)
+        return self._by_policy(functools.partial(self._over_any, Peer._call, method, params, timeout), method, params, idempotent)
 
     async def _notify(self, method, params):
-        await self._again(lambda peer: peer._notify(method, params), repr(method), _MISSING)
+        await self._over_any(Peer._notify, method, params, _MISSING)
 
     def _batch(self, calls, timeout, idempotent=False):
-        return self._by_policy(lambda: self._again(lambda peer: peer._batch(calls, timeout), "a batch", timeout),
-                               None, calls, idempotent)
+        def batch(peer, method, calls, timeout):
+            return peer._batch(calls, timeout)
+        return self._by_policy(functools.partial(self._over_any, batch, None, calls, timeout), None, calls, idempotent)
 
     async def _stream(self, method, params, timeout, window):
-        peer = None
-        with flowcoro.move_on_after(_seconds(timeout)):
-            peer = await self._connected()
-        if peer is None:
-            raise TimeoutError(f"{self!r}: no connection for {method!r} within the timeout: {self._failure}")
+        peer, _ = await self._connected_within(_seconds(timeout), method)
         async for item in peer._stream(method, params, timeout, window):
             yield item
 
@@ -2865,7 +3048,13 @@ class RpcClient(_Caller):
         return self._closed
 
     async def close(self):
-        """Close it: calls that wait for an answer get ClosedError. Twice is once. Cancelled: it is closed at once."""
+        """Close it: calls that wait for an answer get ClosedError. Twice is once. Cancelled: it is closed at once.
+
+        In a handler of its `methods`, for which it would wait, it returns at once, and goes on in a task of its own.
+        """
+        if self._peer._runs_in(flowcoro.current_task()):
+            flowcoro.spawn(self.close(), name=f"close {self!r}")
+            return
         closing, self._closed = self._closed, True
         if not closing:
             self._failure = None
@@ -2909,10 +3098,11 @@ class RpcPool(_Caller):
     RpcPool.connect(…)` makes one.
 
     A call that has not run where it was sent, since the connection was lost before, or the server shuts down or has too many
-    calls, goes to the next; so does one that a client's policy does not let through (an error with `sent` False). If all refuse,
-    the error of that one comes out which can be asked again first: a server, or the policy with the least `retry_after`. That
-    policy stands around each try at one server: with `Keyed(lambda address: CircuitBreaker())` each has its own breaker. A Retry
-    that is to go from one to the other stands around the pool: `retry.try_execute(pool.call, "add", 1, 2)`.
+    calls, goes to the next, with what is left of its timeout; so does one that a client's policy does not let through (an error
+    with `sent` False). If all refuse, the error of that one comes out which can be asked again first: a server, or the policy with
+    the least `retry_after`. That policy stands around each try at one server, whose attempts have the whole timeout each: with
+    `Keyed(lambda address: CircuitBreaker())` each has its own breaker. A Retry that is to go from one to the other stands around
+    the pool: `retry.try_execute(pool.call, "add", 1, 2)`.
     """
 
     def __init__(self, clients):
@@ -2942,15 +3132,22 @@ class RpcPool(_Caller):
         return sorted(turned, key=lambda client: (client._closed, client._peer._lost is not None or client._peer._input_ended,
                                                   len(client._peer._pending)))
 
-    async def _try_each(self, call, *asked):
-        """What `call` gives at the first that takes it: a Peer, which does not wait for another connection; then at a client
-        without a connection, which does. asked: what a policy is told of it, if it is anything for one."""
-        refused, gone = None, []
+    async def _try_each(self, call, timeout, *asked):
+        """What `call(caller, seconds)` gives at the first that takes it: a Peer, which does not wait for another connection; then
+        at a client without a connection, which does. asked: what a policy is told of it, if it is anything for one."""
+        refused, gone, began = None, [], flowcoro.now()
+
+        def left(client):
+            seconds = client._options.timeout if timeout is _MISSING else _seconds(timeout)
+            if client._policy is not None:              # which may wait, and each attempt of which has a timeout of its own
+                return seconds
+            return max(seconds - (flowcoro.now() - began), 0)
+
         for client in self._order():
             if client.closed:           # what ClosedError ends below may have run, so that one is not looked for
                 gone.append(client)
                 continue
-            run = functools.partial(call, client._peer)
+            run = functools.partial(call, client._peer, left(client))
             try:
                 return await (client._by_policy(run, *asked) if asked else run())
             except flowcoro.FlowCoroError as error:
@@ -2963,16 +3160,19 @@ class RpcPool(_Caller):
         waiting = [client for client in gone if not client.closed]
         if refused is not None and not waiting:
             raise refused
-        return await call((waiting or gone)[0])
+        first = (waiting or gone)[0]
+        return await call(first, left(first))
 
     async def _call(self, method, params, timeout, idempotent=False):
-        return await self._try_each(lambda caller: caller._call(method, params, timeout, idempotent), method, params, idempotent)
+        return await self._try_each(lambda caller, seconds: caller._call(method, params, seconds, idempotent), timeout,
+                                    method, params, idempotent)
 
     async def _notify(self, method, params):
-        await self._try_each(lambda caller: caller._notify(method, params))
+        await self._try_each(lambda caller, seconds: caller._notify(method, params), _MISSING)
 
     async def _batch(self, calls, timeout, idempotent=False):
-        return await self._try_each(lambda caller: caller._batch(calls, timeout, idempotent), None, calls, idempotent)
+        return await self._try_each(lambda caller, seconds: caller._batch(calls, seconds, idempotent), timeout,
+                                    None, calls, idempotent)
 
     def _stream(self, method, params, timeout, window):
         return self._order()[0]._stream(method, params, timeout, window)

@@ -394,6 +394,11 @@ def test_names_of_methods():
     server.method(lambda: 1, name="a")
     with pytest.raises(ValueError, match="there already"):
         server.method(lambda: 1, name="a")
+    for name in "$/stream", "$/cancelRequest":
+        with pytest.raises(ValueError, match="belong to the protocol"):
+            server.method(lambda: 1, name=name)
+    with pytest.raises(TypeError, match="give a function"):
+        server.middleware(5)
     with pytest.raises(TypeError, match="give a function"):
         server.method(5)
     with pytest.raises(TypeError, match="give name="):
@@ -560,6 +565,9 @@ async def test_the_answer_to_a_batch_is_no_larger_than_a_message():
         line = await sock.read_until(b"\n", limit=2000)
         codes = [answer.get("error", {}).get("code") for answer in json.loads(line)]
         assert codes == [None, None, -32012, -32012, -32012]
+        assert len(await ask(sock, [1] * 10 + [{"jsonrpc": "2.0", "method": "large"}] * 20)) == 10
+        assert (await ask(sock, [1] * 11))["error"]["code"] == -32600
+        assert (await ask(sock, [request("large", id=number) for number in range(11)]))["id"] is None
 
 
 @in_kernel
@@ -730,7 +738,7 @@ async def test_when_reading_has_paused_in_vain_calls_are_refused_and_what_comes_
             await tell(sock, request("fast", number, id=number))
         await tell(sock, {"jsonrpc": "2.0", "method": "fast"})
         await tell(sock, {"jsonrpc": "2.0", "method": "$/stream", "params": {"id": 1, "credit": 9}})
-        found = [await hear(sock) for _ in range(8)]
+        found = [await hear(sock) for _ in range(7)]
         assert [(one["id"], one["error"]["code"]) for one in found if "error" in one] == [(4, -32013), (5, -32013), (6, -32013)]
         assert [one["result"] for one in found if "result" in one] == [None, 2, 3]
         assert (await ask(sock, request("fast", 5)))["result"] == 5
@@ -1206,6 +1214,12 @@ async def test_a_client_calls(connect):
             await client.call("all", object())
         with pytest.raises(ValueError, match="timeout=-1"):
             await client.call("all", 1, timeout=-1)
+        for name in 5, None, ["all"], b"all":
+            with pytest.raises(TypeError, match="give its name"):
+                await client.call(name)
+        for call in Request("all", 5), Notification("all", "abc"):
+            with pytest.raises(TypeError, match="a list, a dict"):
+                await client.batch(call)
         assert client.peer.statistics()["calls_waiting"] == 0
 
 
@@ -1586,6 +1600,46 @@ async def test_a_stream_that_sends_more_than_it_may_ends_the_connection():
 
 
 @in_kernel
+async def test_items_of_one_turn_share_a_message_as_large_as_one_may_be_and_others_do_not_wait_for_more(monkeypatch):
+    monkeypatch.setattr("sys.unraisablehook", lambda report: None)
+    server = slow_server(max_message=1000)
+
+    @server.method
+    async def give(sizes, last="a", wait=0):
+        for size in sizes:
+            yield "x" * size
+        await flowcoro.sleep(wait)
+        if last != "a":
+            raise RpcError(1, "told")
+        yield "\ud800"
+
+    async def messages(sock, *call, credit=100, **more):
+        """The numbers of items in each message, and the code of the error."""
+        await tell(sock, request(*call, **{"$/stream": credit}, **more))
+        found = []
+        while "method" in (one := json.loads(line := await sock.read_until(b"\n"))):
+            assert len(line) <= 1001
+            found.append(len(one["params"]["items"]))
+        return found, one.get("error", {}).get("code")
+
+    async with raw_connection(server) as sock:
+        assert await messages(sock, "count", 50) == ([50], None)
+        assert await messages(sock, "count", 3, 1) == ([1, 1, 1], None)
+        assert await messages(sock, "count", 0) == ([], None)
+        assert await messages(sock, "give", [300] * 7, "b", id="an id") == ([3, 3, 1], 1)         # the error comes last
+        assert await messages(sock, "give", [1, 2]) == ([2], -32603)
+        assert await messages(sock, "give", [1, 930, 1], "b") == ([1, 1, 1], 1)
+        assert await messages(sock, "give", [1, 1000, 1]) == ([1], -32012)
+        await tell(sock, request("give", [1, 2], "b", 100, id=9, **{"$/stream": 5}))
+        await tell(sock, {"jsonrpc": "2.0", "method": "$/cancelRequest", "params": {"id": 9}})
+        first, then = await hear(sock), await hear(sock)
+        assert (first["params"], then["error"]["code"]) == ({"id": 9, "items": ["x", "xx"]}, -32800)
+        with flowcoro.move_on_after(200) as scope:
+            await sock.read()
+        assert scope.cancelled_caught
+
+
+@in_kernel
 async def test_credit_that_is_none_is_not_given():
     server = slow_server()
     async with raw_connection(server) as sock:
@@ -1598,7 +1652,7 @@ async def test_credit_that_is_none_is_not_given():
             await sock.read()
         assert scope.cancelled_caught
         await tell(sock, {"jsonrpc": "2.0", "method": "$/stream", "params": {"id": 1, "credit": 100}})
-        assert [(await hear(sock))["params"]["items"] for _ in range(9)] == [[number] for number in range(1, 10)]
+        assert (await hear(sock))["params"]["items"] == list(range(1, 10))
         assert await hear(sock) == {"jsonrpc": "2.0", "result": None, "id": 1}
         for wrong in (0, -1, "5", True, 2**40):         # no number of items: a list
             assert (await ask(sock, request("count", 2, **{"$/stream": wrong})))["result"] == [0, 1]
@@ -1650,6 +1704,35 @@ async def test_what_was_not_sent_has_not_run_and_what_was_sent_in_part_nobody_kn
         await wait_all_tasks_parked()
         theirs.close_nowait()
     assert found == {"small": True, "large": None, "later": False}
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@in_kernel
+async def test_what_waited_in_one_write_with_what_was_sent_in_part_has_not_run(at_once):
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket, capacity=1000)
+    server = RpcServer()
+    async with ours, theirs, flowcoro.TaskGroup() as group:
+        group.spawn(server.serve_connection(ours))
+        await wait_all_tasks_parked()
+        peer, found = server.peers[0], {}
+
+        async def call(name, size):
+            with pytest.raises(ConnectionLost) as caught:
+                await peer.call("a", "x" * size)
+            found[name] = caught.value.sent
+
+        if at_once:                         # all wait for the same turn
+            await peer.notify("a")
+        for name, size in (("small", 10), ("large", 300_000), ("later", 300_000)):
+            group.spawn(call(name, size))
+        if at_once:
+            await flowcoro.checkpoint()
+            await flowcoro.checkpoint()
+            peer._lose(flowcoro_net.BrokenError(None, "cut"))
+        else:
+            await wait_all_tasks_parked()
+            theirs.close_nowait()
+    assert found["later"] is False and found["small"] is not False
 
 
 @in_kernel
@@ -1970,6 +2053,21 @@ def test_over_tcp_and_unix_sockets(tmp_path):
         await server.wait_closed()
         with pytest.raises(flowcoro.ClosedError):
             await server.start_tcp_server(0)
+
+    flowcoro.run(main())
+
+
+def test_the_system_asks_whether_the_host_at_the_other_end_is_there():
+    async def main():
+        server = slow_server()
+        listening = await server.start_tcp_server(0)
+        async with await RpcClient.connect(*listening.local) as client:
+            await client.call("fast")
+            for peer in client.peer, server.peers[0]:
+                raw = peer.transport.raw
+                assert raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 10
+        await server.close()
 
     flowcoro.run(main())
 

@@ -115,7 +115,8 @@ def test_what_has_no_end_is_refused_when_the_limit_is_reached_and_not_kept(make)
     (ContentLength, b"Content-Length: -1\r\n\r\n", "length"), (ContentLength, b"Content-Length: +1\r\n\r\n1", "length"),
     (ContentLength, b"Content-Length: 0x1\r\n\r\n1", "length"), (ContentLength, b"Content-Length:\r\n\r\n1", "length"),
     (ContentLength, b"Content-Length: " + b"9" * 30 + b"\r\n\r\n", "length"),
-    (ContentLength, b"Content-Type: a\r\n\r\n", "no Content-Length"), (ContentLength, b"Content-Length 1\r\n\r\n", "no field"),
+    (ContentLength, b"Content-Length: 1\r\nX 1\r\n\r\n", "no field"), (ContentLength, b"\r\n\r\n", "begins with"),
+    (ContentLength, b"Content-Type: a\r\n\r\n", "no Content-Length"), (ContentLength, b"Content-Length 1\r\n\r\n", "begins with"),
     (ContentLength, b"Content-Length: 2\r\nContent-Type: application/x; charset=latin-1\r\n\r\n{}", "UTF-8"),
     (ContentLength, b"Content-Length: 2\n\n{}" + b" " * 5000, "CRLF"), (ContentLength, b"c" * 5000, "4096"),
     (Netstring, b"2:{};", "comma"), (Netstring, b"02:{},", "begins"), (Netstring, b":,", "begins"),
@@ -130,9 +131,12 @@ def test_what_cannot_be_cut_into_messages_is_refused(make, data, why):
 @pytest.mark.parametrize("head", [
     b"Content-Length: 2\r\n\r\n", b"content-length:2\r\n\r\n", b"Content-Length: 2 \r\nX-Other: a\r\n\r\n",
     b"Content-Length: 2\r\nContent-Type: application/vscode-jsonrpc; charset=utf-8\r\n\r\n",
-    b"Content-Type: application/vscode-jsonrpc; charset=utf8\r\nContent-Length: 2\r\n\r\n"])
-def test_heads_as_language_servers_and_their_clients_write_them_are_read(head):
-    assert messages_of(ContentLength(), [head + b"{}"]) == ([b"{}"], None)
+    b"Content-Type: application/vscode-jsonrpc; charset=utf8\r\nContent-Length: 2\r\n\r\n",
+    b"X-Other: a\r\nContent-Length: 2\r\n\r\n"])
+def test_heads_as_language_servers_and_their_clients_write_them_are_read_however_they_are_split(head):
+    data = head + b"{}"
+    for pieces in ([data], *([data[:at], data[at:]] for at in range(1, len(data)))):
+        assert messages_of(ContentLength(), pieces) == ([b"{}"], None)
 
 
 @pytest.mark.parametrize("make, data", [
@@ -145,6 +149,10 @@ def test_an_end_in_the_middle_of_a_message_is_an_error(make, data):
 
 def test_lines_may_end_with_a_carriage_return_be_empty_and_lack_the_last_end():
     assert messages_of(Newline(), [b"\n\r\n{}\r\n", b"\n", b"[1]\n[2]"], end=True) == ([b"{}\r", b"[1]", b"[2]"], None)
+
+
+def test_concatenated_messages_are_lines_too_for_readers_that_wait_for_one():
+    assert messages_of(Newline(), [Concatenated.frame(b"{}") * 2]) == ([b"{}"] * 2, None)
 
 
 def test_concatenated_values_need_no_delimiter_also_where_they_are_no_objects():

@@ -1,5 +1,6 @@
 """flowcoro_rpc against peers, handlers and users that mean no good, or do not know better."""
 
+import collections
 import enum
 import json
 import math
@@ -42,13 +43,15 @@ async def test_a_stream_that_comes_as_a_list_has_a_deadline_and_one_that_comes_a
 @pytest.mark.parametrize("timeout", [10**400, 1e308, 1e300])
 @in_kernel
 async def test_a_timeout_of_the_caller_that_is_beyond_all_measure_is_none(monkeypatch, timeout):
-    monkeypatch.setattr("sys.unraisablehook", lambda report: pytest.fail(report.err_msg))
+    reports = []
+    monkeypatch.setattr("sys.unraisablehook", reports.append)
     server = slow_server(deadline=None)
     async with raw_connection(server) as sock:
         assert (await ask(sock, request("slow", "a", **{"$/context": {"timeout": timeout}})))["result"] == "a"
         assert server.statistics()["calls_running"] == 0
         await tell(sock, request("count", 1, 1, **{"$/context": {"timeout": timeout}, "$/stream": 8}))
         assert [(await hear(sock)).get("params"), (await hear(sock))["result"]] == [{"id": 1, "items": [0]}, None]
+    assert reports == []
 
 
 @in_kernel
@@ -212,6 +215,138 @@ async def test_a_call_whose_time_is_up_while_it_is_answered_has_one_answer(monke
         assert await ask(sock, request("fast", "b", id=8)) == {"jsonrpc": "2.0", "result": "b", "id": 8}
 
 
+@pytest.mark.parametrize("seconds", [0, 1])
+@pytest.mark.parametrize("who", ["server", "peer", "client"])
+@in_kernel
+async def test_a_handler_that_closes_its_own_connection_is_answered_first(connect, who, seconds):
+    server, methods, found = slow_server(), flowcoro_rpc.Methods(), []
+
+    async def close(peer):
+        if seconds:
+            await flowcoro.sleep(seconds)
+        await {"server": server, "peer": peer, "client": client}[who].close()
+        return "closed"
+
+    server.method(close)
+    methods.method(close)
+    client = await connect(server, methods=methods, reconnect=None)
+    await wait_all_tasks_parked()
+    if who == "client":
+        found.append(await server.peers[0].call("close"))
+    else:
+        running = flowcoro.spawn(client.call("slow", "other", 2))
+        await wait_all_tasks_parked()
+        found.append(await client.call("close"))
+        assert await running == "other"
+    await wait_all_tasks_parked()
+    assert found == ["closed"] and client.closed and server.peers == [] and flowcoro.now() < 4
+    await client.close()
+
+
+@in_kernel
+async def test_a_handler_that_calls_back_while_its_connection_is_closed_here_is_nothing_to_report(connect, monkeypatch):
+    reports = []
+    monkeypatch.setattr("sys.unraisablehook", reports.append)
+    server, methods = RpcServer(), flowcoro_rpc.Methods()
+
+    @methods.method
+    async def hold():
+        await flowcoro.sleep(100)
+
+    @server.method
+    async def back(peer):
+        return await peer.call("hold")
+
+    async with await connect(server, methods=methods, reconnect=None) as client, flowcoro.TaskGroup() as group:
+        async def call():
+            with pytest.raises(InternalError):
+                await client.call("back")
+
+        group.spawn(call())
+        await wait_all_tasks_parked()
+        await server.peers[0].close()
+    assert reports == []
+
+
+@pytest.mark.parametrize("notifies", [False, True])
+@in_kernel
+async def test_a_drain_in_the_middle_of_a_first_step_does_not_cut_it(notifies):
+    server, ended = slow_server(), []
+
+    @server.method
+    def drain(peer):
+        peer._drain()                       # as another worker may
+        ended.append(peer.closed)
+        return "a"
+
+    async with raw_connection(server) as sock:
+        message = request("drain")
+        if notifies:
+            del message["id"]
+        await tell(sock, message)
+        if not notifies:
+            assert (await hear(sock))["result"] == "a"
+        with flowcoro.timeout(1):
+            assert await sock.read() == b"" and ended == [False]
+
+
+@in_kernel
+async def test_who_comes_while_the_server_is_being_closed_is_told_when_he_asks():
+    server = slow_server()
+    await server.close()
+    async with raw_connection(server) as sock:
+        await flowcoro.sleep(1)
+        assert (await ask(sock, request("fast", 1)))["error"]["code"] == -32011
+        assert await sock.read() == b""
+
+
+# ---- what another worker does in between --------------------------------------------------------------------------
+
+@in_kernel
+async def test_items_that_come_with_the_end_after_the_last_look_at_a_stream_are_not_lost(monkeypatch):
+    class Sly(collections.deque):
+        """Where it is found to be empty, the rest has come just then."""
+
+        def __bool__(self):
+            if not len(self) and late:
+                feed, = client.peer._pending.values()
+                feed.receive(late.pop())
+                client.peer._take_response(flowcoro_rpc.Response(feed.id, None, None))
+                return False
+            return len(self) > 0
+
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    late = [["x", "y"]]
+    async with theirs, RpcClient.over(ours) as client:
+        monkeypatch.setattr(flowcoro_rpc.collections, "deque", Sly)
+        assert [item async for item in client.stream("a")] == ["x", "y"]
+
+
+@in_kernel
+async def test_calls_that_end_while_others_are_looked_at_do_no_harm():
+    class Ending(flowcoro_rpc._Reply):
+        """A call: who looks at it finds that another one has ended."""
+
+        __slots__ = ()
+
+        def __class__(self):
+            self.peer._pending.pop("other", None)
+            return Ending
+
+        def look(self):
+            self.peer._pending.pop("other", None)
+
+        __class__, message = property(__class__), property(look, lambda self, message: None)
+
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours) as client:
+        peer = client.peer
+        for look in peer._probe, lambda: peer._take_refusal(RpcError(1, "a")):
+            peer._pending.update({"one": Ending(peer, "one", "a"), "other": flowcoro_rpc._Reply(peer, "other", "a")})
+            look()
+            assert "other" not in peer._pending
+
+
 # ---- answers that are none ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("answer", [
@@ -242,6 +377,42 @@ async def test_an_answer_that_is_none_ends_its_call_at_once(answer):
             assert await other == 5
 
 
+@pytest.mark.parametrize("result, why", [
+    ("[" * 70 + "]" * 70, "64 arrays"), ("NaN", "NaN"), ('{"a": 1, "a": 2}', "twice"), ('"\\ud800"', "surrogate")])
+@in_kernel
+async def test_an_answer_that_is_refused_as_json_ends_its_call_at_once_and_is_not_answered(result, why):
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours) as client, flowcoro.TaskGroup() as group:
+        async def fails(coro):
+            with pytest.raises(ProtocolError, match=why):
+                await coro
+
+        other = group.spawn(client.call("other"))
+        await wait_all_tasks_parked()
+        other_id = (await hear(theirs))["id"]
+        for one in client.call("a", timeout=None), client.batch(Request("b"), Request("c"), timeout=None):
+            task = group.spawn(fails(one))
+            await wait_all_tasks_parked()
+            asked = await hear(theirs)
+            answers = ['{"jsonrpc": "2.0", "result": %s, "id": %d}' % (result, each["id"])
+                       for each in (asked if isinstance(asked, list) else [asked])]
+            await tell(theirs, (f"[{', '.join(answers)}]" if isinstance(asked, list) else answers[0]).encode())
+            await task
+        await tell(theirs, {"jsonrpc": "2.0", "result": 5, "id": other_id})
+        assert await other == 5
+        await tell(theirs, b'[{"jsonrpc": "2.0", "result": NaN, "id": 1}, {"jsonrpc": "2.0", "method": "a", "id": 2}]')
+        assert (await hear(theirs))["error"]["code"] == -32700
+
+
+@in_kernel
+async def test_a_timeout_says_that_the_peer_has_sent_what_is_no_json():
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours) as client:
+        await theirs.write(b"Welcome!\n")
+        with pytest.raises(TimeoutError, match="it may have run; the peer has sent what is no JSON-RPC .Expecting value"):
+            await client.call("a", timeout=1)
+
+
 @in_kernel
 async def test_a_batch_that_is_too_long_is_refused_here(connect):
     async with await connect(slow_server(max_batch=5), max_batch=5) as client, flowcoro.TaskGroup() as group:
@@ -266,6 +437,40 @@ async def test_a_stream_of_what_gives_no_list_says_so(connect):
             with pytest.raises(ValueError, match="window"):
                 async for _ in client.stream("fast", window=window):
                     pass
+
+
+@in_kernel
+async def test_a_batch_that_has_no_answer_says_so_and_asks_for_a_sign_of_life(connect):
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours) as client:
+        with pytest.raises(TimeoutError, match="no answer to 'a' within timeout=1 s; it may have run$"):
+            await client.batch(Request("a"), timeout=1)
+        assert [one if isinstance(one, list) else one["method"] for one in [await hear(theirs) for _ in range(3)]][1:] == [
+            "$/cancelRequest", "$/ping"]
+
+
+@in_kernel
+async def test_who_calls_while_the_client_is_being_closed_is_told(connect):
+    server, methods = slow_server(), flowcoro_rpc.Methods()
+
+    @methods.method
+    async def hold():
+        await flowcoro.sleep(3)
+
+    async with await connect(server, methods=methods) as client, flowcoro.TaskGroup() as group:
+        async def keep_it_open():
+            assert await server.peers[0].call("hold") is None
+
+        group.spawn(keep_it_open())
+        await wait_all_tasks_parked()
+        closing = group.spawn(client.close())
+        await wait_all_tasks_parked()
+        for operation in client.call("slow", "a"), client.batch(Request("slow", ["b"])), client.notify("slow", "c"):
+            with pytest.raises(flowcoro.ClosedError):
+                await operation
+        assert not closing.done()
+    await flowcoro.sleep(5)
+    assert server.done == []
 
 
 # ---- connections that do not last -----------------------------------------------------------------------------
@@ -350,6 +555,52 @@ async def test_a_pool_waits_for_a_server_that_is_gone_when_no_other_takes_the_ca
         await wait_all_tasks_parked()
         before = flowcoro.now()
         assert await pool.call("fast", 1, timeout=5) == 1 and flowcoro.now() - before == 1
+
+
+@in_kernel
+async def test_a_call_that_goes_from_one_server_of_a_pool_to_the_next_has_no_more_time_than_it_had(monkeypatch):
+    pairs = []
+
+    async def open(*where, **options):
+        await flowcoro.checkpoint()
+        pairs.append(memory_socket_pair(flowcoro_net.Socket, capacity=1000))
+        return pairs[-1][0]
+
+    monkeypatch.setattr(flowcoro_net.Socket, "connect", open)
+    async with await RpcPool.connect([("memory", 1), ("memory", 2)], reconnect=None) as pool, flowcoro.TaskGroup() as group:
+        async def fails(error, coro):
+            with pytest.raises(error):
+                await coro
+            return flowcoro.now() - began
+
+        began = flowcoro.now()
+        for client in pool._clients:            # whose servers do not read
+            group.spawn(fails(ConnectionLost, client.call("a", "x" * 10_000, timeout=None)))
+        await wait_all_tasks_parked()
+        task = group.spawn(fails(TimeoutError, pool.call("b", timeout=10)))
+        await wait_all_tasks_parked()
+        busy = max(range(2), key=lambda number: pool._clients[number].peer.statistics()["calls_waiting"])
+        await flowcoro.sleep(8)
+        pairs[busy][1].close_nowait()
+        assert await task == pytest.approx(10, abs=0.1)
+        pairs[1 - busy][1].close_nowait()
+
+
+@in_kernel
+async def test_a_pool_tells_that_a_server_is_busy_rather_than_that_another_is_gone_for_good(connect):
+    busy = slow_server()
+
+    @busy.method
+    def buy():
+        raise flowcoro_rpc.Overloaded
+
+    clients = [await connect(slow_server(), reconnect=None), await connect(busy)]
+    async with RpcPool(clients) as pool:
+        clients[0].memory.cut()
+        await wait_all_tasks_parked()
+        for _ in range(2):
+            with pytest.raises(flowcoro_rpc.Overloaded):
+                await pool.call("buy")
 
 
 @in_kernel
@@ -454,6 +705,37 @@ async def test_an_empty_message_is_no_json_and_not_the_end():
     messages = Texts("", b"", json.dumps(request("fast", 1)))
     await slow_server().serve_messages(messages)
     assert [one.get("result", one.get("error", {}).get("code")) for one in messages.sent] == [-32700, -32700, 1]
+
+
+class Failing(Texts):
+    def __init__(self, how, error):
+        super().__init__()
+        self.how, self.error = how, error
+
+    async def receive(self):
+        await flowcoro.sleep(1 if self.how == "receive" else 1000)
+        raise self.error
+
+    async def send(self, text):
+        await flowcoro.sleep(0.1)
+        if self.how == "send":
+            raise self.error
+
+
+@pytest.mark.parametrize("how", ["receive", "send"])
+@pytest.mark.parametrize("error", [ValueError("foreign"), OSError("foreign"), flowcoro_net.LimitError("foreign")])
+@in_kernel
+async def test_what_a_transport_raises_ends_its_connection_and_is_not_hidden(monkeypatch, how, error):
+    reports = []
+    monkeypatch.setattr("sys.unraisablehook", reports.append)
+    async with RpcClient.over(Failing(how, error)) as client:
+        with pytest.raises(ConnectionLost, match="foreign"):
+            await client.call("a", timeout=5)
+        with pytest.raises(ConnectionLost, match="foreign"):
+            await client.call("a", timeout=5)
+    if how == "receive":
+        await RpcServer().serve_messages(Failing(how, error))
+    assert len(reports) == (how == "receive") + 1 if isinstance(error, ValueError) else not reports
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Schema itself is not looked at here, but in test_rpc_foreign.py, by the library 
 import copy
 import dataclasses
 import enum
+import functools
 import json
 import pathlib
 import re
@@ -174,6 +175,37 @@ def test_the_document_says_what_the_signatures_say():
     assert item["properties"]["price"] == {"type": "number", "default": 1.0} and item["required"] == ["name"]
     for reference in re.findall(r'"\$ref": "([^"]*)"', json.dumps(document)):
         assert reference.removeprefix("#/components/schemas/") in document["components"]["schemas"]
+
+
+def test_parameters_are_described_as_they_can_be_given_those_that_must_be_first():
+    """Each description is tried: what it says is given so, all of it and what is required of it."""
+    server = RpcServer()
+    for number, function in enumerate([
+            lambda a=1, *, b: 0, lambda a=1, /, *, b: 0, lambda a, b=1, /, *, c=2: 0, lambda a, b=1, /, c=2: 0,
+            lambda a=1, /, b=2, *, c=3: 0, lambda a, b, *, c, d=1, e: 0, lambda a, b=1: 0, lambda *, a=1, b: 0]):
+        server.method(function, name=f"f{number}")
+
+    async def main():
+        for method in server.discover()["methods"]:
+            params, structure = method["params"], method["paramStructure"]
+            required = [one["name"] for one in params if one["required"]]
+            assert [one["required"] for one in params] == sorted((one["required"] for one in params), reverse=True)
+            for names in required, [one["name"] for one in params]:
+                ways = {"by-position": [[0] * len(names)], "by-name": [dict.fromkeys(names, 0)]}
+                for given in ways.get(structure) or sum(ways.values(), []):
+                    answer = await server.answer(flowcoro_rpc.encode_request(method["name"], given, 1))
+                    assert json.loads(answer).get("result") == 0, (method, given)
+
+    flowcoro.run(main())
+
+
+def test_a_partial_is_described_by_its_function():
+    def add(a: int, b: int):
+        """A sum."""
+
+    server = RpcServer()
+    server.method(functools.partial(add, 1), name="increment")
+    assert server.discover()["methods"][0]["summary"] == "A sum."
 
 
 def test_a_server_need_not_say_what_it_has():
