@@ -3101,8 +3101,8 @@ class RpcPool(_Caller):
     calls, goes to the next, with what is left of its timeout; so does one that a client's policy does not let through (an error
     with `sent` False). If all refuse, the error of that one comes out which can be asked again first: a server, or the policy
     with the least `retry_after`. That policy stands around each try at one server, whose attempts have the whole timeout each:
-    with `Keyed(lambda address: CircuitBreaker())` each has its own breaker. A Retry that is to go from one to the other stands around
-    the pool: `retry.try_execute(pool.call, "add", 1, 2)`.
+    with `Keyed(lambda address: CircuitBreaker())` each has its own breaker. A Retry that is to go from one to the other stands
+    around the pool: `retry.try_execute(pool.call, "add", 1, 2)`.
     """
 
     def __init__(self, clients):
