@@ -1256,7 +1256,7 @@ class WebSocketConnection(_Incoming):
         It may come in the middle of a message, which then remains incomplete. `code`: 1000 to 1003, 1007 to 1014, 3000 to 4999;
         or 1005 for none. `reason`: at most 123 bytes of UTF-8. LocalProtocolError for others, and for a second Close.
         """
-        if code != 1005 and code not in _CODES:
+        if not isinstance(code, int) or code != 1005 and code not in _CODES:
             raise LocalProtocolError(f"the code {code!r:.40} for a Close: 1000 to 1003, 1007 to 1014, 3000 to 4999 (from 4000 on "
                                      "yours); 1005 for none")
         if not isinstance(reason, str):
