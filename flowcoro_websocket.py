@@ -1561,8 +1561,8 @@ class _Sender:
         the peer reads waits.
 
         Several tasks may send at a time; messages do not mix. Cancelled: the message was not sent, or it will leave as a whole
-        (the socket goes on with it). Of an iterable that fails or is cancelled a part was sent, which has no end: the WebSocket
-        is closed with 1011. ConnectionClosed once it is closed, or close() was called; TypeError for what is no message, and
+        (the socket goes on with it). Of an iterable that fails or is cancelled before its end a part was sent: the WebSocket is
+        closed with 1011. ConnectionClosed once it is closed, or close() was called; TypeError for what is no message, and
         LocalProtocolError for a text with half of a character (a surrogate): nothing was sent.
         """
         task = _current_task()
@@ -1652,7 +1652,8 @@ class _Sender:
                     continue
                 first, begun = not begun, True
                 await self._send_piece(piece, first, False)
-            await self._send_piece(b"" if kind is False else "", not begun, True)
+            first, begun = not begun, False     # with this one it is complete, and leaves as a whole whoever is cancelled
+            await self._send_piece(b"" if kind is False else "", first, True)
         except BaseException:
             if begun:
                 self.close_nowait(1011, "a message broke off")

@@ -392,6 +392,29 @@ async def _expect(ws, code):
 
 
 @simulated
+async def test_fragments_that_are_cancelled_have_come_as_a_whole_or_close_the_websocket():
+    number, cancelled, ends = 0, True, []
+    while cancelled:
+        number += 1
+        async with pair(capacity=50, ping_interval=None) as (server, client), flowcoro.TaskGroup() as group:
+            coming = group.spawn(_message_or_code(client))
+            with flowcoro.CancelScope() as scope:
+                await cancelled_at(scope, number, server.send(["x" * 100] * 3))
+            cancelled, closing = scope.cancelled_caught, server._codec.our_state == "CLOSED"
+            if not cancelled or number > 1:
+                ends.append((await coming, closing))
+            group.cancel()
+    assert set(ends) == {("x" * 300, False), (1011, True)}, ends
+
+
+async def _message_or_code(ws):
+    try:
+        return await ws.receive()
+    except ConnectionClosed as error:
+        return error.code
+
+
+@simulated
 async def test_a_connection_that_is_lost_within_a_message_and_with_a_broadcast_behind_it_says_so():
     async with served() as (ws, peer):
         async def pieces():
