@@ -1749,7 +1749,8 @@ class _Receiver(_Sender):
                 self._lot.unpark_all()
 
     async def _receive_otherwise(self):
-        self._codec.pieces = False
+        if not self._receiving:                 # who does gets what he has asked for, and this one a BusyError
+            self._codec.pieces = False
         while self._unread:                     # the rest of a message that nobody wanted
             await self._receive_event()
         event = await self._receive_event()
@@ -1795,7 +1796,8 @@ class _Receiver(_Sender):
         Who leaves it before the end, best by contextlib.aclosing(), drops the rest. Errors as receive().
         """
         await _turn()
-        self._codec.pieces = self._special = True
+        if not self._receiving:
+            self._codec.pieces = self._special = True
         while self._unread:
             await self._receive_event()
         while True:

@@ -187,6 +187,29 @@ async def test_a_second_receiver_is_told():
             await client.send("for the first")
 
 
+@simulated
+async def test_a_second_receiver_changes_nothing_for_the_first():
+    async with served(max_message=10) as (ws, peer):
+        async with flowcoro.TaskGroup() as group:
+            receiving = group.spawn(ws.receive())
+            await wait_all_tasks_parked()
+            with pytest.raises(flowcoro.BusyError):
+                await anext(ws.receive_pieces())
+            await peer.write(peer.codec.send_message("one") + peer.codec.send_message("two"))
+            assert await receiving == "one" and await ws.receive() == "two"
+        async with flowcoro.TaskGroup() as group:
+            receiving = group.spawn(_all_pieces(ws))
+            await wait_all_tasks_parked()
+            with pytest.raises(flowcoro.BusyError):
+                await ws.receive()
+            await peer.write(peer.codec.send_message("longer than max_message"))
+            assert "".join(await receiving) == "longer than max_message"
+
+
+async def _all_pieces(ws):
+    return [piece async for piece in ws.receive_pieces()]
+
+
 # ---- a peer that does not read ---------------------------------------------------------------------------------
 
 @simulated
