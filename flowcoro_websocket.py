@@ -1780,8 +1780,7 @@ class _Receiver(_Sender):
     async def _refused(self, error):
         """_failed() for what the codec has let pass. E1: its caller is who reads from then on."""
         while (background := self._background) is not None:
-            background.cancel()
-            await self._wait(lambda: self._background is not background)
+            await self._relieve(background)
         self._receiving = True
         try:
             return await self._failed(error)
@@ -1829,11 +1828,16 @@ class _Receiver(_Sender):
             if background is None:
                 event = await self._read()
                 break
-            background.cancel()
-            await self._wait(lambda: self._background is not background)
+            await self._relieve(background)
         self._unread = type(event) is Piece and not event.last
         self._mark_special()
         return event
+
+    async def _relieve(self, background):
+        """E1: end the task in the background; but if the end has come, it gives the peer the time to hear of it."""
+        if self.close_code is None:
+            background.cancel()
+        await self._wait(lambda: self._background is not background)
 
     async def _read(self):
         """The next message or Piece from the network. E1: `_receiving` is set, and no more when it returns."""
@@ -2185,15 +2189,16 @@ class WebSocket(_Receiver):
                     if codec._at == len(codec._buffer):         # what was read is not kept
                         codec._buffer, codec._at = b"", 0
                 return event
+            except _ENDS as error:
+                raise await self._failed(error)
             finally:
                 self._receiving = False
                 if self._lot is not None:
                     self._lot.unpark_all()
-        except _ENDS as error:
-            error = await self._failed(error)
+        except ConnectionClosed as error:
             if error.code in _NORMAL:
                 raise StopAsyncIteration from None
-            raise error
+            raise
 
     # -- about it
 

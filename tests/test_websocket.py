@@ -1035,6 +1035,30 @@ async def test_who_does_not_end_after_an_error_is_cut():
         assert flowcoro.now() - began == flowcoro_websocket.LINGER
 
 
+@pytest.mark.parametrize("how", ["receive", "iterate", "background", "receive after background", "close after background"])
+@simulated
+async def test_whoever_reads_the_error_a_peer_has_all_the_time_to_hear_of_it(how):
+    async with served(ping_interval=None) as (ws, peer):
+        async def receive():
+            with pytest.raises(ConnectionClosed) as caught:
+                await ws.receive() if how.startswith("receive") else await anext(ws)
+            assert caught.value.code == 1002
+
+        began = flowcoro.now()
+        async with flowcoro.TaskGroup() as group:
+            await peer.write(b"\x83\x80\0\0\0\0")
+            if how in ("receive", "iterate"):
+                group.spawn(receive())
+            await flowcoro.sleep(1.2)                   # in which the sweep has found that nobody reads, if that is so
+            assert (await peer.next()).code == 1002 and not ws.closed
+            if how.endswith("after background"):
+                group.spawn(receive() if how.startswith("receive") else ws.close())
+            await flowcoro.sleep(0.7)
+            assert not ws.closed
+            await ws.wait_closed()
+        assert flowcoro_websocket.LINGER <= flowcoro.now() - began <= flowcoro_websocket.LINGER + 1.2
+
+
 @simulated
 async def test_a_deflate_bomb_is_refused_before_it_is_inflated():
     deflate = Deflate()
