@@ -2649,12 +2649,14 @@ def broadcast(websockets, message, *, slow="skip", max_backlog=MAX_BACKLOG):
     if slow not in ("skip", "close"):
         raise ValueError(f"slow={slow!r}: give \"skip\" or \"close\"")
     frame, missed, batch = encode_message(message), [], _Batch.of_kernel()
-    size, first = len(frame), not batch.members
+    size = len(frame)
     for ws in list(websockets):
         if ws._batched and ws._kept - ws._flushed <= max_backlog:
             ws._unsent.append(frame)
             ws._kept += size
         elif ws._ready and ws._shares:
+            if not batch.members:
+                flowcoro.spawn(batch.send(), name="send what was broadcast")
             ws._unsent, ws._flushing, ws._batched, ws._ready = [frame], True, True, False
             ws._kept += size
             batch.members.append(ws)
@@ -2662,6 +2664,4 @@ def broadcast(websockets, message, *, slow="skip", max_backlog=MAX_BACKLOG):
             missed.append(ws)
             if offered is None and slow == "close":
                 ws.close_nowait(1013, "too slow")
-    if first and batch.members:
-        flowcoro.spawn(batch.send(), name="send what was broadcast")
     return missed

@@ -1229,6 +1229,15 @@ async def test_an_error_of_the_system_ends_one_member_and_not_the_batch():
 
 
 @simulated
+async def test_what_is_no_websocket_among_the_members_holds_nobody_up():
+    async with room(1) as (members, others):
+        with pytest.raises(AttributeError):
+            broadcast([*members, None], "x")
+        assert broadcast(members, "y") == []
+        assert await _receive_all(others[0], 2) == ["x", "y"]
+
+
+@simulated
 async def test_messages_of_one_turn_are_kept_within_the_limit_too():
     async with room(1) as (members, others):
         missed = sum(len(broadcast(members, f"{number:0100}", max_backlog=1000)) for number in range(100))
