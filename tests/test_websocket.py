@@ -157,6 +157,29 @@ async def test_who_receives_or_drops_many_pieces_that_are_there_lets_others_run(
             group.cancel()
 
 
+@pytest.mark.parametrize("how", ["receive", "iterate", "background"])
+@simulated
+async def test_who_receives_a_message_in_many_fragments_that_are_there_lets_others_run(how):
+    async with served(capacity=2**20, ping_interval=None) as (ws, peer):
+        await peer.write(b"".join(peer.codec.send_piece("x", number == 0, number == 1999) for number in range(2000)))
+        turns = 0
+
+        async def other():
+            nonlocal turns
+            while not got:
+                turns += 1
+                await flowcoro.checkpoint()
+
+        async with flowcoro.TaskGroup() as group:
+            got = False
+            if how == "background":
+                ws._read_in_background()
+                await flowcoro.checkpoint()
+            group.spawn(other())
+            got = await (ws.receive() if how == "receive" else anext(ws))
+            assert got == "x" * 2000 and turns > 10
+
+
 @simulated
 async def test_a_cancelled_receive_loses_nothing():
     async with pair(capacity=100) as (server, client):
