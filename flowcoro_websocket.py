@@ -1719,14 +1719,14 @@ class _Receiver(_Sender):
         self._special = several
         self._receiving, self._background = False, None     # E1
         self._queue, self._queued = None, 0     # messages and pieces that were received in the background, and their length
-        self._unread = False            # a message of receive_pieces() was not received to its end
+        self._unread = None             # an object, as long as a message is received in pieces, and not to its end
         self._idle = 0                  # looks of the sweep that have found nobody who reads
         self._pings = None              # payload -> (when it was sent, the Promise of who waits or None)
 
     def _mark_special(self):
         """E3"""
         self._special = (self._lock is not _NO_LOCK or bool(self._queue) or self._background is not None or self._closed
-                         or self._unread or self._codec.pieces)
+                         or self._unread is not None or self._codec.pieces)
 
     # -- messages
 
@@ -1761,27 +1761,29 @@ class _Receiver(_Sender):
     async def _receive_otherwise(self):
         if not self._receiving:                 # who does gets what he has asked for, and this one a BusyError
             self._codec.pieces = False
-        while self._unread:                     # the rest of a message that nobody wanted
-            await self._receive_event()
+        while self._unread is not None:         # the rest of a message that nobody wanted
+            await self._receive_event(self._unread)
         event = await self._receive_event()
         return await self._whole(event) if type(event) is Piece else event
 
     async def _whole(self, piece):
         """The message of a first piece: it had begun as one that is received in pieces. Cancelled: what has come is kept."""
         empty, pieces, size, most = piece.data[:0], [piece.data], _size(piece.data), self._codec.max_message
+        unread = self._unread
         try:
             while size <= most and not piece.last:
-                piece = await self._receive_event()
+                piece = await self._receive_event(unread)
                 pieces.append(piece.data)
                 size += _size(piece.data)
         except flowcoro.Cancelled:
             with self._lock:
-                if self._queue is None:
-                    self._queue = collections.deque()
-                self._queue.appendleft(Piece(empty.join(pieces), True, False))
-                self._queued += len(self._queue[0].data)
-                self._unread = False
-                self._mark_special()
+                if self._unread is unread:
+                    if self._queue is None:
+                        self._queue = collections.deque()
+                    self._queue.appendleft(Piece(empty.join(pieces), True, False))
+                    self._queued += len(self._queue[0].data)
+                    self._unread = None
+                    self._mark_special()
             raise
         if size > most:
             raise await self._refused(RemoteProtocolError(1009, f"a message of more than {most} bytes (max_message=)"))
@@ -1802,15 +1804,18 @@ class _Receiver(_Sender):
         """`async for piece in ws.receive_pieces()`: the next message in pieces, str or bytes, as they come. It may be of any
         length: max_message= does not count. What has been received as a whole already comes as one piece.
 
-        Who leaves it before the end, best by contextlib.aclosing(), drops the rest. Errors as receive().
+        Who leaves it before the end, best by contextlib.aclosing(), drops the rest: once the next message was asked for, BusyError
+        for who goes on with this one. Other errors as receive().
         """
         await _turn()
         if not self._receiving:
             self._codec.pieces = self._special = True
-        while self._unread:
-            await self._receive_event()
+        while self._unread is not None:
+            await self._receive_event(self._unread)
+        unread = None
         while True:
-            event = await self._receive_event()
+            event = await self._receive_event(unread)
+            unread = self._unread
             if type(event) is not Piece:
                 yield event
                 return
@@ -1819,12 +1824,16 @@ class _Receiver(_Sender):
             if event.last:
                 return
 
-    async def _receive_event(self):
-        """The next message or Piece."""
+    async def _receive_event(self, unread=None):
+        """The next message or Piece; a further one of the message for which `_unread` is `unread`."""
         await _turn()                           # also between pieces: 64 KiB may be inflated to a thousand of 64 KiB
         while True:
             with self._lock:
                 background = self._background
+                if unread is not self._unread:
+                    raise flowcoro.BusyError(f"{self!r}: " + (
+                        "another task receives from it; one at a time" if unread is None else
+                        "the rest of this message was dropped, by who has asked for the next one"))
                 if self._queue:
                     event = self._queue.popleft()
                     self._queued -= len(event.data if type(event) is Piece else event)
@@ -1839,7 +1848,7 @@ class _Receiver(_Sender):
                 event = await self._read()
                 break
             await self._relieve(background)
-        self._unread = type(event) is Piece and not event.last
+        self._unread = (self._unread or object()) if type(event) is Piece and not event.last else None
         self._mark_special()
         return event
 
@@ -2132,7 +2141,7 @@ class WebSocket(_Receiver):
                 await self._wait(lambda: self._closed or not self._receiving and self._background is None)
             else:
                 try:
-                    await self._receive_event()
+                    await self._receive_event(self._unread)
                 except ConnectionClosed:
                     break
                 except flowcoro.BusyError:

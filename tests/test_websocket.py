@@ -388,6 +388,22 @@ async def test_who_leaves_a_message_in_the_middle_gets_the_next_one():
         assert [piece async for piece in server.receive_pieces()] == ["d", "e"]
 
 
+@pytest.mark.parametrize("following", ["receive", "pieces"])
+@simulated
+async def test_who_goes_on_with_a_message_that_was_left_gets_nothing_of_another(following):
+    async with served() as (ws, peer):
+        await peer.write(b"".join(peer.codec.send_piece(f"{name}{number}", number == 0, number == 2)
+                                  for name in "abc" for number in range(3)))
+        left, next_one = ws.receive_pieces(), ws.receive_pieces()
+        assert await anext(left) == "a0"
+        assert await (ws.receive() if following == "receive" else anext(next_one)) == ("b0b1b2" if following == "receive" else "b0")
+        with pytest.raises(flowcoro.BusyError, match="rest of this message was dropped"):
+            await anext(left)
+        if following == "pieces":
+            assert [piece async for piece in next_one] == ["b1", "b2"]
+        assert await ws.receive() == "c0c1c2"
+
+
 @simulated
 async def test_other_messages_wait_for_the_end_of_a_fragmented_one():
     async with pair() as (server, client):
