@@ -1734,7 +1734,7 @@ class _Receiver(_Sender):
         """The next message: str (text) or bytes (binary). Cancelled: nothing is lost.
 
         ConnectionClosed once the peer has closed, or the connection is lost (code 1006), or nothing came in answer to a Ping. The
-        messages that came before are given first. BusyError while another task receives.
+        messages that came before are given first. BusyError while another task receives (but who closes only ends it).
         """
         codec = self._codec
         if self._special or self._receiving or codec._buffer or codec._message is not None:
@@ -1829,25 +1829,27 @@ class _Receiver(_Sender):
         await _turn()                           # also between pieces: 64 KiB may be inflated to a thousand of 64 KiB
         while True:
             with self._lock:
-                background = self._background
-                if unread is not self._unread:
-                    raise flowcoro.BusyError(f"{self!r}: " + (
-                        "another task receives from it; one at a time" if unread is None else
-                        "the rest of this message was dropped, by who has asked for the next one"))
-                if self._queue:
+                background, taken = self._background, unread is not self._unread
+                if self._queue and not taken:
                     event = self._queue.popleft()
                     self._queued -= len(event.data if type(event) is Piece else event)
                     break
-                if self._receiving:
-                    raise flowcoro.BusyError(f"{self!r}: another task receives from it; one at a time")
                 if self._closed:
                     raise self._closed_error()
-                if background is None:
+                taken = taken or self._receiving
+                if taken and self._codec.our_state is not SHUT:
+                    raise flowcoro.BusyError(f"{self!r}: " + (
+                        "another task receives from it; one at a time" if self._receiving or unread is None else
+                        "the rest of this message was dropped, by who has asked for the next one"))
+                if not taken and background is None:
                     self._receiving, self._idle = True, 0
-            if background is None:
+            if taken:                           # by close() in another task, which drops what comes until the end
+                await self._wait(lambda: self._closed or not self._receiving and unread is self._unread)
+            elif background is None:
                 event = await self._read()
                 break
-            await self._relieve(background)
+            else:
+                await self._relieve(background)
         self._unread = (self._unread or object()) if type(event) is Piece and not event.last else None
         self._mark_special()
         return event

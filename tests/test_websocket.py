@@ -929,6 +929,32 @@ async def test_close_while_another_task_receives_and_others_close():
         assert server.close_code == client.close_code == 1000
 
 
+@pytest.mark.parametrize("how", ["receive", "iterate", "pieces"])
+@simulated
+async def test_who_receives_while_another_task_closes_hears_of_the_end(how):
+    async with served(ping_interval=None) as (ws, peer):
+        async def handle():
+            with pytest.raises(ConnectionClosed) as caught:
+                if how == "pieces":
+                    async for _ in ws.receive_pieces():
+                        await flowcoro.sleep(1)
+                while True:
+                    await (ws.receive() if how == "receive" else anext(ws))
+                    await flowcoro.sleep(1)
+            assert caught.value.code == 4001
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(handle())
+            await peer.write(peer.codec.send_piece("a", True, how != "pieces"))
+            await flowcoro.sleep(0.5)
+            group.spawn(ws.close(4001, "not wanted"))
+            if how == "pieces":
+                await peer.write(peer.codec.send_piece("b", False, False))
+            await flowcoro.sleep(2)
+            assert (await peer.next()).code == 4001
+            await peer.write(peer.codec.send_close(4001))
+
+
 @pytest.mark.parametrize("queued", [False, True])
 @simulated
 async def test_close_reads_on_when_the_receiver_leaves(queued):
