@@ -990,7 +990,10 @@ class _Incoming:
                 except UnicodeDecodeError:
                     pass
                 else:
-                    self._at = end
+                    if end == len(buffer):
+                        self._buffer, self._at = b"", 0     # what has been read is not kept
+                    else:
+                        self._at = end
                     return message
         return self._long_way()
 
@@ -1002,6 +1005,8 @@ class _Incoming:
             while self.their_state is not SHUT:
                 event = self._frame_begins() if self._left < 0 else self._frame_goes_on()
                 if event is not None:
+                    if self._at == len(self._buffer):
+                        self._buffer, self._at = b"", 0
                     return event
                 left -= 1
                 if not left:
@@ -1022,8 +1027,6 @@ class _Incoming:
     def _more(self):
         """NEED_DATA, unless there will be none."""
         if not self._ended:
-            if self._at == len(self._buffer):           # who waits keeps nothing of what has been read
-                self._buffer, self._at = b"", 0
             return NEED_DATA
         self.close_code, self.close_reason = 1006, ""
         self._their(_END)
@@ -1748,8 +1751,6 @@ class _Receiver(_Sender):
                 event = codec.next_event()
                 if event.__class__ is not str and event.__class__ is not bytes:
                     event = await self._next(event)
-                if codec._at == len(codec._buffer):         # what was read is not kept
-                    codec._buffer, codec._at = b"", 0
             return event
         except _ENDS as error:
             raise await self._failed(error)
@@ -2209,8 +2210,6 @@ class WebSocket(_Receiver):
                     event = codec.next_event()
                     if event.__class__ is not str and event.__class__ is not bytes:
                         event = await self._next(event)
-                    if codec._at == len(codec._buffer):         # what was read is not kept
-                        codec._buffer, codec._at = b"", 0
                 return event
             except _ENDS as error:
                 raise await self._failed(error)

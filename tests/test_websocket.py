@@ -1524,6 +1524,20 @@ async def test_who_waits_keeps_nothing_of_what_was_read():
             assert len(await receiving) == 3
 
 
+@pytest.mark.parametrize("how", ["receive", "iterate"])
+@simulated
+async def test_a_burst_leaves_nothing_behind_that_makes_later_messages_slow(how, monkeypatch):
+    slowly, receive_otherwise = [], WebSocket._receive_otherwise
+    monkeypatch.setattr(WebSocket, "_receive_otherwise", lambda ws: (slowly.append(ws), receive_otherwise(ws))[1])
+    async with served() as (ws, peer):
+        for count in (3, 1, 1):
+            await peer.write(peer.codec.send_message("x") * count)
+            for _ in range(count):
+                await (ws.receive() if how == "receive" else anext(ws))
+            assert ws._codec._buffer == b""
+        assert len(slowly) == 2                         # for what the first one has left of the burst
+
+
 @simulated
 async def test_it_tells_what_it_is():
     async with pair() as (server, client):
