@@ -250,7 +250,7 @@ class Deflate:
 
     def __post_init__(self):
         for name in ("server_max_window_bits", "client_max_window_bits"):
-            if getattr(self, name) not in range(8, 16):
+            if type(getattr(self, name)) is not int or getattr(self, name) not in range(8, 16):
                 raise ValueError(f"{name}={getattr(self, name)!r:.40}: 8 to 15")
         if self.threshold < 0:
             raise ValueError(f"threshold={self.threshold!r:.40}: bytes, 0 or more")
@@ -1331,10 +1331,11 @@ SWEEP = 0.5
 # Seconds between Pings, and without any sign of life after one: `websockets` has the same. Proxies cut what is idle for 60.
 PING_INTERVAL, PING_TIMEOUT = 20.0, 20.0
 
-# Seconds for the peer's Close after ours, and for it to end the connection. `websockets` 10.
+# Seconds for the peer's Close after ours. `websockets` 10.
 CLOSE_TIMEOUT = 10.0
 
-# Seconds, and bytes, for which we read on after a failure, so that the Close that tells why arrives (else the system may reset).
+# Seconds, and bytes, for which we read on after a failure, so that the Close that tells why arrives (else the system may reset);
+# and seconds for a server to end the connection after both Closes.
 LINGER, MAX_LINGER = 2.0, 4 * 2**20
 
 # Messages, and bytes (or characters) of them, that are received for a handler that does not receive. `websockets` 16 messages.
@@ -2151,8 +2152,8 @@ class WebSocket(_Receiver):
                     pass
 
     def close_nowait(self, code=1000, reason=""):
-        """Send a Close, and have the connection ended when the peer's has come, or after 10 seconds. Never blocks. Who receives
-        goes on until then. LocalProtocolError as close()."""
+        """Send a Close, and have the connection ended when the peer's has come, or after close_timeout of accept() or connect().
+        Never blocks. Who receives goes on until then. LocalProtocolError as close()."""
         if self._closed:
             return
         self._say_close(code, reason)
@@ -2162,7 +2163,7 @@ class WebSocket(_Receiver):
 
     async def wait_closed(self):
         """Wait until it is closed, by whomever. For a handler that only sends. Messages that come meanwhile are kept for
-        receive(), 16 at most: then nothing more is read until somebody receives, or the peer has gone; then all are dropped."""
+        receive(), max_queue at most: then nothing more is read until somebody receives, or the peer has gone; then all are dropped."""
         await _turn()
         self._read_in_background()
         while not self._closed:
@@ -2269,7 +2270,7 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
     headers: pairs or a mapping, for the answer. deflate: True, False, or a Deflate: whether messages may be compressed.
     max_message: bytes of a message, inflated, beyond which it is refused with 1009; max_frame: those of one frame. max_queue:
     messages that are received while nobody receives, and a megabyte at most; then nothing is read. close_timeout: seconds for the
-    peer's Close, and for its end of the connection (None: no limit).
+    peer's Close after ours (None: no limit).
     ping_interval: seconds between Pings; ping_timeout: seconds after one without any sign of life (something comes, or the Ping
     has not left yet, and what is before it does), and the connection counts as lost; None: no Pings, no limit.
     HandshakeError, with the `status` and `headers` of the answer: 400, 403 for the origin, 405, 426. What upgrade() raises.
