@@ -757,8 +757,8 @@ class _Sign:
 # Of next_event(): give it more by receive_data() or receive_end(); nothing more will come.
 NEED_DATA, CLOSED = _Sign("NEED_DATA"), _Sign("CLOSED")
 
-# Of it where a WebSocket asks, after _STEPS heads and contents of frames (0.3 ms) without an event: call it again, and before that
-# let others run. One read may have brought ten thousand fragments of a byte.
+# Of it where a WebSocket asks, after _STEPS heads and contents of frames (0.3 ms) without an event: call it again, and let others
+# run before. One read may have brought ten thousand fragments of a byte.
 _MORE, _STEPS = _Sign("MORE"), 200
 
 
@@ -1712,186 +1712,15 @@ def _size(data):
     return len(data) if type(data) is bytes else len(data.encode())
 
 
-class _Receiver(_Sender):
-    """How a WebSocket receives, and how it ends."""
+class _Ending(_Sender):
+    """What comes and is no message, and how a WebSocket ends."""
 
-    __slots__ = ("_special", "_receiving", "_background", "_queue", "_queued", "_unread", "_idle", "_pings",
-                 "_max_queue")
+    __slots__ = ("_special", "_pings")
 
     def __init__(self, sock, codec, several):
         super().__init__(sock, codec, several)
         self._special = several
-        self._receiving, self._background = False, None     # E1
-        self._queue, self._queued = None, 0     # messages and pieces that were received in the background, and their length
-        self._unread = None             # an object, as long as a message is received in pieces, and not to its end
-        self._idle = 0                  # looks of the sweep that have found nobody who reads
         self._pings = None              # payload -> (when it was sent, the Promise of who waits or None)
-
-    def _mark_special(self):
-        """E3"""
-        self._special = (self._lock is not _NO_LOCK or bool(self._queue) or self._background is not None or self._closed
-                         or self._unread is not None or self._codec.pieces)
-
-    # -- messages
-
-    async def receive(self):
-        """The next message: str (text) or bytes (binary). Cancelled: nothing is lost.
-
-        ConnectionClosed once the peer has closed, or the connection is lost (code 1006), or nothing came in answer to a Ping. The
-        messages that came before are given first. BusyError while another task receives (but who closes only ends it).
-        """
-        codec = self._codec
-        if self._special or self._receiving or codec._buffer or codec._message is not None:
-            return await self._receive_otherwise()
-        self._receiving, self._idle = True, 0           # and all of this is written out in __anext__(), too
-        try:
-            data = await self._sock.read(CHUNK)
-            event = _short_message(codec, data)
-            if event is None:
-                codec.receive_data(data) if data else codec.receive_end()
-                event = codec.next_event()
-                if event.__class__ is not str and event.__class__ is not bytes:
-                    event = await self._next(event)
-            return event
-        except _ENDS as error:
-            raise await self._failed(error)
-        finally:
-            self._receiving = False
-            if self._lot is not None:
-                self._lot.unpark_all()
-
-    async def _receive_otherwise(self):
-        if not self._receiving:                 # who does gets what he has asked for, and this one a BusyError
-            self._codec.pieces = False
-        while self._unread is not None:         # the rest of a message that nobody wanted
-            await self._receive_event(self._unread)
-        event = await self._receive_event()
-        return await self._whole(event) if type(event) is Piece else event
-
-    async def _whole(self, piece):
-        """The message of a first piece: it had begun as one that is received in pieces. Cancelled: what has come is kept."""
-        empty, pieces, size, most = piece.data[:0], [piece.data], _size(piece.data), self._codec.max_message
-        unread = self._unread
-        try:
-            while size <= most and not piece.last:
-                piece = await self._receive_event(unread)
-                pieces.append(piece.data)
-                size += _size(piece.data)
-        except flowcoro.Cancelled:
-            with self._lock:
-                if self._unread is unread:
-                    if self._queue is None:
-                        self._queue = collections.deque()
-                    self._queue.appendleft(Piece(empty.join(pieces), True, False))
-                    self._queued += len(self._queue[0].data)
-                    self._unread = None
-                    self._mark_special()
-            raise
-        if size > most:
-            raise await self._refused(RemoteProtocolError(1009, f"a message of more than {most} bytes (max_message=)"))
-        return empty.join(pieces)
-
-    async def _refused(self, error):
-        """_failed() for what the codec has let pass. E1: its caller is who reads from then on."""
-        while (background := self._background) is not None:
-            await self._relieve(background)
-        self._receiving = True
-        try:
-            return await self._failed(error)
-        finally:
-            self._receiving = False
-            self._wake()
-
-    async def receive_pieces(self):
-        """`async for piece in ws.receive_pieces()`: the next message in pieces, str or bytes, as they come. It may be of any
-        length: max_message= does not count. What has been received as a whole already comes as one piece.
-
-        Who leaves it before the end, best by contextlib.aclosing(), drops the rest: once the next message was asked for, BusyError
-        for who goes on with this one. Other errors as receive().
-        """
-        await _turn()
-        if not self._receiving:
-            self._codec.pieces = self._special = True
-        while self._unread is not None:
-            await self._receive_event(self._unread)
-        unread = None
-        while True:
-            event = await self._receive_event(unread)
-            unread = self._unread
-            if type(event) is not Piece:
-                yield event
-                return
-            if event.data:
-                yield event.data
-            if event.last:
-                return
-
-    async def _receive_event(self, unread=None):
-        """The next message or Piece; a further one of the message for which `_unread` is `unread`."""
-        await _turn()                           # also between pieces: 64 KiB may be inflated to a thousand of 64 KiB
-        while True:
-            with self._lock:
-                background, taken = self._background, unread is not self._unread
-                if self._queue and not taken:
-                    event = self._queue.popleft()
-                    self._queued -= len(event.data if type(event) is Piece else event)
-                    break
-                if self._closed:
-                    raise self._closed_error()
-                taken = taken or self._receiving
-                if taken and self._codec.our_state is not SHUT:
-                    raise flowcoro.BusyError(f"{self!r}: " + (
-                        "another task receives from it; one at a time" if self._receiving or unread is None else
-                        "the rest of this message was dropped, by who has asked for the next one"))
-                if not taken and background is None:
-                    self._receiving, self._idle = True, 0
-            if taken:                           # by close() in another task, which drops what comes until the end
-                await self._wait(lambda: self._closed or not self._receiving and unread is self._unread)
-            elif background is None:
-                event = await self._read()
-                break
-            else:
-                await self._relieve(background)
-        self._unread = (self._unread or object()) if type(event) is Piece and not event.last else None
-        self._mark_special()
-        return event
-
-    async def _relieve(self, background):
-        """E1: end the task in the background; but if the end has come, it gives the peer the time to hear of it."""
-        if self.close_code is None:
-            background.cancel()
-        await self._wait(lambda: self._background is not background)
-
-    async def _read(self):
-        """The next message or Piece from the network. E1: `_receiving` is set, and no more when it returns."""
-        try:
-            return await self._next()
-        finally:
-            self._receiving = False
-            self._wake()
-
-    async def _next(self, event=None):
-        """The next message or Piece, of `event` and what comes after it. For who reads (E1)."""
-        codec = self._codec
-        try:
-            while True:
-                if event is None:
-                    event = codec.next_event()
-                kind = type(event)
-                if kind is str or kind is bytes or kind is Piece:
-                    return event
-                if event is NEED_DATA:
-                    data = await self._sock.read(CHUNK)
-                    codec.receive_data(data) if data else codec.receive_end()
-                elif event is _MORE:
-                    await flowcoro.checkpoint()
-                else:
-                    await self._control(event)
-                event = None
-        except _ENDS as error:
-            raise await self._failed(error)
-
-    # -- what is no message
 
     async def _control(self, event):
         kind = type(event)
@@ -1998,6 +1827,183 @@ class _Receiver(_Sender):
             self._write(self._codec.send_ping(payload))
         return payload
 
+
+class _Receiver(_Ending):
+    """How a WebSocket receives."""
+
+    __slots__ = ("_receiving", "_background", "_queue", "_queued", "_unread", "_idle", "_max_queue")
+
+    def __init__(self, sock, codec, several):
+        super().__init__(sock, codec, several)
+        self._receiving, self._background = False, None     # E1
+        self._queue, self._queued = None, 0     # messages and pieces that were received in the background, and their length
+        self._unread = None             # an object, as long as a message is received in pieces, and not to its end
+        self._idle = 0                  # looks of the sweep that have found nobody who reads
+
+    def _mark_special(self):
+        """E3"""
+        self._special = (self._lock is not _NO_LOCK or bool(self._queue) or self._background is not None or self._closed
+                         or self._unread is not None or self._codec.pieces)
+
+    # -- messages
+
+    async def receive(self):
+        """The next message: str (text) or bytes (binary). Cancelled: nothing is lost.
+
+        ConnectionClosed once the peer has closed, or the connection is lost (code 1006), or nothing came in answer to a Ping. The
+        messages that came before are given first. BusyError while another task receives (but who closes only ends it).
+        """
+        codec = self._codec
+        if self._special or self._receiving or codec._buffer or codec._message is not None:
+            return await self._receive_otherwise()
+        self._receiving, self._idle = True, 0           # and all of this is written out in __anext__(), too
+        try:
+            data = await self._sock.read(CHUNK)
+            event = _short_message(codec, data)
+            if event is None:
+                codec.receive_data(data) if data else codec.receive_end()
+                event = codec.next_event()
+                if event.__class__ is not str and event.__class__ is not bytes:
+                    event = await self._next(event)
+            return event
+        except _ENDS as error:
+            raise await self._failed(error)
+        finally:
+            self._receiving = False
+            if self._lot is not None:
+                self._lot.unpark_all()
+
+    async def _receive_otherwise(self):
+        if not self._receiving:                 # who does gets what he has asked for, and this one a BusyError
+            self._codec.pieces = False
+        while self._unread is not None:         # the rest of a message that nobody wanted
+            await self._receive_event(self._unread)
+        event = await self._receive_event()
+        return await self._whole(event) if type(event) is Piece else event
+
+    async def _whole(self, piece):
+        """The message of a first piece: it had begun as one that is received in pieces. Cancelled: what has come is kept."""
+        empty, pieces, size, most = piece.data[:0], [piece.data], _size(piece.data), self._codec.max_message
+        unread = self._unread
+        try:
+            while size <= most and not piece.last:
+                piece = await self._receive_event(unread)
+                pieces.append(piece.data)
+                size += _size(piece.data)
+        except flowcoro.Cancelled:
+            with self._lock:
+                if self._unread is unread:
+                    if self._queue is None:
+                        self._queue = collections.deque()
+                    self._queue.appendleft(Piece(empty.join(pieces), True, False))
+                    self._queued += len(self._queue[0].data)
+                    self._unread = None
+                    self._mark_special()
+            raise
+        if size > most:
+            raise await self._refused(RemoteProtocolError(1009, f"a message of more than {most} bytes (max_message=)"))
+        return empty.join(pieces)
+
+    async def _refused(self, error):
+        """_failed() for what the codec has let pass. E1: its caller is who reads from then on."""
+        while (background := self._background) is not None:
+            await self._relieve(background)
+        self._receiving = True
+        try:
+            return await self._failed(error)
+        finally:
+            self._receiving = False
+            self._wake()
+
+    async def receive_pieces(self):
+        """`async for piece in ws.receive_pieces()`: the next message in pieces, str or bytes, as they come. It may be of any
+        length: max_message= does not count. What has been received as a whole already comes as one piece.
+
+        Who leaves it before the end, best by contextlib.aclosing(), drops the rest; who goes on with it after the next message was
+        asked for gets BusyError. Other errors as receive().
+        """
+        await _turn()
+        if not self._receiving:
+            self._codec.pieces = self._special = True
+        while self._unread is not None:
+            await self._receive_event(self._unread)
+        unread = None
+        while True:
+            event = await self._receive_event(unread)
+            unread = self._unread
+            if type(event) is not Piece:
+                yield event
+                return
+            if event.data:
+                yield event.data
+            if event.last:
+                return
+
+    async def _receive_event(self, unread=None):
+        """The next message or Piece; a further one of the message for which `_unread` is `unread`."""
+        await _turn()                           # also between pieces: 64 KiB may be inflated to a thousand of 64 KiB
+        while True:
+            with self._lock:
+                background, taken = self._background, unread is not self._unread
+                if self._queue and not taken:
+                    event = self._queue.popleft()
+                    self._queued -= len(event.data if type(event) is Piece else event)
+                    break
+                if self._closed:
+                    raise self._closed_error()
+                taken = taken or self._receiving
+                if taken and self._codec.our_state is not SHUT:
+                    raise flowcoro.BusyError(f"{self!r}: " + (
+                        "another task receives from it; one at a time" if self._receiving or unread is None else
+                        "the rest of this message was dropped, by who has asked for the next one"))
+                if not taken and background is None:
+                    self._receiving, self._idle = True, 0
+            if taken:                           # by close() in another task, which drops what comes until the end
+                await self._wait(lambda: self._closed or not self._receiving and unread is self._unread)
+            elif background is None:
+                event = await self._read()
+                break
+            else:
+                await self._relieve(background)
+        self._unread = (self._unread or object()) if type(event) is Piece and not event.last else None
+        self._mark_special()
+        return event
+
+    async def _relieve(self, background):
+        """E1: end the task in the background; but if the end has come, it gives the peer the time to hear of it."""
+        if self.close_code is None:
+            background.cancel()
+        await self._wait(lambda: self._background is not background)
+
+    async def _read(self):
+        """The next message or Piece from the network. E1: `_receiving` is set, and no more when it returns."""
+        try:
+            return await self._next()
+        finally:
+            self._receiving = False
+            self._wake()
+
+    async def _next(self, event=None):
+        """The next message or Piece, of `event` and what comes after it. For who reads (E1)."""
+        codec = self._codec
+        try:
+            while True:
+                if event is None:
+                    event = codec.next_event()
+                kind = type(event)
+                if kind is str or kind is bytes or kind is Piece:
+                    return event
+                if event is NEED_DATA:
+                    data = await self._sock.read(CHUNK)
+                    codec.receive_data(data) if data else codec.receive_end()
+                elif event is _MORE:
+                    await flowcoro.checkpoint()
+                else:
+                    await self._control(event)
+                event = None
+        except _ENDS as error:
+            raise await self._failed(error)
+
     # -- in the background
 
     def _has_room(self):
@@ -2067,7 +2073,10 @@ class WebSocket(_Receiver):
     # -- Pings
 
     async def ping(self):
-        """Send a Ping and wait for its Pong: the seconds that took. ConnectionClosed. Cancelled: nobody waits for the Pong."""
+        """Send a Ping and wait for its Pong: the seconds that took. ConnectionClosed. Cancelled: nobody waits for the Pong.
+
+        It is read by who receives, else in the background, but not while as many messages as are kept (max_queue) wait before it.
+        """
         await _turn()
         self._check_open()
         promise = flowcoro.Promise()
@@ -2163,7 +2172,8 @@ class WebSocket(_Receiver):
 
     async def wait_closed(self):
         """Wait until it is closed, by whomever. For a handler that only sends. Messages that come meanwhile are kept for
-        receive(), max_queue at most: then nothing more is read until somebody receives, or the peer has gone; then all are dropped."""
+        receive(), max_queue at most: then nothing more is read until somebody receives, or the peer has gone; then all are
+        dropped."""
         await _turn()
         self._read_in_background()
         while not self._closed:
