@@ -1919,7 +1919,7 @@ class _Receiver(_Ending):
         """`async for piece in ws.receive_pieces()`: the next message in pieces, str or bytes, as they come. It may be of any
         length: max_message= does not count. What has been received as a whole already comes as one piece.
 
-        Who leaves it before the end, best by contextlib.aclosing(), drops the rest; who goes on with it after the next message was
+        Who leaves it before the end, best by contextlib.aclosing(), drops the rest; who goes on with it once the next message was
         asked for gets BusyError. Other errors as receive().
         """
         await _turn()
