@@ -250,7 +250,7 @@ class Deflate:
 
     def __post_init__(self):
         for name in ("server_max_window_bits", "client_max_window_bits"):
-            if getattr(self, name) not in range(8, 16):
+            if type(getattr(self, name)) is not int or getattr(self, name) not in range(8, 16):
                 raise ValueError(f"{name}={getattr(self, name)!r:.40}: 8 to 15")
         if self.threshold < 0:
             raise ValueError(f"threshold={self.threshold!r:.40}: bytes, 0 or more")
@@ -757,6 +757,10 @@ class _Sign:
 # Of next_event(): give it more by receive_data() or receive_end(); nothing more will come.
 NEED_DATA, CLOSED = _Sign("NEED_DATA"), _Sign("CLOSED")
 
+# Of it where a WebSocket asks, after _STEPS heads and contents of frames (0.3 ms) without an event: call it again, and let others
+# run before. One read may have brought ten thousand fragments of a byte.
+_MORE, _STEPS = _Sign("MORE"), 200
+
 
 class Piece(typing.NamedTuple):
     """Some of a message: `data` (str of a text, else bytes), and whether it is the `first` and the `last` piece of it.
@@ -918,7 +922,7 @@ class _Incoming:
 
     __slots__ = ("role", "deflate", "max_frame", "pieces", "our_state", "their_state", "close_code", "close_reason",
                  "_buffer", "_at", "_ended", "_error", "_max_message", "_limit", "_bit", "_head",
-                 "_message", "_left", "_final", "_mask", "_inflater", "_compressor", "_sending")
+                 "_message", "_left", "_final", "_mask", "_inflater", "_compressor", "_sending", "_steps")
 
     def receive_data(self, data):
         """What the peer has sent next, bytes-like, at least one. Call next_event() until it gives NEED_DATA or CLOSED.
@@ -986,18 +990,27 @@ class _Incoming:
                 except UnicodeDecodeError:
                     pass
                 else:
-                    self._at = end
+                    if end == len(buffer):
+                        self._buffer, self._at = b"", 0     # what has been read is not kept
+                    else:
+                        self._at = end
                     return message
         return self._long_way()
 
     def _long_way(self):
         if self._error is not None:
             raise self._error.with_traceback(None)
+        left = self._steps
         try:
             while self.their_state is not SHUT:
                 event = self._frame_begins() if self._left < 0 else self._frame_goes_on()
                 if event is not None:
+                    if self._at == len(self._buffer):
+                        self._buffer, self._at = b"", 0
                     return event
+                left -= 1
+                if not left:
+                    return _MORE
             return CLOSED
         except RemoteProtocolError as error:
             self._error, self.close_code, self.close_reason = error, error.code, str(error)
@@ -1014,8 +1027,6 @@ class _Incoming:
     def _more(self):
         """NEED_DATA, unless there will be none."""
         if not self._ended:
-            if self._at == len(self._buffer):           # who waits keeps nothing of what has been read
-                self._buffer, self._at = b"", 0
             return NEED_DATA
         self.close_code, self.close_reason = 1006, ""
         self._their(_END)
@@ -1203,6 +1214,7 @@ class WebSocketConnection(_Incoming):
         self._bit, self._head = (128, 6) if server else (0, 2)         # of what comes: masked or not, bytes of a short head
         self._message = self._mask = self._inflater = self._compressor = self._sending = None
         self._left, self._final = -1, 0                                 # -1: between two frames of data
+        self._steps = -1                                                # without end
         if deflate is not None:
             servers = deflate.server_max_window_bits, not deflate.server_no_context_takeover
             clients = deflate.client_max_window_bits, not deflate.client_no_context_takeover
@@ -1256,7 +1268,7 @@ class WebSocketConnection(_Incoming):
         It may come in the middle of a message, which then remains incomplete. `code`: 1000 to 1003, 1007 to 1014, 3000 to 4999;
         or 1005 for none. `reason`: at most 123 bytes of UTF-8. LocalProtocolError for others, and for a second Close.
         """
-        if code != 1005 and code not in _CODES:
+        if not isinstance(code, int) or code != 1005 and code not in _CODES:
             raise LocalProtocolError(f"the code {code!r:.40} for a Close: 1000 to 1003, 1007 to 1014, 3000 to 4999 (from 4000 on "
                                      "yours); 1005 for none")
         if not isinstance(reason, str):
@@ -1319,10 +1331,11 @@ SWEEP = 0.5
 # Seconds between Pings, and without any sign of life after one: `websockets` has the same. Proxies cut what is idle for 60.
 PING_INTERVAL, PING_TIMEOUT = 20.0, 20.0
 
-# Seconds for the peer's Close after ours, and for it to end the connection. `websockets` 10.
+# Seconds for the peer's Close after ours. `websockets` 10.
 CLOSE_TIMEOUT = 10.0
 
-# Seconds, and bytes, for which we read on after a failure, so that the Close that tells why arrives (else the system may reset).
+# Seconds, and bytes, for which we read on after a failure, so that the Close that tells why arrives (else the system may reset);
+# and seconds for a server to end the connection after both Closes.
 LINGER, MAX_LINGER = 2.0, 4 * 2**20
 
 # Messages, and bytes (or characters) of them, that are received for a handler that does not receive. `websockets` 16 messages.
@@ -1439,6 +1452,7 @@ class _Sender:
 
     def __init__(self, sock, codec, several):
         self._sock, self._codec, self._secure = sock, codec, sock.tls is not None
+        codec._steps = _STEPS
         self._lock = threading.Lock() if several else _NO_LOCK      # over a step of the codec with the write of what it gives
         self._lot = flowcoro.ParkingLot("wait for a WebSocket") if several else None        # of all who wait for a change
         self._unsent = None             # frames that the system has not taken
@@ -1561,8 +1575,8 @@ class _Sender:
         the peer reads waits.
 
         Several tasks may send at a time; messages do not mix. Cancelled: the message was not sent, or it will leave as a whole
-        (the socket goes on with it). Of an iterable that fails or is cancelled a part was sent, which has no end: the WebSocket
-        is closed with 1011. ConnectionClosed once it is closed, or close() was called; TypeError for what is no message, and
+        (the socket goes on with it). Of an iterable that fails or is cancelled before its end a part was sent: the WebSocket is
+        closed with 1011. ConnectionClosed once it is closed, or close() was called; TypeError for what is no message, and
         LocalProtocolError for a text with half of a character (a surrogate): nothing was sent.
         """
         task = _current_task()
@@ -1652,7 +1666,8 @@ class _Sender:
                     continue
                 first, begun = not begun, True
                 await self._send_piece(piece, first, False)
-            await self._send_piece(b"" if kind is False else "", not begun, True)
+            first, begun = not begun, False     # with this one it is complete, and leaves as a whole whoever is cancelled
+            await self._send_piece(b"" if kind is False else "", first, True)
         except BaseException:
             if begun:
                 self.close_nowait(1011, "a message broke off")
@@ -1697,169 +1712,15 @@ def _size(data):
     return len(data) if type(data) is bytes else len(data.encode())
 
 
-class _Receiver(_Sender):
-    """How a WebSocket receives, and how it ends."""
+class _Ending(_Sender):
+    """What comes and is no message, and how a WebSocket ends."""
 
-    __slots__ = ("_special", "_receiving", "_background", "_queue", "_queued", "_unread", "_idle", "_pings",
-                 "_max_queue")
+    __slots__ = ("_special", "_pings")
 
     def __init__(self, sock, codec, several):
         super().__init__(sock, codec, several)
         self._special = several
-        self._receiving, self._background = False, None     # E1
-        self._queue, self._queued = None, 0     # messages and pieces that were received in the background, and their length
-        self._unread = False            # a message of receive_pieces() was not received to its end
-        self._idle = 0                  # looks of the sweep that have found nobody who reads
         self._pings = None              # payload -> (when it was sent, the Promise of who waits or None)
-
-    def _mark_special(self):
-        """E3"""
-        self._special = (self._lock is not _NO_LOCK or bool(self._queue) or self._background is not None or self._closed
-                         or self._unread or self._codec.pieces)
-
-    # -- messages
-
-    async def receive(self):
-        """The next message: str (text) or bytes (binary). Cancelled: nothing is lost.
-
-        ConnectionClosed once the peer has closed, or the connection is lost (code 1006), or nothing came in answer to a Ping. The
-        messages that came before are given first. BusyError while another task receives.
-        """
-        codec = self._codec
-        if self._special or self._receiving or codec._buffer or codec._message is not None:
-            return await self._receive_otherwise()
-        self._receiving, self._idle = True, 0           # and all of this is written out in __anext__(), too
-        try:
-            data = await self._sock.read(CHUNK)
-            event = _short_message(codec, data)
-            if event is None:
-                codec.receive_data(data) if data else codec.receive_end()
-                event = codec.next_event()
-                if event.__class__ is not str and event.__class__ is not bytes:
-                    event = await self._next(event)
-                if codec._at == len(codec._buffer):         # what was read is not kept
-                    codec._buffer, codec._at = b"", 0
-            return event
-        except _ENDS as error:
-            raise await self._failed(error)
-        finally:
-            self._receiving = False
-            if self._lot is not None:
-                self._lot.unpark_all()
-
-    async def _receive_otherwise(self):
-        self._codec.pieces = False
-        while self._unread:                     # the rest of a message that nobody wanted
-            await self._receive_event()
-        event = await self._receive_event()
-        return await self._whole(event) if type(event) is Piece else event
-
-    async def _whole(self, piece):
-        """The message of a first piece: it had begun as one that is received in pieces. Cancelled: what has come is kept."""
-        empty, pieces, size, most = piece.data[:0], [piece.data], _size(piece.data), self._codec.max_message
-        try:
-            while size <= most and not piece.last:
-                piece = await self._receive_event()
-                pieces.append(piece.data)
-                size += _size(piece.data)
-        except flowcoro.Cancelled:
-            with self._lock:
-                if self._queue is None:
-                    self._queue = collections.deque()
-                self._queue.appendleft(Piece(empty.join(pieces), True, False))
-                self._queued += len(self._queue[0].data)
-                self._unread = False
-                self._mark_special()
-            raise
-        if size > most:
-            raise await self._refused(RemoteProtocolError(1009, f"a message of more than {most} bytes (max_message=)"))
-        return empty.join(pieces)
-
-    async def _refused(self, error):
-        """_failed() for what the codec has let pass. E1: its caller is who reads from then on."""
-        while (background := self._background) is not None:
-            background.cancel()
-            await self._wait(lambda: self._background is not background)
-        self._receiving = True
-        try:
-            return await self._failed(error)
-        finally:
-            self._receiving = False
-            self._wake()
-
-    async def receive_pieces(self):
-        """`async for piece in ws.receive_pieces()`: the next message in pieces, str or bytes, as they come. It may be of any
-        length: max_message= does not count. What has been received as a whole already comes as one piece.
-
-        Who leaves it before the end, best by contextlib.aclosing(), drops the rest. Errors as receive().
-        """
-        await _turn()
-        self._codec.pieces = self._special = True
-        while self._unread:
-            await self._receive_event()
-        while True:
-            event = await self._receive_event()
-            if type(event) is not Piece:
-                yield event
-                return
-            if event.data:
-                yield event.data
-            if event.last:
-                return
-
-    async def _receive_event(self):
-        """The next message or Piece."""
-        await _turn()                           # also between pieces: 64 KiB may be inflated to a thousand of 64 KiB
-        while True:
-            with self._lock:
-                background = self._background
-                if self._queue:
-                    event = self._queue.popleft()
-                    self._queued -= len(event.data if type(event) is Piece else event)
-                    break
-                if self._receiving:
-                    raise flowcoro.BusyError(f"{self!r}: another task receives from it; one at a time")
-                if self._closed:
-                    raise self._closed_error()
-                if background is None:
-                    self._receiving, self._idle = True, 0
-            if background is None:
-                event = await self._read()
-                break
-            background.cancel()
-            await self._wait(lambda: self._background is not background)
-        self._unread = type(event) is Piece and not event.last
-        self._mark_special()
-        return event
-
-    async def _read(self):
-        """The next message or Piece from the network. E1: `_receiving` is set, and no more when it returns."""
-        try:
-            return await self._next()
-        finally:
-            self._receiving = False
-            self._wake()
-
-    async def _next(self, event=None):
-        """The next message or Piece, of `event` and what comes after it. For who reads (E1)."""
-        codec = self._codec
-        try:
-            while True:
-                if event is None:
-                    event = codec.next_event()
-                kind = type(event)
-                if kind is str or kind is bytes or kind is Piece:
-                    return event
-                if event is NEED_DATA:
-                    data = await self._sock.read(CHUNK)
-                    codec.receive_data(data) if data else codec.receive_end()
-                else:
-                    await self._control(event)
-                event = None
-        except _ENDS as error:
-            raise await self._failed(error)
-
-    # -- what is no message
 
     async def _control(self, event):
         kind = type(event)
@@ -1966,6 +1827,183 @@ class _Receiver(_Sender):
             self._write(self._codec.send_ping(payload))
         return payload
 
+
+class _Receiver(_Ending):
+    """How a WebSocket receives."""
+
+    __slots__ = ("_receiving", "_background", "_queue", "_queued", "_unread", "_idle", "_max_queue")
+
+    def __init__(self, sock, codec, several):
+        super().__init__(sock, codec, several)
+        self._receiving, self._background = False, None     # E1
+        self._queue, self._queued = None, 0     # messages and pieces that were received in the background, and their length
+        self._unread = None             # an object, as long as a message is received in pieces, and not to its end
+        self._idle = 0                  # looks of the sweep that have found nobody who reads
+
+    def _mark_special(self):
+        """E3"""
+        self._special = (self._lock is not _NO_LOCK or bool(self._queue) or self._background is not None or self._closed
+                         or self._unread is not None or self._codec.pieces)
+
+    # -- messages
+
+    async def receive(self):
+        """The next message: str (text) or bytes (binary). Cancelled: nothing is lost.
+
+        ConnectionClosed once the peer has closed, or the connection is lost (code 1006), or nothing came in answer to a Ping. The
+        messages that came before are given first. BusyError while another task receives (but who closes only ends it).
+        """
+        codec = self._codec
+        if self._special or self._receiving or codec._buffer or codec._message is not None:
+            return await self._receive_otherwise()
+        self._receiving, self._idle = True, 0           # and all of this is written out in __anext__(), too
+        try:
+            data = await self._sock.read(CHUNK)
+            event = _short_message(codec, data)
+            if event is None:
+                codec.receive_data(data) if data else codec.receive_end()
+                event = codec.next_event()
+                if event.__class__ is not str and event.__class__ is not bytes:
+                    event = await self._next(event)
+            return event
+        except _ENDS as error:
+            raise await self._failed(error)
+        finally:
+            self._receiving = False
+            if self._lot is not None:
+                self._lot.unpark_all()
+
+    async def _receive_otherwise(self):
+        if not self._receiving:                 # who does gets what he has asked for, and this one a BusyError
+            self._codec.pieces = False
+        while self._unread is not None:         # the rest of a message that nobody wanted
+            await self._receive_event(self._unread)
+        event = await self._receive_event()
+        return await self._whole(event) if type(event) is Piece else event
+
+    async def _whole(self, piece):
+        """The message of a first piece: it had begun as one that is received in pieces. Cancelled: what has come is kept."""
+        empty, pieces, size, most = piece.data[:0], [piece.data], _size(piece.data), self._codec.max_message
+        unread = self._unread
+        try:
+            while size <= most and not piece.last:
+                piece = await self._receive_event(unread)
+                pieces.append(piece.data)
+                size += _size(piece.data)
+        except flowcoro.Cancelled:
+            with self._lock:
+                if self._unread is unread:
+                    if self._queue is None:
+                        self._queue = collections.deque()
+                    self._queue.appendleft(Piece(empty.join(pieces), True, False))
+                    self._queued += len(self._queue[0].data)
+                    self._unread = None
+                    self._mark_special()
+            raise
+        if size > most:
+            raise await self._refused(RemoteProtocolError(1009, f"a message of more than {most} bytes (max_message=)"))
+        return empty.join(pieces)
+
+    async def _refused(self, error):
+        """_failed() for what the codec has let pass. E1: its caller is who reads from then on."""
+        while (background := self._background) is not None:
+            await self._relieve(background)
+        self._receiving = True
+        try:
+            return await self._failed(error)
+        finally:
+            self._receiving = False
+            self._wake()
+
+    async def receive_pieces(self):
+        """`async for piece in ws.receive_pieces()`: the next message in pieces, str or bytes, as they come. It may be of any
+        length: max_message= does not count. What has been received as a whole already comes as one piece.
+
+        Who leaves it before the end, best by contextlib.aclosing(), drops the rest; who goes on with it once the next message was
+        asked for gets BusyError. Other errors as receive().
+        """
+        await _turn()
+        if not self._receiving:
+            self._codec.pieces = self._special = True
+        while self._unread is not None:
+            await self._receive_event(self._unread)
+        unread = None
+        while True:
+            event = await self._receive_event(unread)
+            unread = self._unread
+            if type(event) is not Piece:
+                yield event
+                return
+            if event.data:
+                yield event.data
+            if event.last:
+                return
+
+    async def _receive_event(self, unread=None):
+        """The next message or Piece; a further one of the message for which `_unread` is `unread`."""
+        await _turn()                           # also between pieces: 64 KiB may be inflated to a thousand of 64 KiB
+        while True:
+            with self._lock:
+                background, taken = self._background, unread is not self._unread
+                if self._queue and not taken:
+                    event = self._queue.popleft()
+                    self._queued -= len(event.data if type(event) is Piece else event)
+                    break
+                if self._closed:
+                    raise self._closed_error()
+                taken = taken or self._receiving
+                if taken and self._codec.our_state is not SHUT:
+                    raise flowcoro.BusyError(f"{self!r}: " + (
+                        "another task receives from it; one at a time" if self._receiving or unread is None else
+                        "the rest of this message was dropped, by who has asked for the next one"))
+                if not taken and background is None:
+                    self._receiving, self._idle = True, 0
+            if taken:                           # by close() in another task, which drops what comes until the end
+                await self._wait(lambda: self._closed or not self._receiving and unread is self._unread)
+            elif background is None:
+                event = await self._read()
+                break
+            else:
+                await self._relieve(background)
+        self._unread = (self._unread or object()) if type(event) is Piece and not event.last else None
+        self._mark_special()
+        return event
+
+    async def _relieve(self, background):
+        """E1: end the task in the background; but if the end has come, it gives the peer the time to hear of it."""
+        if self.close_code is None:
+            background.cancel()
+        await self._wait(lambda: self._background is not background)
+
+    async def _read(self):
+        """The next message or Piece from the network. E1: `_receiving` is set, and no more when it returns."""
+        try:
+            return await self._next()
+        finally:
+            self._receiving = False
+            self._wake()
+
+    async def _next(self, event=None):
+        """The next message or Piece, of `event` and what comes after it. For who reads (E1)."""
+        codec = self._codec
+        try:
+            while True:
+                if event is None:
+                    event = codec.next_event()
+                kind = type(event)
+                if kind is str or kind is bytes or kind is Piece:
+                    return event
+                if event is NEED_DATA:
+                    data = await self._sock.read(CHUNK)
+                    codec.receive_data(data) if data else codec.receive_end()
+                elif event is _MORE:
+                    await flowcoro.checkpoint()
+                else:
+                    await self._control(event)
+                event = None
+        except _ENDS as error:
+            raise await self._failed(error)
+
     # -- in the background
 
     def _has_room(self):
@@ -2035,7 +2073,10 @@ class WebSocket(_Receiver):
     # -- Pings
 
     async def ping(self):
-        """Send a Ping and wait for its Pong: the seconds that took. ConnectionClosed. Cancelled: nobody waits for the Pong."""
+        """Send a Ping and wait for its Pong: the seconds that took. ConnectionClosed. Cancelled: nobody waits for the Pong.
+
+        It is read by who receives, else in the background, but not while as many messages as are kept (max_queue) wait before it.
+        """
         await _turn()
         self._check_open()
         promise = flowcoro.Promise()
@@ -2113,15 +2154,15 @@ class WebSocket(_Receiver):
                 await self._wait(lambda: self._closed or not self._receiving and self._background is None)
             else:
                 try:
-                    await self._receive_event()
+                    await self._receive_event(self._unread)
                 except ConnectionClosed:
                     break
                 except flowcoro.BusyError:
                     pass
 
     def close_nowait(self, code=1000, reason=""):
-        """Send a Close, and have the connection ended when the peer's has come, or after 10 seconds. Never blocks. Who receives
-        goes on until then. LocalProtocolError as close()."""
+        """Send a Close, and have the connection ended when the peer's has come, or after close_timeout of accept() or connect().
+        Never blocks. Who receives goes on until then. LocalProtocolError as close()."""
         if self._closed:
             return
         self._say_close(code, reason)
@@ -2131,7 +2172,8 @@ class WebSocket(_Receiver):
 
     async def wait_closed(self):
         """Wait until it is closed, by whomever. For a handler that only sends. Messages that come meanwhile are kept for
-        receive(), 16 at most: then nothing more is read until somebody receives, or the peer has gone; then all are dropped."""
+        receive(), max_queue at most: then nothing more is read until somebody receives, or the peer has gone; then all are
+        dropped."""
         await _turn()
         self._read_in_background()
         while not self._closed:
@@ -2179,18 +2221,17 @@ class WebSocket(_Receiver):
                     event = codec.next_event()
                     if event.__class__ is not str and event.__class__ is not bytes:
                         event = await self._next(event)
-                    if codec._at == len(codec._buffer):         # what was read is not kept
-                        codec._buffer, codec._at = b"", 0
                 return event
+            except _ENDS as error:
+                raise await self._failed(error)
             finally:
                 self._receiving = False
                 if self._lot is not None:
                     self._lot.unpark_all()
-        except _ENDS as error:
-            error = await self._failed(error)
+        except ConnectionClosed as error:
             if error.code in _NORMAL:
                 raise StopAsyncIteration from None
-            raise error
+            raise
 
     # -- about it
 
@@ -2239,7 +2280,7 @@ async def accept(request, *, subprotocols=(), origins=None, headers=(), deflate=
     headers: pairs or a mapping, for the answer. deflate: True, False, or a Deflate: whether messages may be compressed.
     max_message: bytes of a message, inflated, beyond which it is refused with 1009; max_frame: those of one frame. max_queue:
     messages that are received while nobody receives, and a megabyte at most; then nothing is read. close_timeout: seconds for the
-    peer's Close, and for its end of the connection (None: no limit).
+    peer's Close after ours (None: no limit).
     ping_interval: seconds between Pings; ping_timeout: seconds after one without any sign of life (something comes, or the Ping
     has not left yet, and what is before it does), and the connection counts as lost; None: no Pings, no limit.
     HandshakeError, with the `status` and `headers` of the answer: 400, 403 for the origin, 405, 426. What upgrade() raises.
@@ -2641,12 +2682,14 @@ def broadcast(websockets, message, *, slow="skip", max_backlog=MAX_BACKLOG):
     if slow not in ("skip", "close"):
         raise ValueError(f"slow={slow!r}: give \"skip\" or \"close\"")
     frame, missed, batch = encode_message(message), [], _Batch.of_kernel()
-    size, first = len(frame), not batch.members
+    size = len(frame)
     for ws in list(websockets):
         if ws._batched and ws._kept - ws._flushed <= max_backlog:
             ws._unsent.append(frame)
             ws._kept += size
         elif ws._ready and ws._shares:
+            if not batch.members:
+                flowcoro.spawn(batch.send(), name="send what was broadcast")
             ws._unsent, ws._flushing, ws._batched, ws._ready = [frame], True, True, False
             ws._kept += size
             batch.members.append(ws)
@@ -2654,6 +2697,4 @@ def broadcast(websockets, message, *, slow="skip", max_backlog=MAX_BACKLOG):
             missed.append(ws)
             if offered is None and slow == "close":
                 ws.close_nowait(1013, "too slow")
-    if first and batch.members:
-        flowcoro.spawn(batch.send(), name="send what was broadcast")
     return missed

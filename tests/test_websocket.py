@@ -157,6 +157,29 @@ async def test_who_receives_or_drops_many_pieces_that_are_there_lets_others_run(
             group.cancel()
 
 
+@pytest.mark.parametrize("how", ["receive", "iterate", "background"])
+@simulated
+async def test_who_receives_a_message_in_many_fragments_that_are_there_lets_others_run(how):
+    async with served(capacity=2**20, ping_interval=None) as (ws, peer):
+        await peer.write(b"".join(peer.codec.send_piece("x", number == 0, number == 1999) for number in range(2000)))
+        turns = 0
+
+        async def other():
+            nonlocal turns
+            while not got:
+                turns += 1
+                await flowcoro.checkpoint()
+
+        async with flowcoro.TaskGroup() as group:
+            got = False
+            if how == "background":
+                ws._read_in_background()
+                await flowcoro.checkpoint()
+            group.spawn(other())
+            got = await (ws.receive() if how == "receive" else anext(ws))
+            assert got == "x" * 2000 and turns > 10
+
+
 @simulated
 async def test_a_cancelled_receive_loses_nothing():
     async with pair(capacity=100) as (server, client):
@@ -185,6 +208,29 @@ async def test_a_second_receiver_is_told():
             with pytest.raises(flowcoro.BusyError, match="another task receives"):
                 await server.receive()
             await client.send("for the first")
+
+
+@simulated
+async def test_a_second_receiver_changes_nothing_for_the_first():
+    async with served(max_message=10) as (ws, peer):
+        async with flowcoro.TaskGroup() as group:
+            receiving = group.spawn(ws.receive())
+            await wait_all_tasks_parked()
+            with pytest.raises(flowcoro.BusyError):
+                await anext(ws.receive_pieces())
+            await peer.write(peer.codec.send_message("one") + peer.codec.send_message("two"))
+            assert await receiving == "one" and await ws.receive() == "two"
+        async with flowcoro.TaskGroup() as group:
+            receiving = group.spawn(_all_pieces(ws))
+            await wait_all_tasks_parked()
+            with pytest.raises(flowcoro.BusyError):
+                await ws.receive()
+            await peer.write(peer.codec.send_message("longer than max_message"))
+            assert "".join(await receiving) == "longer than max_message"
+
+
+async def _all_pieces(ws):
+    return [piece async for piece in ws.receive_pieces()]
 
 
 # ---- a peer that does not read ---------------------------------------------------------------------------------
@@ -342,6 +388,25 @@ async def test_who_leaves_a_message_in_the_middle_gets_the_next_one():
         assert [piece async for piece in server.receive_pieces()] == ["d", "e"]
 
 
+@pytest.mark.parametrize("following", ["receive", "pieces"])
+@simulated
+async def test_who_goes_on_with_a_message_that_was_left_gets_nothing_of_another(following):
+    async with served() as (ws, peer):
+        await peer.write(b"".join(peer.codec.send_piece(f"{name}{number}", number == 0, number == 2)
+                                  for name in "abc" for number in range(3)))
+        left, next_one = ws.receive_pieces(), ws.receive_pieces()
+        assert await anext(left) == "a0"
+        if following == "receive":
+            assert await ws.receive() == "b0b1b2"
+        else:
+            assert await anext(next_one) == "b0"
+        with pytest.raises(flowcoro.BusyError, match="rest of this message was dropped"):
+            await anext(left)
+        if following == "pieces":
+            assert [piece async for piece in next_one] == ["b1", "b2"]
+        assert await ws.receive() == "c0c1c2"
+
+
 @simulated
 async def test_other_messages_wait_for_the_end_of_a_fragmented_one():
     async with pair() as (server, client):
@@ -389,6 +454,29 @@ async def _expect(ws, code):
     with pytest.raises(ConnectionClosed) as caught:
         await ws.receive()
     assert caught.value.code == code == ws.close_code
+
+
+@simulated
+async def test_fragments_that_are_cancelled_have_come_as_a_whole_or_close_the_websocket():
+    number, cancelled, ends = 0, True, []
+    while cancelled:
+        number += 1
+        async with pair(capacity=50, ping_interval=None) as (server, client), flowcoro.TaskGroup() as group:
+            coming = group.spawn(_message_or_code(client))
+            with flowcoro.CancelScope() as scope:
+                await cancelled_at(scope, number, server.send(["x" * 100] * 3))
+            cancelled, closing = scope.cancelled_caught, server._codec.our_state == "CLOSED"
+            if not cancelled or number > 1:
+                ends.append((await coming, closing))
+            group.cancel()
+    assert set(ends) == {("x" * 300, False), (1011, True)}, ends
+
+
+async def _message_or_code(ws):
+    try:
+        return await ws.receive()
+    except ConnectionClosed as error:
+        return error.code
 
 
 @simulated
@@ -844,6 +932,32 @@ async def test_close_while_another_task_receives_and_others_close():
         assert server.close_code == client.close_code == 1000
 
 
+@pytest.mark.parametrize("how", ["receive", "iterate", "pieces"])
+@simulated
+async def test_who_receives_while_another_task_closes_hears_of_the_end(how):
+    async with served(ping_interval=None) as (ws, peer):
+        async def handle():
+            with pytest.raises(ConnectionClosed) as caught:
+                if how == "pieces":
+                    async for _ in ws.receive_pieces():
+                        await flowcoro.sleep(1)
+                while True:
+                    await (ws.receive() if how == "receive" else anext(ws))
+                    await flowcoro.sleep(1)
+            assert caught.value.code == 4001
+
+        async with flowcoro.TaskGroup() as group:
+            group.spawn(handle())
+            await peer.write(peer.codec.send_piece("a", True, how != "pieces"))
+            await flowcoro.sleep(0.5)
+            group.spawn(ws.close(4001, "not wanted"))
+            if how == "pieces":
+                await peer.write(peer.codec.send_piece("b", False, False))
+            await flowcoro.sleep(2)
+            assert (await peer.next()).code == 4001
+            await peer.write(peer.codec.send_close(4001))
+
+
 @pytest.mark.parametrize("queued", [False, True])
 @simulated
 async def test_close_reads_on_when_the_receiver_leaves(queued):
@@ -987,6 +1101,30 @@ async def test_who_does_not_end_after_an_error_is_cut():
         began = flowcoro.now()
         await _expect(ws, 1002)
         assert flowcoro.now() - began == flowcoro_websocket.LINGER
+
+
+@pytest.mark.parametrize("how", ["receive", "iterate", "background", "receive after background", "close after background"])
+@simulated
+async def test_whoever_reads_the_error_a_peer_has_all_the_time_to_hear_of_it(how):
+    async with served(ping_interval=None) as (ws, peer):
+        async def receive():
+            with pytest.raises(ConnectionClosed) as caught:
+                await ws.receive() if how.startswith("receive") else await anext(ws)
+            assert caught.value.code == 1002
+
+        began = flowcoro.now()
+        async with flowcoro.TaskGroup() as group:
+            await peer.write(b"\x83\x80\0\0\0\0")
+            if how in ("receive", "iterate"):
+                group.spawn(receive())
+            await flowcoro.sleep(1.2)                   # in which the sweep has found that nobody reads, if that is so
+            assert (await peer.next()).code == 1002 and not ws.closed
+            if how.endswith("after background"):
+                group.spawn(receive() if how.startswith("receive") else ws.close())
+            await flowcoro.sleep(0.7)
+            assert not ws.closed
+            await ws.wait_closed()
+        assert flowcoro_websocket.LINGER <= flowcoro.now() - began <= flowcoro_websocket.LINGER + 1.2
 
 
 @simulated
@@ -1156,6 +1294,15 @@ async def test_an_error_of_the_system_ends_one_member_and_not_the_batch():
         assert await others[0].receive() == "x" == await others[2].receive()
         with pytest.raises(ConnectionClosed, match="no memory"):
             await members[1].send("y")
+
+
+@simulated
+async def test_what_is_no_websocket_among_the_members_holds_nobody_up():
+    async with room(1) as (members, others):
+        with pytest.raises(AttributeError):
+            broadcast([*members, None], "x")
+        assert broadcast(members, "y") == []
+        assert await _receive_all(others[0], 2) == ["x", "y"]
 
 
 @simulated
@@ -1378,6 +1525,20 @@ async def test_who_waits_keeps_nothing_of_what_was_read():
                 assert len(ws._codec._buffer) == 0
             await peer.write(peer.codec.send_message("end"))
             assert len(await receiving) == 3
+
+
+@pytest.mark.parametrize("how", ["receive", "iterate"])
+@simulated
+async def test_a_burst_leaves_nothing_behind_that_makes_later_messages_slow(how, monkeypatch):
+    slowly, receive_otherwise = [], WebSocket._receive_otherwise
+    monkeypatch.setattr(WebSocket, "_receive_otherwise", lambda ws: (slowly.append(ws), receive_otherwise(ws))[1])
+    async with served() as (ws, peer):
+        for count in (3, 1, 1):
+            await peer.write(peer.codec.send_message("x") * count)
+            for _ in range(count):
+                await (ws.receive() if how == "receive" else anext(ws))
+            assert ws._codec._buffer == b""
+        assert len(slowly) == 2                         # for what the first one has left of the burst
 
 
 @simulated

@@ -319,6 +319,7 @@ def test_a_code_that_may_not_be_sent_is_refused_both_ways(role, code):
     end = WebSocketConnection(role)
     if code != 1005:
         assert f"{code}" in refused(end, end.send_close, code)
+    assert "1000.0" in refused(end, end.send_close, 1000.0)
     assert "of 124 bytes; at most 123" in refused(end, end.send_close, 1000, "ä" * 62)
 
 

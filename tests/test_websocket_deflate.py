@@ -141,7 +141,7 @@ def test_what_a_client_offers_and_a_server_answers_is_the_same_agreement(seed):
 
 def test_bits_and_thresholds_that_are_none_are_refused():
     for arguments in ({"server_max_window_bits": 7}, {"client_max_window_bits": 16}, {"server_max_window_bits": None},
-                      {"threshold": -1}):
+                      {"client_max_window_bits": 9.0}, {"threshold": -1}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             Deflate(**arguments)
     with pytest.raises(AttributeError):
