@@ -3933,8 +3933,8 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None)
     who does not end after 100 of such errors is closed by force. In a task's step it is that task's error, and an operation
     that it strikes in the middle may be half done.
     """
-    _checked_coro(coro, "run")
     try:
+        _checked_coro(coro, "run")      # in here: a Ctrl-C may come at any call
         if _local.worker is not _OUTSIDE:
             raise RuntimeError("run() inside a running kernel: await the coroutine, or spawn() it")
         workers = _checked_workers(workers, clock, seed)
@@ -3944,7 +3944,8 @@ def run(coro, *, workers=None, clock=None, seed=None, grace=10.0, watchdog=None)
         value, error = _Kernel(workers, clock, seed, grace, _checked_watchdog(watchdog)).run(coro)
     except BaseException as error:  # also a Ctrl-C before the kernel has taken it over
         try:
-            coro.close()            # else it would complain that nobody awaited it
+            if isinstance(coro, (types.CoroutineType, Coroutine)):
+                coro.close()        # else it would complain that nobody awaited it
         except KeyboardInterrupt:
             if not isinstance(error, KeyboardInterrupt):
                 raise

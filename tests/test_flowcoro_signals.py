@@ -4,6 +4,7 @@ Where the moment of the signal can be chosen it is raised in this process; where
 signal has to come at any moment, a child process runs a script.
 """
 
+import gc
 import math
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,33 @@ def handlers_are_left_as_they_were():
     yield
     assert [signal.getsignal(number) for number in HANDLED] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_ctrl_c_at_the_first_call_within_run_leaves_no_coroutine_that_nobody_awaited():
+    async def main():
+        return None
+
+    calls = 0
+
+    def strike(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+        if calls == 2:                  # the first is run() itself, where nothing can be done yet
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    coro = main()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyboardInterrupt):
+            try:
+                sys.setprofile(strike)
+                flowcoro.run(coro)
+            finally:
+                sys.setprofile(None)
+        del coro
+        gc.collect()
+    assert told == []
 
 
 # ---- a child process ---------------------------------------------------------------------------------------
