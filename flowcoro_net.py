@@ -504,15 +504,6 @@ def _interleaved(found):
 
 # ---- sockets: the base ----------------------------------------------------------------------------------------
 
-async def _turn():
-    """What each operation begins with: a point of cancellation, and of scheduling when the task has had its turn."""
-    task = flowcoro.current_task()
-    if task.budget > 0:
-        task.budget -= 1
-    else:
-        await flowcoro.checkpoint()
-
-
 def _no_more(*args):
     """What a system call on a closed socket becomes. Its error ends as a ClosedError."""
     raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -876,7 +867,7 @@ class _Tls:
                 if done:
                     self.is_done = True
                 else:
-                    await _turn()
+                    await flowcoro.checkpoint_if_due()
                     data = await self._receive(sock)
 
     def _decrypt(self, data, max_bytes):
@@ -911,7 +902,7 @@ class _Tls:
                     self._check_end()
             except ssl.SSLWantReadError:
                 data = None
-                await _turn()           # what comes need not be data, again and again
+                await flowcoro.checkpoint_if_due()           # what comes need not be data, again and again
             except ssl.SSLError as error:
                 self.flush_nowait(sock)
                 raise self.failed(sock, error) from error
@@ -945,7 +936,7 @@ class _Tls:
             view = view[count:]
             await self.flush(sock)
             if view:
-                await _turn()
+                await flowcoro.checkpoint_if_due()
 
     def write_nowait(self, sock, view):
         """As write(), as far as it goes at once: how many bytes are encrypted. For the writer."""
@@ -1161,7 +1152,7 @@ class _Stream(_Owner):
 
     async def _read_otherwise(self, max_bytes):
         """read() where it takes more than a system call (N2), or its task has had its turn."""
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         _whole(max_bytes, 1, f"read({max_bytes!r})")
         self._begin_read()
         try:
@@ -1171,7 +1162,7 @@ class _Stream(_Owner):
 
     async def _write_otherwise(self, data):
         """write() where it takes more than a system call, or its task has had its turn."""
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         await self._write_rest(_as_bytes(data, "write()"))
 
     def write_nowait(self, data):
@@ -1234,7 +1225,7 @@ class _Stream(_Owner):
         while view:
             view = view[await self._send_some(view):]
             if view:
-                await _turn()           # as in read_exactly()
+                await flowcoro.checkpoint_if_due()           # as in read_exactly()
 
     def _cut_short(self, wanted):
         return self._own(BrokenError(None, f"{self!r}: the peer ended after {len(self._buffer)} bytes, where {wanted} was "
@@ -1296,7 +1287,7 @@ class _Bulk(_Stream):
 
         ValueError for an empty buffer, TypeError for one that cannot be written.
         """
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         view = _as_bytes(buffer, "read_into()")
         if view.readonly:
             raise TypeError(f"read_into() needs a buffer that can be written, such as a bytearray, got {buffer!r:.80}")
@@ -1318,7 +1309,7 @@ class _Bulk(_Stream):
         buffers: a list, or what else can be iterated over; it is, as they are sent, 1,024 at a time. TypeError for what is not
         bytes-like, and cancelled: an unknown part was sent.
         """
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         if isinstance(buffers, (bytes, bytearray, memoryview)) or not hasattr(buffers, "__iter__"):
             raise TypeError(f"write_many({buffers!r:.80}): give a list of bytes-like objects; write() takes a single one")
         pieces = iter(buffers)
@@ -1331,7 +1322,7 @@ class _Bulk(_Stream):
                 else:
                     for view in _in_records(views):
                         await self._push(view)
-                        await _turn()       # as in read_exactly()
+                        await flowcoro.checkpoint_if_due()       # as in read_exactly()
         finally:
             self._end_write()
 
@@ -1352,7 +1343,7 @@ class _Bulk(_Stream):
                 done += 1
             if sent:
                 views[done] = views[done][sent:]
-            await _turn()                   # as in read_exactly()
+            await flowcoro.checkpoint_if_due()                   # as in read_exactly()
 
     async def send_file(self, file, offset=0, count=None):
         """Send `count` bytes (None: all that is there) of a file opened for reading in binary, from `offset`; returns how many.
@@ -1363,7 +1354,7 @@ class _Bulk(_Stream):
         no file, ValueError for offset, count, and a closed one; OSError, io.UnsupportedOperation if it cannot be read, or not
         from there (a pipe). Cancelled: an unknown part was sent.
         """
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         if isinstance(file, io.TextIOBase) or not (hasattr(file, "read") and hasattr(file, "seek")):
             raise TypeError(f"send_file({file!r:.80}): give a file opened for reading in binary: open(path, \"rb\"); text has to "
                             "be encoded")
@@ -1404,7 +1395,7 @@ class _Bulk(_Stream):
         try:
             while sent < count:
                 if self._pollable.writable:
-                    await _turn()
+                    await flowcoro.checkpoint_if_due()
                 some = await self._when_writable(sendfile, self._raw.fileno(), number, offset + sent,
                                                  int(min(count - sent, SENDFILE_CHUNK)))
                 self._pollable.writable = True  # a short one may be the file's end; that the buffer is full the next one says
@@ -1433,7 +1424,7 @@ class _Secured(_Bulk):
         client that verifies needs it. TlsError, also if anything was received that has not been read: somebody in the middle
         may have put it there. Errors leave the connection unusable. Cancelled: handshake() goes on with it.
         """
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         context = _as_context(tls, server_side)
         if context is None:
             raise TypeError("start_tls() needs an ssl.SSLContext, or True")
@@ -1464,7 +1455,7 @@ class _Secured(_Bulk):
 
         Cancelled: it can be gone on with.
         """
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         if self._tls is not None and not self._tls.is_done:
             with flowcoro.move_on_after(_seconds(timeout, "timeout")) as scope:
                 await self._tls.handshake(self)
@@ -1607,7 +1598,7 @@ class Socket(_Secured):
 
         Cancelled: nothing consumed.
         """
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         _whole(count, 0, f"read_exactly({count!r})")
         self._begin_read()
         try:
@@ -1619,7 +1610,7 @@ class Socket(_Secured):
                 if len(data) == count and not buffer:
                     return data
                 buffer += data
-                await _turn()           # a fast peer may never let it wait
+                await flowcoro.checkpoint_if_due()           # a fast peer may never let it wait
             return self._take(count)
         finally:
             self._end_read()
@@ -1631,7 +1622,7 @@ class Socket(_Secured):
         nothing is consumed, and read() still gives what has come. Cancelled: nothing consumed. ValueError for an empty separator,
         or one that is longer than the limit.
         """
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         if not isinstance(separator, (bytes, bytearray)):
             raise TypeError(f"read_until({separator!r}): the separator must be bytes, such as b\"\\n\"")
         if not separator:
@@ -1656,7 +1647,7 @@ class Socket(_Secured):
                         raise self._cut_short(f"a {bytes(separator)!r}")
                     return b""
                 buffer += data
-                await _turn()           # as in read_exactly()
+                await flowcoro.checkpoint_if_due()           # as in read_exactly()
         finally:
             self._end_read()
 
@@ -1666,7 +1657,7 @@ class Socket(_Secured):
         BusyError while another task writes. Cancelled: not shut down, or (TLS) the goodbye is half sent: nothing more can be
         written, and again goes on with it.
         """
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         if self._shut:
             return
         if self._tls is not None:
@@ -1707,7 +1698,7 @@ class Socket(_Secured):
             pass
         finally:
             self._close()
-        await _turn()
+        await flowcoro.checkpoint_if_due()
 
     def close_nowait(self):
         """Close at once: no TLS goodbye, else as close(). Never blocks."""
@@ -1771,7 +1762,7 @@ class Socket(_Secured):
             family = family or its_family
         attempts = {}           # address -> its OSError, None while it has not answered
         with flowcoro.move_on_after(timeout):
-            await _turn()
+            await flowcoro.checkpoint_if_due()
             network = _network()
             try:
                 found = _interleaved(await resolve(host, _checked_port(port, 1), family=family))
@@ -1795,7 +1786,7 @@ class Socket(_Secured):
         """
         context, timeout, path = _client_context(tls, server_name), _seconds(timeout, "timeout"), _checked_path(path)
         with flowcoro.move_on_after(timeout):
-            await _turn()
+            await flowcoro.checkpoint_if_due()
             network = _network()
             raw, pollable = await _connect_unix(network, path)
             return await cls._ready(raw, network, pollable, path, context, server_name)
@@ -2569,7 +2560,7 @@ class _Acceptor:
         Without descriptors left it pauses, says so to sys.unraisablehook, and goes on. ClosedError after close();
         BusyError when another task accepts. Cancelled: no connection is lost.
         """
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         self._begin_accepting()
         try:
             while True:
@@ -2782,7 +2773,7 @@ class _Server(_Acceptor):
     async def _supervise(self, handler, processes, reload, drain_timeout, options):
         if reload is not None and not callable(reload):
             raise TypeError(f"reload={reload!r}: give a function; it is called without arguments")
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         self._begin_serving()
         try:
             self._supervisor = _Supervisor(self, handler, processes, reload, drain_timeout, options)
@@ -2911,7 +2902,7 @@ class TcpServer(_Server):
         """
         context = _as_context(tls, True)
         _whole(backlog, 1, f"backlog={backlog!r}", "connections", 2**31 - 1)
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         everywhere = host in ("", None)
         if everywhere:
             found = [(socket.AF_INET6, ("::", _checked_port(port))), (socket.AF_INET, ("0.0.0.0", port))]
@@ -2980,7 +2971,7 @@ class UnixServer(_Server):
         _whole(backlog, 1, f"backlog={backlog!r}", "connections", 2**31 - 1)
         if mode is not None:
             _whole(mode, 0, f"mode={mode!r}", "permissions", 0o777)
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         network = _network()
         if _is_nameless(path):
             return cls([_listen(network, socket.AF_UNIX, path, backlog, lambda raw: None)], context)
@@ -3100,7 +3091,7 @@ class UdpSocket(_Owner):
         or AF_INET6, for names and "". reuse_address: others may bind it too, for multicast. reuse_port: several processes share
         what comes. broadcast: it may send to broadcast addresses. OSError whose message names the address; ResolveError.
         """
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         host = host or ("::" if family == socket.AF_INET6 else "0.0.0.0")
         found = await resolve(host, port, family=family, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)
         family, kind, proto, address = found[0]
@@ -3119,7 +3110,7 @@ class UdpSocket(_Owner):
 
         Nothing is sent, so nobody needs to be there; of a name it is the first address. family: socket.AF_INET or AF_INET6.
         """
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         found = await resolve(host, _checked_port(port, 1), family=family, type=socket.SOCK_DGRAM)
         family, kind, proto, address = found[0]
 
@@ -3151,7 +3142,7 @@ class UdpSocket(_Owner):
         LimitError for one of more than `max_bytes`, which is lost. BrokenError when what was sent found nobody (connected
         sockets only); the socket goes on.
         """
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         _whole(max_bytes, 0, f"receive_from({max_bytes!r})")
         self._begin("_reader", "received from")
         try:
@@ -3184,7 +3175,7 @@ class UdpSocket(_Owner):
         await self._send_one(data, address)
 
     async def _send_one(self, data, address):
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         view = _as_bytes(data, "send()" if address is None else "send_to()")
         self._begin("_writer", "sent to")
         try:
@@ -3261,7 +3252,7 @@ class UdpSocket(_Owner):
     async def close(self):
         """Close it; those who wait get ClosedError. Twice is once. A checkpoint; cancelled: it is closed."""
         self._close()
-        await _turn()
+        await flowcoro.checkpoint_if_due()
 
     def close_nowait(self):
         """Close it at once. Never blocks."""

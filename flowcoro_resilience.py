@@ -1637,15 +1637,6 @@ class RateState(typing.NamedTuple):
     reset: float
 
 
-async def _turn():
-    """A point of cancellation always, of scheduling when the budget is used up."""
-    task = flowcoro.current_task()
-    if task.budget > 0:
-        task.budget -= 1
-    else:
-        await flowcoro.checkpoint()
-
-
 class _Timed(Policy):
     """A policy with a clock."""
 
@@ -1803,7 +1794,7 @@ class RateLimiter(_Timed):
         most = self._wait if wait is None else _number(wait, 0, math.inf, f"{self.name}.acquire(wait=", "seconds")
         if cost != 1:
             self._check_cost(cost)
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         seconds = self._take(key, cost, most)
         if not seconds:
             return
@@ -2161,7 +2152,7 @@ class ConcurrencyLimiter(_Timed):
         place was free in that time. Cancelled: none is taken, and those behind move up.
         """
         most = self._wait if wait is None else _number(wait, 0, math.inf, f"{self.name}.acquire(wait=", "seconds")
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         permit = self._take()
         if permit is not None:
             return permit

@@ -1301,15 +1301,6 @@ class _OneWire:
 _current_task = flowcoro.current_task
 
 
-async def _turn():
-    """A point of cancellation, and of scheduling when the task has had its turn."""
-    task = _current_task()
-    if task.budget > 0:
-        task.budget -= 1
-    else:
-        await flowcoro.checkpoint()
-
-
 class _Outgoing:
     """How a Peer writes."""
 
@@ -1756,7 +1747,7 @@ class _Calling(_Outgoing, _Caller):
         if len(texts) > self._options.max_batch:            # the answer would have no id, and belong to nobody
             raise flowcoro_net.LimitError(f"a batch of {len(texts)}, where max_batch={self._options.max_batch} are allowed; "
                                           "allow more at both ends, or send several")
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         seconds = await self._until_room_for("a batch", seconds)
         self._register(replies, b"[%b]" % b",".join(texts))
         try:
@@ -1773,7 +1764,7 @@ class _Calling(_Outgoing, _Caller):
         seconds, number = _seconds(timeout), self._next_id()
         message = encode_request(method, params, number, {"$/stream": window, **self._more(math.inf)})
         feed, taken = _Feed(self, number, method, window), 0
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         await self._until_room()
         self._register([feed], message)
         try:
@@ -2169,7 +2160,7 @@ class _Answering(_Calling):
                     size += len(flowcoro_schema.encode_json(item))
                     if size > self._wire.max_message:
                         raise AnswerTooLarge
-                    await _turn()
+                    await flowcoro.checkpoint_if_due()
                 return listed
             async for item in items:
                 text = flowcoro_schema.encode_json(item).encode()
@@ -2177,7 +2168,7 @@ class _Answering(_Calling):
                     raise AnswerTooLarge
                 while not sending.add(text):
                     await sending.until_credit()
-                await _turn()
+                await flowcoro.checkpoint_if_due()
                 await self._until_room()
             return None
         finally:

@@ -1357,15 +1357,6 @@ _ENDS = RemoteProtocolError, *_GONE         # (a ConnectionClosed is an OSError)
 _SENDABLE = str, bytes, bytearray, memoryview
 
 
-async def _turn():
-    """A point of cancellation, and of scheduling when the task has had its turn."""
-    task = _current_task()
-    if task.budget > 0:
-        task.budget -= 1
-    else:
-        await flowcoro.checkpoint()
-
-
 # The first two bytes of a short text of a server, as characters.
 _TEXT_HEADS = [chr(_TEXT) + chr(size) for size in range(126)]
 
@@ -1662,7 +1653,7 @@ class _Sender:
                     raise TypeError(f"send(): a piece is {piece!r:.80}; all of a message are str, or all are bytes-like")
                 kind = isinstance(piece, str)
                 if not len(piece):          # it says nothing, and a row of fragments without data is a flood
-                    await _turn()
+                    await flowcoro.checkpoint_if_due()
                     continue
                 first, begun = not begun, True
                 await self._send_piece(piece, first, False)
@@ -1679,7 +1670,7 @@ class _Sender:
         with self._lock:
             self._check_open()
             self._write(self._codec.send_piece(data, first, last))
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         await self._sent()
 
     def _offer(self, message, frame, max_backlog):
@@ -1728,11 +1719,11 @@ class _Ending(_Sender):
             with self._lock:
                 if self._codec.our_state is not SHUT:
                     self._write(self._codec.send_pong(event.payload))
-            await _turn()
+            await flowcoro.checkpoint_if_due()
             await self._drain(MAX_UNSENT)           # who floods us with Pings, and does not read, waits
         elif kind is Pong:
             self._take_pong(event.payload)
-            await _turn()
+            await flowcoro.checkpoint_if_due()
         elif kind is Close:
             self.close_code, self.close_reason = event.code, event.reason
             self._say_close(event.code, event.reason)
@@ -1922,7 +1913,7 @@ class _Receiver(_Ending):
         Who leaves it before the end, best by contextlib.aclosing(), drops the rest; who goes on with it once the next message was
         asked for gets BusyError. Other errors as receive().
         """
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         if not self._receiving:
             self._codec.pieces = self._special = True
         while self._unread is not None:
@@ -1941,7 +1932,7 @@ class _Receiver(_Ending):
 
     async def _receive_event(self, unread=None):
         """The next message or Piece; a further one of the message for which `_unread` is `unread`."""
-        await _turn()                           # also between pieces: 64 KiB may be inflated to a thousand of 64 KiB
+        await flowcoro.checkpoint_if_due()      # also between pieces: 64 KiB may be inflated to a thousand of 64 KiB
         while True:
             with self._lock:
                 background, taken = self._background, unread is not self._unread
@@ -2077,7 +2068,7 @@ class WebSocket(_Receiver):
 
         It is read by who receives, else in the background, but not while as many messages as are kept (max_queue) wait before it.
         """
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         self._check_open()
         promise = flowcoro.Promise()
         payload = self._send_ping(promise)
@@ -2142,7 +2133,7 @@ class WebSocket(_Receiver):
         limit = flowcoro.move_on_after(self._close_timeout if timeout is None else timeout)
         self._say_close(code, reason)
         try:
-            await _turn()
+            await flowcoro.checkpoint_if_due()
             with limit:
                 await self._until_closed()
         finally:
@@ -2174,7 +2165,7 @@ class WebSocket(_Receiver):
         """Wait until it is closed, by whomever. For a handler that only sends. Messages that come meanwhile are kept for
         receive(), max_queue at most: then nothing more is read until somebody receives, or the peer has gone; then all are
         dropped."""
-        await _turn()
+        await flowcoro.checkpoint_if_due()
         self._read_in_background()
         while not self._closed:
             if self._is_left():
