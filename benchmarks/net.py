@@ -95,6 +95,16 @@ class Case:
     tls: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class PlainCase:
+    """What is done, and what is read off it: as Case, for what needs no load of load.c."""
+
+    name: str
+    contenders: list
+    operation: str
+    rows: list
+
+
 def rate(done):
     return done["operations"] / done["seconds"] / 1e3
 

@@ -21,7 +21,6 @@ How to read the tables: as those of kernel.py.
 SPDX-License-Identifier: MIT
 """
 
-import dataclasses
 import sys
 import types
 
@@ -36,16 +35,6 @@ PEERS = [*BREAKERS, *LIMITERS, *RETRIES]
 
 # ---- the cases ---------------------------------------------------------------------------------------------------
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What is done, and what is read off it: as net.Case, but that there is no load."""
-
-    name: str
-    contenders: list
-    operation: str
-    rows: list
-
-
 OVER = "over", "a call, more than without", "ns"
 REJECTED = "each", "a call that is rejected", "ns", {}
 THROUGH = "through", "let through of 50", ""
@@ -54,42 +43,42 @@ MEMORY = [("resident", "memory of each", "bytes", {"limit": 300}), ("allocated",
           ("each", "a check", "ns", {})]
 
 CASES = [
-    Case("closed", ["flowcoro", *BREAKERS], """
+    net.PlainCase("closed", ["flowcoro", *BREAKERS], """
         A call through a closed breaker, and the same call without.""",
          net.plain_rows("closed", "closed breaker", (*OVER, {"limit": 1500}), ("bare", "a call without", "ns", {}))),
-    Case("rejected", ["flowcoro", *BREAKERS], """
+    net.PlainCase("rejected", ["flowcoro", *BREAKERS], """
         A call at an open breaker, whose error is caught.""",
          net.plain_rows("rejected", "open breaker", REJECTED)),
-    Case("halfopen", ["flowcoro", *BREAKERS], """
+    net.PlainCase("halfopen", ["flowcoro", *BREAKERS], """
         Not a timing: 50 callers ask at once, of a breaker that has been open and wants one probe; how many it lets through before
         the first has its answer. Who has no setting for it is asked as he is.""",
          net.plain_rows("halfopen", "half-open, one probe", (*THROUGH, {"limit": 1}))),
-    Case("halfopen3", ["flowcoro", "interlock"], """
+    net.PlainCase("halfopen3", ["flowcoro", "interlock"], """
         The same with three probes.""",
          net.plain_rows("halfopen3", "half-open, three probes", (*THROUGH, {"limit": 3}))),
-    Case("adaptive", ["flowcoro"], """
+    net.PlainCase("adaptive", ["flowcoro"], """
         As closed, through an AdaptiveBreaker of which all is accepted.""",
          net.plain_rows("adaptive", "adaptive breaker", (*OVER, {"limit": 1500}))),
-    Case("adaptive_rejected", ["flowcoro"], """
+    net.PlainCase("adaptive_rejected", ["flowcoro"], """
         As rejected, at an AdaptiveBreaker of which nothing is accepted.""",
          net.plain_rows("adaptive_rejected", "adaptive breaker", REJECTED)),
-    Case("gcra", ["flowcoro", *LIMITERS], """
+    net.PlainCase("gcra", ["flowcoro", *LIMITERS], """
         One check of a limiter that lets it through, always for the same key. aiolimiter has no keys.""",
          net.plain_rows("gcra", "limiter, one key", (*CHECK, {"limit": 1000}))),
-    Case("gcra_many", ["flowcoro", "limits", "throttled"], """
+    net.PlainCase("gcra_many", ["flowcoro", "limits", "throttled"], """
         The same for 1,000 keys in turn.""",
          net.plain_rows("gcra_many", "limiter, 1,000 keys", (*CHECK, {"limit": 1000}))),
-    Case("refused", ["flowcoro", "limits", "throttled"], """
+    net.PlainCase("refused", ["flowcoro", "limits", "throttled"], """
         One check of a limiter that does not let it through, always for the same key.""",
          net.plain_rows("refused", "limiter, refused", (*CHECK, {}))),
-    Case("keys", ["flowcoro", "throttled"], """
+    net.PlainCase("keys", ["flowcoro", "throttled"], """
         A million different keys ask a limiter that has room for 100,000. Memory: what the process has grown by at most (its
         resident set), divided by 100,000; allocated: what Python has at the end, of a tenth of all that. The keys are in it.""",
          net.plain_rows("keys", "a million keys, room for 100,000", *MEMORY)),
-    Case("keys_all", ["flowcoro", "throttled"], """
+    net.PlainCase("keys_all", ["flowcoro", "throttled"], """
         The same with room for all.""",
          net.plain_rows("keys_all", "a million keys, room for all", *MEMORY)),
-    Case("retry", ["flowcoro", *RETRIES], """
+    net.PlainCase("retry", ["flowcoro", *RETRIES], """
         A call that succeeds at once, through what would make it again, and the same call without.""",
          net.plain_rows("retry", "retry", (*OVER, {}))),
 ]

@@ -23,7 +23,6 @@ How to read the tables: as those of net.py: 100 k/s per CPU second are 10 µs of
 SPDX-License-Identifier: MIT
 """
 
-import dataclasses
 import sys
 
 import kernel
@@ -36,16 +35,6 @@ ALL = ["flowcoro", *PEERS]
 
 # ---- the cases ---------------------------------------------------------------------------------------------------
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What a client does, and what is read off it: as net.Case, but that the client's name is the case's."""
-
-    name: str
-    contenders: list
-    operation: str
-    rows: list
-
-
 def rates(targets):
     return *net.both_rates(targets), ("client", "per CPU second of the client", "k/s", {})
 
@@ -53,19 +42,19 @@ def rates(targets):
 P50, P99 = ("p50", "p50", "µs", {}), ("p99", "p99", "µs", {})
 
 CASES = [
-    Case("flight", ALL, """
+    net.PlainCase("flight", ALL, """
         64 calls are on their way over one connection (aiohttp: 64 connections), each with a text of 1 KiB that comes back; when
         one is answered, the next is sent.""",
          net.rows_of("flight", "64 calls in flight", *rates({"aiohttp": 3, "grpc": 1.5, "rpyc": 3}), P50, P99)),
-    Case("latency", [*OURS, *PEERS], """
+    net.PlainCase("latency", [*OURS, *PEERS], """
         One call at a time, and 50 µs between its answer and the next one, in which the server goes to sleep: how long an answer
         takes.""",
          net.rows_of("latency", "one at a time", ("p50", "p50", "µs", {"targets": {"bare": 1.2}}), P99,
                  ("cpu", "per CPU second", "k/s", {}))),
-    Case("batch", ["flowcoro"], """
+    net.PlainCase("batch", ["flowcoro"], """
         64 calls are one message, and their answers another; what is counted are the calls.""",
          net.rows_of("batch", "batches of 64 calls", *rates({}), P50)),
-    Case("stream", ALL, """
+    net.PlainCase("stream", ALL, """
         The server sends streams of 1,000 texts of 1 KiB, one after the other; what is counted are the texts. RPyC's generator is
         called for each.""",
          net.rows_of("stream", "items of a stream", *rates({}))),
