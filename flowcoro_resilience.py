@@ -36,7 +36,8 @@ are parked. So those that are parked, in a RateLimiter or a ConcurrencyLimiter, 
 may serve several runs in several threads together.
 
     P1  a decision is made under the policy's lock, reads the clock there, and calls nothing else that is not its own: no
-        predicate, no listener, no operation. So with several workers, and from threads, decisions come one after the other.
+        predicate, no listener, no operation; only an algorithm that a ConcurrencyLimiter was given. So with several
+        workers, and from threads, decisions come one after the other.
         Who takes both, takes the kernel's guard first: within a policy's lock nothing is called that is atomic there
     P2  what a call was permitted is given back exactly once, however the call ends: a result, an error, Cancelled, or anything
         else that is raised; a call that was cancelled says nothing about what was called, and is not counted
@@ -3140,7 +3141,8 @@ class Cache(Policy):
     Cancelled: who waits leaves, and only the last one to leave cancels and joins the call. A refresh belongs to the run, at most
     one for each key; an error of it is reported, and there is no other one for a second. TaskCancelled if the call has cancelled
     itself; RuntimeError if it asks for its own key; TypeError for what cannot be a key. Results are shared: do not change them.
-    Only one that nobody gets is let go of (`discard`): policies further out in the same Pipeline let go of none.
+    Only one that nobody gets is let go of (`discard`): policies further out in the same Pipeline, or in one around
+    it, let go of none.
 
     Events, with the key: "hit", "miss", "shared", "stale", "stale_if_error", "negative", as in statistics(); "refreshed",
     "failed" {error, refresh: whether it was one}, "evicted".
@@ -3508,6 +3510,7 @@ class Pipeline(Policy):
         for policy in policies:
             if not isinstance(policy, Policy):
                 raise TypeError(f"Pipeline(… {policy!r:.80} …): give policies, the outermost first")
+        self._shares = any(policy._shares for policy in policies)
         self._policies = policies
 
     async def _run(self, call, proceed):

@@ -825,6 +825,8 @@ async def test_policies_around_a_cache_in_a_pipeline_let_go_of_nothing_that_othe
     asked.discard = dropped.append
     policy = Pipeline(Retry(3, first=0.1, result=lambda result: True, idempotent=True), Cache(60))
     assert await policy.try_execute(asked) == "a1" and asked.calls == 1
+    retry, cache = policy.policies
+    assert await Pipeline(retry, Pipeline(Pipeline(), cache)).try_execute(asked) == "a1" and asked.calls == 1 and dropped == []
     within = Pipeline(Cache(60), Retry(3, first=0.1, result=lambda result: result != "a4", idempotent=True))
     assert await within.try_execute(asked) == "a4"
     assert dropped == ["a2", "a3"]
