@@ -410,16 +410,35 @@ class _Unique:
 # who hold it (a bound method, say), one that takes the guard.
 
 _GUARD = threading.RLock()
-_MARKED = []            # (function, the one that it is to become; None: itself, under the guard)
-_UNGUARDED = {}         # its qualified name -> what such a function did before
-_several = False        # there was a run with several workers, or is no GIL
+_MARKED = []                    # (function, the one that it is to become; None: itself, under the guard)
+_OTHERS = weakref.WeakSet()     # the functions that other modules have marked, whose classes may be forgotten
+_several = False                # there was a run with several workers, or is no GIL
+
+
+class _Kept:
+    """Where functions of other modules find the guard: the child of a fork makes a new one."""
+
+    guard = _GUARD
 
 
 def _under_guard(*args, **kwargs):
-    """What a marked function becomes, with its name for `name`."""
-    name = "its qualified name"
-    with _GUARD:
-        return _UNGUARDED[name](*args, **kwargs)
+    """What a marked function becomes, with _Kept and what it did before for these two texts."""
+    kept = "where the guard is"
+    function = "what it did before"
+    with kept.guard:
+        return function(*args, **kwargs)
+
+
+def _put_under_guard(function):
+    if _Kept in function.__code__.co_consts:        # done by who was struck before he could say so
+        return
+    before = function.__wrapped__ = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    before.__kwdefaults__ = function.__kwdefaults__
+    places = {"where the guard is": _Kept, "what it did before": before}
+    code = _under_guard.__code__
+    function.__code__ = code.replace(co_consts=tuple(
+        places.get(constant, constant) if isinstance(constant, str) else constant for constant in code.co_consts))
 
 
 class atomic:
@@ -427,8 +446,8 @@ class atomic:
 
     Nothing that is atomic happens elsewhere while it runs: no other such method, no operation of this module on anything
     that tasks share, no park or abort function, no predicate of park_unless(), no hook. It may call all of these, and must not
-    block, nor take a lock that somebody may hold who calls this module. With one worker (and a GIL) it is a plain method, 50 ns
-    slower.
+    block, nor take a lock that somebody may hold who calls this module. With one worker (and a GIL) it is a plain method; one
+    that says super(), or has a variable of a function around it, is 100 ns slower.
     TypeError if it is async, or no method.
     """
 
@@ -441,9 +460,15 @@ class atomic:
 
     def __set_name__(self, owner, name):
         function = self.function
-        if function.__globals__ is globals():
-            _MARKED.append((function, None))
+        if not function.__code__.co_freevars:       # else its code cannot be exchanged for one that has none
             setattr(owner, name, function)
+            if function.__globals__ is globals():
+                _MARKED.append((function, None))
+                return
+            with _GUARD:
+                _OTHERS.add(function)
+                if _several:
+                    _put_under_guard(function)
             return
 
         @functools.wraps(function)
@@ -488,17 +513,12 @@ def _replace_marked():
     while _MARKED:
         function, shared = _MARKED[-1]
         if shared is None:
-            name, code = function.__qualname__, _under_guard.__code__
-            if name not in _UNGUARDED:
-                before = function.__wrapped__ = types.FunctionType(
-                    function.__code__, globals(), function.__name__, function.__defaults__, function.__closure__)
-                before.__kwdefaults__ = function.__kwdefaults__
-                _UNGUARDED[name] = before
-            function.__code__ = code.replace(co_consts=tuple(
-                name if constant == "its qualified name" else constant for constant in code.co_consts))
+            _put_under_guard(function)
         else:
             function.__code__ = shared.__code__
         _MARKED.pop()                   # last: a Ctrl-C may strike in between
+    for function in list(_OTHERS):
+        _put_under_guard(function)
 
 
 # ---- traps ----------------------------------------------------------------------------------------------------
@@ -3193,7 +3213,7 @@ class _Watchdog:
     @staticmethod
     def waits_for_guard(file, line, function):
         import linecache
-        return file == _HERE and linecache.getline(file, line).strip().startswith("with _GUARD")
+        return file == _HERE and linecache.getline(file, line).strip().startswith(("with _GUARD", "with kept.guard"))
 
     @staticmethod
     def guard_owner():
@@ -3341,9 +3361,9 @@ class _Signals:
         """Whether an error raised in `frame` meets the user's code first, not the kernel's bookkeeping."""
         if frame.f_code.co_filename == _HERE:
             return False
-        while frame is not None and (frame.f_code.co_filename != _HERE
+        while frame is not None and (frame.f_code.co_filename != _HERE or frame.f_globals is not globals()
                                      or frame.f_code.co_qualname == "atomic.__set_name__.<locals>.method"):
-            frame = frame.f_back                # (the last stands around methods of the user's)
+            frame = frame.f_back                # (the last two stand around methods of the user's)
         if frame is not None and frame.f_code in (
                 _Kernel.call_hooks.__code__, _CallFromThread.__call__.__code__, _OneOfSeveral._park_among_others.__code__,
                 ParkingLot._park_unless.__code__):
@@ -3842,7 +3862,7 @@ class _Poison:
 
 def _after_fork_in_child():
     global _GUARD
-    _GUARD = threading.RLock()          # another thread may have held it
+    _GUARD = _Kept.guard = threading.RLock()          # another thread may have held it
     _local.worker = _OUTSIDE
     _ThreadPool.idle.clear()
     _ThreadPool.threads.clear()

@@ -31,6 +31,9 @@ def one_worker_takes_no_guard():
     if flowcoro._several and not os.environ.get("FLOWCORO_GUARD"):
         for function, code in PLAIN:
             function.__code__ = code
+        for function in flowcoro._OTHERS:
+            if hasattr(function, "__wrapped__"):
+                function.__code__ = function.__wrapped__.__code__
         flowcoro._MARKED[:] = MARKED
         flowcoro._several = False
 
@@ -86,6 +89,7 @@ class Guard:
 def guard(monkeypatch):
     guard = Guard()
     monkeypatch.setattr(flowcoro, "_GUARD", guard)
+    monkeypatch.setattr(flowcoro._Kept, "guard", guard)
     return guard
 
 

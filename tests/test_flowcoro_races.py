@@ -298,7 +298,6 @@ def test_when_two_threads_start_runs_at_once_both_find_every_function_guarded(gu
     for function, code in PLAIN:                    # without a GIL an earlier run has guarded them
         function.__code__ = code
     flowcoro._MARKED[:] = MARKED
-    flowcoro._UNGUARDED.clear()
     monkeypatch.setattr(flowcoro, "types", types.SimpleNamespace(**{**vars(types), "FunctionType": slow}))
     thread = threading.Thread(target=second)
     thread.start()
