@@ -81,6 +81,7 @@ import inspect
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -353,48 +354,40 @@ class _Framing:
 class Newline(_Framing):
     """A message is a line (the default). Empty lines are skipped; the last one may have no end."""
 
-    __slots__ = ("_line", "_ended")
+    __slots__ = ("_lines", "_ended")
 
     def __init__(self, max_message=MAX_MESSAGE):
         super().__init__(max_message)
-        self._line = None           # a line that has come alone, and whole: most do
+        self._lines = collections.deque()       # whole ones that were not yet given out; what follows them is in the buffer
         self._ended = False
 
     def receive_data(self, data):
         """What the peer has sent."""
-        if not self._buffer and self._line is None and data.find(b"\n") == len(data) - 1 < self.max_message:
-            self._line = bytes(data[:-1])
-            return
-        if self._line is not None:
-            self._buffer += self._line + b"\n"
-            self._line = None
-        super().receive_data(data)
+        lines = data.split(b"\n")
+        if self._buffer and len(lines) > 1:
+            self._buffer += lines[0]
+            lines[0] = bytes(self._buffer)
+            self._buffer.clear()
+        self._buffer += lines.pop()
+        self._lines.extend(lines)
 
     def next_message(self):
         """The next message, or NEED_DATA. ProtocolError when it is too large."""
-        line, self._line = self._line, None
-        if line and line != b"\r":
-            return line
-        while self._at < len(self._buffer):
-            buffer, start = self._buffer, self._at
-            end = buffer.find(b"\n", self._scan)
-            if (size := (end if end >= 0 else len(buffer)) - start) > self.max_message:
-                raise self._too_large(f"{'at least ' * (end < 0)}{size}")
-            if end < 0:
-                if not self._ended:
-                    self._scan = len(buffer)
-                    return NEED_DATA
-                end = len(buffer)
-            message = self._take(start, end, min(end + 1, len(buffer)))
-            if message and message != b"\r":
-                return message
-        self._buffer.clear()
-        self._at = self._scan = 0
+        while self._lines:
+            line = self._lines.popleft()
+            if len(line) > self.max_message:
+                raise self._too_large(len(line))
+            if line and line != b"\r":
+                return line
+        if len(self._buffer) > self.max_message:
+            raise self._too_large(f"at least {len(self._buffer)}")
         return NEED_DATA
 
     def receive_end(self):
         """The peer sends no more: what there is, is a line."""
-        self._ended = True
+        if not self._ended:
+            self._ended = True
+            self.receive_data(b"\n")
 
     @staticmethod
     def frame(message):
@@ -661,12 +654,25 @@ class Invalid(typing.NamedTuple):
 
 _ID_TYPES = (int, str, float, type(None))
 _new = tuple.__new__        # 0.2 µs less than to call a NamedTuple
+_members_of_call = operator.itemgetter("jsonrpc", "method", "params", "id")
+_members_of_result = operator.itemgetter("jsonrpc", "result", "id")
 
 
 def _judge(value):
     """The event of one object."""
     if value.__class__ is not dict:
         return Invalid(None, InvalidRequest.code, "it is no object")
+    try:                                    # what nearly all are, and have nothing else: 0.3 µs less
+        if len(value) == 4:
+            version, method, params, number = _members_of_call(value)
+            if version == "2.0" and method.__class__ is str and params.__class__ is list and number.__class__ is int:
+                return _new(Request, (method, params, number, value))
+        elif len(value) == 3:
+            version, result, number = _members_of_result(value)
+            if version == "2.0" and number.__class__ is int:
+                return _new(Response, (number, result, None))
+    except KeyError:
+        pass
     if "method" not in value and ("result" in value or "error" in value):
         return _judge_response(value)
     number = value.get("id", _MISSING)
@@ -739,6 +745,9 @@ def read_message(data, *, max_depth=flowcoro_schema.JSON_DEPTH, max_batch=MAX_BA
     return Batch([_judge(member) for member in value])
 
 
+_encode_json = flowcoro_schema.encode_json
+
+
 @functools.lru_cache(1024)
 def _json_of_name(name):
     return flowcoro_schema.encode_json(name)
@@ -765,6 +774,8 @@ def encode_request(method, params=None, id=_MISSING, more=None):
 
 def encode_result(id, result):
     """An answer as bytes. ValueError for NaN and infinities, TypeError for what has no JSON."""
+    if id.__class__ is int:
+        return f'{{"jsonrpc":"2.0","result":{_encode_json(result)},"id":{id}}}'.encode()
     return f'{{"jsonrpc":"2.0","result":{flowcoro_schema.encode_json(result)},"id":{_json_of_id(id)}}}'.encode()
 
 
@@ -781,7 +792,7 @@ class _Method:
     """A function that is called from outside: how parameters are bound to its signature, before it is called."""
 
     __slots__ = ("name", "function", "wants", "is_stream", "fields", "required", "most", "named", "takes_named", "rest",
-                 "returns", "_required_names", "_takers", "_own")
+                 "returns", "_required_names", "_takers", "_plain", "_own")
 
     def __init__(self, name, function, said):
         self.name, self.function = name, function
@@ -815,6 +826,10 @@ class _Method:
         if only_named and only_placed:
             raise TypeError(f"{said}: nobody can call it: {only_placed[0]} is given by its place, {only_named[0]} by its name, "
                             "and JSON-RPC gives all of them one way")
+        # The types in each place, None for any, where none is converted; else None.
+        self._plain = [_plain_types(field.kind) for field in self.fields]
+        if only_named or self.rest is not None or False in self._plain:
+            self._plain = None
         # What takes the value in each place, or raises ValueError; None where there is more to it.
         self._takers = None if only_named or self.rest is not None else [_taker(field.kind) for field in self.fields]
 
@@ -847,9 +862,15 @@ class _Method:
         """(list, dict) to call the function with. InvalidParams."""
         if params is None:
             params = []
-        if params.__class__ is list and self._takers is not None and self.required <= len(params) <= self.most:
+        if params.__class__ is list and self._plain is not None and self.required <= len(params) <= self.most:
+            for value, kinds in zip(params, self._plain):
+                if kinds is not None and value.__class__ not in kinds:
+                    break                   # once more, to say what is wrong
+            else:
+                return params, None
+        elif params.__class__ is list and self._takers is not None and self.required <= len(params) <= self.most:
             try:
-                return [value if take is None else take(value) for take, value in zip(self._takers, params)], {}
+                return [value if take is None else take(value) for take, value in zip(self._takers, params)], None
             except (ValueError, ArithmeticError):
                 pass                        # once more, to say what is wrong
         errors = flowcoro_schema.Errors(place="params")
@@ -871,7 +892,7 @@ class _Method:
         for name in self._required_names:
             if self.named[name] not in self.fields:
                 errors.add((None, name), f"{self.named[name].kind.expected}, by its name", _MISSING)
-        return values, {}
+        return values, None
 
     def _bind_names(self, params, errors):
         values = {}
@@ -888,6 +909,13 @@ class _Method:
             if field.name not in self.named and field.default is _MISSING:
                 errors.add((None, field.name), "to be given by its place", _MISSING)
         return [], values
+
+
+def _plain_types(kind):
+    """The types of what a kind takes as it is, None for all; False where there is more to it."""
+    if isinstance(kind, flowcoro_schema.Anything):
+        return None
+    return kind.types if isinstance(kind, flowcoro_schema.Scalar) and kind.convert is None else False
 
 
 def _taker(kind):
@@ -2102,11 +2130,14 @@ class _Answering(_Calling):
 
     def _begin(self, request, slot):
         """Begin a call. Returns what is to be awaited, or None if it has ended."""
-        number = request.id if request.__class__ is Request else _MISSING
+        if request.__class__ is Request:
+            name, params, number, _ = request
+        else:
+            (name, params, _), number = request, _MISSING
         try:
             methods = self._methods
-            method = methods._find(request.method)
-            args, named = method.bind(request.params)
+            method = methods._methods.get(name) or methods._find(name)
+            args, named = method.bind(params)
             if self._calls and number in self._calls:
                 raise InvalidRequest("a call with this id is under way")
             run, call = self._base.copy().run, None
@@ -2114,11 +2145,14 @@ class _Answering(_Calling):
                 call = _Call(self, request, number, slot)
                 if method.is_stream:
                     call.ask_stream()
-                result = self._go_through(method, call, args, named)
-            elif method.wants is None:
+                result = self._go_through(method, call, args, named or {})
+            elif method.wants is not None:
+                first = self if method.wants == "peer" else Context(self, request)
+                result = run(method.function, first, *args, **(named or {}))
+            elif named:
                 result = run(method.function, *args, **named)
             else:
-                result = run(method.function, self if method.wants == "peer" else Context(self, request), *args, **named)
+                result = run(method.function, *args)        # **{} would cost 0.1 µs
             if result.__class__ is types.CoroutineType:
                 try:
                     trap = run(result.send, None)
