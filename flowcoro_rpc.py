@@ -354,34 +354,46 @@ class _Framing:
 class Newline(_Framing):
     """A message is a line (the default). Empty lines are skipped; the last one may have no end."""
 
-    __slots__ = ("_lines", "_ended")
+    __slots__ = ("_data", "_later", "_ended")
 
     def __init__(self, max_message=MAX_MESSAGE):
         super().__init__(max_message)
-        self._lines = collections.deque()       # whole ones that were not yet given out; what follows them is in the buffer
-        self._ended = False
+        self._data, self._later = b"", collections.deque()      # what has come last, from `_at` on; what has come since
+        self._ended = False                     # the buffer has the beginning of a line that goes on there
+
+    # find() looks 16 bytes at a time or more, where split() goes byte by byte: 0.2 of 0.4 µs for a line of 1 KiB.
 
     def receive_data(self, data):
         """What the peer has sent."""
-        lines = data.split(b"\n")
-        if self._buffer and len(lines) > 1:
-            self._buffer += lines[0]
-            lines[0] = bytes(self._buffer)
-            self._buffer.clear()
-        self._buffer += lines.pop()
-        self._lines.extend(lines)
+        data = data if data.__class__ is bytes else bytes(data)
+        if self._later or self._at < len(self._data):
+            if data:
+                self._later.append(data)
+        else:
+            self._data, self._at = data, 0
 
     def next_message(self):
         """The next message, or NEED_DATA. ProtocolError when it is too large."""
-        while self._lines:
-            line = self._lines.popleft()
+        while True:
+            data, start = self._data, self._at
+            end = data.find(b"\n", start)
+            if end < 0:
+                self._buffer += data[start:]
+                if len(self._buffer) > self.max_message:
+                    raise self._too_large(f"at least {len(self._buffer)}")
+                self._data, self._at = self._later.popleft() if self._later else b"", 0
+                if not self._data:
+                    return NEED_DATA
+                continue
+            line, self._at = data[start:end], end + 1
+            if self._buffer:
+                self._buffer += line
+                line = bytes(self._buffer)
+                self._buffer.clear()
             if len(line) > self.max_message:
                 raise self._too_large(len(line))
             if line and line != b"\r":
                 return line
-        if len(self._buffer) > self.max_message:
-            raise self._too_large(f"at least {len(self._buffer)}")
-        return NEED_DATA
 
     def receive_end(self):
         """The peer sends no more: what there is, is a line."""
@@ -653,6 +665,7 @@ class Invalid(typing.NamedTuple):
 
 
 _ID_TYPES = (int, str, float, type(None))
+_Coroutine = types.CoroutineType
 _new = tuple.__new__        # 0.2 µs less than to call a NamedTuple
 _members_of_call = operator.itemgetter("jsonrpc", "method", "params", "id")
 _members_of_result = operator.itemgetter("jsonrpc", "result", "id")
@@ -764,7 +777,10 @@ def encode_request(method, params=None, id=_MISSING, more=None):
     """
     if not isinstance(method, str):
         raise TypeError(f"method {method!r:.80}: give its name, a str")
-    given = "" if params is None else f',"params":{flowcoro_schema.encode_json(params)}'
+    if params.__class__ is list and len(params) == 1:
+        given = f',"params":[{_encode_json(params[0])}]'
+    else:
+        given = "" if params is None else f',"params":{_encode_json(params)}'
     if id is not _MISSING:
         given += f',"id":{_json_of_id(id)}'
     if more:
@@ -792,7 +808,7 @@ class _Method:
     """A function that is called from outside: how parameters are bound to its signature, before it is called."""
 
     __slots__ = ("name", "function", "wants", "is_stream", "fields", "required", "most", "named", "takes_named", "rest",
-                 "returns", "_required_names", "_takers", "_plain", "_own")
+                 "returns", "is_async", "_required_names", "_takers", "_plain", "_own")
 
     def __init__(self, name, function, said):
         self.name, self.function = name, function
@@ -802,6 +818,7 @@ class _Method:
         if not inspect.isroutine(inner) and not isinstance(inner, type):
             inner = type(inner).__call__
         self.is_stream = inspect.isasyncgenfunction(inspect.unwrap(inner))          # also below a decorator
+        self.is_async = isinstance(function, types.FunctionType) and inspect.iscoroutinefunction(function)
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except ValueError:
@@ -1088,7 +1105,7 @@ class _SocketWire:
     """Messages over a Socket, cut by a framing."""
 
     def __init__(self, sock, framing):
-        self._sock, self.frame, self.max_message = sock, framing.frame, framing.max_message
+        self._sock, self.frame, self.max_message, self._is_plain = sock, framing.frame, framing.max_message, sock.tls is None
         self.next_message, self.receive_data, self.receive_end = framing.next_message, framing.receive_data, framing.receive_end
         self.read = functools.partial(sock.read, CHUNK)
         raw = getattr(sock, "raw", None)
@@ -1107,7 +1124,7 @@ class _SocketWire:
 
     def write_nowait(self, frames):
         """Write frames; returns how many bytes the system has taken: 0 with TLS, where write() waits for that."""
-        if self._sock.tls is not None:
+        if not self._is_plain:
             return 0
         return self._sock.write_nowait(frames[0] if len(frames) == 1 else b"".join(frames))
 
@@ -1326,7 +1343,8 @@ class _OneWire:
 # `_queued`, `_begun`, `_written` count bytes: of frames that have come, that a write has begun with, that the system has taken;
 # so it is known of each call whether none of it was sent, or all.
 
-_current_task = flowcoro.current_task
+_current_task, _now, _park, _reschedule = flowcoro.current_task, flowcoro.now, flowcoro.park, flowcoro.reschedule
+_INF = math.inf
 
 
 class _Outgoing:
@@ -1352,7 +1370,9 @@ class _Outgoing:
 
     def _add(self, message):
         """Add a message to those that are to be sent."""
-        frame = self._wire.frame(message)
+        self._add_frame(self._wire.frame(message))
+
+    def _add_frame(self, frame):
         self._out.append(frame)
         self._queued += len(frame)
         if self._queued - self._offered >= FLUSH:
@@ -1374,7 +1394,8 @@ class _Outgoing:
                 self._lose(error)
             else:
                 self._written += count
-                self._taken(frames, count)
+                if self._written < self._begun or self._all_read or self._draining:
+                    self._taken(frames, count)
 
     def _taken(self, frames, count):
         """The system has taken so many bytes of the frames; the rest comes first the next time."""
@@ -1463,10 +1484,9 @@ class _Reply:
 
     def __init__(self, peer, number, method, seconds=math.inf):
         self.peer, self.id, self.method, self.seconds = peer, number, method, seconds
-        self.task = self.due = self.value = self.error = None
+        self.task = self.due = self.error = None
         self.done = False
-        self.message = None             # what it was sent in: calls of one batch share it
-        self.begin = self.end = 0       # where its bytes are, of all that were queued
+        # _enter() sets `message`, which calls of one batch share, and where its bytes `begin` and `end`, of all that were queued.
         self.heard = peer._heard        # how often something had come when it was made
 
     def park(self, task):
@@ -1484,7 +1504,9 @@ class _Reply:
     def settle(self, value, error):
         """The call has ended. Once."""
         self.value, self.error, self.done = value, error, True
-        self._wake()
+        task, self.task = self.task, None       # _wake(), written out as each call does it
+        if task is not None:
+            _reschedule(task)
 
     def _wake(self):
         task, self.task = self.task, None
@@ -1668,15 +1690,14 @@ class _Calling(_Outgoing, _Caller):
         """Whether it is the only one under way, and so is best sent at once."""
         if self._lost is not None or self._input_ended:
             raise self._ended_error(self._lost or self._ended_by_peer(), False, replies[0].seconds if replies else math.inf)
-        alone, begin = not self._pending, self._queued
+        alone, frame, begin = not self._pending, self._wire.frame(message), self._queued
+        end = begin + len(frame)
         for reply in replies:
-            reply.message, reply.begin, reply.end = message, begin, math.inf
+            reply.message, reply.begin, reply.end = message, begin, end
             self._pending[reply.id] = reply
-            if reply.seconds != math.inf:
+            if reply.seconds != _INF:
                 self._deadlines.add(reply, reply.seconds)
-        self._add(message)                  # last: if the connection turns out to be lost, they are told
-        for reply in replies:
-            reply.end = self._queued
+        self._add_frame(frame)              # last: if the connection turns out to be lost, they are told
         return alone
 
     @staticmethod
@@ -1709,9 +1730,12 @@ class _Calling(_Outgoing, _Caller):
         reply = _Reply(self, number, method, seconds)
         self._register([reply], message)
         try:
-            await flowcoro.park(reply.park)
+            await _park(reply.park)
         finally:
-            self._leave(reply)
+            if reply.due is not None:
+                self._deadlines.remove(reply)
+            if not reply.done:
+                self._give_up(reply.id)
         if reply.error is not None:
             raise reply.error
         return reply.value
@@ -2033,7 +2057,7 @@ class _Deadlines:
     @flowcoro.atomic
     def add(self, call, seconds):
         """End it after so many seconds, at most GRAIN more."""
-        call.due = tick = int((flowcoro.now() + seconds) / GRAIN) + 1
+        call.due = tick = int((_now() + seconds) / GRAIN) + 1
         calls = self.due.get(tick)
         if calls is not None:
             calls[call] = None
@@ -2151,9 +2175,11 @@ class _Answering(_Calling):
                 result = run(method.function, first, *args, **(named or {}))
             elif named:
                 result = run(method.function, *args, **named)
+            elif method.is_async:
+                result = method.function(*args)             # which runs nothing of it yet
             else:
                 result = run(method.function, *args)        # **{} would cost 0.1 µs
-            if result.__class__ is types.CoroutineType:
+            if result.__class__ is _Coroutine:
                 try:
                     trap = run(result.send, None)
                 except StopIteration as stop:
@@ -2386,7 +2412,7 @@ class _Reading(_Answering):
         """Read until a call has to wait: then another task goes on, and this one stays with the call."""
         wire, todo, options, task = self._wire, self._todo, self._options, flowcoro.current_task()
         next_message, read, most = wire.next_message, wire.read, options.max_waiting
-        max_depth, max_batch = options.max_depth, options.max_batch
+        max_depth, max_batch, places = options.max_depth, options.max_batch, self._places
         leads, self._reader = True, task
         try:
             while True:
@@ -2412,8 +2438,12 @@ class _Reading(_Answering):
                             self._input_ended = True
                         continue
                     event, slot = read_message(message, max_depth=max_depth, max_batch=max_batch), None
-                if event.__class__ is Request and not self._draining and not self._waiting and self._has_place():
+                kind = event.__class__
+                if (kind is Request and not self._draining and not self._waiting
+                        and self._begun_calls < options.max_concurrent and places.taken < places.most):     # _has_place()
                     rest = self._begin(event, slot)
+                elif kind is Response and slot is None:
+                    rest = self._take_response(event)
                 else:
                     rest = self._take(event, slot)
                 if rest is not None:

@@ -342,7 +342,7 @@ async def test_calls_that_end_while_others_are_looked_at_do_no_harm():
     async with theirs, RpcClient.over(ours) as client:
         peer = client.peer
         for look in peer._probe, lambda: peer._take_refusal(RpcError(1, "a")):
-            peer._pending.update({"one": Ending(peer, "one", "a"), "other": flowcoro_rpc._Reply(peer, "other", "a")})
+            peer._enter([Ending(peer, "one", "a"), flowcoro_rpc._Reply(peer, "other", "a")], b"")
             look()
             assert "other" not in peer._pending
 
