@@ -1656,6 +1656,7 @@ class _Calling(_Outgoing, _Caller):
         self._options = options
         self._pending = {}              # id -> _Reply: R2
         self._heard = 0                 # how often something has come
+        self._has_settled = False       # whether somebody was given an answer since something was last waited for
         self._no_message = None         # a ProtocolError: why the last of what has come and was no JSON-RPC was none
         self._ids = itertools.count(1)          # which without a GIL gives some twice, if two ask at once
         self._next_id = self._shared_next_id if self._several else self._ids.__next__
@@ -1852,6 +1853,7 @@ class _Calling(_Outgoing, _Caller):
         reply = self._pending.pop(response.id, None)
         if reply is not None:
             reply.settle(response.result, error)
+            self._has_settled = True
             return
         if response.id is not None or error is None or not self._take_refusal(error):
             self.strays += 1
@@ -2428,6 +2430,10 @@ class _Reading(_Answering):
                         self._idle = True
                         if self._draining:
                             self._look_for_end()
+                        if self._has_settled:
+                            # Who has its answer goes on before the way into the next read, of some 2 µs, is gone.
+                            self._has_settled = False
+                            await flowcoro.checkpoint()
                         data = await read()
                         self._idle = False
                         if data:
