@@ -158,8 +158,11 @@ def memory(make, kept=None):
     ask_once(make, kept, count)
     took, grown = clock() - began, resident() - before
     tracemalloc.start()
-    limiter = ask_once(make, kept // 10, count // 10)      # noqa: F841  (it is what is measured)
-    allocated = tracemalloc.get_traced_memory()[0]
+    try:
+        limiter = ask_once(make, kept // 10, count // 10)      # noqa: F841  (it is what is measured)
+        allocated = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
     report(each=took / count, resident=grown / kept, allocated=allocated / (kept // 10))
 
 
