@@ -818,7 +818,8 @@ class _Method:
         if not inspect.isroutine(inner) and not isinstance(inner, type):
             inner = type(inner).__call__
         self.is_stream = inspect.isasyncgenfunction(inspect.unwrap(inner))          # also below a decorator
-        self.is_async = isinstance(function, types.FunctionType) and inspect.iscoroutinefunction(function)
+        plain = getattr(function, "__func__", function)
+        self.is_async = isinstance(plain, types.FunctionType) and bool(plain.__code__.co_flags & inspect.CO_COROUTINE)
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except ValueError:
@@ -2171,7 +2172,7 @@ class _Answering(_Calling):
                 call = _Call(self, request, number, slot)
                 if method.is_stream:
                     call.ask_stream()
-                result = self._go_through(method, call, args, named or {})
+                result = self._go_through(method, call, list(args), named or {})        # middleware may change request.params
             elif method.wants is not None:
                 first = self if method.wants == "peer" else Context(self, request)
                 result = run(method.function, first, *args, **(named or {}))

@@ -995,6 +995,32 @@ def test_a_second_ctrl_c_ends_a_call_that_another_worker_makes_as_the_run_ends()
     assert "the call is interrupted" in said, errors
 
 
+def test_an_atomic_method_of_others_takes_the_guard_in_the_child_of_a_fork_in_which_somebody_held_it():
+    with Child("""
+        class Primitive:
+            @flowcoro.atomic
+            def method(self):
+                return flowcoro._GUARD._is_owned()
+
+        def hold():
+            with flowcoro._GUARD:
+                held.set()
+                time.sleep(1000)
+
+        held = threading.Event()
+        flowcoro.run(flowcoro.sleep(0), workers=2)
+        threading.Thread(target=hold, daemon=True).start()
+        held.wait(20)
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)
+            os._exit(Primitive().method() is True and 7)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        os._exit(0)
+    """) as child:
+        child.hears("7")
+
+
 def test_who_marks_the_functions_for_the_guard_may_be_struck_anywhere(monkeypatch):
     names = []
     for number in range(1, 400):

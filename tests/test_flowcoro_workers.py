@@ -203,16 +203,46 @@ def test_atomic_takes_the_guard_with_several_workers_only_and_for_methods_taken_
 
 
 @pytest.mark.skipif(not flowcoro.runtime_info()["gil"], reason="the first free-threaded builds keep classes for ever")
-def test_classes_with_atomic_methods_can_be_forgotten():
+@pytest.mark.parametrize("before", [False, True], ids=["before a run with several workers", "after one"])
+def test_classes_with_atomic_methods_can_be_forgotten(before):
     class Short:
         @flowcoro.atomic
         def method(self):
             return super().__repr__()
 
+        @flowcoro.atomic
+        def other(self):
+            return self.__dict__
+
+    if before:
+        flowcoro.run(flowcoro.sleep(0), workers=2)
     short = weakref.ref(Short)
     del Short
     gc.collect()
     assert short() is None
+
+
+def test_atomic_methods_of_others_cost_nothing_until_there_are_several_workers_and_keep_what_they_have():
+    class Primitive:
+        def other(self, a, /, b=2, *rest, c=3, **named):
+            """Say what."""
+            return flowcoro._GUARD._is_owned(), a, b, rest, c, named
+
+        before = other
+        other = flowcoro.atomic(other)
+
+    def ask():
+        return primitive.other(1, c=4, d=5), primitive.other(1, 6, 7)
+
+    primitive, signature = Primitive(), inspect.signature(Primitive.other)
+    if not os.environ.get("FLOWCORO_GUARD") and flowcoro.runtime_info()["gil"]:
+        assert Primitive.other is Primitive.before
+        assert ask() == ((False, 1, 2, (), 4, {"d": 5}), (False, 1, 6, (7,), 3, {}))
+    flowcoro.run(flowcoro.sleep(0), workers=2)
+    flowcoro._guard_all()                           # twice is once
+    assert ask() == ((True, 1, 2, (), 4, {"d": 5}), (True, 1, 6, (7,), 3, {}))
+    assert inspect.signature(Primitive.other) == signature and Primitive.other.__doc__ == "Say what."
+    assert Primitive.other.__wrapped__(primitive, 1)[0] is False
 
 
 async def waits():

@@ -151,6 +151,29 @@ def test_lines_may_end_with_a_carriage_return_be_empty_and_lack_the_last_end():
     assert messages_of(Newline(), [b"\n\r\n{}\r\n", b"\n", b"[1]\n[2]"], end=True) == ([b"{}\r", b"[1]", b"[2]"], None)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_lines_that_nobody_has_taken_yet_are_kept_in_order_and_joined_where_they_were_cut(seed):
+    chance, framing, taken = random.Random(seed), Newline(), []
+    lines = [b"x" * chance.choice([1, 2, 3, 50]) + b"%d" % number for number in range(60)]
+    data = b"\n".join(lines) + b"\n"
+    while data:
+        if chance.random() < 0.6:
+            count = chance.choice([0, 1, 2, 7, 60])
+            framing.receive_data(chance.choice([bytes, bytearray])(data[:count]))
+            data = data[count:]
+        else:
+            taken.append(framing.next_message())
+    taken += iter(framing.next_message, NEED_DATA)
+    assert [line for line in taken if line is not NEED_DATA] == lines
+
+
+def test_what_is_received_and_not_taken_costs_no_more_than_its_length():
+    framing = Newline()
+    for _ in range(200_000):
+        framing.receive_data(b"x\n")                # each time all that was kept: 40 GB
+    assert all(framing.next_message() == b"x" for _ in range(200_000)) and framing.next_message() is NEED_DATA
+
+
 def test_concatenated_messages_are_lines_too_for_readers_that_wait_for_one():
     assert messages_of(Newline(), [Concatenated.frame(b"{}") * 2]) == ([b"{}"] * 2, None)
 

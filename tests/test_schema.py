@@ -88,6 +88,19 @@ def test_what_has_no_json_is_refused(value, error):
         encode_json(value)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_texts_of_any_length_are_written_as_the_standard_library_writes_them(seed):
+    chance = random.Random(seed)
+    for _ in range(50):
+        letters = chance.choice(["abc", "aé", "a\u2028😀", "\x7f\x80\x85", "a/'&<"])
+        text = "".join(chance.choices(letters, k=chance.choice([0, 1, *range(120, 136), 1000])))
+        if text and chance.random() < 0.7:
+            at = chance.randrange(len(text))
+            text = text[:at] + chr(chance.choice([*range(0x20), 0x22, 0x5C, 0x7F, 0xD800, 0xDFFF])) + text[at + 1:]
+        assert encode_json(text) == json.dumps(text, ensure_ascii=False)
+        assert encode_json([text, {text: text}]) == json.dumps([text, {text: text}], ensure_ascii=False, separators=(",", ":"))
+
+
 def test_without_the_encoder_in_c_the_same_is_written(monkeypatch):
     values = [{"a": [1.5, None, "é", Colour.RED]}, "x", 3]
     quick = [encode_json(value) for value in values]
