@@ -1686,6 +1686,9 @@ class _Calling(_Outgoing, _Caller):
             self._flush()
         else:
             self._flush_later()
+        for reply in replies:               # now that the peer has something to do
+            if reply.seconds != _INF:
+                self._deadlines.add(reply, reply.seconds)
 
     @flowcoro.atomic
     def _enter(self, replies, message):
@@ -1697,8 +1700,6 @@ class _Calling(_Outgoing, _Caller):
         for reply in replies:
             reply.message, reply.begin, reply.end = message, begin, end
             self._pending[reply.id] = reply
-            if reply.seconds != _INF:
-                self._deadlines.add(reply, reply.seconds)
         self._add_frame(frame)              # last: if the connection turns out to be lost, they are told
         return alone
 
@@ -1773,6 +1774,7 @@ class _Calling(_Outgoing, _Caller):
         if self._lost is None and not self._input_ended and not any(one.__class__ is _Probe for one in self._under_way()):
             probe = _Probe(self, self._next_id(), "$/ping", PROBE_TIMEOUT)
             self._enter([probe], encode_request(probe.method, None, probe.id))
+            self._deadlines.add(probe, probe.seconds)
             self._flush_later()
 
     def _under_way(self):
