@@ -54,7 +54,7 @@ import harness
 
 PEERS = ["uvicorn", "aiohttp", "granian", "uvicorn_h11", "starlette", "blacksheep", "waitress", "gunicorn", "cheroot", "httpx",
          "go"]
-OURS = ["flowcoro", "nginx", "single"]
+OURS = ["flowcoro", "bare", "nginx", "single"]
 KIB, MIB = 2**10, 2**20
 
 CONNECTIONS = 64        # of wrk
@@ -110,7 +110,7 @@ CASES = [
         GET /, to a handler that answers 13 bytes of text.""",
          request_rows("hello", "hello",
                       {"uvicorn": 1.8, "aiohttp": 2, "granian": 1.5, "uvicorn_h11": 4, "go": 0.9, "nginx": 0.5})),
-    Case("api", "api", ["flowcoro", "blacksheep", "aiohttp", "starlette"], "wrk_api", """
+    Case("api", "api", ["flowcoro", "bare", "blacksheep", "aiohttp", "starlette"], "wrk_api", """
         POST of a JSON document of 1 KiB with a query and cookies, in turn to five of 29 routes with parameters in the path; the
         handler looks at all of these, and answers a document of 1 KiB.""",
          request_rows("api", "API", {"blacksheep": 1.6, "aiohttp": 1.6, "starlette": 1.6})),

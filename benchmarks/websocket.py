@@ -38,7 +38,7 @@ import net
 from kernel import Failed
 
 PEERS = ["websockets", "aiohttp", "aiohttp_uvloop"]
-OURS = ["flowcoro"]
+OURS = ["flowcoro", "bare"]
 KIB, MIB = 2**10, 2**20
 
 
@@ -64,18 +64,18 @@ def words(scale, mode, connections, size, *further):
             f"warm={min(0.3, scale.seconds / 2)}", *further]
 
 
-CONTENDERS = [*OURS, *PEERS]
+CONTENDERS, WITH_BARE = ["flowcoro", *PEERS], [*OURS, *PEERS]
 P50, P99 = ("p50_ms", "p50", "ms", {}), ("p99_ms", "p99", "ms", {})
 
 CASES = [
-    net.Case("echo", "echo", CONTENDERS, lambda scale: words(scale, "echo", scale.connections, 100, "text=1"), """
+    net.Case("echo", "echo", WITH_BARE, lambda scale: words(scale, "echo", scale.connections, 100, "text=1"), """
         100 connections; each sends a text of 100 bytes, waits until it has come back, and sends the next.""",
              net.rows_of("echo", "echo", *net.both_rates({"websockets": 2, "aiohttp": 1.2, "aiohttp_uvloop": 1.2}), P50, P99)),
-    net.Case("echo64k", "echo", CONTENDERS, lambda scale: words(scale, "echo", scale.connections, 64 * KIB), """
+    net.Case("echo64k", "echo", WITH_BARE, lambda scale: words(scale, "echo", scale.connections, 64 * KIB), """
         The same with binary messages of 64 KiB.""",
              net.rows_of("echo64k", "echo of 64 KiB",
                          *net.both_rates({"websockets": 0.9, "aiohttp": 0.9, "aiohttp_uvloop": 0.9}), P50, P99)),
-    net.Case("broadcast", "broadcast", CONTENDERS,
+    net.Case("broadcast", "broadcast", WITH_BARE,
              lambda scale: words(scale, "broadcast", min(scale.members, scale.crowd), 100, "text=1"), """
         1,000 clients; one sends a text of 100 bytes, which the server sends to all of them; when all have it, the next. What is
         counted are the messages that have arrived, and a time is that from the sending to the arrival at one of them.""",
