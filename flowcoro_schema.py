@@ -122,6 +122,51 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_no_name_twice, parse_constant=_no
 _scan_json = _DECODER.scan_once
 
 
+# No name twice, for less: the pairs of an object, and a call for each, take 0.25 µs. So where there are several objects, names are
+# counted. The text has at least as many colons as names are written, and as many are written as there are in the objects, or more.
+# If the first number is that of the last, none is there twice; else, as colons are in texts too, '":' is counted, which is the same
+# unless whitespace is between; else it is read once more, by pairs. 1 KiB with 15 objects: 6.3 instead of 9.7 µs.
+
+def _count_names():
+    """A generator: send() takes an object and gives it back; None: gives (names, objects) since the last time."""
+    names, objects, got = 0, 0, None
+    while True:
+        got = yield got
+        if got is None:
+            got, names, objects = (names, objects), 0, 0
+        else:
+            names += len(got)
+            objects += 1
+
+
+class _Counter:
+    """One that reads JSON and counts; for one reader at a time."""
+
+    __slots__ = ("scan", "count")
+
+    def __init__(self):
+        self.count = _count_names().send
+        self.count(None)
+        self.scan = json.JSONDecoder(object_hook=self.count, parse_constant=_no_constant, parse_float=_finite).scan_once
+
+
+_counters = []          # that nobody uses: pop() and append() are atomic, so there are as many as threads read at a time
+
+
+def _scan_many(text):
+    """(value, its end, how many objects are in it) of a JSON text. StopIteration and ValueError as of scan_once()."""
+    try:
+        counter = _counters.pop()
+    except IndexError:
+        counter = _Counter()
+    value, end = counter.scan(text, 0)          # an error, also a signal handler's within the count, ends this counter
+    names, objects = counter.count(None)
+    _counters.append(counter)
+    if text.count(":") != names and (any(space in text for space in (" :", "\n:", "\t:", "\r:")) or text.count('":') != names):
+        value, end = _scan_json(text, 0)
+    return value, end, objects
+
+
 def load_json(data, *, max_depth=JSON_DEPTH):
     """The value of a JSON text (RFC 8259): bytes in UTF-8, or a str. JsonError if it is none, names something twice, is too deep.
 
@@ -131,14 +176,18 @@ def load_json(data, *, max_depth=JSON_DEPTH):
     try:
         text = data.decode() if data.__class__ is bytes or not isinstance(data, str) else data
         try:
-            value, end = _scan_json(text, 0)
+            if text.find("{", text.find("{", 1) + 1) > 0:       # there are more than two
+                value, end, objects = _scan_many(text)
+            else:
+                (value, end), objects = _scan_json(text, 0), 2
         except StopIteration:               # a value is missing: decode() says where
-            end = -1
+            end, objects = -1, text.count("{")
         if end != len(text):                # there is whitespace around it: to look for that, where it is not, takes 0.8 µs
             value = _DECODER.decode(text)
-        # Else it cannot be that deep. To look for one takes 0.1 µs in 1 KiB, to count 0.7; to look for "\\u" 0.9, for "\\" 0.03.
-        if (max_depth < 2 or text.rfind("{") > 0 or text.find("[") != text.rfind("[")) and (
-                text.count("[") + text.count("{") > max_depth):
+        # Arrays are counted where there are several: to look for one takes 0.05 µs in 1 KiB, to count 0.35. To look for "\\u" takes
+        # 0.9, for "\\" 0.03.
+        first = text.find("[")
+        if objects + (first >= 0 if text.rfind("[") == first else text.count("[")) > max_depth:
             _check_depth(value, max_depth)
         if "\\" in text and _SURROGATE(text):
             json.dumps(value, ensure_ascii=False).encode()          # half of a pair cannot be encoded, here or by who asks

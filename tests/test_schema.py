@@ -1,5 +1,6 @@
 """JSON as it is taken, and annotations as checks and as schemas, without a server. tests/test_http_openapi.py has the rest."""
 
+import collections
 import dataclasses
 import datetime
 import decimal
@@ -7,6 +8,9 @@ import enum
 import json
 import math
 import random
+import signal
+import sys
+import threading
 import typing
 import uuid
 
@@ -114,6 +118,121 @@ def everything():
     return Everything("x", 2.5, True, Colour.BLUE, datetime.datetime(2024, 2, 29, 12, tzinfo=datetime.timezone.utc),
                       datetime.date(2024, 2, 29), uuid.UUID(int=7), decimal.Decimal("9.99"), ["a", "b"],
                       {"first": Node(1, Node(2))}, "n")
+
+
+def json_by_hand(chance, depth, twice):
+    """(text, has a name twice) of a random value, written with whitespace and escapes wherever they may be."""
+    def space():
+        return chance.choice(["", "", "", " ", "\n", "\t", "\r", "  "])
+
+    def name():
+        return chance.choice(["a", "b", "c", ":", "a:", '\\":', "\\u0061", "\\u003a", " :", "", "é"])
+
+    def value(depth):
+        kind = chance.randrange(6 if depth else 3)
+        if kind < 3:
+            return chance.choice(["1", "null", '"x"', f'"{name()}"', '"12:30"', '"a\\":b"', "-1.5e3"])
+        if kind == 3:
+            return "[" + ",".join(space() + value(depth - 1) + space() for _ in range(chance.randrange(4))) + "]"
+        names = [name() for _ in range(chance.randrange(5))]
+        if not twice:
+            names = list({json.loads(f'"{one}"'): one for one in names}.values())
+        decoded = [json.loads(f'"{one}"') for one in names]
+        found.append(len(set(decoded)) < len(decoded))
+        return "{" + ",".join(f'{space()}"{one}"{space()}:{space()}{value(depth - 1)}{space()}' for one in names) + "}"
+
+    found = []
+    return value(depth), any(found)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_name_twice_is_found_wherever_it_is_and_nothing_else_is_taken_for_one(seed):
+    chance, seen = random.Random(seed), collections.Counter()
+    for number in range(100):
+        text, has_twice = json_by_hand(chance, 4, chance.random() < 0.5)
+        seen[has_twice] += 1
+        if has_twice:
+            with pytest.raises(JsonError, match="same name twice"):
+                load_json(text)
+        else:
+            assert load_json(text.encode()) == json.loads(text)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("before", ["", " ", "\n\n"])
+@pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a":', "}"), ('{"b":1,"a":', "}"), ('[{"a":', "}]")])
+def test_depth_is_exact_also_with_whitespace_before_it(opening, closing, before):
+    for depth in range(1, 30):
+        text = before + opening * depth + "1" + closing * depth
+        deep = depth * len(closing)
+        assert load_json(text, max_depth=deep) == json.loads(text)
+        with pytest.raises(JsonError, match="in each other"):
+            load_json(text, max_depth=deep - 1)
+
+
+def test_json_is_read_by_many_threads_at_once_and_by_a_signal_handler_meanwhile():
+    text = json.dumps([{"a": number, "b": {"c": [number]}} for number in range(200)])
+    bad = text[:-1] + ',{"a":1,"a":2}]'
+
+    def read():
+        for _ in range(30):
+            if load_json(text) != value:
+                wrong.append("another value")
+        load_json(bad)
+
+    def handler(number, frame):
+        handled.append(load_json(text) == value)
+
+    value, wrong, handled = json.loads(text), [], []
+
+    def attempt():
+        try:
+            read()
+        except JsonError as error:
+            wrong.append("same name twice" not in str(error))
+
+    threads = [threading.Thread(target=attempt) for _ in range(4)]
+    before, interval = signal.signal(signal.SIGALRM, handler), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        for thread in threads:
+            thread.start()
+        while len(handled) < 5:
+            assert load_json(text) == value
+        for thread in threads:
+            thread.join()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        sys.setswitchinterval(interval)
+    assert wrong == [False] * 4 and all(handled)
+
+
+class Struck(Exception):
+    pass
+
+
+def test_an_error_that_a_signal_handler_raises_while_json_is_read_is_not_lost():
+    def handler(number, frame):
+        if frame.f_code is flowcoro_schema._count_names.__code__:
+            raise Struck
+
+    text = json.dumps([{"a": number} for number in range(2000)])
+    before, struck = signal.signal(signal.SIGALRM, handler), 0
+    signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+    try:
+        for _ in range(2000):
+            try:
+                assert len(load_json(text)) == 2000
+            except Struck:
+                struck += 1
+                if struck == 3:
+                    break
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert struck == 3 and len(load_json(text)) == 2000
 
 
 def test_what_is_written_is_read_back():
