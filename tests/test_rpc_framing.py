@@ -174,6 +174,29 @@ def test_what_is_received_and_not_taken_costs_no_more_than_its_length():
     assert all(framing.next_message() == b"x" for _ in range(200_000)) and framing.next_message() is NEED_DATA
 
 
+def test_a_line_that_is_too_long_is_refused_again_when_asked_for_again_and_not_kept():
+    for pieces in [b"x" * 1001], [b"x" * 900, b"x" * 101], [b"x" * 1001 + b"\n{}\n"], [b"x" * 900, b"x" * 101 + b"\n{}\n"]:
+        framing = Newline(1000)
+        for piece in pieces:
+            assert framing.next_message() is NEED_DATA
+            framing.receive_data(piece)
+        for _ in range(3):
+            with pytest.raises(ProtocolError, match="1001 bytes"):
+                framing.next_message()
+        assert len(framing._buffer) <= 1000
+
+
+def test_the_end_after_a_line_that_is_whole_is_no_line_and_twice_is_once():
+    for end in b"", b"\n":
+        framing = Newline(3)
+        framing.receive_data(b"{ }" + end)
+        framing.receive_end()
+        framing.receive_end()
+        assert framing.next_message() == b"{ }"
+        framing.receive_end()
+        assert framing.next_message() is NEED_DATA
+
+
 def test_concatenated_messages_are_lines_too_for_readers_that_wait_for_one():
     assert messages_of(Newline(), [Concatenated.frame(b"{}") * 2]) == ([b"{}"] * 2, None)
 
