@@ -1721,7 +1721,7 @@ class _Calling(_Outgoing, _Caller):
         while self._pending:
             _, reply = self._pending.popitem()
             sent = False if reply.begin >= self._begun else True if reply.end <= self._written else None
-            left = math.inf if reply.due is None else max(reply.due * GRAIN - flowcoro.now(), 0)
+            left = reply.seconds if reply.due is None else max(reply.due * GRAIN - flowcoro.now(), 0)
             reply.settle(None, self._ended_error(cause, sent, left))
 
     async def _call(self, method, params, timeout, idempotent=False):

@@ -1706,6 +1706,19 @@ async def test_what_was_not_sent_has_not_run_and_what_was_sent_in_part_nobody_kn
     assert found == {"small": True, "large": None, "later": False}
 
 
+@in_kernel
+async def test_a_call_that_fails_as_it_is_sent_still_knows_how_long_it_may_take(monkeypatch):
+    def fail(frames):
+        raise flowcoro_net.BrokenError(None, "gone")
+
+    ours, theirs = memory_socket_pair(flowcoro_net.Socket)
+    async with theirs, RpcClient.over(ours) as client:
+        monkeypatch.setattr(client.peer._wire, "write_nowait", fail)
+        with pytest.raises(ConnectionLost) as caught:
+            await client.call("a", timeout=5)
+    assert caught.value.sent is False and caught.value._left == 5
+
+
 @pytest.mark.parametrize("at_once", [False, True])
 @in_kernel
 async def test_what_waited_in_one_write_with_what_was_sent_in_part_has_not_run(at_once):
