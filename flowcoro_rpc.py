@@ -1371,17 +1371,17 @@ class _Outgoing:
         self._ended = flowcoro.Event()
         self._lost = None               # why the connection is over: an exception
 
-    def _add(self, message):
+    @flowcoro.atomic
+    def _post(self, message):
         """Add a message to those that are to be sent."""
         self._add_frame(self._wire.frame(message))
 
     def _add_frame(self, frame):
+        """As _post(), of a frame; within an atomic step."""
         self._out.append(frame)
         self._queued += len(frame)
         if self._queued - self._offered >= FLUSH:
             self._flush()
-
-    _post = flowcoro.atomic(_add)
 
     def _flush(self):
         """Write now what the system takes. Never blocks. With several workers the writer alone writes."""
@@ -2039,7 +2039,7 @@ class _Items:
         peer, texts, self.texts, self.size = self.call.peer, self.texts, [], 0
         peer._gathering.pop(self, None)
         if texts and not self.call.answered:
-            peer._add(b"%b%b]}}" % (self.head, b",".join(texts)))
+            peer._post(b"%b%b]}}" % (self.head, b",".join(texts)))
 
     async def until_credit(self):
         """Wait until it may send more."""
