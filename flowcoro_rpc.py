@@ -667,7 +667,6 @@ class Invalid(typing.NamedTuple):
 
 
 _ID_TYPES = (int, str, float, type(None))
-_Coroutine = types.CoroutineType
 _new = tuple.__new__        # 0.2 µs less than to call a NamedTuple
 _members_of_call = operator.itemgetter("jsonrpc", "method", "params", "id")
 _members_of_result = operator.itemgetter("jsonrpc", "result", "id")
@@ -760,9 +759,6 @@ def read_message(data, *, max_depth=flowcoro_schema.JSON_DEPTH, max_batch=MAX_BA
     return Batch([_judge(member) for member in value])
 
 
-_encode_json = flowcoro_schema.encode_json
-
-
 @functools.lru_cache(1024)
 def _json_of_name(name):
     return flowcoro_schema.encode_json(name)
@@ -780,9 +776,9 @@ def encode_request(method, params=None, id=_MISSING, more=None):
     if not isinstance(method, str):
         raise TypeError(f"method {method!r:.80}: give its name, a str")
     if params.__class__ is list and len(params) == 1:
-        given = f',"params":[{_encode_json(params[0])}]'
+        given = f',"params":[{flowcoro_schema.encode_json(params[0])}]'
     else:
-        given = "" if params is None else f',"params":{_encode_json(params)}'
+        given = "" if params is None else f',"params":{flowcoro_schema.encode_json(params)}'
     if id is not _MISSING:
         given += f',"id":{_json_of_id(id)}'
     if more:
@@ -792,8 +788,6 @@ def encode_request(method, params=None, id=_MISSING, more=None):
 
 def encode_result(id, result):
     """An answer as bytes. ValueError for NaN and infinities, TypeError for what has no JSON."""
-    if id.__class__ is int:
-        return f'{{"jsonrpc":"2.0","result":{_encode_json(result)},"id":{id}}}'.encode()
     return f'{{"jsonrpc":"2.0","result":{flowcoro_schema.encode_json(result)},"id":{_json_of_id(id)}}}'.encode()
 
 
@@ -1346,8 +1340,7 @@ class _OneWire:
 # `_queued`, `_begun`, `_written` count bytes: of frames that have come, that a write has begun with, that the system has taken;
 # so it is known of each call whether none of it was sent, or all.
 
-_current_task, _now, _park, _reschedule = flowcoro.current_task, flowcoro.now, flowcoro.park, flowcoro.reschedule
-_INF = math.inf
+_current_task = flowcoro.current_task
 
 
 class _Outgoing:
@@ -1509,7 +1502,7 @@ class _Reply:
         self.value, self.error, self.done = value, error, True
         task, self.task = self.task, None       # _wake(), written out as each call does it
         if task is not None:
-            _reschedule(task)
+            flowcoro.reschedule(task)
 
     def _wake(self):
         task, self.task = self.task, None
@@ -1689,7 +1682,7 @@ class _Calling(_Outgoing, _Caller):
         else:
             self._flush_later()
         for reply in replies:               # now that the peer has something to do
-            if reply.seconds != _INF:
+            if reply.seconds != math.inf:
                 self._deadlines.add(reply, reply.seconds)
 
     @flowcoro.atomic
@@ -1735,7 +1728,7 @@ class _Calling(_Outgoing, _Caller):
         reply = _Reply(self, number, method, seconds)
         self._register([reply], message)
         try:
-            await _park(reply.park)
+            await flowcoro.park(reply.park)
         finally:
             if reply.due is not None:
                 self._deadlines.remove(reply)
@@ -2064,7 +2057,7 @@ class _Deadlines:
     @flowcoro.atomic
     def add(self, call, seconds):
         """End it after so many seconds, at most GRAIN more."""
-        call.due = tick = int((_now() + seconds) / GRAIN) + 1
+        call.due = tick = int((flowcoro.now() + seconds) / GRAIN) + 1
         calls = self.due.get(tick)
         if calls is not None:
             calls[call] = None
@@ -2186,7 +2179,7 @@ class _Answering(_Calling):
                 result = method.function(*args)             # which runs nothing of it yet
             else:
                 result = run(method.function, *args)        # **{} would cost 0.1 µs
-            if result.__class__ is _Coroutine:
+            if result.__class__ is types.CoroutineType:
                 try:
                     trap = run(result.send, None)
                 except StopIteration as stop:
