@@ -407,35 +407,39 @@ class _Unique:
 # function is called from there: with a lock for each object all this would need an order of locks, and find deadlocks.
 #
 # The marks below cost nothing until a run asks for several workers: then each marked function becomes, for good and for all
-# who hold it (a bound method, say), one that takes the guard.
+# who hold it (a bound method, say), one that takes the guard. Only methods of other modules that have free variables (super() is
+# one) are wrapped instead, and look each time whether it is so.
 
 _GUARD = threading.RLock()
-_MARKED = []                    # (function, the one that it is to become; None: itself, under the guard)
-_OTHERS = weakref.WeakSet()     # the functions that other modules have marked, whose classes may be forgotten
-_several = False                # there was a run with several workers, or is no GIL
+_MARKED = []                                # (function, the one that it is to become; None: itself, under the guard)
+_MARKED_BY_OTHERS = weakref.WeakSet()       # functions of other modules, whose classes may be forgotten, so they stay here
+_several = False                            # there was a run with several workers, or is no GIL
 
 
-class _Kept:
-    """Where functions of other modules find the guard: the child of a fork makes a new one."""
+class _GuardPlace:
+    """Where marked functions, whose globals may be those of another module, find the guard. The child of a fork makes a new one,
+    and puts it here too."""
 
     guard = _GUARD
 
 
 def _under_guard(*args, **kwargs):
-    """What a marked function becomes, with _Kept and what it did before for these two texts."""
-    kept = "where the guard is"
+    """What a marked function becomes, with _GuardPlace and what it did before for these two texts."""
+    place = "where the guard is"
     function = "what it did before"
-    with kept.guard:
+    with place.guard:
         return function(*args, **kwargs)
 
 
 def _put_under_guard(function):
-    if _Kept in function.__code__.co_consts:        # done by who was struck before he could say so
+    """Exchange its code for what takes the guard. Twice is once. Under the guard, and for what has no free variables: code that
+    has none cannot be given to a function that has some."""
+    if _GuardPlace in function.__code__.co_consts:      # by an earlier run, or by who was struck before he could say so
         return
     before = function.__wrapped__ = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     before.__kwdefaults__ = function.__kwdefaults__
-    places = {"where the guard is": _Kept, "what it did before": before}
+    places = {"where the guard is": _GuardPlace, "what it did before": before}
     code = _under_guard.__code__
     function.__code__ = code.replace(co_consts=tuple(
         places.get(constant, constant) if isinstance(constant, str) else constant for constant in code.co_consts))
@@ -460,13 +464,13 @@ class atomic:
 
     def __set_name__(self, owner, name):
         function = self.function
-        if not function.__code__.co_freevars:       # else its code cannot be exchanged for one that has none
+        if not function.__code__.co_freevars:       # else its code cannot be exchanged
             setattr(owner, name, function)
             if function.__globals__ is globals():
                 _MARKED.append((function, None))
                 return
             with _GUARD:
-                _OTHERS.add(function)
+                _MARKED_BY_OTHERS.add(function)
                 if _several:
                     _put_under_guard(function)
             return
@@ -517,7 +521,7 @@ def _replace_marked():
         else:
             function.__code__ = shared.__code__
         _MARKED.pop()                   # last: a Ctrl-C may strike in between
-    for function in list(_OTHERS):
+    for function in list(_MARKED_BY_OTHERS):
         _put_under_guard(function)
 
 
@@ -3213,7 +3217,7 @@ class _Watchdog:
     @staticmethod
     def waits_for_guard(file, line, function):
         import linecache
-        return file == _HERE and linecache.getline(file, line).strip().startswith(("with _GUARD", "with kept.guard"))
+        return file == _HERE and linecache.getline(file, line).strip().startswith(("with _GUARD", "with place.guard"))
 
     @staticmethod
     def guard_owner():
@@ -3862,7 +3866,7 @@ class _Poison:
 
 def _after_fork_in_child():
     global _GUARD
-    _GUARD = _Kept.guard = threading.RLock()          # another thread may have held it
+    _GUARD = _GuardPlace.guard = threading.RLock()          # another thread may have held it
     _local.worker = _OUTSIDE
     _ThreadPool.idle.clear()
     _ThreadPool.threads.clear()

@@ -31,7 +31,7 @@ def one_worker_takes_no_guard():
     if flowcoro._several and not os.environ.get("FLOWCORO_GUARD"):
         for function, code in PLAIN:
             function.__code__ = code
-        for function in flowcoro._OTHERS:
+        for function in flowcoro._MARKED_BY_OTHERS:
             if hasattr(function, "__wrapped__"):
                 function.__code__ = function.__wrapped__.__code__
         flowcoro._MARKED[:] = MARKED
@@ -89,7 +89,7 @@ class Guard:
 def guard(monkeypatch):
     guard = Guard()
     monkeypatch.setattr(flowcoro, "_GUARD", guard)
-    monkeypatch.setattr(flowcoro._Kept, "guard", guard)
+    monkeypatch.setattr(flowcoro._GuardPlace, "guard", guard)
     return guard
 
 

@@ -1865,18 +1865,22 @@ def test_an_error_of_main_is_not_lost_to_a_sigterm_that_comes_after_it():
         flowcoro.run(main())
 
 
-def test_a_second_ctrl_c_ends_a_step_that_is_stuck_in_an_atomic_method():
-    with Child("""
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("free", ["", "super"], ids=["", "with a free variable"])
+def test_a_second_ctrl_c_ends_a_step_that_is_stuck_in_an_atomic_method(workers, free):
+    with Child(f"""
         class Primitive:
             @flowcoro.atomic
             def method(self):
                 say("ready")
                 while True:
                     time.sleep(0.001)
+                {free and "super()"}
 
         async def main():
             Primitive().method()
 
+        flowcoro.run(flowcoro.sleep(0), workers={workers})      # with two, the method takes the guard from now on
         flowcoro.run(main())
     """) as child:
         child.hears("ready")

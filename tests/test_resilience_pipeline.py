@@ -165,7 +165,7 @@ def test_no_policy_asks_for_the_kernels_guard_while_it_holds_its_own_lock(monkey
         policy._lock = Watched()
     guard = Watched([policy._lock for policy in policies])
     monkeypatch.setattr(flowcoro, "_GUARD", guard)
-    monkeypatch.setattr(flowcoro._Kept, "guard", guard)
+    monkeypatch.setattr(flowcoro._GuardPlace, "guard", guard)
 
     async def operation(number):
         await flowcoro.sleep(0.001)
