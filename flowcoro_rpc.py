@@ -775,7 +775,7 @@ def encode_request(method, params=None, id=_MISSING, more=None):
     """
     if not isinstance(method, str):
         raise TypeError(f"method {method!r:.80}: give its name, a str")
-    if params.__class__ is list and len(params) == 1:
+    if params.__class__ is list and len(params) == 1:           # encode_json() has a quicker way for a text by itself
         given = f',"params":[{flowcoro_schema.encode_json(params[0])}]'
     else:
         given = "" if params is None else f',"params":{flowcoro_schema.encode_json(params)}'
@@ -804,7 +804,7 @@ class _Method:
     """A function that is called from outside: how parameters are bound to its signature, before it is called."""
 
     __slots__ = ("name", "function", "wants", "is_stream", "fields", "required", "most", "named", "takes_named", "rest",
-                 "returns", "is_async", "_required_names", "_takers", "_plain", "_own")
+                 "returns", "is_async", "_required_names", "_types", "_takers", "_own")
 
     def __init__(self, name, function, said):
         self.name, self.function = name, function
@@ -814,8 +814,9 @@ class _Method:
         if not inspect.isroutine(inner) and not isinstance(inner, type):
             inner = type(inner).__call__
         self.is_stream = inspect.isasyncgenfunction(inspect.unwrap(inner))          # also below a decorator
-        plain = getattr(function, "__func__", function)
-        self.is_async = isinstance(plain, types.FunctionType) and bool(plain.__code__.co_flags & inspect.CO_COROUTINE)
+        # Whether to call it runs nothing of it yet; a callable object, say, may do so, and then give a coroutine.
+        called = getattr(function, "__func__", function)
+        self.is_async = isinstance(called, types.FunctionType) and bool(called.__code__.co_flags & inspect.CO_COROUTINE)
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except ValueError:
@@ -840,11 +841,11 @@ class _Method:
         if only_named and only_placed:
             raise TypeError(f"{said}: nobody can call it: {only_placed[0]} is given by its place, {only_named[0]} by its name, "
                             "and JSON-RPC gives all of them one way")
-        # The types in each place, None for any, where none is converted; else None.
-        self._plain = [_plain_types(field.kind) for field in self.fields]
-        if only_named or self.rest is not None or False in self._plain:
-            self._plain = None
-        # What takes the value in each place, or raises ValueError; None where there is more to it.
+        # What the value in each place may be, None for anything; where one is more than looked at, None instead of the list.
+        self._types = [_plain_types(field.kind) for field in self.fields]
+        if only_named or self.rest is not None or False in self._types:
+            self._types = None
+        # Then what takes the value in each place, or raises ValueError; None where there is more to it.
         self._takers = None if only_named or self.rest is not None else [_taker(field.kind) for field in self.fields]
 
     @staticmethod
@@ -873,13 +874,13 @@ class _Method:
                 self.named[parameter.name] = field
 
     def bind(self, params):
-        """(list, dict) to call the function with. InvalidParams."""
+        """(list, dict or None) to call the function with; the list may be `params` itself. InvalidParams."""
         if params is None:
             params = []
-        if params.__class__ is list and self._plain is not None and self.required <= len(params) <= self.most:
-            for value, kinds in zip(params, self._plain):
+        if params.__class__ is list and self._types is not None and self.required <= len(params) <= self.most:
+            for value, kinds in zip(params, self._types):
                 if kinds is not None and value.__class__ not in kinds:
-                    break                   # once more, to say what is wrong
+                    break                   # below once more, to say what is wrong
             else:
                 return params, None
         elif params.__class__ is list and self._takers is not None and self.required <= len(params) <= self.most:
@@ -926,7 +927,7 @@ class _Method:
 
 
 def _plain_types(kind):
-    """The types of what a kind takes as it is, None for all; False where there is more to it."""
+    """The types of what a kind takes as it is, None for all; False for one that converts, or looks into the value."""
     if isinstance(kind, flowcoro_schema.Anything):
         return None
     return kind.types if isinstance(kind, flowcoro_schema.Scalar) and kind.convert is None else False
@@ -1390,7 +1391,7 @@ class _Outgoing:
                 self._lose(error)
             else:
                 self._written += count
-                if self._written < self._begun or self._all_read or self._draining:
+                if self._written < self._begun or self._all_read or self._draining:         # else there is nothing to do
                     self._taken(frames, count)
 
     def _taken(self, frames, count):
@@ -1482,7 +1483,8 @@ class _Reply:
         self.peer, self.id, self.method, self.seconds = peer, number, method, seconds
         self.task = self.due = self.error = None
         self.done = False
-        # _enter() sets `message`, which calls of one batch share, and where its bytes `begin` and `end`, of all that were queued.
+        # Set later, and read by nobody before: by _enter() `message`, which calls of one batch share, and where its bytes `begin`
+        # and `end`, of all that were queued; by settle() `value`. `due` has its tick once it was sent, if it has a limit.
         self.heard = peer._heard        # how often something had come when it was made
 
     def park(self, task):
@@ -1652,7 +1654,7 @@ class _Calling(_Outgoing, _Caller):
         self._options = options
         self._pending = {}              # id -> _Reply: R2
         self._heard = 0                 # how often something has come
-        self._has_settled = False       # whether somebody was given an answer since something was last waited for
+        self._has_settled = False       # whether an answer was given to a call since more was last waited for; who reads sets it
         self._no_message = None         # a ProtocolError: why the last of what has come and was no JSON-RPC was none
         self._ids = itertools.count(1)          # which without a GIL gives some twice, if two ask at once
         self._next_id = self._shared_next_id if self._several else self._ids.__next__
@@ -1729,7 +1731,7 @@ class _Calling(_Outgoing, _Caller):
         self._register([reply], message)
         try:
             await flowcoro.park(reply.park)
-        finally:
+        finally:                            # _leave(), written out as each call does it
             if reply.due is not None:
                 self._deadlines.remove(reply)
             if not reply.done:
@@ -2169,7 +2171,7 @@ class _Answering(_Calling):
                 call = _Call(self, request, number, slot)
                 if method.is_stream:
                     call.ask_stream()
-                result = self._go_through(method, call, list(args), named or {})        # middleware may change request.params
+                result = self._go_through(method, call, list(args), named or {})        # middleware may change context.params
             elif method.wants is not None:
                 first = self if method.wants == "peer" else Context(self, request)
                 result = run(method.function, first, *args, **(named or {}))
@@ -2447,7 +2449,7 @@ class _Reading(_Answering):
                         and self._begun_calls < options.max_concurrent and places.taken < places.most):     # _has_place()
                     rest = self._begin(event, slot)
                 elif kind is Response and slot is None:
-                    rest = self._take_response(event)
+                    rest = self._take_response(event)           # None
                 else:
                     rest = self._take(event, slot)
                 if rest is not None:
@@ -2518,8 +2520,8 @@ class _Reading(_Answering):
     # -- messages
 
     def _take(self, event, slot):
-        """What _read() does with a message that is no Request, or one that cannot begin now. Returns what is to be awaited, of a
-        call that has to wait, or None."""
+        """What _read() does with all but a Request that can begin now and a Response by itself. Returns what is to be awaited, of
+        a call that has to wait, or None."""
         kind = event.__class__
         if kind is Response:
             self._take_response(event)
