@@ -1707,6 +1707,29 @@ async def test_what_was_not_sent_has_not_run_and_what_was_sent_in_part_nobody_kn
 
 
 @in_kernel
+async def test_who_has_its_answer_goes_on_before_more_is_waited_for():
+    order = []
+
+    class Noted(flowcoro_net.Socket):
+        async def read(self, max_bytes):
+            order.append("read")
+            return await super().read(max_bytes)
+
+    ours, theirs = memory_socket_pair(Noted)
+    async with ours, flowcoro.TaskGroup() as group:
+        group.spawn(slow_server().serve_connection(theirs))
+        async with RpcClient.over(ours) as client:
+            await wait_all_tasks_parked()
+            for _ in range(3):
+                order.clear()
+                await client.call("fast")
+                assert order == ["read"]                # the server's, after its answer
+                await wait_all_tasks_parked()
+                assert order == ["read"] * 2
+        group.cancel()
+
+
+@in_kernel
 async def test_a_call_that_fails_as_it_is_sent_still_knows_how_long_it_may_take(monkeypatch):
     def fail(frames):
         raise flowcoro_net.BrokenError(None, "gone")
