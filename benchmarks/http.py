@@ -11,7 +11,8 @@ compiler (`apt-get install gcc libc6-dev`), and with --peers Go (`apt-get instal
 peers is that of kernel.py. What is not there is left out, and named.
 
 What is compared: `http_cases/` has one file for each contender, as its own manual would write it, without an access log. What
-they answer is the same but for the headers that each adds by itself. Read them side by side before you believe a ratio.
+they answer is the same but for the headers that each adds by itself. Read them side by side before you believe a ratio. `bare` is
+a loop round epoll, by hand, that checks nothing: what Python leaves to be won.
 uvicorn and granian have no router: they call the one function of `hello` for every path, to their advantage. `single` is FlowCoro
 itself, in one process. Before a contender is measured each of its answers is compared with what it has to be.
 

@@ -37,7 +37,8 @@ def unmasked(data, start, size):
     """The payload of so many bytes that begins after its key, at `start`."""
     mask, data = data[start:start + 4], data[start + 4:start + 4 + size]
     if size < 1024:
-        return (int.from_bytes(data, "little") ^ int.from_bytes((mask * (size + 3 >> 2))[:size], "little")).to_bytes(size, "little")
+        mask = int.from_bytes((mask * (size + 3 >> 2))[:size], "little")
+        return (int.from_bytes(data, "little") ^ mask).to_bytes(size, "little")
     out = bytearray(data)
     for place in range(4):
         out[place::4] = out[place::4].translate(TABLES[mask[place]])
