@@ -30,16 +30,17 @@ def bench(*arguments, **environment):
 
 
 @pytest.mark.skipif(not shutil.which("wrk"), reason="no wrk")
-def test_hello_is_measured_by_wrk():
-    done = bench("--quick", "--repeat", 1, "--case", "hello", "--json")
+def test_hello_and_api_are_measured_by_wrk():
+    done = bench("--quick", "--repeat", 1, "--case", "hello", "--case", "api", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     beside = {"nginx"} if shutil.which("nginx") else set()
-    for key in ("cpu", "rate", "p50_ms", "p99_ms", "busy"):
-        row = report["cases"][f"hello:{key}"]
-        assert row["figures"].keys() == {"flowcoro"} | beside
-        assert row["failed"] == {}
-        assert all(known["median"] > 0 for known in row["figures"].values())
+    for case, others in ("hello", beside), ("api", {"bare"}):
+        for key in ("cpu", "rate", "p50_ms", "p99_ms", "busy"):
+            row = report["cases"][f"{case}:{key}"]
+            assert row["figures"].keys() == {"flowcoro"} | others
+            assert row["failed"] == {}
+            assert all(known["median"] > 0 for known in row["figures"].values())
     assert beside or "apt-get install nginx" in report["left_out"]["nginx"]
 
 
