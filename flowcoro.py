@@ -436,9 +436,13 @@ def _put_under_guard(function):
     has none cannot be given to a function that has some."""
     if _GuardPlace in function.__code__.co_consts:      # by an earlier run, or by who was struck before he could say so
         return
-    before = function.__wrapped__ = types.FunctionType(
+    before = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     before.__kwdefaults__ = function.__kwdefaults__
+    for name in functools.WRAPPER_ASSIGNMENTS:      # annotations: who asks for the signature follows __wrapped__
+        setattr(before, name, getattr(function, name))
+    before.__dict__.update(function.__dict__)       # perhaps a __wrapped__ of its own
+    function.__wrapped__ = before
     places = {"where the guard is": _GuardPlace, "what it did before": before}
     code = _under_guard.__code__
     function.__code__ = code.replace(co_consts=tuple(

@@ -224,7 +224,7 @@ def test_classes_with_atomic_methods_can_be_forgotten(before):
 
 def test_atomic_methods_of_others_cost_nothing_until_there_are_several_workers_and_keep_what_they_have():
     class Primitive:
-        def other(self, a, /, b=2, *rest, c=3, **named):
+        def other(self, a, /, b: int = 2, *rest, c: "int" = 3, **named) -> tuple:
             """Say what."""
             return flowcoro._GUARD._is_owned(), a, b, rest, c, named
 
@@ -243,6 +243,23 @@ def test_atomic_methods_of_others_cost_nothing_until_there_are_several_workers_a
     assert ask() == ((True, 1, 2, (), 4, {"d": 5}), (True, 1, 6, (7,), 3, {}))
     assert inspect.signature(Primitive.other) == signature and Primitive.other.__doc__ == "Say what."
     assert Primitive.other.__wrapped__(primitive, 1)[0] is False
+
+
+def test_an_atomic_method_that_stands_for_another_function_still_does_when_it_takes_the_guard():
+    def stands_for(function):
+        def other(self, *args):
+            raise NotImplementedError
+        return functools.update_wrapper(other, function)
+
+    def asked(a: int) -> int:
+        raise NotImplementedError
+
+    class Primitive:
+        other = flowcoro.atomic(stands_for(asked))
+
+    assert not Primitive.other.__code__.co_freevars
+    flowcoro.run(flowcoro.sleep(0), workers=2)
+    assert inspect.signature(Primitive.other) == inspect.signature(asked) and inspect.unwrap(Primitive.other) is asked
 
 
 async def waits():
