@@ -162,7 +162,7 @@ MAX_SECONDS = 10**9
 STREAM_WINDOW, MAX_CREDIT = 32, 2**31 - 1
 
 # Bytes of messages that are written before the turn is over: the peer works on them while we make more.
-FLUSH = 16 * 2**10
+FLUSH = 32 * 2**10
 
 # Bytes that one read asks for.
 CHUNK = 64 * 2**10
@@ -388,11 +388,11 @@ class Newline(_Framing):
                 if not self._data:
                     return NEED_DATA
                 continue
-            line = data[start:end]
-            if len(line) + len(self._buffer) > self.max_message:
-                raise self._too_large(len(line) + len(self._buffer))
-            self._at = end + 1
-            if self._buffer:
+            size = end - start + len(self._buffer)
+            if size > self.max_message:
+                raise self._too_large(size)
+            line, self._at = data[start:end], end + 1
+            if size > end - start:
                 self._buffer += line
                 line = bytes(self._buffer)
                 self._buffer.clear()
@@ -788,7 +788,8 @@ def encode_request(method, params=None, id=_MISSING, more=None):
 
 def encode_result(id, result):
     """An answer as bytes. ValueError for NaN and infinities, TypeError for what has no JSON."""
-    return f'{{"jsonrpc":"2.0","result":{flowcoro_schema.encode_json(result)},"id":{_json_of_id(id)}}}'.encode()
+    number = id if id.__class__ is int else _json_of_id(id)
+    return f'{{"jsonrpc":"2.0","result":{flowcoro_schema.encode_json(result)},"id":{number}}}'.encode()
 
 
 def encode_error(id, code, message, data=None):
@@ -1368,7 +1369,11 @@ class _Outgoing:
     @flowcoro.atomic
     def _post(self, message):
         """Add a message to those that are to be sent."""
-        self._add_frame(self._wire.frame(message))
+        frame = self._wire.frame(message)
+        self._out.append(frame)             # _add_frame(), written out as each answer comes here
+        self._queued += len(frame)
+        if self._queued - self._offered >= FLUSH:
+            self._flush()
 
     def _add_frame(self, frame):
         """As _post(), of a frame; within an atomic step."""
@@ -2378,12 +2383,14 @@ class _Answering(_Calling):
     def _answer(self, number, slot, result):
         if number is not _MISSING:
             answer = encode_result(number, result)
-            if len(answer) > self._wire.max_message if slot is None else not slot[0].room_for(answer):
-                raise AnswerTooLarge
             if slot is None:
+                if len(answer) > self._wire.max_message:
+                    raise AnswerTooLarge
                 self._post(answer)
-            else:
+            elif slot[0].room_for(answer):
                 slot[0].set(slot[1], answer)
+            else:
+                raise AnswerTooLarge
         elif slot is not None:
             slot[0].set(slot[1], None)
 
