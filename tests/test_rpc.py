@@ -1682,6 +1682,13 @@ async def test_a_lost_connection_fails_what_was_under_way_at_once_and_says_what_
         assert server.cut == [0, 1, 2]
 
 
+async def lose(peer, name, size, found):
+    """Call with so many letters, until the connection is lost; in `found`, what is then known of whether it was sent."""
+    with pytest.raises(ConnectionLost) as caught:
+        await peer.call("a", "x" * size)
+    found[name] = caught.value.sent
+
+
 @in_kernel
 async def test_what_was_not_sent_has_not_run_and_what_was_sent_in_part_nobody_knows():
     ours, theirs = memory_socket_pair(flowcoro_net.Socket, capacity=1000)
@@ -1690,17 +1697,11 @@ async def test_what_was_not_sent_has_not_run_and_what_was_sent_in_part_nobody_kn
         group.spawn(server.serve_connection(ours))
         await wait_all_tasks_parked()
         peer, found = server.peers[0], {}
-
-        async def call(name, size):
-            with pytest.raises(ConnectionLost) as caught:
-                await peer.call("a", "x" * size)
-            found[name] = caught.value.sent
-
-        group.spawn(call("small", 10))
+        group.spawn(lose(peer, "small", 10, found))
         await wait_all_tasks_parked()
-        group.spawn(call("large", 10_000))
+        group.spawn(lose(peer, "large", 10_000, found))
         await wait_all_tasks_parked()
-        group.spawn(call("later", 10))
+        group.spawn(lose(peer, "later", 10, found))
         await wait_all_tasks_parked()
         theirs.close_nowait()
     assert found == {"small": True, "large": None, "later": False}
@@ -1751,16 +1752,10 @@ async def test_what_waited_in_one_write_with_what_was_sent_in_part_has_not_run(a
         group.spawn(server.serve_connection(ours))
         await wait_all_tasks_parked()
         peer, found = server.peers[0], {}
-
-        async def call(name, size):
-            with pytest.raises(ConnectionLost) as caught:
-                await peer.call("a", "x" * size)
-            found[name] = caught.value.sent
-
         if at_once:                         # all wait for the same turn
             await peer.notify("a")
         for name, size in (("small", 10), ("large", 300_000), ("later", 300_000)):
-            group.spawn(call(name, size))
+            group.spawn(lose(peer, name, size, found))
         if at_once:
             await flowcoro.checkpoint()
             await flowcoro.checkpoint()
