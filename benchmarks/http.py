@@ -1,6 +1,6 @@
 """The benchmark of HTTP: what a request costs FlowCoro's server, its client, and their peers.
 
-    python benchmarks/http.py                       FlowCoro's figures next to those of nginx, in three minutes
+    python benchmarks/http.py                       FlowCoro's figures next to those of nginx and a bare loop, in three minutes
     python benchmarks/http.py --peers               and to uvicorn, aiohttp, granian, Go and others; a quarter of an hour
     python benchmarks/http.py --peers --case hello --repeat 15
     python benchmarks/http.py --case idle --seconds 60
