@@ -157,6 +157,10 @@ KNOWN_LINES, KNOWN_LINE = 1024, 256
 # The same for heads of answers: a quarter of a megabyte.
 KNOWN_HEADS, KNOWN_HEAD = 256, 1024
 
+# Bytes of field lines at most that a connection keeps while it is busy (a browser's are 0.5 to 3 KiB, by the cookies). Heads in a row
+# that were unlike the one before, after which it takes down no more (it is a proxy's, and each is another client's), until so many.
+KNOWN_FIELDS, MAX_UNLIKE, RETRY_UNLIKE = 4 * 2**10, 10, 1000
+
 # ---- errors ---------------------------------------------------------------------------------------------------
 
 class HttpError(flowcoro.FlowCoroError):
@@ -2515,7 +2519,7 @@ class _Received:
     __slots__ = ("role", "our_state", "their_state", "method", "keep_alive", "expects_continue", "upgrade", "max_body",
                  "_our_moves", "_their_moves", "_our_end", "_their_end", "_awaits", "_minor",
                  "_max_first", "_max_field", "_max_fields", "_max_head", "_max_chunk_line", "_least_line",
-                 "_buffer", "_start", "_scan", "_ended", "_error", "_known",
+                 "_buffer", "_start", "_scan", "_ended", "_error", "_fields", "_unlike", "_again",
                  "_first", "_entries", "_head_size", "_blank",
                  "_mode", "_left", "_stage", "_body_size",
                  "_out_mode", "_out_left")
@@ -2587,27 +2591,82 @@ class _Received:
         return buffer[start:cr].decode("latin-1")
 
 
-# Requests that have come more than once, as they came: bytes -> _KnownRequest. Clients that ask for the same again and again, as
-# those that poll, or check whether we are well, send the same bytes: one look instead of 2.5 µs. What has secrets in it is not
-# kept, nor what has come once; limits differ, so each set of them has a table.
-_SEEN = [None] * 1024           # hashes of what has come
+# What repeats is read once. The requests of a connection mostly have the same field lines, cookies and all, because a client says
+# the same of itself each time (HTTP/2 has HPACK for that). So a connection keeps the last ones, and knows the same bytes again by
+# one comparison; the length of the content may be another one. First lines repeat among all connections, and are kept for all:
+# bytes -> _KnownLine. A request that came with its content in one read is then received by receive_known() in one step. What is kept
+# for all has no secrets, and has come twice; what a connection keeps is given up when it has nothing to do for a while.
+_KNOWN_LINES = {}
+_known_line = _KNOWN_LINES.get
+_SEEN = [None] * 1024           # hashes of first lines that have come
 _RECEIVED_KNOWN = (_TRANSITIONS[SERVER][IDLE][_REQUEST], _TRANSITIONS[CLIENT][_TRANSITIONS[CLIENT][IDLE][_REQUEST]][_END])
 
 
-@functools.lru_cache(8)                         # applications in one process, or sets of limits
-def _known_requests(*limits):
-    return {}
+_SENT_KNOWN = _TRANSITIONS[SERVER][SEND_RESPONSE][_WHOLE]
 
 
-class _KnownRequest:
-    """A request without content, for good: `entries` is a tuple, so whoever changes its Headers makes a list of his own."""
+class _KnownLine:
+    """A request line in origin-form, of HTTP/1.1, for good. `query`: the Fields of the query, once somebody has asked for them."""
 
-    __slots__ = ("method", "target", "raw_path", "query_string", "entries", "index")
+    __slots__ = ("method", "target", "raw_path", "query_string", "query")
 
-    def __init__(self, head):
-        self.method, self.target, self.entries, self.index = (
-            head.method, head.target, tuple(head.headers._entries), head.headers._index)
-        self.raw_path, _, self.query_string = head.path.partition("?")
+    def __init__(self, method, target):
+        self.method, self.target, self.query = method, target, None
+        self.raw_path, _, self.query_string = target.partition("?")
+
+
+def _read_usual_line(line):
+    """The _KnownLine of a request line, bytes; it is kept if it has come before. None for what takes the long way."""
+    found = _usual_line(line.decode("latin-1"))
+    if found is None or found[3] == "0":
+        return None
+    known = _KnownLine(found[1], found[2])
+    if len(line) <= KNOWN_LINE:
+        place = hash(line) % len(_SEEN)
+        if _SEEN[place] != hash(line):
+            _SEEN[place] = hash(line)
+        elif not _is_secret(found[2].lower()):
+            if len(_KNOWN_LINES) >= KNOWN_LINES:
+                _KNOWN_LINES.clear()
+            _KNOWN_LINES[line] = known
+    return known
+
+
+class _KnownFields:
+    """The field lines of a usual request, for good: `entries` is a tuple, so whoever changes its Headers makes a list of his own.
+
+    `lines`: as they came, from the CRLF before the first to the empty line; `size`: bytes of the content; `cookies`: what they say,
+    once somebody has asked.
+    """
+
+    __slots__ = ("lines", "entries", "index", "size", "cookies", "around")
+
+    def __init__(self, lines, entries, index, size, cookies=None):
+        self.lines, self.entries, self.index, self.size, self.cookies = lines, entries, index, size, cookies
+        self.around = None          # what stands before and after the digits of Content-Length, once that was needed
+
+    def at(self, data, at):
+        """These, or the same with another length, if they are what stands in `data` from there; else None."""
+        if data.startswith(self.lines, at):
+            return self
+        length = self.index.get("content-length")
+        if length is None:
+            return None
+        if self.around is None:
+            name, digits = map(str.encode, length)
+            begin = self.lines.index(digits, self.lines.index(b"\r\n%b:" % name) + len(name) + 3)
+            self.around = self.lines[:begin], self.lines[begin + len(digits):]
+        before, after = self.around
+        if not data.startswith(before, at):
+            return None
+        begin = at + len(before)
+        end = data.find(after, begin, begin + 18 + len(after))
+        digits = data[begin:end]
+        if end <= begin or not digits.isdigit():
+            return None
+        entry = "content-length", (length[0], digits.decode())
+        entries = tuple([entry if other[0] == "content-length" else other for other in self.entries])
+        return _KnownFields(before + digits + after, entries, {**self.index, entry[0]: entry[1]}, int(digits), self.cookies)
 
 
 class _Heads(_Received):
@@ -2624,8 +2683,8 @@ class _Heads(_Received):
                 event = self._short_way(text)
                 if event is not None:
                     self._start = self._scan = end + 4
-                    if not start and end + 4 == len(buffer) <= KNOWN_HEAD and type(buffer) is bytes and self._known is not None:
-                        self._remember(buffer, event)
+                    if not start and self.role is SERVER:
+                        self._remember(buffer, end + 4, event)
                     return event
             elif start == len(buffer):
                 return self._nothing() if self._ended else NEED_DATA
@@ -2656,28 +2715,51 @@ class _Heads(_Received):
         method, target, minor = found.groups()
         return self._request(method, target, minor != "0", entries)
 
-    def _remember(self, data, head):
-        """Have receive_known() know a request, if it is the usual kind and has come before."""
-        place = hash(data) % len(_SEEN)
-        if _SEEN[place] != hash(data):
-            _SEEN[place] = hash(data)
-        elif (self._mode is _BY_LENGTH and not self._left and self.keep_alive and self._minor and self._their_end is _END
-                and not _is_secret(head.target.lower()) and not any(map(_is_secret, head.headers._index))):
-            if len(self._known) >= KNOWN_HEADS:
-                self._known.clear()
-            self._known[data] = _KnownRequest(head)
+    def _remember(self, data, end, head):
+        """Have receive_known() know the field lines of a request of the usual kind, which ends there but for its content."""
+        if self._unlike > MAX_UNLIKE:
+            self._fields, self._unlike = None, (self._unlike + 1) % RETRY_UNLIKE
+            return
+        at, fields = data.find(b"\r\n"), self._fields
+        if fields is not None and (fields := fields.at(data, at)) is not None:
+            self._fields, self._unlike = fields, 0
+            return
+        self._unlike += 1                       # the first is not kept: it may be the only one
+        if (self._unlike > 1 and end - at <= KNOWN_FIELDS and self._mode is _BY_LENGTH and self.keep_alive
+                and self._minor and self._their_end is _END and not self.expects_continue):
+            headers = head.headers
+            self._fields = _KnownFields(bytes(data[at:end]), tuple(headers._entries), headers._index, self._left)
 
     def receive_known(self, data):
-        """(server) The _KnownRequest of data that are a whole request, known from before, where nothing else is: it is then
-        received to its end. None: receive_data() has to look.
+        """(server) What is known of data that are a whole request and nothing else, whose field lines came before: a tuple of its
+        _KnownLine, its _KnownFields, its content and the data; it is then received to its end. None: receive_data() has to look.
         """
-        known = self._known.get(data)
-        if (known is None or self.their_state is not IDLE or self._start != len(self._buffer)
+        fields, known = self._fields, self._again
+        if (fields is None or self.their_state is not IDLE or self._start != len(self._buffer)
                 or self._entries is not None):          # which are the first lines of another head
             return None
-        self.method = known.method
+        if known is None or data != known[3]:           # else the very same comes again: 0.2 µs less
+            at = data.find(b"\r\n")
+            if not data.startswith(fields.lines, at) and (fields := fields.at(data, at)) is None:
+                return None
+            end = at + len(fields.lines)
+            if (len(data) - end != fields.size or at > self._max_first or end - 4 > self._max_head
+                    or self.max_body is not None and fields.size > self.max_body):
+                return None
+            first = data[:at]
+            line = _known_line(first) or _read_usual_line(first)
+            if line is None:
+                return None
+            known = line, fields, data[end:], data
+            self._fields, self._unlike, self._again = fields, 0, None if fields.size else known
+        self.method = known[0].method
         self.our_state, self.their_state = _RECEIVED_KNOWN
         return known
+
+    def forget_fields(self):
+        """Keep nothing for the next request."""
+        self._fields = self._again = None
+        self._unlike = 0
 
     def _too_long(self, lines):
         return len(lines[0]) > self._max_first or max(map(len, lines)) > self._max_field
@@ -3118,6 +3200,13 @@ class _Outgoing(_Incoming):
             self._no_keep_alive()
         return b"".join(lines)
 
+    def send_known(self, head, body):
+        """send_message() of a head that is bytes up to the number of its Content-Length; None where that has to look at more."""
+        if not self._is_usual():
+            return None
+        self.our_state = _SENT_KNOWN
+        return b"%b%d\r\n\r\n%b" % (head, len(body), body)
+
     def note_message(self, method):
         """As send_message() of a request that has no content, no Connection and no Upgrade, and whose bytes are known."""
         if _REQUEST not in self._our_moves[self.our_state] or _REQUEST not in self._their_moves[self.their_state]:
@@ -3381,7 +3470,7 @@ class HttpConnection(_Outgoing):
         self._our_moves = _TRANSITIONS[role]
         self._their_moves = _TRANSITIONS[SERVER if role == CLIENT else CLIENT]
         self._awaits = IDLE if role == SERVER else SEND_RESPONSE        # the state in which they send a head
-        self._known = _known_requests(max_request_line, max_field_line, max_fields, max_head) if role == SERVER else None
+        self.forget_fields()
         self._ended, self._error = False, None
         self._buffer, self._start, self._scan = b"", 0, 0
         self._first = self._entries = None      # of a head that comes in pieces: its first line, its field lines
@@ -3410,7 +3499,7 @@ class HttpConnection(_Outgoing):
         self.our_state = self._our_moves[DONE][_NEXT]
         self.their_state = self._their_moves[DONE][_NEXT]
         self._begin()
-        if self._start == len(self._buffer):
+        if self._start and self._start == len(self._buffer):
             self._buffer, self._start, self._scan = b"", 0, 0       # so that an idle connection holds no memory
 
 
@@ -4733,8 +4822,9 @@ class Request:
     Made by hand, for tests: Request("POST", "/x?y=1", [("Content-Type", "text/plain")], b"content").
     """
 
-    params, route, app, content, trailers, max_body = _NOTHING, None, None, None, None, None
+    params, route, app, content, trailers, max_body, version = _NOTHING, None, None, None, None, None, "1.1"
     _source = _query = _cookies = _state = _client = _server = _scheme = _host = _form = _files = None
+    _line = _fields = _arrived = None   # a _KnownLine, a _KnownFields; the content, if it came with the head
     _begun, _deadlines = False, ()      # (scopes of timeout(): upgrade() lifts them)
 
     def __init__(self, method, target, headers=(), content=b"", *, version="1.1", client=None, server=None, scheme="http"):
@@ -4754,20 +4844,39 @@ class Request:
     @property
     def query(self):
         """The Fields of the query. ProtocolError: 400 for a bad "%" or no UTF-8, 413 for more than the max_query_fields."""
-        if self._query is None:
-            most = MAX_FORM_FIELDS if self.app is None else self.app.max_query_fields
-            self._query = Fields(_parse_urlencoded(self.query_string, max_fields=most, limit="max_query_fields")
-                                 if self.query_string else ())
-        return self._query
+        query = self._query
+        if query is None:
+            most, line = MAX_FORM_FIELDS if self.app is None else self.app.max_query_fields, self._line
+            known = line is not None and self.query_string is line.query_string     # nobody has set another one
+            if known and line.query is not None and len(line.query._pairs) <= most:
+                query = line.query
+            else:
+                query = Fields(_parse_urlencoded(self.query_string, max_fields=most, limit="max_query_fields")
+                               if self.query_string else ())
+                if known:
+                    line.query = query
+            self._query = query
+        return query
 
     @property
     def cookies(self):
         """{name: value} of the Cookie fields. ProtocolError (431) for more than the server's max_cookies."""
-        if self._cookies is None:
-            values = self.headers.get_all("cookie")
-            most = MAX_COOKIES if self.app is None else self.app.max_cookies
-            self._cookies = _parse_cookies("; ".join(values), max_cookies=most) if values else {}
-        return self._cookies
+        cookies = self._cookies
+        if cookies is None:
+            fields = self._fields
+            if fields is None or self.headers._entries is not fields.entries:       # else nobody has changed them
+                cookies = self._read_cookies()
+            else:
+                if fields.cookies is None:
+                    fields.cookies = self._read_cookies()
+                cookies = fields.cookies.copy()
+            self._cookies = cookies
+        return cookies
+
+    def _read_cookies(self):
+        values = self.headers.get_all("cookie")
+        most = MAX_COOKIES if self.app is None else self.app.max_cookies
+        return _parse_cookies("; ".join(values), max_cookies=most) if values else {}
 
     @property
     def media_type(self):
@@ -4843,25 +4952,35 @@ class Request:
     async def body(self, max_bytes=None):
         """The whole content, bytes, kept for the next call. HttpError (413) for more than `max_bytes`, or the server's max_body,
         whichever is less. None: 16 MiB, as it is all in memory; give more if you expect more, or take stream()."""
-        if self.content is None:
-            limit = self._limit(max_bytes)
-            announced = self.headers.get("content-length")
+        content = self._content_here(max_bytes)
+        return await self._content(max_bytes) if content is None else content
+
+    def _content_here(self, max_bytes):
+        """body() where it is here as a whole, as most are when the handler asks, without a coroutine; else None: _content() waits."""
+        content = self.content
+        if content is None:
+            limit, content = self._limit(max_bytes), self._arrived
+            announced = self.headers.get("content-length") if content is None else len(content)
             if announced is not None and int(announced) > limit:
                 raise self._too_large(limit)
             self._begin()
-            content = self._source.receive_content()        # most are there when the handler asks: 1.2 µs instead of 2.9
             if content is None:
-                pieces, size, receive = [], 0, self._source.receive_body
-                while data := await receive():
-                    size += len(data)
-                    if size > limit:
-                        raise self._too_large(limit)
-                    pieces.append(data)
-                self._end()
-                content = b"".join(pieces)
+                content = self._source.receive_content()
             self.content = content
-        elif max_bytes is not None and len(self.content) > max_bytes:
+        elif max_bytes is not None and len(content) > max_bytes:
             raise self._too_large(max_bytes)
+        return content
+
+    async def _content(self, max_bytes):
+        """body(), piece by piece."""
+        pieces, size, limit, receive = [], 0, self._limit(max_bytes), self._source.receive_body
+        while data := await receive():
+            size += len(data)
+            if size > limit:
+                raise self._too_large(limit)
+            pieces.append(data)
+        self._end()
+        self.content = b"".join(pieces)
         return self.content
 
     def _limit(self, max_bytes):
@@ -4890,16 +5009,21 @@ class Request:
             return
         self._begin()
         left = sys.maxsize if self.max_body is None else self.max_body
-        while data := await self._source.receive_body():
+        data = self._arrived or await self._source.receive_body()
+        while data:
             left -= len(data)
             if left < 0:
                 raise self._too_large(self.max_body)
             yield data
+            data = await self._source.receive_body()
         self._end()
 
     async def json(self, *, max_bytes=None):
         """The content as JSON (RFC 8259: no NaN, no name twice). HttpError: 415 if its Content-Type is another, 400, 413."""
-        return _json_of(self, await self.body(max_bytes), flowcoro_schema.JSON_DEPTH)
+        content = self._content_here(max_bytes)
+        if content is None:
+            content = await self._content(max_bytes)
+        return _json_of(self, content, flowcoro_schema.JSON_DEPTH)
 
     async def form(self, *, max_bytes=MAX_FORM_BYTES, max_file_bytes=MAX_FILE_BYTES, max_parts=MAX_PARTS, max_files=MAX_FILES):
         """The fields of a form: Fields, whose values are str, or FormFile for files. It may be called again.
@@ -5270,9 +5394,9 @@ _PLAIN_TYPE, _JSON_TYPE, _BINARY_TYPE = ("Content-Type", _TEXT), ("Content-Type"
 
 
 class _Clock:
-    """The Date of an answer, made once a second."""
+    """The Date of an answer, made once a second; and the heads of the commonest answers with it, as bytes for send_known()."""
 
-    __slots__ = ("second", "date")
+    __slots__ = ("second", "date", "text", "json")
 
     def __init__(self):
         self.second, self.date = 0, None
@@ -5280,8 +5404,11 @@ class _Clock:
     def now(self):
         """("Date", …), of now: 0.1 µs, and 1.4 if it were made each time."""
         second = int(time.time())
-        if second != self.second:               # the date first: another worker takes it as soon as the second fits
-            self.date, self.second = ("Date", http_date(second)), second
+        if second != self.second:               # the second last: another worker takes the others as soon as it fits
+            self.date = "Date", http_date(second)
+            self.text, self.json = [b"".join([_STATUS_LINES[200], *[_sent(pair)[1] for pair in (kind, self.date)],
+                                              b"Content-Length: "]) for kind in (_PLAIN_TYPE, _JSON_TYPE)]
+            self.second = second
         return self.date
 
 
@@ -5596,14 +5723,13 @@ class _Connection(_Answering):
         return _spoken(handler, self.websocket, arguments)
 
     async def _serve(self):
-        app, sock, http, find, now = self.app, self.sock, self.http, self.app.find, _CLOCK.now
-        run = self.run
+        app, sock, http, find, run, clock, now = self.app, self.sock, self.http, self.app.find, self.run, _CLOCK, _CLOCK.now
         while True:
-            request = None
+            request = ready = None                      # (ready: a head that is bytes already)
             if http._start == len(http._buffer):        # nothing of another request is here yet
                 data = await sock.read(CHUNK)
                 if known := http.receive_known(data):
-                    request = self._known_request(known)
+                    request = self._known_request(*known)
                 else:
                     http.receive_data(data) if data else http.receive_end()
             if request is None:
@@ -5631,11 +5757,11 @@ class _Connection(_Answering):
                         result = await match.handler(request, **match.arguments)
                     else:
                         result = _answer_without(request, match)
-                kind = type(result)
+                kind, date = type(result), now()
                 if kind is str:
-                    head, content = ResponseHead(200, (_PLAIN_TYPE, now())), result.encode()
+                    head, content, ready = (_PLAIN_TYPE, date), result.encode(), clock.text
                 elif kind is dict or kind is list:
-                    head, content = ResponseHead(200, (_JSON_TYPE, now())), flowcoro_schema.encode_json(result).encode()
+                    head, content, ready = (_JSON_TYPE, date), flowcoro_schema.encode_json(result).encode(), clock.json
                 else:
                     response = _as_response(result)
                     head, content = self._head_of(response), response.content
@@ -5653,14 +5779,15 @@ class _Connection(_Answering):
                 if http.their_state is SEND_BODY and http._left > app.max_unread:       # then _rest() will not read it
                     http.keep_alive = False
                 try:
-                    data = http.send_message(head, content)
+                    if ready is None or (data := http.send_known(ready, content)) is None:
+                        data = http.send_message(head if ready is None else ResponseHead(200, head), content)
                 except Exception as error:
                     data = await self._instead(request, error)
                 self.phase = _SENDING
                 await sock.write(data)
             if request._files is not None:
                 request._close()
-            if not http.reusable and not await self._rest():
+            if (http.our_state is not DONE or http.their_state is not DONE) and not await self._rest():
                 return None
             if run.closing._set:                        # since the head was sent
                 return await self._linger()
@@ -5668,13 +5795,15 @@ class _Connection(_Answering):
             self.phase = _IDLE
             self.turn += 1
 
-    def _known_request(self, known):
+    def _known_request(self, line, fields, content, _):
         request = _new(Request)
         request.headers = headers = _new(Headers)
-        headers._entries, headers._index = known.entries, known.index
-        request.method, request.target, request.version = known.method, known.target, "1.1"
-        request.raw_path, request.query_string = known.raw_path, known.query_string
-        request.app, request._source = self.app, self
+        headers._entries, headers._index = fields.entries, fields.index
+        request.method, request.target, request.raw_path, request.query_string = (
+            line.method, line.target, line.raw_path, line.query_string)
+        request.app, request._source, request._line, request._fields = self.app, self, line, fields
+        if content:
+            request._arrived = content
         return request
 
     def _request(self, head):
@@ -5757,6 +5886,7 @@ class _Connection(_Answering):
                     self.scope.cancel()
                 self.progress = 1
         elif phase is _IDLE:
+            self.http.forget_fields()
             if waited >= app.idle_timeout or self.run.closing.is_set():
                 self.scope.cancel()
         elif phase is _HEAD:

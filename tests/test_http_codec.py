@@ -1419,67 +1419,125 @@ def test_http_client_reads_what_a_server_sends(seed):
 KNOWN = b"GET /known?q=%d HTTP/1.1\r\nHost: example\r\nX-Number: %d\r\n\r\n"
 
 
-def known_after(times, data, **limits):
-    """The last of so many connections that get the same request, and what receive_known() says to it."""
-    for _ in range(times):
-        server = HttpConnection("server", **limits)
+def come(server, data):
+    """A request comes, whole, and is answered: (method, target, fields, content, keep_alive), and whether it was known."""
+    known = server.receive_known(data)
+    if known is not None:
+        line, fields, content, _ = known
+        found = (line.method, line.target, list(fields.entries), content)
+        assert (line.raw_path, line.query_string) == line.target.partition("?")[::2]
+        assert fields.index == dict(reversed(fields.entries))
+    else:
         server.receive_data(data)
-        head = server.next_event()
+        head, content = server.next_event(), b""
+        while type(event := server.next_event()) is Data:
+            content += event.data
+        assert type(event) is EndOfMessage
+        found = (head.method, head.target, list(head.headers._entries), content)
+    assert (server.our_state, server.their_state, server.method) == ("SEND_RESPONSE", "DONE", found[0])
+    found = *found, server.keep_alive, server.upgrade, server.expects_continue, server.send_message(ResponseHead(200), b"x")
+    if server.reusable:
+        server.start_next_cycle()
+    return found, known is not None
+
+
+def after(times, data, **limits):
+    """A connection on which the same request has come so many times."""
     server = HttpConnection("server", **limits)
-    return server, server.receive_known(data), head
-
-
-def test_a_request_is_known_when_it_has_come_twice():
-    data = KNOWN % (1, 1)
-    assert known_after(1, data)[1] is None
-    server, known, head = known_after(2, data)
-    assert (known.method, known.target, known.raw_path, known.query_string) == ("GET", "/known?q=1", "/known", "q=1")
-    assert list(known.entries) == head.headers._entries
-    assert (server.our_state, server.their_state, server.method) == ("SEND_RESPONSE", "DONE", "GET")
-    answer = server.send_message(ResponseHead(200, [("Date", "today")]), b"x")
-    other = HttpConnection("server")
-    other.receive_data(data + data)
-    other.next_event(), other.next_event()
-    assert other.send_message(ResponseHead(200, [("Date", "today")]), b"x") == answer
-    server.start_next_cycle()
-    assert server.receive_known(data) is not None
+    for _ in range(times):
+        come(server, data)
+    return server
 
 
 @pytest.mark.parametrize("data", [
-    b"GET /k HTTP/1.1\r\nHost: x\r\nCookie: a=b\r\n\r\n", b"GET /k HTTP/1.1\r\nHost: x\r\nAuthorization: Basic YTpi\r\n\r\n",
-    b"GET /k HTTP/1.0\r\nHost: x\r\n\r\n", b"GET /k HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
-    b"POST /k HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n", b"POST /k HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc",
-    b"POST /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"GET /k HTTP/1.1\r\nHost: x\r\n\r\nGET",
-    b"GET /k HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
-    b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", b"GET http://x/ HTTP/1.1\r\nHost: y\r\n\r\n",
-    b"GET /k HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 1024 + b"\r\n\r\n"])
+    KNOWN % (1, 1), b"GET /k HTTP/1.1\r\nHost: x\r\nCookie: a=b\r\n\r\n",
+    b"GET /k HTTP/1.1\r\nHost: x\r\nAuthorization: Basic YTpi\r\n\r\n", b"DELETE /?token=1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"POST /k HTTP/1.1\r\nHost: x\r\nContent-Length:  03 \r\n\r\nabc", b"POST /k HTTP/1.1\r\ncontent-length: 0\r\nHost: x\r\n\r\n",
+    b"GET /k HTTP/1.1\r\nHost: x\r\nA: 1\r\na: 2\r\n\r\n", b"HEAD /k HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 2000 + b"\r\n\r\n"])
+def test_a_request_is_known_on_the_connection_where_its_field_lines_have_come_twice(data):
+    assert after(1, data).receive_known(data) is None
+    server = after(2, data)
+    assert HttpConnection("server").receive_known(data) is None
+    fresh, known = come(HttpConnection("server"), data)
+    assert not known and [come(server, data) for _ in range(3)] == 3 * [(fresh, True)]
+
+
+@pytest.mark.parametrize("data", [
+    b"GET /k HTTP/1.0\r\nHost: x\r\nConnection: keep-alive\r\n\r\n",
+    b"POST /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", b"GET http://x/ HTTP/1.1\r\nHost: y\r\n\r\n", b"TRACE /k HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"POST /k HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\nabc",
+    b"GET /k HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 4096 + b"\r\n\r\n"])
 def test_only_the_usual_kind_becomes_known(data):
-    assert known_after(5, data)[1] is None
+    server = HttpConnection("server")
+    for _ in range(5):
+        server.receive_data(data)
+        while type(server.next_event()) is not EndOfMessage:
+            pass
+        assert server.send_message(ResponseHead(200), b"")
+        if not server.reusable:                             # it has read a content that it had not asked for
+            return
+        server.start_next_cycle()
+        assert server.receive_known(data) is None
 
 
-def test_what_is_known_under_one_set_of_limits_is_checked_under_another():
-    data = KNOWN % (2, 2)
-    assert known_after(2, data)[1] is not None
-    assert known_after(2, data, max_head=2000)[1] is not None
-    server = HttpConnection("server", max_fields=1)
+@pytest.mark.parametrize("wish", [b"close", b"upgrade\r\nUpgrade: websocket"])
+def test_what_ends_or_changes_the_connection_does_not_become_known(wish):
+    data = b"GET /k HTTP/1.1\r\nHost: x\r\nConnection: " + wish + b"\r\n\r\n"
+    for times in range(3):
+        server = after(times, KNOWN % (1, 1))
+        server.receive_data(data)
+        server.next_event()
+        assert server._fields is None or server._fields.lines not in data
+
+
+def test_another_length_or_target_is_known_as_well_and_another_field_is_not():
+    post = b"POST /%b HTTP/1.1\r\nHost: x\r\nCookie: a=%b\r\nContent-Length: %d\r\nX: y\r\n\r\n%b"
+    server = after(2, post % (b"1", b"b", 3, b"abc"))
+    for target, content in ((b"1", b"abcd"), (b"2?a=b", b""), (b"2", b"a" * 1000), (b"", b"abc")):
+        data = post % (target, b"b", len(content), content)
+        fresh, _ = come(HttpConnection("server"), data)
+        assert come(server, data) == (fresh, True)
+    for cookie in (b"c", b"bc", b"", b"b;"):
+        assert server.receive_known(post % (b"1", cookie, 3, b"abc")) is None
+    for data in (post % (b"1", b"b", 3, b"ab"), post % (b"1", b"b", 3, b"abcd"), (post % (b"1", b"b", 3, b"abc"))[:-7],
+                 post.replace(b"%d", b"%b") % (b"1", b"b", b"", b""), post.replace(b"%d", b"%b") % (b"1", b"b", b"+3", b"abc"),
+                 post.replace(b"%d", b"%b") % (b"1", b"b", b"3\r\nX: y\r\n\r\nabc", b""), b"", b"\r\n", b"POST"):
+        assert server.receive_known(data) is None
+
+
+def test_what_is_known_keeps_within_the_limits_of_its_connection():
+    data = b"POST /12345678 HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"
+    head = len(data) - 3 - 4
+    assert after(2, data, max_head=head, max_request_line=23).receive_known(data) is not None
+    for limits in (dict(max_head=head), dict(max_request_line=23)):
+        server = after(2, data, **limits)
+        assert server.receive_known(data.replace(b"/", b"/9", 1)) is None
+    server = after(2, data, max_body=9)
+    server.max_body = 2
     assert server.receive_known(data) is None
+    server.receive_data(data)
+    with pytest.raises(ProtocolError, match="3 bytes; 2 are allowed"):
+        server.next_event()
 
 
 def test_a_known_request_is_none_where_something_else_is_under_way():
     data = KNOWN % (3, 3)
-    known_after(2, data)
-    server = HttpConnection("server")
+    server = after(3, data)
     server.receive_data(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
     server.next_event()
     assert server.receive_known(data) is None           # it is content
-    server = HttpConnection("server")
+    server = after(3, data)
     server.receive_data(b"GET /begun")
     assert server.receive_known(data) is None and server.next_event() is NEED_DATA
+    server = after(3, data)
+    server.receive_data(b"POST / HTTP/1.1\r\nHost: b\r\n")
+    assert server.next_event() is NEED_DATA and server.receive_known(data) is None
 
 
 def test_whoever_changes_the_headers_of_a_known_request_changes_his_own():
     data = KNOWN % (4, 4)
-    server, known, _ = known_after(2, data)
+    _, known, _, _ = after(2, data).receive_known(data)
     for change in (lambda headers: headers.add("X-New", "1"), lambda headers: headers.set("Host", "evil"),
                    lambda headers: headers.remove("X-Number"), lambda headers: headers.copy().add("X-New", "1")):
         headers = Headers._of(known.entries, known.index)
@@ -1487,10 +1545,87 @@ def test_whoever_changes_the_headers_of_a_known_request_changes_his_own():
         assert Headers._of(known.entries, known.index).items() == [("Host", "example"), ("X-Number", "4")]
 
 
-def test_what_is_known_is_bounded():
-    for number in range(2000):
-        known_after(2, KNOWN % (number, 7))
-    assert len(HttpConnection("server")._known) <= 256
+def test_what_is_known_is_bounded_and_has_no_secrets():
+    for number in range(flowcoro_http.KNOWN_LINES + 50):
+        data = KNOWN % (number, 7)
+        after(3, data), after(3, data)                      # two clients: the line has come twice
+        assert len(flowcoro_http._KNOWN_LINES) <= flowcoro_http.KNOWN_LINES
+    assert KNOWN.partition(b"\r\n")[0] % number in flowcoro_http._KNOWN_LINES
+    for target in (b"/reset?Token=1", b"/" + b"a" * flowcoro_http.KNOWN_LINE):
+        data = b"GET " + target + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+        assert come(after(5, data), data)[1] and come(after(5, data), data)[1]
+        assert not any(target in line for line in flowcoro_http._KNOWN_LINES)
+
+
+def test_a_connection_of_many_clients_takes_down_no_field_lines_for_a_while():
+    server, kept = HttpConnection("server"), []
+    for number in range(flowcoro_http.RETRY_UNLIKE + 5):
+        come(server, KNOWN % (1, number))
+        kept.append(server._fields is not None)
+    assert kept == [1 <= number <= flowcoro_http.MAX_UNLIKE or number > flowcoro_http.RETRY_UNLIKE for number in range(len(kept))]
+    come(server, KNOWN % (1, number))
+    assert come(server, KNOWN % (1, number))[1]
+    server.forget_fields()
+    assert server.receive_known(KNOWN % (1, number)) is None
+
+
+def manner(chance):
+    """How a client writes its field lines: its cookie, its Content-Length or none, and where that stands."""
+    length = chance.choice([None, "Content-Length: %d", "Content-Length: %d", "content-length:0%d "])
+    return chance.choice([["Cookie: a=b"], ["Cookie: a=bc"], []]), length, chance.randrange(2)
+
+
+def alike(chance, cookie, length, place):
+    """A request; most are like others, and nearly."""
+    fields, content = ["Host: x", *cookie], b""
+    if length:
+        content = chance.choice([b"", b"abc", b"abc\r\n", b"x" * 20, b"x" * (20 + (chance.random() < 0.05))])
+        fields.insert(place, length % (len(content) + (chance.random() < 0.01)))
+    line = f"{chance.choice(['GET', 'POST', 'HEAD'])} /{chance.choice(['', 'a?b=c', 'b'])} HTTP/1.{int(chance.random() < 0.99)}"
+    data = "\r\n".join([line, *fields, "", ""]).encode() + content
+    if chance.random() < 0.01:
+        place = chance.randrange(len(data))
+        data = data[:place] + bytes([chance.choice(b"\r\n :\0a3")]) + data[place + 1:]
+    return data
+
+
+def outcome(connection, data, asked):
+    """What a server's end makes of data, answers included, and whether it knew them. `asked`: whether it may know any."""
+    known = connection.receive_known(data) if asked else None
+    try:
+        if known:
+            line, fields, content, _ = known
+            made = [line.method, line.target, "1.1", list(fields.entries), [content] if content else []]
+        else:
+            head, *events = receive(connection, data) or [None]
+            made = head and [head.method, head.target, head.version, list(head.headers._entries),
+                             [event.data for event in events if type(event) is Data]]
+    except ProtocolError as error:
+        made = str(error)
+    made = [made, connection.our_state, connection.their_state, connection.method, connection.trailing_data]
+    if connection.our_state == "SEND_RESPONSE":
+        made += [connection.send_message(ResponseHead(200), b"x"), connection.keep_alive]
+    if connection.reusable:
+        connection.start_next_cycle()
+    return made, known is not None
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_connection_that_knows_requests_reads_what_one_does_that_does_not(seed):
+    chance, hits = random.Random(seed), 0
+    client = manner(chance)
+    for _ in range(20):
+        knows, does_not = HttpConnection("server", max_body=20), HttpConnection("server", max_body=20)
+        while knows.their_state == "IDLE" and not knows._entries:
+            if chance.random() < 0.2:
+                client = manner(chance)
+            data = alike(chance, *client)
+            made, known = outcome(knows, data, True)
+            assert (made, False) == outcome(does_not, data, False), data
+            hits += known
+            if chance.random() < 0.02:
+                break
+    assert hits > 50
 
 
 def test_heads_of_answers_are_the_same_from_memory():
@@ -1553,19 +1688,15 @@ def test_a_head_that_was_joined_while_another_request_was_answered_is_read():
                                   "Proxy-Authentication-Info", "X-Amz-Security-Token", "Sec-WebSocket-Key"])
 def test_what_may_be_secret_is_not_remembered_and_not_shown(name):
     value = f"unheard-of-{name}"
-    assert known_after(3, f"GET / HTTP/1.1\r\nHost: x\r\n{name}: {value}\r\n\r\n".encode())[1] is None
+    after(3, f"GET /?{name} HTTP/1.1\r\nHost: x\r\n{name}: {value}\r\n\r\n".encode())
     headers = Headers([(name, value)])
     server = HttpConnection("server")
     server.receive_data(KNOWN % (8, 8))
     server.next_event(), server.next_event()
     server.send_message(ResponseHead(200, ((name, value),)), b"")
-    for table in flowcoro_http._RECEIVED, flowcoro_http._SENT, flowcoro_http._KNOWN_HEADS:
+    for table in flowcoro_http._RECEIVED, flowcoro_http._SENT, flowcoro_http._KNOWN_HEADS, flowcoro_http._KNOWN_LINES:
         assert not any("unheard-of" in repr(key) for key in table)
     assert "unheard-of" not in repr(headers)
     with pytest.raises(LocalProtocolError, match="control") as caught:
         headers.set(name, value + "\n")
     assert "unheard-of" not in str(caught.value)
-
-
-def test_a_target_that_may_have_a_secret_is_not_remembered():
-    assert known_after(3, b"GET /reset?Token=1 HTTP/1.1\r\nHost: x\r\n\r\n")[1] is None

@@ -224,18 +224,6 @@ async def test_what_has_come_again_and_again_is_answered_as_at_first():
                 assert (await one_answer(sock, "GET", codec)).content.decode() == f"{name} q 1 h{name} None"
 
 
-def test_what_follows_the_first_lines_of_a_head_is_no_known_request():
-    codec, request = HttpConnection("server"), b"GET /known HTTP/1.1\r\nHost: a\r\n\r\n"
-    for _ in range(3):
-        codec.receive_data(request)
-        codec.next_event(), codec.next_event()
-        codec.send_message(ResponseHead(200))
-        codec.start_next_cycle()
-    assert codec._known[request]
-    codec.receive_data(b"POST / HTTP/1.1\r\nHost: b\r\n")
-    assert codec.next_event() is NEED_DATA and codec.receive_known(request) is None
-
-
 @simulated
 async def test_a_body_that_nobody_read_and_that_is_large_ends_the_connection_with_the_answer_arriving():
     async with serving(plain_app()) as world:
@@ -3015,11 +3003,10 @@ def test_5_000_requests_leave_nothing_behind():
 
             def forget():
                 """What is remembered of lines and heads, which has limits of its own."""
-                for table in flowcoro_http._RECEIVED, flowcoro_http._SENT, flowcoro_http._KNOWN_HEADS, *codecs:
+                for table in flowcoro_http._RECEIVED, flowcoro_http._SENT, flowcoro_http._KNOWN_HEADS, flowcoro_http._KNOWN_LINES:
                     table.clear()
                 gc.collect()
 
-            codecs = [connection.http._known for connection in listener._run.connections.values()]
             tracemalloc.start()
             await some(0, 200)
             forget()
