@@ -224,6 +224,122 @@ async def test_what_has_come_again_and_again_is_answered_as_at_first():
                 assert (await one_answer(sock, "GET", codec)).content.decode() == f"{name} q 1 h{name} None"
 
 
+def handler_of(reads):
+    async def handler(request):
+        return [await read for read in reads(request)]
+    return handler
+
+
+def content_app():
+    """Each way to read a content, and what becomes of it when it is read again."""
+    app = HttpServer()
+
+    async def again(read):
+        try:
+            return repr(await read)
+        except (RuntimeError, HttpError) as error:
+            return f"{type(error).__name__} {getattr(error, 'status', '')}"
+
+    async def joined(stream):
+        return b"|".join([data async for data in stream])
+
+    app.post("/body")(handler_of(lambda request: [again(request.body()), again(request.body()), again(joined(request.stream()))]))
+    app.post("/stream")(handler_of(lambda request: [again(joined(request.stream())), again(joined(request.stream())),
+                                                   again(request.body())]))
+    app.post("/json")(handler_of(lambda request: [again(request.json()), again(request.body(2)), again(request.json())]))
+    app.post("/form")(handler_of(lambda request: [again(request.form()), again(request.form()), again(request.json())]))
+    app.post("/less")(handler_of(lambda request: [again(request.body(2)), again(request.body(9))]))
+
+    @app.post("/limited")
+    async def limited(request):
+        request.max_body = 2
+        return [await again(joined(request.stream())), await again(request.body())]
+
+    @app.post("/unread")
+    async def unread(request):
+        return "unread"
+
+    @app.post("/late")
+    async def late(request):
+        await flowcoro.sleep(1)
+        return await again(request.body())
+
+    return app
+
+
+@simulated
+async def test_a_content_that_is_known_to_come_with_its_head_is_read_as_any_other():
+    async with serving(content_app()) as world:
+        for path in "body", "stream", "json", "form", "less", "limited", "unread", "late":
+            for kind, content in (("application/json", b"[1, 2]"), ("application/json", b""), ("text/plain", b"a=b"),
+                                  ("application/x-www-form-urlencoded", b"a=b&c=d")):
+                head = f"POST /{path} HTTP/1.1\r\nHost: a\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+                found = []
+                async with await world.connect() as sock:
+                    codec = HttpConnection("client")
+                    for parts in (head + content,), (head, content), *4 * [(head + content,)], (head[:-1], head[-1:] + content):
+                        for part in filter(None, parts):
+                            await sock.write(part)
+                            await flowcoro.sleep(0.01)
+                        found.append(await one_answer(sock, "POST", codec))
+                    [connection] = world.listener._run.connections.values()
+                    assert connection.http._fields.size == len(content)
+                assert {(answer.status, answer.content) for answer in found} == {(found[0].status, found[0].content)}, found
+                assert found[0].status == 200 and all(answer.keep_alive for answer in found)
+                await until(lambda: not world.listener._run.connections)
+
+
+@simulated
+async def test_query_and_cookies_of_a_known_request_are_those_of_each():
+    app = HttpServer(max_query_fields=3, max_cookies=3)
+
+    @app.get("/show")
+    async def show(request):
+        before = dict(request.cookies)
+        request.cookies["mine"] = "of this request"
+        return [request.query_string, request.query.items(), before, request.cookies]
+
+    @app.get("/changed")
+    async def changed(request):
+        request.headers.set("Cookie", "another=one")
+        request.query_string = "n=" + request.query_string
+        return [request.query_string, request.query.items(), request.cookies]
+
+    async with serving(app) as world, await world.connect() as sock, await world.connect() as other:
+        codecs = HttpConnection("client"), HttpConnection("client")
+
+        async def ask(target, cookie, sock=sock, codec=codecs[0]):
+            await sock.write(b"GET %b HTTP/1.1\r\nHost: a\r\nCookie: %b\r\n\r\n" % (target, cookie))
+            answer = await one_answer(sock, "GET", codec)
+            return json.loads(answer.content) if answer.status == 200 else answer.status
+
+        for _ in range(4):
+            for number in b"1", b"1", b"1", b"2":
+                assert await ask(b"/show?a=" + number, b"c=d") == [f"a={number.decode()}", [["a", number.decode()]], {"c": "d"},
+                                                                   {"c": "d", "mine": "of this request"}]
+            assert await ask(b"/changed?a=b", b"c=d") == ["n=a=b", [["n", "a=b"]], {"another": "one"}]
+            assert await ask(b"/show?a=1", b"e=f", other, codecs[1]) == ["a=1", [["a", "1"]], {"e": "f"},
+                                                                         {"e": "f", "mine": "of this request"}]
+        for _ in range(4):
+            assert await ask(b"/show?a=1&b&c&d", b"c=d") == 413
+        for _ in range(4):
+            assert await ask(b"/show?a=1", b"a=1; b=2; c=3; d=4") == 431
+
+
+@simulated
+async def test_what_a_connection_knows_of_its_requests_is_given_up_when_it_is_idle():
+    async with serving(plain_app()) as world, await world.connect() as sock:
+        codec = HttpConnection("client")
+        for _ in range(2):
+            for known in False, True, True, True:
+                await sock.write(b"GET / HTTP/1.1\r\nHost: a\r\nCookie: secret=unheard-of\r\n\r\n")
+                await one_answer(sock, "GET", codec)
+                [connection] = world.listener._run.connections.values()
+                assert (connection.http._fields is not None) is known
+            await flowcoro.sleep(2 * flowcoro_http.SWEEP + 0.1)
+            assert connection.http._fields is None and connection.http._again is None
+
+
 @simulated
 async def test_a_body_that_nobody_read_and_that_is_large_ends_the_connection_with_the_answer_arriving():
     async with serving(plain_app()) as world:
