@@ -157,8 +157,8 @@ KNOWN_LINES, KNOWN_LINE = 1024, 256
 # The same for heads of answers: a quarter of a megabyte.
 KNOWN_HEADS, KNOWN_HEAD = 256, 1024
 
-# Bytes of field lines at most that a connection keeps while it is busy (a browser's are 0.5 to 3 KiB, by the cookies). Heads in a row
-# that were unlike the one before, after which it takes down no more (it is a proxy's, and each is another client's), until so many.
+# Bytes of field lines at most that a connection keeps while it is busy (a browser's are 0.5 to 3 KiB, by the cookies). Heads in a
+# row that are unlike the one before, after which it keeps no more (it is a proxy's, and each is another client's), until so many.
 KNOWN_FIELDS, MAX_UNLIKE, RETRY_UNLIKE = 4 * 2**10, 10, 1000
 
 # ---- errors ---------------------------------------------------------------------------------------------------
@@ -2288,8 +2288,9 @@ def _compressed_headers(headers, coding, depends=True):
 #
 # A head is read in one of two ways. The short way is for a head that is there in one piece: found by one bytes.find, decoded
 # once, split once, its lines looked up in a table. It only ever *accepts*: what it does not like, whatever it is, it leaves as
-# it was to the long way, which goes line by line as the bytes come. So there is one place that says what is wrong, and it says
-# the same however the bytes were split, because it looks at them in their order:
+# it was to the long way, which goes line by line as the bytes come. (So does receive_known(), which a server may ask first.) So
+# there is one place that says what is wrong, and it says the same however the bytes were split, because it looks at them in their
+# order:
 #
 #     C1  an error depends on the bytes up to the one that makes it one, never on how many more are there
 #     C2  what is before an error is delivered first: the events of the bytes before it
@@ -2594,8 +2595,8 @@ class _Received:
 # What repeats is read once. The requests of a connection mostly have the same field lines, cookies and all, because a client says
 # the same of itself each time (HTTP/2 has HPACK for that). So a connection keeps the last ones, and knows the same bytes again by
 # one comparison; the length of the content may be another one. First lines repeat among all connections, and are kept for all:
-# bytes -> _KnownLine. A request that came with its content in one read is then received by receive_known() in one step. What is kept
-# for all has no secrets, and has come twice; what a connection keeps is given up when it has nothing to do for a while.
+# bytes -> _KnownLine. A request that came with its content in one read is then received by receive_known(), in one step. What is
+# kept for all has no secrets, and has come twice; what a connection keeps is given up when it has nothing to do for a while.
 _KNOWN_LINES = {}
 _known_line = _KNOWN_LINES.get
 _SEEN = [None] * 1024           # hashes of first lines that have come
@@ -2606,7 +2607,7 @@ _SENT_KNOWN = _TRANSITIONS[SERVER][SEND_RESPONSE][_WHOLE]
 
 
 class _KnownLine:
-    """A request line in origin-form, of HTTP/1.1, for good. `query`: the Fields of the query, once somebody has asked for them."""
+    """A request line in origin-form, of HTTP/1.1, for good. `query`: the Fields of the query, once somebody has asked."""
 
     __slots__ = ("method", "target", "raw_path", "query_string", "query")
 
@@ -2635,8 +2636,8 @@ def _read_usual_line(line):
 class _KnownFields:
     """The field lines of a usual request, for good: `entries` is a tuple, so whoever changes its Headers makes a list of his own.
 
-    `lines`: as they came, from the CRLF before the first to the empty line; `size`: bytes of the content; `cookies`: what they say,
-    once somebody has asked.
+    `lines`: as they came, from the CRLF before the first to the empty line; `size`: bytes of the content; `cookies`: what they
+    say, once somebody has asked.
     """
 
     __slots__ = ("lines", "entries", "index", "size", "cookies", "around")
@@ -4805,149 +4806,12 @@ def _becomes_websocket(request, ws):
             ws.close_nowait(1001)
 
 
-class Request:
-    """A request, as a handler gets it.
+class _Content:
+    """The content of a request, and how it is read."""
 
-    `method`; `target` as sent; `headers`, a Headers; `version`, "1.1" or "1.0"; `raw_path`, `query_string`: what stands before
-    and after the "?" of the target, as sent; `params`: the parameters of the path, {name: value}; `route`, a Route or None;
-    `app`, the HttpServer; `client` and `server`: addresses of both ends, (host, port), or a path or None on a Unix socket;
-    `scheme`, "http" or "https"; `tls`, the version of TLS or None; `state`: whatever you like to keep here (a SimpleNamespace).
-    Attributes may be set: a middleware that knows the proxies sets `client`, `scheme` and `host`.
-
-    Its content is received when it is asked for, and once: by body(), json() and form(), which keep it, or by stream() or
-    multipart(), which do not. Only then is a client that waits for it told to send it (Expect: 100-continue). Errors of all of
-    these: ProtocolError for what the client sends that is no HTTP or too much; HttpError (408) if it sends too slowly;
-    BrokenError if it is gone. Cancelled: what was received is lost.
-
-    Made by hand, for tests: Request("POST", "/x?y=1", [("Content-Type", "text/plain")], b"content").
-    """
-
-    params, route, app, content, trailers, max_body, version = _NOTHING, None, None, None, None, None, "1.1"
-    _source = _query = _cookies = _state = _client = _server = _scheme = _host = _form = _files = None
-    _line = _fields = _arrived = None   # a _KnownLine, a _KnownFields; the content, if it came with the head
-    _begun, _deadlines = False, ()      # (scopes of timeout(): upgrade() lifts them)
-
-    def __init__(self, method, target, headers=(), content=b"", *, version="1.1", client=None, server=None, scheme="http"):
-        self.method, self.target, self.version = method, target, version
-        self.headers = headers if isinstance(headers, Headers) else Headers(headers)
-        self.raw_path, _, self.query_string = target.partition("?")
-        self.content, self._client, self._server, self._scheme = content, client, server, scheme
-
-    # -- the head
-
-    @property
-    def path(self):
-        """The path, percent-decoded; what is no UTF-8 in it is U+FFFD. To compare paths use raw_path, in which %2F is no "/"."""
-        raw_path = self.raw_path
-        return urllib.parse.unquote(raw_path) if "%" in raw_path else raw_path
-
-    @property
-    def query(self):
-        """The Fields of the query. ProtocolError: 400 for a bad "%" or no UTF-8, 413 for more than the max_query_fields."""
-        query = self._query
-        if query is None:
-            most, line = MAX_FORM_FIELDS if self.app is None else self.app.max_query_fields, self._line
-            known = line is not None and self.query_string is line.query_string     # nobody has set another one
-            if known and line.query is not None and len(line.query._pairs) <= most:
-                query = line.query
-            else:
-                query = Fields(_parse_urlencoded(self.query_string, max_fields=most, limit="max_query_fields")
-                               if self.query_string else ())
-                if known:
-                    line.query = query
-            self._query = query
-        return query
-
-    @property
-    def cookies(self):
-        """{name: value} of the Cookie fields. ProtocolError (431) for more than the server's max_cookies."""
-        cookies = self._cookies
-        if cookies is None:
-            fields = self._fields
-            if fields is None or self.headers._entries is not fields.entries:       # else nobody has changed them
-                cookies = self._read_cookies()
-            else:
-                if fields.cookies is None:
-                    fields.cookies = self._read_cookies()
-                cookies = fields.cookies.copy()
-            self._cookies = cookies
-        return cookies
-
-    def _read_cookies(self):
-        values = self.headers.get_all("cookie")
-        most = MAX_COOKIES if self.app is None else self.app.max_cookies
-        return _parse_cookies("; ".join(values), max_cookies=most) if values else {}
-
-    @property
-    def media_type(self):
-        """The MediaType of the content, None without a Content-Type. ProtocolError (400) if that is malformed."""
-        value = self.headers.get("content-type")
-        return None if value is None else parse_media_type(value)
-
-    @property
-    def state(self):
-        """A SimpleNamespace for what middleware and handlers want to tell each other."""
-        if self._state is None:
-            self._state = types.SimpleNamespace()
-        return self._state
-
-    @property
-    def client(self):
-        """The client's address: (host, port); None on a Unix socket."""
-        if self._client is None and self._source is not None:
-            self._client = self._source.client
-        return self._client
-
-    @client.setter
-    def client(self, address):
-        self._client = address
-
-    @property
-    def server(self):
-        """The address that the client has reached: (host, port), or the path of a Unix socket."""
-        if self._server is None and self._source is not None:
-            self._server = self._source.server
-        return self._server
-
-    @property
-    def scheme(self):
-        """ "http", or "https" with TLS."""
-        if self._scheme is None:
-            self._scheme = self._source.scheme if self._source is not None else "http"
-        return self._scheme
-
-    @scheme.setter
-    def scheme(self, scheme):
-        self._scheme = scheme
-
-    @property
-    def tls(self):
-        """The version of TLS, such as "TLSv1.3"; None without."""
-        return None if self._source is None else self._source.tls
-
-    @property
-    def closing(self):
-        """An Event that is set when the server wants to end: what goes on for long, such as an upgraded connection, ends then."""
-        return flowcoro.Event() if self._source is None else self._source.run.closing
-
-    @property
-    def host(self):
-        """The host that is asked for, name[:port]: the Host field, or that of an absolute target; "" if there is none."""
-        return self.headers.get("host", "") if self._host is None else self._host
-
-    @host.setter
-    def host(self, host):
-        self._host = host
-
-    websocket = property(_its_websocket, _becomes_websocket)
-
-    @property
-    def url(self):
-        """The whole URL, as the client has it, as far as is known: behind a proxy by trusted_proxies() only."""
-        path = self.raw_path if self.raw_path[:1] == "/" else ""        # OPTIONS * is about all of the host, CONNECT has none
-        return f"{self.scheme}://{self.host}{path}{'?' * bool(self.query_string)}{self.query_string}"
-
-    # -- the content
+    content = trailers = max_body = None
+    _source = _form = _files = _arrived = None      # (_arrived: the content, if all of it came with the head)
+    _begun = False
 
     async def body(self, max_bytes=None):
         """The whole content, bytes, kept for the next call. HttpError (413) for more than `max_bytes`, or the server's max_body,
@@ -4956,7 +4820,7 @@ class Request:
         return await self._content(max_bytes) if content is None else content
 
     def _content_here(self, max_bytes):
-        """body() where it is here as a whole, as most are when the handler asks, without a coroutine; else None: _content() waits."""
+        """body(), without a coroutine, where all of it is here, as mostly when the handler asks; else None: _content() waits."""
         content = self.content
         if content is None:
             limit, content = self._limit(max_bytes), self._arrived
@@ -5102,6 +4966,149 @@ class Request:
                 yield Part(event, begun)
                 async for _ in begun:                   # what nobody wanted
                     pass
+
+
+class Request(_Content):
+    """A request, as a handler gets it.
+
+    `method`; `target` as sent; `headers`, a Headers; `version`, "1.1" or "1.0"; `raw_path`, `query_string`: what stands before
+    and after the "?" of the target, as sent; `params`: the parameters of the path, {name: value}; `route`, a Route or None;
+    `app`, the HttpServer; `client` and `server`: addresses of both ends, (host, port), or a path or None on a Unix socket;
+    `scheme`, "http" or "https"; `tls`, the version of TLS or None; `state`: whatever you like to keep here (a SimpleNamespace).
+    Attributes may be set: a middleware that knows the proxies sets `client`, `scheme` and `host`.
+
+    Its content is received when it is asked for, and once: by body(), json() and form(), which keep it, or by stream() or
+    multipart(), which do not. Only then is a client that waits for it told to send it (Expect: 100-continue). Errors of all of
+    these: ProtocolError for what the client sends that is no HTTP or too much; HttpError (408) if it sends too slowly;
+    BrokenError if it is gone. Cancelled: what was received is lost.
+
+    Made by hand, for tests: Request("POST", "/x?y=1", [("Content-Type", "text/plain")], b"content").
+    """
+
+    params, route, app, version = _NOTHING, None, None, "1.1"
+    _query = _cookies = _state = _client = _server = _scheme = _host = None
+    _line = _fields = None              # a _KnownLine, a _KnownFields
+    _deadlines = ()                     # scopes of timeout(): upgrade() lifts them
+
+    def __init__(self, method, target, headers=(), content=b"", *, version="1.1", client=None, server=None, scheme="http"):
+        self.method, self.target, self.version = method, target, version
+        self.headers = headers if isinstance(headers, Headers) else Headers(headers)
+        self.raw_path, _, self.query_string = target.partition("?")
+        self.content, self._client, self._server, self._scheme = content, client, server, scheme
+
+    # -- the head
+
+    @property
+    def path(self):
+        """The path, percent-decoded; what is no UTF-8 in it is U+FFFD. To compare paths use raw_path, in which %2F is no "/"."""
+        raw_path = self.raw_path
+        return urllib.parse.unquote(raw_path) if "%" in raw_path else raw_path
+
+    @property
+    def query(self):
+        """The Fields of the query. ProtocolError: 400 for a bad "%" or no UTF-8, 413 for more than the max_query_fields."""
+        query = self._query
+        if query is None:
+            most, line = MAX_FORM_FIELDS if self.app is None else self.app.max_query_fields, self._line
+            known = line is not None and self.query_string is line.query_string     # nobody has set another one
+            if known and line.query is not None and len(line.query._pairs) <= most:
+                query = line.query
+            else:
+                query = Fields(_parse_urlencoded(self.query_string, max_fields=most, limit="max_query_fields")
+                               if self.query_string else ())
+                if known:
+                    line.query = query
+            self._query = query
+        return query
+
+    @property
+    def cookies(self):
+        """{name: value} of the Cookie fields. ProtocolError (431) for more than the server's max_cookies."""
+        cookies = self._cookies
+        if cookies is None:
+            fields = self._fields
+            if fields is None or self.headers._entries is not fields.entries:       # else nobody has changed them
+                cookies = self._read_cookies()
+            else:
+                if fields.cookies is None:
+                    fields.cookies = self._read_cookies()
+                cookies = fields.cookies.copy()
+            self._cookies = cookies
+        return cookies
+
+    def _read_cookies(self):
+        values = self.headers.get_all("cookie")
+        most = MAX_COOKIES if self.app is None else self.app.max_cookies
+        return _parse_cookies("; ".join(values), max_cookies=most) if values else {}
+
+    @property
+    def media_type(self):
+        """The MediaType of the content, None without a Content-Type. ProtocolError (400) if that is malformed."""
+        value = self.headers.get("content-type")
+        return None if value is None else parse_media_type(value)
+
+    @property
+    def state(self):
+        """A SimpleNamespace for what middleware and handlers want to tell each other."""
+        if self._state is None:
+            self._state = types.SimpleNamespace()
+        return self._state
+
+    @property
+    def client(self):
+        """The client's address: (host, port); None on a Unix socket."""
+        if self._client is None and self._source is not None:
+            self._client = self._source.client
+        return self._client
+
+    @client.setter
+    def client(self, address):
+        self._client = address
+
+    @property
+    def server(self):
+        """The address that the client has reached: (host, port), or the path of a Unix socket."""
+        if self._server is None and self._source is not None:
+            self._server = self._source.server
+        return self._server
+
+    @property
+    def scheme(self):
+        """ "http", or "https" with TLS."""
+        if self._scheme is None:
+            self._scheme = self._source.scheme if self._source is not None else "http"
+        return self._scheme
+
+    @scheme.setter
+    def scheme(self, scheme):
+        self._scheme = scheme
+
+    @property
+    def tls(self):
+        """The version of TLS, such as "TLSv1.3"; None without."""
+        return None if self._source is None else self._source.tls
+
+    @property
+    def closing(self):
+        """An Event that is set when the server wants to end: what goes on for long, such as an upgraded connection, ends then."""
+        return flowcoro.Event() if self._source is None else self._source.run.closing
+
+    @property
+    def host(self):
+        """The host that is asked for, name[:port]: the Host field, or that of an absolute target; "" if there is none."""
+        return self.headers.get("host", "") if self._host is None else self._host
+
+    @host.setter
+    def host(self, host):
+        self._host = host
+
+    websocket = property(_its_websocket, _becomes_websocket)
+
+    @property
+    def url(self):
+        """The whole URL, as the client has it, as far as is known: behind a proxy by trusted_proxies() only."""
+        path = self.raw_path if self.raw_path[:1] == "/" else ""        # OPTIONS * is about all of the host, CONNECT has none
+        return f"{self.scheme}://{self.host}{path}{'?' * bool(self.query_string)}{self.query_string}"
 
     # -- more than an answer
 

@@ -21,8 +21,9 @@ connections; for `idle`, which wrk cannot do, and files of 10 MiB, with which it
 the client has the processor to itself, and nginx the other. Processor time is that of the server and of all processes that it
 has started.
 
-What flatters: but for `api`, wrk sends the same bytes again and again, and what comes again as it came FlowCoro's server looks up
-whole. A request that is new to it costs 2 to 3 µs more, of those of `api` each does.
+What flatters: wrk sends the same bytes again and again, in `api` five requests in turn whose field lines are the same. Clients do
+repeat theirs, and FlowCoro's server reads what a connection repeats once. A request of which all is new costs it 4 µs more, one of
+`api` half as much again (docs/design.md, "What a connection repeats is read once").
 
 How to read the tables: as those of net.py: 100 k/s per CPU second are 10 µs of processor time for each request.
 

@@ -1452,7 +1452,8 @@ def after(times, data, **limits):
 @pytest.mark.parametrize("data", [
     KNOWN % (1, 1), b"GET /k HTTP/1.1\r\nHost: x\r\nCookie: a=b\r\n\r\n",
     b"GET /k HTTP/1.1\r\nHost: x\r\nAuthorization: Basic YTpi\r\n\r\n", b"DELETE /?token=1 HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"POST /k HTTP/1.1\r\nHost: x\r\nContent-Length:  03 \r\n\r\nabc", b"POST /k HTTP/1.1\r\ncontent-length: 0\r\nHost: x\r\n\r\n",
+    b"POST /k HTTP/1.1\r\nHost: x\r\nContent-Length:  03 \r\n\r\nabc",
+    b"POST /k HTTP/1.1\r\ncontent-length: 0\r\nHost: x\r\n\r\n",
     b"GET /k HTTP/1.1\r\nHost: x\r\nA: 1\r\na: 2\r\n\r\n", b"HEAD /k HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 2000 + b"\r\n\r\n"])
 def test_a_request_is_known_on_the_connection_where_its_field_lines_have_come_twice(data):
     assert after(1, data).receive_known(data) is None
@@ -1465,7 +1466,8 @@ def test_a_request_is_known_on_the_connection_where_its_field_lines_have_come_tw
 @pytest.mark.parametrize("data", [
     b"GET /k HTTP/1.0\r\nHost: x\r\nConnection: keep-alive\r\n\r\n",
     b"POST /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", b"GET http://x/ HTTP/1.1\r\nHost: y\r\n\r\n", b"TRACE /k HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", b"GET http://x/ HTTP/1.1\r\nHost: y\r\n\r\n",
+    b"TRACE /k HTTP/1.1\r\nHost: x\r\n\r\n",
     b"POST /k HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\nabc",
     b"GET /k HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 4096 + b"\r\n\r\n"])
 def test_only_the_usual_kind_becomes_known(data):

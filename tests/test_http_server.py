@@ -273,7 +273,8 @@ async def test_a_content_that_is_known_to_come_with_its_head_is_read_as_any_othe
         for path in "body", "stream", "json", "form", "less", "limited", "unread", "late":
             for kind, content in (("application/json", b"[1, 2]"), ("application/json", b""), ("text/plain", b"a=b"),
                                   ("application/x-www-form-urlencoded", b"a=b&c=d")):
-                head = f"POST /{path} HTTP/1.1\r\nHost: a\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+                head = (f"POST /{path} HTTP/1.1\r\nHost: a\r\nContent-Type: {kind}\r\n"
+                        f"Content-Length: {len(content)}\r\n\r\n").encode()
                 found = []
                 async with await world.connect() as sock:
                     codec = HttpConnection("client")

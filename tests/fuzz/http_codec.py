@@ -3,8 +3,9 @@
     python tests/fuzz/http_codec.py --seconds 600
 
 Each input goes in whole, by line, byte by byte and at random splits, to a server and to a client. It has to give the same events
-each time, and no error but ProtocolError; each call has to get on; and what a server has accepted has to be the same request
-again when a client sends it. A failure prints the seed of the input, which repeats it with --seed, and the input.
+each time, and no error but ProtocolError; each call has to get on; what a server has accepted has to be the same request again
+when a client sends it; and one that knows what comes again (receive_known) has to make the same of it as one that does not. A
+failure prints the seed of the input, which repeats it with --seed, and the input.
 """
 
 import argparse
@@ -19,8 +20,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from flowcoro_http import (NEED_DATA, PAUSED, ConnectionClosed, Data, EndOfMessage, HttpConnection, ProtocolError, RequestHead,
-                           ResponseHead)
+from flowcoro_http import (NEED_DATA, PAUSED, ConnectionClosed, Data, EndOfMessage, Headers, HttpConnection, ProtocolError,
+                           RequestHead, ResponseHead)
 
 REQUESTS = [
     b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n",
@@ -117,10 +118,10 @@ def described(event, connection):
     return type(event).__name__, repr(event)
 
 
-def events_of(role, pieces, method="GET", **limits):
+def events_of(role, pieces, method="GET", known=False, **limits):
     """All that a connection makes of these bytes, described, merged: a list that ends with why it ends and what is left.
 
-    A server answers each request; a client has sent one of this method.
+    A server answers each request, and knows what comes again, if `known`; a client has sent one of this method.
     """
     connection, events = HttpConnection(role, **limits), []
     if role == "client":
@@ -133,6 +134,14 @@ def events_of(role, pieces, method="GET", **limits):
         for piece in [*filter(None, pieces), None]:
             if piece is None:
                 connection.receive_end()
+            elif known and (found := connection.receive_known(piece)):
+                line, fields, content, _ = found
+                head = RequestHead(line.method, line.target, Headers._of(fields.entries, fields.index))
+                events += [described(event, connection)
+                           for event in (head, *([Data(content)] if content else []), EndOfMessage())]
+                connection.send_message(ResponseHead(200), b"")
+                connection.start_next_cycle()
+                continue
             else:
                 connection.receive_data(piece)
             while True:
@@ -186,6 +195,10 @@ def check(data, chance, role, method="GET", **limits):
         for number, sent in enumerate(again(seen)):
             expected = complete(seen, number)
             assert events_of("server", [sent])[:len(expected)] == expected, f"another request when it is sent again: {sent}"
+        for several in [data], again(seen):
+            pieces = [piece for piece in several for _ in range(3)] + several[:1] + [data]
+            expected, made = events_of("server", pieces, **limits), events_of("server", pieces, known=True, **limits)
+            assert made == expected, f"{made}, where what comes again is known, and {expected} where it is not"
 
 
 def complete(events, number):
