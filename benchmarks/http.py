@@ -22,8 +22,8 @@ the client has the processor to itself, and nginx the other. Processor time is t
 has started.
 
 What flatters: wrk sends the same bytes again and again, in `api` five requests in turn whose field lines are the same. Clients do
-repeat theirs, and FlowCoro's server reads what a connection repeats once. A request of which all is new costs it 4 µs more, one of
-`api` half as much again (docs/design.md, "What a connection repeats is read once").
+repeat theirs, and FlowCoro's server reads what a connection repeats once. A request of which all is new costs it 4 µs more, one
+of `api` half as much again (docs/design.md, "What a connection repeats is read once").
 
 How to read the tables: as those of net.py: 100 k/s per CPU second are 10 µs of processor time for each request.
 
