@@ -24,17 +24,24 @@ if os.environ.get("FLOWCORO_GUARD"):
     flowcoro._guard_all()
 
 
+def take_off_the_guard():
+    """The kernel's marked functions as they are before the first run with several workers."""
+    for function, code in PLAIN:
+        function.__code__ = code
+        vars(function).pop("__wrapped__", None)     # else it would get one more each time, up to what inspect.unwrap() follows
+    flowcoro._MARKED[:] = MARKED
+
+
 @pytest.fixture(autouse=True)
 def one_worker_takes_no_guard():
     """The next test finds the kernel as it is before the first run with several workers."""
     yield
     if flowcoro._several and not os.environ.get("FLOWCORO_GUARD"):
-        for function, code in PLAIN:
-            function.__code__ = code
+        take_off_the_guard()
         for function in flowcoro._MARKED_BY_OTHERS:
-            if hasattr(function, "__wrapped__"):
-                function.__code__ = function.__wrapped__.__code__
-        flowcoro._MARKED[:] = MARKED
+            if flowcoro._GuardPlace in function.__code__.co_consts:
+                before = function.__wrapped__
+                function.__code__, function.__dict__ = before.__code__, dict(vars(before))
         flowcoro._several = False
 
 

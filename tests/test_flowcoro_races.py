@@ -14,7 +14,7 @@ import types
 import pytest
 
 import flowcoro
-from conftest import MARKED, PLAIN
+from conftest import PLAIN, take_off_the_guard
 from test_flowcoro_workers import PATIENCE, descriptors, pipe, run, spread, strangers, wait_until
 
 
@@ -295,9 +295,7 @@ def test_when_two_threads_start_runs_at_once_both_find_every_function_guarded(gu
         guard.told.set()
 
     begun, plain = threading.Event(), []
-    for function, code in PLAIN:                    # without a GIL an earlier run has guarded them
-        function.__code__ = code
-    flowcoro._MARKED[:] = MARKED
+    take_off_the_guard()                            # without a GIL an earlier run has guarded them
     monkeypatch.setattr(flowcoro, "types", types.SimpleNamespace(**{**vars(types), "FunctionType": slow}))
     thread = threading.Thread(target=second)
     thread.start()

@@ -18,7 +18,7 @@ import pytest
 
 import flowcoro
 import flowcoro_net
-from conftest import MARKED, PLAIN
+from conftest import PLAIN, take_off_the_guard
 from test_flowcoro_signals import Child
 from test_flowcoro_workers import PATIENCE, descriptors, pipe, run, wait_until
 
@@ -1024,9 +1024,7 @@ def test_an_atomic_method_of_others_takes_the_guard_in_the_child_of_a_fork_in_wh
 def test_who_marks_the_functions_for_the_guard_may_be_struck_anywhere(monkeypatch):
     names = []
     for number in range(1, 400):
-        flowcoro._MARKED[:] = MARKED
-        for function, code in PLAIN:
-            function.__code__ = code
+        take_off_the_guard()
         strike = Strike(number, flowcoro._replace_marked, flowcoro._put_under_guard)
         with strike:
             flowcoro._guard_all()
