@@ -2661,7 +2661,7 @@ class _KnownFields:
         if not data.startswith(before, at):
             return None
         begin = at + len(before)
-        end = data.find(after, begin, begin + 18 + len(after))
+        end = data.find(after, begin, begin + 18 + len(after))      # (18 digits at most: _length_problem())
         digits = data[begin:end]
         if end <= begin or not digits.isdigit():
             return None
@@ -2726,9 +2726,9 @@ class _Heads(_Received):
             self._fields, self._unlike = fields, 0
             return
         self._unlike += 1                       # the first is not kept: it may be the only one
-        if (self._unlike > 1 and end - at <= KNOWN_FIELDS and self._mode is _BY_LENGTH and self.keep_alive
-                and self._minor and self._their_end is _END and not self.expects_continue):
-            headers = head.headers
+        headers = head.headers                  # (Content-Length may have 17 digits more when it comes again)
+        if (self._unlike > 1 and end - at <= min(KNOWN_FIELDS, self._max_field - 17) and self._mode is _BY_LENGTH
+                and self.keep_alive and self._minor and self._their_end is _END and "expect" not in headers._index):
             self._fields = _KnownFields(bytes(data[at:end]), tuple(headers._entries), headers._index, self._left)
 
     def receive_known(self, data):

@@ -1469,6 +1469,7 @@ def test_a_request_is_known_on_the_connection_where_its_field_lines_have_come_tw
     b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", b"GET http://x/ HTTP/1.1\r\nHost: y\r\n\r\n",
     b"TRACE /k HTTP/1.1\r\nHost: x\r\n\r\n",
     b"POST /k HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\nabc",
+    b"POST /k HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nExpect: 100-continue\r\n\r\n",
     b"GET /k HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 4096 + b"\r\n\r\n"])
 def test_only_the_usual_kind_becomes_known(data):
     server = HttpConnection("server")
@@ -1515,6 +1516,9 @@ def test_what_is_known_keeps_within_the_limits_of_its_connection():
     for limits in (dict(max_head=head), dict(max_request_line=23)):
         server = after(2, data, **limits)
         assert server.receive_known(data.replace(b"/", b"/9", 1)) is None
+    short, long = (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (size, size * b"x") for size in (9, 10))
+    assert after(2, short).receive_known(long) is not None
+    assert after(2, short, max_field_line=len("Content-Length: 9")).receive_known(long) is None
     server = after(2, data, max_body=9)
     server.max_body = 2
     assert server.receive_known(data) is None
