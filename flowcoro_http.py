@@ -151,14 +151,16 @@ MAX_FIELD_LINE, MAX_FIELDS, MAX_HEAD = 16 * 2**10, 100, 64 * 2**10
 MAX_CHUNK_LINE = 256
 
 # Lines that are remembered with what their check has found, and characters of each at most: half a megabyte for each of the
-# two tables. When one is full it is emptied: whoever fills it with lines of his own costs the others one check per 1024 lines.
+# two tables of field lines; for request lines one, and nine more if each has as many query fields as fit, and all were asked for.
+# When a table is full it is emptied: whoever fills it with lines of his own costs the others one check per 1024 lines.
 KNOWN_LINES, KNOWN_LINE = 1024, 256
 
 # The same for heads of answers: a quarter of a megabyte.
 KNOWN_HEADS, KNOWN_HEAD = 256, 1024
 
-# Bytes of field lines at most that a connection keeps while it is busy (a browser's are 0.5 to 3 KiB, by the cookies). Heads in a
-# row that are unlike the one before, after which it keeps no more (it is a proxy's, and each is another client's), until so many.
+# Bytes of field lines at most that a server's connection keeps while it is busy (a browser's are 0.5 to 3 KiB, by the cookies).
+# Heads in a row that are unlike the one before, after which it keeps none (it is a proxy's, and each is another client's); and
+# how many there have to be until it tries again: what is kept for nothing costs 1 to 2 µs.
 KNOWN_FIELDS, MAX_UNLIKE, RETRY_UNLIKE = 4 * 2**10, 10, 1000
 
 # ---- errors ---------------------------------------------------------------------------------------------------
@@ -2296,6 +2298,9 @@ def _compressed_headers(headers, coding, depends=True):
 #     C2  what is before an error is delivered first: the events of the bytes before it
 #     C3  every byte is looked at a bounded number of times: `_scan` is how far the current line has been searched
 #     C4  _start <= _scan, and what is before _start is gone for good
+#     C5  what becomes known was accepted on this connection, under its limits, and asks for nothing but what _begin() has set:
+#         HTTP/1.1, keep-alive, no switch, no Expect; its content has a length. So receive_known() sets the method and the states
+#         only, and has to check what may be another one: the first line, the length, and the limits of both
 #
 # Both sides' states change by one table, _TRANSITIONS: (whose state, state, what happens) -> state. Nothing else sets them.
 
@@ -2603,9 +2608,6 @@ _SEEN = [None] * 1024           # hashes of first lines that have come
 _RECEIVED_KNOWN = (_TRANSITIONS[SERVER][IDLE][_REQUEST], _TRANSITIONS[CLIENT][_TRANSITIONS[CLIENT][IDLE][_REQUEST]][_END])
 
 
-_SENT_KNOWN = _TRANSITIONS[SERVER][SEND_RESPONSE][_WHOLE]
-
-
 class _KnownLine:
     """A request line in origin-form, of HTTP/1.1, for good. `query`: the Fields of the query, once somebody has asked."""
 
@@ -2663,7 +2665,7 @@ class _KnownFields:
         begin = at + len(before)
         end = data.find(after, begin, begin + 18 + len(after))      # (18 digits at most: _length_problem())
         digits = data[begin:end]
-        if end <= begin or not digits.isdigit():
+        if end < 0 or not digits.isdigit():
             return None
         entry = "content-length", (length[0], digits.decode())
         entries = tuple([entry if other[0] == "content-length" else other for other in self.entries])
@@ -2758,9 +2760,9 @@ class _Heads(_Received):
         return known
 
     def forget_fields(self):
-        """Keep nothing for the next request."""
-        self._fields = self._again = None
-        self._unlike = 0
+        """Keep nothing for the next request. At any time, by another worker too: who needs what is kept reads it once."""
+        self._fields = self._again = None       # a _KnownFields; what receive_known() said last of a request without content
+        self._unlike = 0                        # heads in a row that were not known
 
     def _too_long(self, lines):
         return len(lines[0]) > self._max_first or max(map(len, lines)) > self._max_field
@@ -3142,6 +3144,7 @@ def _sent_values(entries, name):
 # differs from the one before by its Date, once a second: 0.5 µs instead of 1.7 for the two lines that all have.
 _KNOWN_HEADS = {}
 _known_head = _KNOWN_HEADS.get
+_SENT_KNOWN = _TRANSITIONS[SERVER][SEND_RESPONSE][_WHOLE]
 
 
 def _remember_head(head, index, lines):
@@ -3179,7 +3182,7 @@ class _Outgoing(_Incoming):
             if type(head.headers) is tuple and head.reason is None:
                 known = _known_head((head.status, head.headers))
                 if known is not None and self._is_usual():
-                    self.our_state = self._our_moves[SEND_RESPONSE][_WHOLE]
+                    self.our_state = _SENT_KNOWN
                     return b"%b%d\r\n\r\n%b" % (known, size, body)
             lines = self._response_lines(head, size)
             if self.our_state is SWITCHED:
@@ -3202,7 +3205,8 @@ class _Outgoing(_Incoming):
         return b"".join(lines)
 
     def send_known(self, head, body):
-        """send_message() of a head that is bytes up to the number of its Content-Length; None where that has to look at more."""
+        """send_message() of a head of 200 that is bytes up to the number of its Content-Length, and of a body that is bytes; None
+        where that has to look at more."""
         if not self._is_usual():
             return None
         self.our_state = _SENT_KNOWN
@@ -4807,7 +4811,7 @@ def _becomes_websocket(request, ws):
 
 
 class _Content:
-    """The content of a request, and how it is read."""
+    """The content of a Request, whose `headers` say what it is: how it is read, and what is kept of it."""
 
     content = trailers = max_body = None
     _source = _form = _files = _arrived = None      # (_arrived: the content, if all of it came with the head)
@@ -4817,10 +4821,10 @@ class _Content:
         """The whole content, bytes, kept for the next call. HttpError (413) for more than `max_bytes`, or the server's max_body,
         whichever is less. None: 16 MiB, as it is all in memory; give more if you expect more, or take stream()."""
         content = self._content_here(max_bytes)
-        return await self._content(max_bytes) if content is None else content
+        return await self._wait_for_content(max_bytes) if content is None else content
 
     def _content_here(self, max_bytes):
-        """body(), without a coroutine, where all of it is here, as mostly when the handler asks; else None: _content() waits."""
+        """body(), without a coroutine, where all of it is here, as mostly when the handler asks; else None."""
         content = self.content
         if content is None:
             limit, content = self._limit(max_bytes), self._arrived
@@ -4835,7 +4839,7 @@ class _Content:
             raise self._too_large(max_bytes)
         return content
 
-    async def _content(self, max_bytes):
+    async def _wait_for_content(self, max_bytes):
         """body(), piece by piece."""
         pieces, size, limit, receive = [], 0, self._limit(max_bytes), self._source.receive_body
         while data := await receive():
@@ -4886,7 +4890,7 @@ class _Content:
         """The content as JSON (RFC 8259: no NaN, no name twice). HttpError: 415 if its Content-Type is another, 400, 413."""
         content = self._content_here(max_bytes)
         if content is None:
-            content = await self._content(max_bytes)
+            content = await self._wait_for_content(max_bytes)
         return _json_of(self, content, flowcoro_schema.JSON_DEPTH)
 
     async def form(self, *, max_bytes=MAX_FORM_BYTES, max_file_bytes=MAX_FILE_BYTES, max_parts=MAX_PARTS, max_files=MAX_FILES):
@@ -4938,6 +4942,14 @@ class _Content:
                 self._source.with_files = self
         self._files.append(file)
         return file
+
+    def _close(self):
+        """After the answer: temporary files go."""
+        for file in self._files:
+            with contextlib.suppress(OSError):          # the disk is full; nobody wants it any more
+                file.file.close()
+        if self._source is not None:
+            self._source.with_files = None
 
     async def multipart(self, **limits):
         """`async for part in request.multipart()`: the parts of a multipart/form-data body, as they come: each a Part.
@@ -5136,14 +5148,6 @@ class Request(_Content):
         for scope in self._deadlines:
             scope.deadline = math.inf
         return sock
-
-    def _close(self):
-        """After the answer: temporary files go."""
-        for file in self._files:
-            with contextlib.suppress(OSError):          # the disk is full; nobody wants it any more
-                file.file.close()
-        if self._source is not None:
-            self._source.with_files = None
 
     def __repr__(self):
         return f"<Request {self.method} {self.target!r:.80}>"
@@ -5422,8 +5426,9 @@ class _Clock:
 _CLOCK = _Clock()
 
 
-# What a connection has instead of its codec when another protocol is spoken on it.
-_UPGRADED = types.SimpleNamespace(our_state=SWITCHED)
+# What a connection has instead of its codec when another protocol is spoken on it. (The sweep of another worker may have seen it
+# idle a moment before.)
+_UPGRADED = types.SimpleNamespace(our_state=SWITCHED, forget_fields=lambda: None)
 
 
 class _Exchange:
@@ -5794,7 +5799,7 @@ class _Connection(_Answering):
                 await sock.write(data)
             if request._files is not None:
                 request._close()
-            if (http.our_state is not DONE or http.their_state is not DONE) and not await self._rest():
+            if not http.reusable and not await self._rest():
                 return None
             if run.closing._set:                        # since the head was sent
                 return await self._linger()

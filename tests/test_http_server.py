@@ -342,6 +342,17 @@ async def test_what_a_connection_knows_of_its_requests_is_given_up_when_it_is_id
 
 
 @simulated
+async def test_a_sweep_that_has_seen_a_connection_idle_can_look_at_it_when_it_is_a_websocket():
+    """As one of another worker may: both happen between two lines of its own."""
+    async with serving(plain_app()) as world, await world.connect():
+        await until(lambda: world.listener._run.connections)
+        [connection] = world.listener._run.connections.values()
+        codec, connection.http = connection.http, flowcoro_http._UPGRADED
+        connection.look(0.5), connection.look(0.5)
+        connection.http = codec
+
+
+@simulated
 async def test_a_body_that_nobody_read_and_that_is_large_ends_the_connection_with_the_answer_arriving():
     async with serving(plain_app()) as world:
         answer = await world.post("/ignore", b"x" * (flowcoro_http.MAX_UNREAD + 1))
