@@ -1519,7 +1519,8 @@ def test_what_is_known_keeps_within_the_limits_of_its_connection():
     short, long = (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (size, size * b"x") for size in (9, 10))
     assert after(2, short).receive_known(long) is not None
     assert after(2, short, max_field_line=len("Content-Length: 9")).receive_known(long) is None
-    server = after(2, data, max_body=9)
+    server = after(3, data, max_body=9)
+    assert server._again is None                        # no content is kept
     server.max_body = 2
     assert server.receive_known(data) is None
     server.receive_data(data)

@@ -5,6 +5,7 @@ import functools
 import gc
 import http.client
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -292,8 +293,9 @@ async def test_a_content_that_is_known_to_come_with_its_head_is_read_as_any_othe
 
 @simulated
 async def test_query_and_cookies_of_a_known_request_are_those_of_each():
-    app = HttpServer(max_query_fields=3, max_cookies=3)
+    generous, app, change = HttpServer(), HttpServer(max_query_fields=3, max_cookies=3), itertools.cycle([True, False])
 
+    @generous.get("/show")
     @app.get("/show")
     async def show(request):
         before = dict(request.cookies)
@@ -302,10 +304,14 @@ async def test_query_and_cookies_of_a_known_request_are_those_of_each():
 
     @app.get("/changed")
     async def changed(request):
-        request.headers.set("Cookie", "another=one")
-        request.query_string = "n=" + request.query_string
+        if next(change):
+            request.headers.set("Cookie", "another=one")
+            request.query_string = "n=" + request.query_string
         return [request.query_string, request.query.items(), request.cookies]
 
+    async with serving(generous) as world:              # knows a query that the other refuses
+        for _ in range(3):
+            assert (await world.get("/show?a=1&b&c&d")).status == 200
     async with serving(app) as world, await world.connect() as sock, await world.connect() as other:
         codecs = HttpConnection("client"), HttpConnection("client")
 
@@ -319,6 +325,7 @@ async def test_query_and_cookies_of_a_known_request_are_those_of_each():
                 assert await ask(b"/show?a=" + number, b"c=d") == [f"a={number.decode()}", [["a", number.decode()]], {"c": "d"},
                                                                    {"c": "d", "mine": "of this request"}]
             assert await ask(b"/changed?a=b", b"c=d") == ["n=a=b", [["n", "a=b"]], {"another": "one"}]
+            assert await ask(b"/changed?a=b", b"c=d") == ["a=b", [["a", "b"]], {"c": "d"}]
             assert await ask(b"/show?a=1", b"e=f", other, codecs[1]) == ["a=1", [["a", "1"]], {"e": "f"},
                                                                          {"e": "f", "mine": "of this request"}]
         for _ in range(4):
@@ -746,6 +753,21 @@ async def pieces(*of):
         yield piece
 
 
+def test_a_head_that_is_ready_is_what_it_would_be_made_of_and_has_the_date_of_now(monkeypatch):
+    clock = flowcoro_http._Clock()
+    for second in 10**9, 10**9, 10**9 + 1:
+        monkeypatch.setattr(time, "time", lambda: second + 0.5)
+        date = clock.now()
+        assert date == ("Date", flowcoro_http.http_date(second))
+        for kind, ready in ("text/plain; charset=utf-8", clock.text), ("application/json", clock.json):
+            one, other = HttpConnection("server"), HttpConnection("server")
+            for codec in one, other:
+                codec.receive_data(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+                codec.next_event(), codec.next_event()
+            assert one.send_known(ready, b"x") == other.send_message(ResponseHead(200, [("Content-Type", kind), date]), b"x")
+            assert one.our_state == other.our_state == "DONE"
+
+
 @simulated
 async def test_all_that_a_handler_may_return():
     import http as standard
@@ -787,6 +809,7 @@ async def test_all_that_a_handler_may_return():
                     answer = await world.get(path, method=method)
                     assert (answer.status, answer.headers.get("content-type")) == (status, media_type), path
                     assert answer.content == (content if method == "GET" else b""), path
+                    assert len(answer.headers.get_all("date")) == 1, path
                     if status not in (204, 304):
                         assert answer.headers["content-length"] == str(len(content)), path
         answer = await world.get("/iterator")
