@@ -1455,7 +1455,7 @@ def after(times, data, **limits):
     b"POST /k HTTP/1.1\r\nHost: x\r\nContent-Length:  03 \r\n\r\nabc",
     b"POST /k HTTP/1.1\r\ncontent-length: 0\r\nHost: x\r\n\r\n",
     b"GET /k HTTP/1.1\r\nHost: x\r\nA: 1\r\na: 2\r\n\r\n", b"HEAD /k HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 2000 + b"\r\n\r\n"])
-def test_a_request_is_known_on_the_connection_where_its_field_lines_have_come_twice(data):
+def test_a_request_is_known_on_a_connection_that_has_had_it_twice(data):
     assert after(1, data).receive_known(data) is None
     server = after(2, data)
     assert HttpConnection("server").receive_known(data) is None

@@ -755,19 +755,24 @@ async def pieces(*of):
         yield piece
 
 
-def test_a_head_that_is_ready_is_what_it_would_be_made_of_and_has_the_date_of_now(monkeypatch):
+@pytest.mark.parametrize("request_data", [b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"HEAD / HTTP/1.1\r\nHost: a\r\n\r\n",
+                                          b"GET / HTTP/1.0\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"])
+def test_a_head_that_is_ready_is_what_it_would_be_made_of_and_has_the_date_of_now(monkeypatch, request_data):
     clock = flowcoro_http._Clock()
     for second in 10**9, 10**9, 10**9 + 1:
         monkeypatch.setattr(time, "time", lambda: second + 0.5)
-        date = clock.now()
-        assert date == ("Date", flowcoro_http.http_date(second))
-        for kind, ready in ("text/plain; charset=utf-8", clock.text), ("application/json", clock.json):
+        now = clock.now()
+        assert now.date == ("Date", flowcoro_http.http_date(second))
+        for kind, ready in ("text/plain; charset=utf-8", now.text), ("application/json", now.json):
             one, other = HttpConnection("server"), HttpConnection("server")
             for codec in one, other:
-                codec.receive_data(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+                codec.receive_data(request_data)
                 codec.next_event(), codec.next_event()
-            assert one.send_known(ready, b"x") == other.send_message(ResponseHead(200, [("Content-Type", kind), date]), b"x")
-            assert one.our_state == other.our_state == "DONE"
+            for content in b"x", bytearray(b"x"):
+                assert one.send_message(ready, content) == other.send_message(
+                    ResponseHead(200, [("Content-Type", kind), now.date]), content)
+                assert one.our_state == other.our_state
+                one, other = HttpConnection("server"), HttpConnection("server")         # that answer what is no request
 
 
 @simulated
