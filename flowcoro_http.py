@@ -2733,9 +2733,10 @@ class _Heads(_Received):
                 and self.keep_alive and self._minor and self._their_end is _END and "expect" not in headers._index):
             self._fields = _KnownFields(bytes(data[at:end]), tuple(headers._entries), headers._index, self._left)
 
-    def receive_known(self, data):
+    def receive_known(self, data, most=sys.maxsize):
         """(server) What is known of data that are a whole request and nothing else, whose field lines came before: a tuple of its
-        _KnownLine, its _KnownFields, its content and the data; it is then received to its end. None: receive_data() has to look.
+        _KnownLine, its _KnownFields, its content (`most` bytes at most) and the data; it is then received to its end. None:
+        receive_data() has to look.
         """
         fields, known = self._fields, self._again
         if (fields is None or self.their_state is not IDLE or self._start != len(self._buffer)
@@ -2746,7 +2747,7 @@ class _Heads(_Received):
             if not data.startswith(fields.lines, at) and (fields := fields.at(data, at)) is None:
                 return None
             end = at + len(fields.lines)
-            if (len(data) - end != fields.size or at > self._max_first or end - 4 > self._max_head
+            if (len(data) - end != fields.size or fields.size > most or at > self._max_first or end - 4 > self._max_head
                     or self.max_body is not None and fields.size > self.max_body):
                 return None
             first = data[:at]
@@ -5752,7 +5753,7 @@ class _Connection(_Answering):
             request = None
             if http._start == len(http._buffer):        # nothing of another request is here yet
                 data = await sock.read(CHUNK)
-                if known := http.receive_known(data):
+                if known := http.receive_known(data, app.max_unread):       # (a larger one has to be read, or ends us)
                     request = self._known_request(*known)
                 else:
                     http.receive_data(data) if data else http.receive_end()

@@ -1519,6 +1519,10 @@ def test_what_is_known_keeps_within_the_limits_of_its_connection():
     short, long = (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (size, size * b"x") for size in (9, 10))
     assert after(2, short).receive_known(long) is not None
     assert after(2, short, max_field_line=len("Content-Length: 9")).receive_known(long) is None
+    longer = data.replace(b" 3", b" 03")
+    assert after(2, data, max_field_line=len(b"Content-Length: 3")).receive_known(longer) is None
+    assert after(2, data).receive_known(longer) is not None
+    assert after(2, data).receive_known(data, 2) is None and after(2, data).receive_known(data, 3) is not None
     server = after(3, data, max_body=9)
     assert server._again is None                        # no content is kept
     server.max_body = 2

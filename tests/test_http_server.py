@@ -292,6 +292,15 @@ async def test_a_content_that_is_known_to_come_with_its_head_is_read_as_any_othe
 
 
 @simulated
+async def test_a_content_that_nobody_reads_ends_the_connection_beyond_max_unread_also_if_it_is_known():
+    async with serving(plain_app(max_unread=2)) as world, await world.connect() as sock:
+        codec = HttpConnection("client")
+        for path, size, goes_on in [("echo", 3, True)] * 4 + [("ignore", 2, True)] * 2 + [("ignore", 3, False)]:
+            await sock.write(b"POST /%b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (path.encode(), size, size * b"x"))
+            assert (await one_answer(sock, "POST", codec)).keep_alive is goes_on
+
+
+@simulated
 async def test_query_and_cookies_of_a_known_request_are_those_of_each():
     generous, app, change = HttpServer(), HttpServer(max_query_fields=3, max_cookies=3), itertools.cycle([True, False])
 
