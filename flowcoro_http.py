@@ -4674,7 +4674,8 @@ def _type_html(schema):
 # ---- messages -------------------------------------------------------------------------------------------------
 #
 # What a handler gets and gives; a client's response is a Response, too. Neither knows how it travels: what has not been read yet
-# is asked of a source, an object with `async receive_body()` that gives the next piece of the content, b"" at its end.
+# is asked of a source, an object with `async receive_body(turn)` that gives the next piece of the content, b"" at its end; `turn`
+# says whose, as a request may be kept for longer than its answer takes, and by then what comes is the next one's.
 #
 # What nearly no handler looks at is made when it is asked for: class attributes stand for what has not been. (Eleven attributes
 # fewer to set are 0.3 of the 0.8 µs that a Request takes.)
@@ -4816,11 +4817,15 @@ def _becomes_websocket(request, ws):
             ws.close_nowait(1001)
 
 
+def _too_late():
+    return RuntimeError("the request has been answered, so its content is gone: read it before (body() keeps it)")
+
+
 class _Content:
     """The content of a Request, whose `headers` say what it is: how it is read, and what is kept of it."""
 
     content = trailers = max_body = None
-    _source = _form = _files = _arrived = None      # (_arrived: the content, if all of it came with the head)
+    _source = _turn = _form = _files = _arrived = None      # (_arrived: the content, if all of it came with the head)
     _begun = False
 
     async def body(self, max_bytes=None):
@@ -4847,8 +4852,8 @@ class _Content:
 
     async def _wait_for_content(self, max_bytes):
         """body(), piece by piece."""
-        pieces, size, limit, receive = [], 0, self._limit(max_bytes), self._source.receive_body
-        while data := await receive():
+        pieces, size, limit, receive, turn = [], 0, self._limit(max_bytes), self._source.receive_body, self._turn
+        while data := await receive(turn):
             size += len(data)
             if size > limit:
                 raise self._too_large(limit)
@@ -4870,6 +4875,8 @@ class _Content:
         if self._begun or self._source is None:
             raise RuntimeError("the content of this request is being read or has been, by stream() or multipart(); it comes "
                                "once. body() keeps it, and can be called again")
+        if self._source.turn != self._turn:
+            raise _too_late()
         self._begun = True
 
     def _end(self):
@@ -4883,13 +4890,14 @@ class _Content:
             return
         self._begin()
         left = sys.maxsize if self.max_body is None else self.max_body
-        data = self._arrived or await self._source.receive_body()
+        receive, turn = self._source.receive_body, self._turn
+        data = self._arrived or await receive(turn)
         while data:
             left -= len(data)
             if left < 0:
                 raise self._too_large(self.max_body)
             yield data
-            data = await self._source.receive_body()
+            data = await receive(turn)
         self._end()
 
     async def json(self, *, max_bytes=None):
@@ -5478,9 +5486,12 @@ class _Exchange:
         """All that is left of the content, if it is here; else None."""
         return self.http.receive_content()
 
-    async def receive_body(self):
-        """The next piece of the content, b"" at its end. HttpError (408), ProtocolError, BrokenError."""
+    async def receive_body(self, turn):
+        """The next piece of the content, b"" at its end. HttpError (408), ProtocolError, BrokenError; RuntimeError if it is
+        another turn by now."""
         http = self.http
+        if turn != self.turn:
+            raise _too_late()
         while http.their_state is SEND_BODY:
             event = http.next_event()
             if type(event) is Data:
@@ -5771,7 +5782,7 @@ class _Connection(_Answering):
                     return None
                 request = self._request(head)
             self.phase = _HANDLING
-            self.turn += 1
+            request._turn = self.turn = self.turn + 1
             try:
                 if app._middleware or request.method == "CONNECT":
                     result = await app._respond(request)
@@ -5857,7 +5868,7 @@ class _Connection(_Answering):
         if http.their_state is SEND_BODY and http.keep_alive and not http.expects_continue:
             try:                                        # a body that the handler did not want
                 left = self.app.max_unread
-                while left >= 0 and (data := await self.receive_body()):
+                while left >= 0 and (data := await self.receive_body(self.turn)):
                     left -= len(data)
             except HttpError:
                 pass

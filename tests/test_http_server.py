@@ -300,6 +300,41 @@ async def test_a_content_that_nobody_reads_ends_the_connection_beyond_max_unread
             assert (await one_answer(sock, "POST", codec)).keep_alive is goes_on
 
 
+@pytest.mark.parametrize("times", [1, 3])               # the last of them is known
+@pytest.mark.parametrize("way", ["stream", "body"])
+@simulated
+async def test_a_request_that_is_kept_gets_no_content_of_the_next_one(way, times):
+    app, kept, found, heard = HttpServer(), [], [], flowcoro.Event()
+
+    @app.post("/keep")
+    async def keep(request):
+        kept.append(request)
+        if way == "stream":
+            pieces = request.stream()
+            kept.append(pieces)
+            return await anext(pieces)
+        return "kept"
+
+    @app.post("/next")
+    async def next_one(request):
+        for late in kept:
+            with pytest.raises(RuntimeError, match="has been"):
+                found.append(await (late.body() if isinstance(late, flowcoro_http.Request) else anext(late)))
+        heard.set()
+        return await request.body()
+
+    async with serving(app) as world, await world.connect() as sock:
+        codec = HttpConnection("client")
+        for _ in range(times):
+            await sock.write(b"POST /keep HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nmine")
+            await one_answer(sock, "POST", codec)
+        await sock.write(b"POST /next HTTP/1.1\r\nHost: a\r\nContent-Length: 6\r\n\r\nano")
+        with flowcoro.move_on_after(1):
+            await heard.wait()
+        await sock.write(b"the")
+        assert (await one_answer(sock, "POST", codec)).content == b"anothe" and not found
+
+
 @simulated
 async def test_query_and_cookies_of_a_known_request_are_those_of_each():
     generous, app, change = HttpServer(), HttpServer(max_query_fields=3, max_cookies=3), itertools.cycle([True, False])
