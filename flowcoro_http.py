@@ -4891,7 +4891,7 @@ class _Content:
         self._begin()
         left = sys.maxsize if self.max_body is None else self.max_body
         receive, turn = self._source.receive_body, self._turn
-        data = self._arrived or await receive(turn)
+        data, self._arrived = self._arrived or await receive(turn), None
         while data:
             left -= len(data)
             if left < 0:
@@ -5761,7 +5761,8 @@ class _Connection(_Answering):
     async def _serve(self):
         app, sock, http, find, run, now = self.app, self.sock, self.http, self.app.find, self.run, _CLOCK.now
         while True:
-            request = None
+            # An idle connection holds nothing of what it has received and sent.
+            request = known = head = data = result = response = content = None
             if http._start == len(http._buffer):        # nothing of another request is here yet
                 data = await sock.read(CHUNK)
                 if known := http.receive_known(data, app.max_unread):       # (a larger one has to be read, or ends us)

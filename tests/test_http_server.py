@@ -24,6 +24,7 @@ import tracemalloc
 import types
 import urllib.error
 import urllib.request
+import weakref
 
 import pytest
 
@@ -403,6 +404,41 @@ async def test_a_sweep_that_has_seen_a_connection_idle_can_look_at_it_when_it_is
         codec, connection.http = connection.http, flowcoro_http._UPGRADED
         connection.look(0.5), connection.look(0.5)
         connection.http = codec
+
+
+@simulated
+async def test_an_idle_connection_holds_nothing_of_the_last_request_and_its_answer():
+    app, held = HttpServer(), []
+
+    @app.post("/")
+    async def answer(request):
+        response = Response(200, await request.body())
+        held[:] = weakref.ref(request), weakref.ref(response), request._fields
+        return response
+
+    async with serving(app) as world, await world.connect() as sock:
+        for _ in range(3):
+            await sock.write(b"POST / HTTP/1.1\r\nHost: a\r\nCookie: a=b\r\nContent-Length: 2\r\n\r\nab")
+            await one_answer(sock, "POST")
+        await flowcoro.sleep(2 * flowcoro_http.SWEEP + 0.1)
+        request, response, fields = held
+        assert fields.lines and gc.collect() >= 0 and request() is response() is None
+        assert [type(holder) for holder in gc.get_referrers(fields) if type(holder) is tuple] == []
+
+
+@simulated
+async def test_a_content_that_came_with_its_head_is_given_up_when_it_is_streamed():
+    app = HttpServer()
+
+    @app.post("/")
+    async def handler(request):
+        before, pieces = request._arrived, [data async for data in request.stream()]
+        return [before == b"ab", pieces == [b"ab"], request._arrived is None]
+
+    async with serving(app) as world, await world.connect() as sock:
+        for known in False, False, True, True:
+            await sock.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nab")
+            assert json.loads((await one_answer(sock, "POST")).content) == [known, True, True]
 
 
 @simulated
