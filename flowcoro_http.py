@@ -2628,7 +2628,7 @@ def _read_usual_line(line):
         place = hash(line) % len(_SEEN)
         if _SEEN[place] != hash(line):
             _SEEN[place] = hash(line)
-        elif not _is_secret(found[2].lower()):
+        elif not _is_secret(urllib.parse.unquote(found[2]).lower()):        # (names in a query may be percent-encoded)
             if len(_KNOWN_LINES) >= KNOWN_LINES:
                 _KNOWN_LINES.clear()
             _KNOWN_LINES[line] = known
