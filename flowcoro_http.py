@@ -4818,7 +4818,8 @@ def _becomes_websocket(request, ws):
 
 
 def _too_late():
-    return RuntimeError("the request has been answered, so its content is gone: read it before (body() keeps it)")
+    return RuntimeError("the request has been answered: what its connection has now is the next one's (body() keeps a content "
+                        "that is read before)")
 
 
 class _Content:
@@ -5006,7 +5007,7 @@ class Request(_Content):
     Its content is received when it is asked for, and once: by body(), json() and form(), which keep it, or by stream() or
     multipart(), which do not. Only then is a client that waits for it told to send it (Expect: 100-continue). Errors of all of
     these: ProtocolError for what the client sends that is no HTTP or too much; HttpError (408) if it sends too slowly;
-    BrokenError if it is gone. Cancelled: what was received is lost.
+    BrokenError if it is gone; RuntimeError when the request has been answered. Cancelled: what was received is lost.
 
     Made by hand, for tests: Request("POST", "/x?y=1", [("Content-Type", "text/plain")], b"content").
     """
@@ -5145,6 +5146,8 @@ class Request(_Content):
         """
         if not 100 <= status <= 199 or status == 101:
             raise ValueError(f"inform({status!r}): a status from 100 to 199, but 101, which upgrade() sends")
+        if self._source is not None and self._source.turn != self._turn:
+            raise _too_late()
         if self._source is not None and self.version != "1.0":
             await self._source.inform(InformationalResponse(status, Headers(headers)))
 
@@ -5158,6 +5161,8 @@ class Request(_Content):
         """
         if self._source is None:
             raise RuntimeError("this request came by no connection")
+        if self._source.turn != self._turn:
+            raise _too_late()
         sock = await self._source.upgrade(self, protocol, headers)
         for scope in self._deadlines:
             scope.deadline = math.inf

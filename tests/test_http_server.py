@@ -302,10 +302,12 @@ async def test_a_content_that_nobody_reads_ends_the_connection_beyond_max_unread
 
 
 @pytest.mark.parametrize("times", [1, 3])               # the last of them is known
-@pytest.mark.parametrize("way", ["stream", "body"])
+@pytest.mark.parametrize("way", ["stream", "body", "inform", "upgrade"])
 @simulated
-async def test_a_request_that_is_kept_gets_no_content_of_the_next_one(way, times):
+async def test_a_request_that_is_kept_has_nothing_to_do_with_the_next_one(way, times):
     app, kept, found, heard = HttpServer(), [], [], flowcoro.Event()
+    ways = {"stream": lambda request: request.body(), "body": lambda request: request.body(),
+            "inform": lambda request: request.inform(103), "upgrade": lambda request: request.upgrade("echo")}
 
     @app.post("/keep")
     async def keep(request):
@@ -320,7 +322,7 @@ async def test_a_request_that_is_kept_gets_no_content_of_the_next_one(way, times
     async def next_one(request):
         for late in kept:
             with pytest.raises(RuntimeError, match="has been"):
-                found.append(await (late.body() if isinstance(late, flowcoro_http.Request) else anext(late)))
+                found.append(await (ways[way](late) if isinstance(late, flowcoro_http.Request) else anext(late)))
         heard.set()
         return await request.body()
 
@@ -333,7 +335,8 @@ async def test_a_request_that_is_kept_gets_no_content_of_the_next_one(way, times
         with flowcoro.move_on_after(1):
             await heard.wait()
         await sock.write(b"the")
-        assert (await one_answer(sock, "POST", codec)).content == b"anothe" and not found
+        answer = await one_answer(sock, "POST", codec)
+        assert (answer.content, answer.before, found) == (b"anothe", [], [])
 
 
 @simulated
