@@ -5767,7 +5767,7 @@ class _Connection(_Answering):
         app, sock, http, find, run, now = self.app, self.sock, self.http, self.app.find, self.run, _CLOCK.now
         while True:
             # An idle connection holds nothing of what it has received and sent.
-            request = known = head = data = result = response = content = None
+            request = head = data = result = response = content = None
             if http._start == len(http._buffer):        # nothing of another request is here yet
                 data = await sock.read(CHUNK)
                 if known := http.receive_known(data, app.max_unread):       # (a larger one has to be read, or ends us)
@@ -5787,7 +5787,7 @@ class _Connection(_Answering):
                 if type(head) is not RequestHead:
                     return None
                 request = self._request(head)
-            self.phase = _HANDLING
+            self.phase, known, data = _HANDLING, None, None     # (a handler may take hours)
             request._turn = self.turn = self.turn + 1
             try:
                 if app._middleware or request.method == "CONNECT":
