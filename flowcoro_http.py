@@ -151,9 +151,9 @@ MAX_FIELD_LINE, MAX_FIELDS, MAX_HEAD = 16 * 2**10, 100, 64 * 2**10
 MAX_CHUNK_LINE = 256
 
 # Lines that are remembered with what their check has found, and characters of each at most: half a megabyte for each of the
-# two tables of field lines; for request lines one, and nine more if each has as many query fields as fit, and all were asked for.
-# When a table is full it is emptied: whoever fills it with lines of his own costs the others one check per 1024 lines.
-KNOWN_LINES, KNOWN_LINE = 1024, 256
+# two tables of field lines, four for request lines with their queries, of KNOWN_QUERY fields at most. When a table is full it is
+# emptied: whoever fills it with lines of his own costs the others one check per 1024 lines.
+KNOWN_LINES, KNOWN_LINE, KNOWN_QUERY = 1024, 256, 16
 
 # The same for heads of answers: a quarter of a megabyte.
 KNOWN_HEADS, KNOWN_HEAD = 256, 1024
@@ -5043,7 +5043,7 @@ class Request(_Content):
             else:
                 query = Fields(_parse_urlencoded(self.query_string, max_fields=most, limit="max_query_fields")
                                if self.query_string else ())
-                if known:
+                if known and len(query._pairs) <= KNOWN_QUERY:
                     line.query = query
             self._query = query
         return query

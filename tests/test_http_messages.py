@@ -525,3 +525,11 @@ def test_a_form_has_at_most_so_many_files():
         request._close()
 
     flowcoro.run(main())
+
+
+def test_a_query_is_kept_for_a_line_that_comes_again_unless_it_has_many_fields():
+    for count in flowcoro_http.KNOWN_QUERY, flowcoro_http.KNOWN_QUERY + 1:
+        line = flowcoro_http._KnownLine("GET", "/?" + "&".join(f"{number}=a" for number in range(count)))
+        request = Request(line.method, line.target)
+        request._line, request.query_string = line, line.query_string
+        assert len(request.query) == count and (line.query is request.query) is (count == flowcoro_http.KNOWN_QUERY)
