@@ -2744,7 +2744,7 @@ class _Heads(_Received):
             return None
         if known is None or data != known[3]:           # else the very same comes again, as of who polls: 0.3 µs less
             at = data.find(b"\r\n")
-            if not data.startswith(fields.lines, at) and (fields := fields.at(data, at)) is None:
+            if not data.startswith(fields.lines, at) and (fields := fields.at(data, at)) is None:      # (mostly without the call)
                 return None
             end = at + len(fields.lines)
             if (len(data) - end != fields.size or fields.size > most or at > self._max_first or end - 4 > self._max_head
@@ -5146,10 +5146,11 @@ class Request(_Content):
         """
         if not 100 <= status <= 199 or status == 101:
             raise ValueError(f"inform({status!r}): a status from 100 to 199, but 101, which upgrade() sends")
-        if self._source is not None and self._source.turn != self._turn:
-            raise _too_late()
-        if self._source is not None and self.version != "1.0":
-            await self._source.inform(InformationalResponse(status, Headers(headers)))
+        if self._source is not None:
+            if self._source.turn != self._turn:
+                raise _too_late()
+            if self.version != "1.0":
+                await self._source.inform(InformationalResponse(status, Headers(headers)))
 
     async def upgrade(self, protocol, headers=()):
         """Accept the client's wish to switch to another protocol, or its CONNECT (protocol None). -> the Socket, which is yours.
