@@ -505,9 +505,98 @@ def test_send_file_reads_itself_where_sendfile_cannot(pair, tmp_path, monkeypatc
         with open(tmp_path / "file", "rb") as file:
             async with near:
                 assert await near.send_file(file, 2) == 5
-        assert drain(far) == b"ntent"
+                assert await near.send_file(file, 0, 2**20, head=b", once, ") == 7
+                assert not is_corked(near)
+        assert drain(far) == b"ntent, once, content"
 
     run(main)
+
+
+def is_corked(sock):
+    return (hasattr(socket, "TCP_CORK") and sock.raw.family == socket.AF_INET
+            and bool(sock.raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK)))
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+@pytest.mark.parametrize("size, count", [(0, None), (5, None), (5, 3), (flowcoro_net.CORKED_FROM, flowcoro_net.CORKED_FROM),
+                                         (9_000_001, 9_000_001), (9_000_001, None), (900_000, 9_000_001)])
+def test_a_file_goes_after_its_head(pair, tmp_path, kind, size, count):
+    """The last of them ends before what was asked for, and before the cork is to be taken off."""
+    content, head = os.urandom(size), b"head " * 1000
+    (tmp_path / "file").write_bytes(content)
+
+    async def main():
+        near, far = pair()
+        async with flowcoro.TaskGroup() as group:
+            reader = group.spawn(flowcoro.to_thread(drain, far))
+            with open(tmp_path / "file", "rb") if kind == "file" else io.BytesIO(content) as file:
+                async with near:
+                    assert await near.send_file(file, 0, count, head=memoryview(head)) == len(content[:count])
+                    assert near.statistics()["bytes_sent"] == len(head + content[:count])
+                    assert not is_corked(near)
+            assert await reader == head + content[:count]
+
+    run(main)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_CORK"), reason="Linux has TCP_CORK")
+@pytest.mark.parametrize("count, corked", [(flowcoro_net.CORKED_FROM - 1, False), (2**24, True)])
+@pytest.mark.parametrize("end", ["cancelled", "lost", "sent"])
+def test_only_a_large_file_is_corked_and_not_once_it_is_sent_cancelled_or_lost(tmp_path, count, corked, end):
+    (tmp_path / "file").write_bytes(bytes(count))
+
+    async def main():
+        one, far = tcp_pair()
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)          # it is to be full
+        with far, open(tmp_path / "file", "rb") as file:
+            async with Socket(one) as near, flowcoro.TaskGroup() as group:
+                scope = flowcoro.CancelScope()
+                sending = await settled(group, in_scope(scope, near.send_file(file, 0, count, head=b"head")))
+                assert not sending.done() and is_corked(near) is corked
+                if end == "cancelled":
+                    scope.cancel()
+                elif end == "lost":
+                    reset(far)
+                else:
+                    with far.makefile("rb") as reader:
+                        assert await flowcoro.to_thread(reader.read, 4 + count) == b"head" + bytes(count)
+                assert await sending == {"cancelled": None, "lost": BrokenError, "sent": count}[end]
+                assert not is_corked(near)
+
+    run(main)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_CORK"), reason="Linux has TCP_CORK")
+def test_the_cork_is_taken_off_before_the_end_of_a_file(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(2**20))
+    seen, real_sendfile = {True: 0, False: 0}, os.sendfile
+
+    def sendfile(out, number, offset, count):
+        seen[is_corked(near)] += (sent := real_sendfile(out, number, offset, count))
+        return sent
+
+    async def main():
+        nonlocal near
+        one, far = tcp_pair()
+        with far, open(tmp_path / "file", "rb") as file:
+            async with Socket(one) as near, flowcoro.TaskGroup() as group:
+                monkeypatch.setattr(os, "sendfile", sendfile)
+                group.spawn(flowcoro.to_thread(drain, far))
+                await near.send_file(file, 0, 2**20, head=b"head")
+                await near.shutdown_write()
+        assert seen == {True: 2**20 - flowcoro_net.UNCORKED_END, False: flowcoro_net.UNCORKED_END}
+
+    near = None
+    run(main)
+
+
+async def in_scope(scope, coro):
+    """What it returns; None if the scope is cancelled, the class of BrokenError."""
+    with scope:
+        try:
+            return await coro
+        except BrokenError as error:
+            return type(error)
 
 
 def test_send_file_refuses_nonsense_and_files_of_text(pair, tmp_path):
@@ -522,6 +611,8 @@ def test_send_file_refuses_nonsense_and_files_of_text(pair, tmp_path):
                 await near.send_file(io.BytesIO(b"x"), 0, 1.5)
             with pytest.raises(TypeError, match="encode"):
                 await near.send_file(io.StringIO("text"))
+            with pytest.raises(TypeError, match=r"send_file\(head=\) takes bytes .*, got 'text'"):
+                await near.send_file(io.BytesIO(b"x"), head="text")
             with pytest.raises(TypeError, match="send_file.'path'.: give a file opened for reading in binary"):
                 await near.send_file("path")
             with open(tmp_path / "file", "rb") as file, pytest.raises(ValueError, match="closed file"):

@@ -75,7 +75,9 @@ async def converse(sock, path):
             left -= await sock.read_into(bytearray(left))
         with open(path, "rb") as file:
             assert await sock.send_file(file, 100) == len(CONTENT) - 100
-        assert await sock.read_exactly(len(CONTENT) - 100) == CONTENT[100:]
+            assert await sock.read_exactly(len(CONTENT) - 100) == CONTENT[100:]
+            assert await sock.send_file(file, 200, head=b"head") == len(CONTENT) - 200
+        assert await sock.read_exactly(4 + len(CONTENT) - 200) == b"head" + CONTENT[200:]
         await sock.shutdown_write()
         assert await sock.read() == b""
 

@@ -115,8 +115,10 @@ def test_tls_echo_with_all_kinds_of_reads_and_writes(certificates, version, tmp_
                 assert await sock.read_exactly(400_000) == b"x" * 200_000 + b"y" * 200_000
                 with open(path, "rb") as file:
                     assert await sock.send_file(file, 3) == 14
-                buffer = bytearray(100)
-                assert await sock.read_into(buffer) == 14 and buffer[:14] == b"tent of a file"
+                    buffer = bytearray(100)
+                    assert await sock.read_into(buffer) == 14 and buffer[:14] == b"tent of a file"
+                    assert await sock.send_file(file, 3, head=b"con") == 14
+                assert await sock.read_exactly(17) == b"content of a file"
                 await sock.write(b"")
 
     run(main)
