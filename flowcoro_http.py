@@ -6007,8 +6007,10 @@ class _Run:
             finally:
                 group.cancel()
 
-    async def serve(self, sock):
+    async def serve(self, sock, scheme=None):
         connection = self.connections[sock] = _Connection(self, sock)
+        if scheme is not None:              # of the URL, where TLS is left out
+            connection.scheme = scheme
         try:
             await connection.serve()
         except BaseException as error:
@@ -10032,12 +10034,12 @@ class _InMemory:
         if self._group is None:
             raise RuntimeError("the app runs while the client is open: `async with app.test_client() as client:`")
         here, there = socket.socketpair()
-        self._group.spawn(self._serve(flowcoro_net.Socket(there)))
+        self._group.spawn(self._serve(flowcoro_net.Socket(there), "http" if tls is None else "https"))
         return flowcoro_net.Socket(here)
 
-    async def _serve(self, sock):
+    async def _serve(self, sock, scheme):
         async with sock:
-            await self._run.serve(sock)
+            await self._run.serve(sock, scheme)
 
 
 class _TestClient(HttpClient):

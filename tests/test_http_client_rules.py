@@ -13,8 +13,9 @@ import flowcoro
 import flowcoro_http
 from flowcoro_http import (
     Auth, BasicAuth, BearerAuth, ConnectError, DigestAuth, Headers, HttpClient, HttpServer, ProxyError, RedirectError,
-    RequestError, RequestTimeout, ResponseError, Retries, ServerSentEvent, StatusError, Timeouts, TransferError, _challenge,
-    _CookieRequest, _CookieResponse, _environment_proxies, _EventParser, _goes_without, _Jar, _parse_credentials, _Url)
+    RequestError, RequestTimeout, ResponseError, Retries, ServerSentEvent, StatusError, Timeouts, TransferError,
+    security_headers, sessions, _challenge, _CookieRequest, _CookieResponse, _environment_proxies, _EventParser, _goes_without,
+    _Jar, _parse_credentials, _Url)
 from flowcoro_net import Socket, TcpServer, client_tls, server_tls
 from flowcoro_testing import VirtualClock, memory_socket_pair
 from test_http_client import SEED, Origin, answer, given_back, scripted, serving, talk
@@ -1282,6 +1283,29 @@ def test_a_client_of_an_app_runs_it_while_it_is_open():
                 assert await response.read() == b"abc"
             assert given_back(client) and client.statistics()["http://testserver:80"]["created"] == 1
         assert log == ["startup", "shutdown"]
+
+    flowcoro.run(main())
+
+
+def test_an_https_url_of_a_client_of_an_app_says_so_to_the_app():
+    app = HttpServer()
+    app.middleware(sessions(b"k" * 16))
+    app.middleware(security_headers())
+
+    @app.get("/")
+    async def count(request):
+        request.session["n"] = request.session.get("n", 0) + 1
+        return [request.scheme, request.url, request.tls, request.session["n"]]
+
+    async def main():
+        async with app.test_client(base_url="https://testserver") as client:
+            response = await client.get("/")
+            assert response.json() == ["https", "https://testserver/", None, 1]
+            assert "strict-transport-security" in response.headers
+            assert (await client.get("/")).json()[3] == 2               # the cookie, which is for TLS alone, comes back
+            response = await client.get("http://testserver/")
+            assert response.json() == ["http", "http://testserver/", None, 1]
+            assert "strict-transport-security" not in response.headers
 
     flowcoro.run(main())
 
