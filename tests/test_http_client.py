@@ -423,7 +423,7 @@ def test_framings(reply, content):
 
 def test_text_json_links_and_cookies():
     response = respond(answer("ü".encode("latin-1"), "200 OK", "Content-Type: text/plain; charset=iso-8859-1",
-                              "Link: </next?p=2>; rel=\"next last\"; title=\"n\", <http://b/>", "Link: ,;,",
+                              "Link: </next?p=2>; rel=\"Next last\"; title=\"n\", <http://b/>", "Link: ,;,",
                               "Set-Cookie: a=b; Path=/",
                               "Set-Cookie: c=d=e"))
     assert response.text == "ü" and response.cookies == {"a": "b", "c": "d=e"}

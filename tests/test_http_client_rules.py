@@ -16,7 +16,7 @@ from flowcoro_http import (
     RequestError, RequestTimeout, ResponseError, Retries, ServerSentEvent, StatusError, Timeouts, TransferError,
     security_headers, sessions, _challenge, _CookieRequest, _CookieResponse, _environment_proxies, _EventParser, _goes_without,
     _Jar, _parse_credentials, _Url)
-from flowcoro_net import Socket, TcpServer, client_tls, server_tls
+from flowcoro_net import Socket, TcpServer, TlsError, client_tls, server_tls
 from flowcoro_testing import VirtualClock, memory_socket_pair
 from test_http_client import SEED, Origin, answer, given_back, scripted, serving, talk
 from test_net import PATIENCE
@@ -144,7 +144,7 @@ def test_credentials_stay_with_their_origin():
             async with serving(lambda request: redirect("/again" if request.target == "/" else there)) as origin:
                 async with HttpClient(trust_env=False, auth=("me", "secret"), cookies={"own": "1"},
                                       headers={"Cookie": "h=2"}) as client:
-                    await client.get(origin.url, headers={"X-Mine": "3"})
+                    await client.get(origin.url, headers={"X-Mine": "3", "Proxy-Authorization": "Basic p", "Origin": "null"})
                     await client.get(origin.url, headers={"Authorization": "Bearer t"}, auth=False)
                 async with HttpClient(trust_env=False, auth=BearerAuth("abc"), cookies={"own": "1"}) as client:
                     await client.get(origin.url, cookies={"more": "2"})
@@ -153,7 +153,7 @@ def test_credentials_stay_with_their_origin():
         assert sent == ["Basic bW"] * 2 + ["Bearer t"] * 2 + ["Bearer a"] * 2
         assert [request.headers["cookie"] for request in origin.requests] == ["h=2"] * 4 + ["own=1; more=2"] * 2
         for request in other.requests:
-            assert "authorization" not in request.headers and "cookie" not in request.headers
+            assert all(name not in request.headers for name in ("authorization", "cookie", "proxy-authorization", "origin"))
             assert request.headers["host"] == f"localhost:{other.port}"
         assert other.requests[0].headers["x-mine"] == "3"
 
@@ -541,6 +541,17 @@ def test_proxies_that_cannot_be_used(proxy):
         HttpClient(proxy=proxy)
 
 
+def test_an_auth_that_is_never_content_is_asked_twice():
+    class Stubborn(Auth):
+        def challenged(self, request, response):
+            return True
+
+    async def work(client, origin):
+        assert (await client.get(origin.url)).status == 401 and len(origin.requests) == 3
+
+    talk(lambda request: answer("", "401 x"), work, auth=Stubborn())
+
+
 # ---- retries ---------------------------------------------------------------------------------------------------
 
 def test_a_request_is_tried_again_after_a_while():
@@ -594,6 +605,23 @@ def test_a_post_is_tried_again_when_there_was_no_connection():
                 assert given_back(client)
 
     flowcoro.run(main())
+
+
+@pytest.mark.parametrize("error", [TlsError("no trust"), ProxyError("407")])
+def test_what_another_connection_would_not_mend_is_not_tried_again(error):
+    calls = []
+
+    async def connect(host, port, tls):
+        calls.append(host)
+        raise error
+
+    async def main():
+        async with HttpClient(connect=connect, trust_env=False, retries=Retries(2, wait=0.001)) as client:
+            with pytest.raises(ConnectError):
+                await client.get("https://a/")
+
+    flowcoro.run(main())
+    assert len(calls) == 1
 
 
 def test_nothing_is_tried_beyond_the_total_time():

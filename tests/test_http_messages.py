@@ -333,8 +333,9 @@ def test_contents_and_their_types():
     for wrong in "200", None, True, 200.0, b"":
         with pytest.raises(TypeError, match="status"):
             Response(wrong)
-    with pytest.raises((TypeError, ValueError)):
-        Response(200, {"a": float("inf")})
+    for wrong in {"a": float("inf")}, "\ud800", {1}:
+        with pytest.raises((TypeError, ValueError)):
+            Response(200, wrong)
 
 
 def test_redirects():

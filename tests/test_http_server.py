@@ -2090,6 +2090,16 @@ async def test_a_body_has_a_least_rate_after_a_while():
                     group.cancel()
 
 
+@simulated
+async def test_a_body_may_begin_slowly():
+    async with serving(plain_app(min_body_rate=100)) as world:
+        async with await world.connect() as sock:
+            await sock.write(b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 900\r\n\r\n")
+            await flowcoro.sleep(4.5)
+            await sock.write(b"x" * 900)
+            assert (await one_answer(sock, "POST")).status == 200
+
+
 def test_a_client_that_is_too_slow_or_sends_too_much_fills_no_log(reports):
     @simulated
     async def test():
