@@ -589,6 +589,30 @@ def test_the_budget_bounds_the_retries_of_all():
     talk(lambda request: answer("", "503 x"), work, retries=Retries(2, wait=0.001, budget=4))
 
 
+def test_a_success_gives_a_tenth_of_a_retry_back():
+    async def work(client, origin):
+        for target in ("/bad", *["/good"] * 11, "/bad", "/bad"):
+            await client.get(origin.url + target)
+        assert [request.target for request in origin.requests].count("/bad") == 2 + 2 + 1
+
+    talk(lambda request: answer("", "503 x" if request.target == "/bad" else "200 OK"), work,
+         retries=Retries(1, wait=0.001, budget=1))
+
+
+def test_each_wait_is_twice_as_long_as_the_one_before():
+    async def refuse(host, port, tls):
+        raise ConnectionRefusedError(111, "refused")
+
+    async def main():
+        async with HttpClient(connect=refuse, trust_env=False, retries=Retries(3, wait=1.0)) as client:
+            before = flowcoro.now()
+            with pytest.raises(ConnectError):
+                await client.get("http://a/")
+            assert 0.5 * (1 + 2 + 4) <= flowcoro.now() - before <= 1 + 2 + 4
+
+    flowcoro.run(main(), clock=VirtualClock())
+
+
 def test_a_post_is_tried_again_when_there_was_no_connection():
     async def main():
         calls = []
@@ -1268,6 +1292,7 @@ def test_an_id_that_no_header_can_say_is_left_out():
 def test_an_event_stream_that_only_fails_gives_up_and_one_without_reconnecting_ends():
     async def work(client, origin):
         async with client.events(origin.url) as events:
+            assert events.retry == 3.0
             events.retry = 0.0001
             with pytest.raises(TransferError, match="11 times"):
                 await anext(events)

@@ -14,8 +14,9 @@ import uuid
 
 import pytest
 
+import flowcoro
 import flowcoro_http
-from flowcoro_http import HttpError, Router, UnprocessableContent, openapi, openapi_page
+from flowcoro_http import HttpError, HttpServer, Router, UnprocessableContent, openapi, openapi_page
 import flowcoro_schema
 from flowcoro_schema import json_default
 
@@ -728,3 +729,25 @@ def test_the_page_escapes_everything():
 
 def test_the_page_of_nothing_is_a_page():
     assert "There are none." in " ".join(Page(openapi_page(openapi(Router()))).text)
+
+
+def test_describe_serves_the_document_and_its_page_of_all_routes():
+    app = HttpServer()
+    app.describe(title="Tea shop", version="7")
+
+    @app.get("/teas/{id:int}")
+    async def tea(request, id):
+        """A tea."""
+
+    async def main():
+        async with app.test_client() as client:
+            document = (await client.get("/openapi.json")).json()
+            assert document["info"] == {"title": "Tea shop", "version": "7"} and list(document["paths"]) == ["/teas/{id}"]
+            page = await client.get("/docs")
+            assert page.media_type.essence == "text/html" and "A tea." in page.text and "/openapi.json" in page.text
+            assert "default-src 'none'" in page.headers["content-security-policy"]
+
+    flowcoro.run(main())
+    app = HttpServer()
+    app.describe("/api", page=None)
+    assert app.find("GET", "/api").status == 200 and app.find("GET", "/docs").status == 404

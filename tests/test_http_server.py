@@ -2218,6 +2218,19 @@ async def test_whoever_sends_on_for_ever_is_left_after_a_while():
         assert 1 < flowcoro.now() - before < 4
 
 
+@simulated
+async def test_and_so_is_whoever_sends_much_however_soon(monkeypatch):
+    monkeypatch.setattr(flowcoro_http, "MAX_LINGER", 100_000)
+    async with serving(plain_app(linger_timeout=1000)) as world, await world.connect() as sock:
+        sent = 0
+        with pytest.raises(BrokenError):
+            await sock.write(b"BAD\r\n")
+            while sent < 10_000_000:
+                await sock.write(b"x" * 10_000)
+                sent += 10_000
+        assert flowcoro.now() < 900
+
+
 # ---- the end ---------------------------------------------------------------------------------------------------
 
 @simulated
