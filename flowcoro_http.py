@@ -9533,7 +9533,8 @@ class _Sending:
                     response = await _Operation(self, request, options, stream, deadline, known).run()
                 if response.status not in retries.statuses or not retries.count:
                     if self._budget < retries.budget:
-                        self._budget = min(retries.budget, self._budget + RETRY_GIVEN_BACK)
+                        # (rounded, since ten times 0.1 is less than 1)
+                        self._budget = min(retries.budget, round(self._budget + RETRY_GIVEN_BACK, 6))
                     return response
                 error, safe = None, request.method in _IDEMPOTENT
             except RequestError as failure:

@@ -514,7 +514,9 @@ def test_bearer_auth_lets_through_who_has_a_token():
         middleware = bearer_auth(tokens, realm="api")
         assert status_of(middleware, get("/", ("Authorization", "Bearer t1"))) == (200, "ann")
         assert status_of(middleware, get()) == (401, 'Bearer realm="api"')
-        for value in ("Bearer t3", "Bearer", "bearer t1 t1", "Basic dDE6", "Bearer ann", "Bearer t1,"):
+        assert status_of(middleware, get("/", ("Authorization", "Bearer t3"))) == (
+            401, 'Bearer realm="api", error="invalid_token"')
+        for value in ("Bearer", "bearer t1 t1", "Basic dDE6", "Bearer ann", "Bearer t1,"):
             if value != "Bearer t1,":
                 assert status_of(middleware, get("/", ("Authorization", value)))[0] == 401, value
     for bad in (["ann"], {"ann": b"x"}, None):
