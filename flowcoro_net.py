@@ -1440,7 +1440,7 @@ class _Bulk(_Stream):
     def _cork(self, on):
         """Let TCP hold back what does not fill a segment, or no longer; whether it does from now on."""
         try:
-            self._raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, on)
+            self._call(self._raw.setsockopt)(socket.IPPROTO_TCP, socket.TCP_CORK, on)       # N3
             return on
         except (AttributeError, OSError):   # a system without (it is Linux's), a Unix socket, or closed meanwhile
             return False

@@ -590,6 +590,29 @@ def test_the_cork_is_taken_off_before_the_end_of_a_file(tmp_path, monkeypatch):
     run(main)
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_CORK"), reason="Linux has TCP_CORK")
+def test_with_several_workers_no_descriptor_is_closed_while_it_is_corked(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(flowcoro_net.CORKED_FROM))
+    open_meanwhile = []
+
+    class Raw(socket.socket):
+        def setsockopt(self, *args):
+            near.close_nowait()                     # as another worker may do
+            open_meanwhile.append(self.fileno() >= 0)
+
+    async def main():
+        nonlocal near
+        one, far = tcp_pair()
+        with far, open(tmp_path / "file", "rb") as file:
+            near = Socket(Raw(fileno=one.detach()))
+            with pytest.raises(flowcoro.ClosedError):
+                await near.send_file(file, 0, flowcoro_net.CORKED_FROM, head=b"head")
+        assert open_meanwhile == [True] and near.raw.fileno() == -1
+
+    near = None
+    run(main, workers=2)
+
+
 async def in_scope(scope, coro):
     """What it returns; None if the scope is cancelled, the class of BrokenError."""
     with scope:
