@@ -5699,8 +5699,9 @@ class _Answering(_Exchange):
             head.headers = (*head.headers, ("Content-Length", str(count)))
         elif announced != [str(count)]:
             raise LocalProtocolError(f"Content-Length: {announced[0]}, and {count} bytes of the file are to be sent")
+        data = http.send(head)                          # before the phase is another: its error can still be answered
         self.phase = _SENDING
-        stream.sent = await self.sock.send_file(stream.file, stream.offset, count, head=http.send(head))
+        stream.sent = await self.sock.send_file(stream.file, stream.offset, count, head=data)
         if stream.sent != count:
             raise OSError(f"{stream.file!r} has become shorter while it was sent: {count - stream.sent} bytes are missing")
         http._out_left -= count                         # the content went by another way

@@ -1890,6 +1890,24 @@ def test_a_file_that_is_shorter_than_announced_is_cut_and_a_wrong_length_is_none
     test()
 
 
+def test_what_answers_a_file_whose_head_cannot_be_may_take_its_time(content, reports):
+    @simulated
+    async def test():
+        app, _ = file_app(content, headers=[("Transfer-Encoding", "chunked")])
+        app.send_timeout = 1.0                  # for one who does not read; this one waits
+
+        @app.error_handler(500)
+        async def slow(request, error):
+            await flowcoro.sleep(10)
+            return "answered"
+
+        async with serving(app) as world, await world.connect() as sock:
+            await sock.write(b"GET /file HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert (await one_answer(sock)).content == b"answered"
+
+    test()
+
+
 def test_the_file_of_an_answer_that_is_not_sent_is_closed(content):
     @simulated
     async def test():
