@@ -3,9 +3,11 @@
 import array
 import contextlib
 import errno
+import functools
 import gc
 import gzip
 import io
+import itertools
 import os
 import selectors
 import socket
@@ -540,10 +542,12 @@ def test_a_file_goes_after_its_head(pair, tmp_path, kind, size, count):
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_CORK"), reason="Linux has TCP_CORK")
-@pytest.mark.parametrize("count, corked", [(flowcoro_net.CORKED_FROM - 1, False), (2**24, True)])
+@pytest.mark.parametrize("size, count, head, corked", [
+    (flowcoro_net.CORKED_FROM - 1,) * 2 + (b"head", False), (2**24, 2**24, b"head", True), (2**24, None, b"head", False),
+    (2**24, 2**24, b"", False)], ids=["small", "large", "no count", "no head"])
 @pytest.mark.parametrize("end", ["cancelled", "lost", "sent"])
-def test_only_a_large_file_is_corked_and_not_once_it_is_sent_cancelled_or_lost(tmp_path, count, corked, end):
-    (tmp_path / "file").write_bytes(bytes(count))
+def test_only_a_large_file_is_corked_and_not_once_it_is_sent_cancelled_or_lost(tmp_path, size, count, head, corked, end):
+    (tmp_path / "file").write_bytes(bytes(size))
 
     async def main():
         one, far = tcp_pair()
@@ -551,7 +555,7 @@ def test_only_a_large_file_is_corked_and_not_once_it_is_sent_cancelled_or_lost(t
         with far, open(tmp_path / "file", "rb") as file:
             async with Socket(one) as near, flowcoro.TaskGroup() as group:
                 scope = flowcoro.CancelScope()
-                sending = await settled(group, in_scope(scope, near.send_file(file, 0, count, head=b"head")))
+                sending = await settled(group, in_scope(scope, near.send_file(file, 0, count, head=head)))
                 assert not sending.done() and is_corked(near) is corked
                 if end == "cancelled":
                     scope.cancel()
@@ -559,34 +563,57 @@ def test_only_a_large_file_is_corked_and_not_once_it_is_sent_cancelled_or_lost(t
                     reset(far)
                 else:
                     with far.makefile("rb") as reader:
-                        assert await flowcoro.to_thread(reader.read, 4 + count) == b"head" + bytes(count)
-                assert await sending == {"cancelled": None, "lost": BrokenError, "sent": count}[end]
+                        assert await flowcoro.to_thread(reader.read, len(head) + size) == head + bytes(size)
+                assert await sending == {"cancelled": None, "lost": BrokenError, "sent": size}[end]
                 assert not is_corked(near)
 
     run(main)
 
 
-@pytest.mark.skipif(not hasattr(socket, "TCP_CORK"), reason="Linux has TCP_CORK")
-def test_the_cork_is_taken_off_before_the_end_of_a_file(tmp_path, monkeypatch):
-    (tmp_path / "file").write_bytes(bytes(2**20))
-    seen, real_sendfile = {True: 0, False: 0}, os.sendfile
+class Noting(socket.socket):
+    """Notes in `noted` what was asked of it, and of os.sendfile()."""
 
-    def sendfile(out, number, offset, count):
-        seen[is_corked(near)] += (sent := real_sendfile(out, number, offset, count))
+    def send(self, *args):
+        self.noted.append("head")
+        return super().send(*args)
+
+    def setsockopt(self, level, option, value):
+        self.noted.append("corked" if value else "uncorked")
+        super().setsockopt(level, option, value)
+
+    def note_sendfile(self, real, out, number, offset, count):
+        sent = real(out, number, offset, count)
+        self.noted.append((offset, count))
         return sent
 
+
+@pytest.mark.skipif(not hasattr(os, "sendfile"), reason="this system has no sendfile()")
+@pytest.mark.parametrize("has_cork", [pytest.param(True, marks=pytest.mark.skipif(not hasattr(socket, "TCP_CORK"),
+                                                                                  reason="Linux has TCP_CORK")), False])
+def test_a_large_file_is_corked_before_its_head_and_uncorked_before_its_end(tmp_path, monkeypatch, has_cork):
+    (tmp_path / "file").write_bytes(bytes(2**20))
+    if not has_cork:
+        monkeypatch.delattr(socket, "TCP_CORK", raising=False)
+
     async def main():
-        nonlocal near
         one, far = tcp_pair()
+        raw = Noting(fileno=one.detach())
+        raw.noted = noted = []
         with far, open(tmp_path / "file", "rb") as file:
-            async with Socket(one) as near, flowcoro.TaskGroup() as group:
-                monkeypatch.setattr(os, "sendfile", sendfile)
+            async with Socket(raw) as near, flowcoro.TaskGroup() as group:
+                monkeypatch.setattr(os, "sendfile", functools.partial(raw.note_sendfile, os.sendfile))
                 group.spawn(flowcoro.to_thread(drain, far))
                 await near.send_file(file, 0, 2**20, head=b"head")
                 await near.shutdown_write()
-        assert seen == {True: 2**20 - flowcoro_net.UNCORKED_END, False: flowcoro_net.UNCORKED_END}
+        kinds = [what if isinstance(what, str) else "file" for what in noted]
+        assert [kind for kind, _ in itertools.groupby(kinds)] == (
+            ["corked", "head", "file", "uncorked", "file"] if has_cork else ["head", "file"])
+        assert kinds.count("corked") == kinds.count("uncorked") == has_cork
+        corked_end = 2**20 - flowcoro_net.UNCORKED_END if has_cork else 2**20
+        assert noted[kinds.index("file")] == (0, corked_end)
+        if has_cork:
+            assert noted[kinds.index("uncorked") + 1] == (corked_end, flowcoro_net.UNCORKED_END)
 
-    near = None
     run(main)
 
 
