@@ -640,6 +640,46 @@ def test_with_several_workers_no_descriptor_is_closed_while_it_is_corked(tmp_pat
     run(main, workers=2)
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_CORK"), reason="Linux has TCP_CORK")
+def test_a_head_that_is_cancelled_leaves_no_cork_and_no_descriptor(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(flowcoro_net.CORKED_FROM))
+
+    async def main():
+        one, far = tcp_pair()
+        with far, open(tmp_path / "file", "rb") as file:
+            async with Socket(one) as near, flowcoro.TaskGroup() as group:
+                descriptors, scope = os.listdir("/proc/self/fd"), flowcoro.CancelScope()
+                sending = await settled(group, in_scope(scope, near.send_file(file, 0, flowcoro_net.CORKED_FROM,
+                                                                              head=bytes(2**24))))
+                assert not sending.done() and is_corked(near)
+                scope.cancel()
+                assert await sending is None
+                assert not is_corked(near) and os.listdir("/proc/self/fd") == descriptors
+
+    run(main)
+
+
+def test_what_sendfile_refuses_once_it_has_sent_some_is_not_sent_again(pair, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"content")
+    real_sendfile = os.sendfile
+
+    def sendfile(out, number, offset, count):
+        if offset:
+            raise OSError(errno.EINVAL, "no more")
+        return real_sendfile(out, number, offset, 3)
+
+    async def main():
+        near, far = pair()
+        monkeypatch.setattr(os, "sendfile", sendfile)
+        with open(tmp_path / "file", "rb") as file:
+            async with near:
+                with pytest.raises(OSError, match="no more"):
+                    await near.send_file(file, head=b"head, ")
+        assert drain(far) == b"head, con"
+
+    run(main)
+
+
 async def in_scope(scope, coro):
     """What it returns; None if the scope is cancelled, the class of BrokenError."""
     with scope:
