@@ -7337,7 +7337,11 @@ class _Through:
         if self._pieces is None:
             self._pieces = aiter(self._stream)
         async for piece in self._pieces:
-            if data := self._take(piece.encode() if isinstance(piece, str) else piece):
+            given = piece.encode() if isinstance(piece, str) else piece
+            data = self._take(given)
+            if data is given:                   # as it came: a first piece says the type by being text, and may be empty
+                return piece
+            if data:
                 return data
         end, self._end = self._end, bytes
         if data := end():

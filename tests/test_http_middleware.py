@@ -45,7 +45,7 @@ async def content_of(response):
     if response.stream is None:
         return response.content
     try:
-        return b"".join([piece async for piece in response.stream])
+        return b"".join([flowcoro_http._piece(piece) async for piece in response.stream])
     finally:
         await flowcoro_http._close_stream(response.stream)
 
@@ -142,6 +142,29 @@ def test_a_stream_is_logged_at_its_end_with_what_was_sent_and_how_long_it_took()
         await content_of(file)
     main()
     assert [(json.loads(line)["bytes"], json.loads(line)["seconds"]) for line in lines] == [(7, 3.0), (0, 0.0), (50, 0.0)]
+
+
+def test_a_log_leaves_the_type_of_a_stream_and_its_first_piece_even_an_empty_one_as_they_are():
+    async def pieces():
+        yield ""
+        yield "text"
+
+    app, lines = HttpServer(), []
+    app.middleware(access_log(lines.append))
+
+    @app.get("/")
+    async def stream(request):
+        return pieces()
+
+    @run_in_kernel
+    async def main():
+        response = await through(access_log(lines.append), get(), Response(200, pieces()))
+        assert await anext(response.stream) == ""               # it sends the head
+        await response.stream.aclose()
+        async with app.test_client() as client:
+            response = await client.get("/")
+            assert response.headers["content-type"] == "text/plain; charset=utf-8" and response.text == "text"
+    main()
 
 
 def test_a_file_is_logged_by_each_log():
