@@ -662,6 +662,27 @@ def test_a_file_that_is_replaced_while_it_is_sent_arrives_as_it_was(site):
     flowcoro.run(main())
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_CORK"), reason="Linux has TCP_CORK")
+def test_the_head_of_a_large_file_is_corked_with_it(site, monkeypatch):
+    monkeypatch.setattr(flowcoro_net, "CORKED_FROM", len(LARGE))
+    seen, real_sendfile = [], os.sendfile
+
+    def sendfile(out, *args):
+        with socket.socket(fileno=os.dup(out)) as plain:
+            seen.append(plain.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK))
+        return real_sendfile(out, *args)
+
+    async def main():
+        monkeypatch.setattr(os, "sendfile", sendfile)
+        app = HttpServer()
+        app.mount("/", static_files(site))
+        async with serving(app) as server:
+            data = await exchange(server, b"GET /large.bin HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert data.partition(b"\r\n\r\n")[2] == LARGE
+        assert seen[0] == 1 and seen[-1] == 0
+    flowcoro.run(main())
+
+
 def test_a_client_that_goes_leaves_no_file_open(site):
     streams = []
 
