@@ -1360,7 +1360,8 @@ class _Bulk(_Stream):
         memory, or for files that are none of the system's (io.BytesIO), it is read in threads, and only then the file's position
         is used. It may be closed meanwhile by another task where sendfile(2) does it. BrokenError, ClosedError, BusyError;
         TypeError for what is no file, or no bytes, ValueError for offset, count, and a closed file; OSError,
-        io.UnsupportedOperation if it cannot be read, or not from there (a pipe). Cancelled: an unknown part of both was sent.
+        io.UnsupportedOperation if it cannot be read, or not from there (a pipe): the head may have been sent. Cancelled: an
+        unknown part of both was sent.
         """
         await flowcoro.checkpoint_if_due()
         if isinstance(file, io.TextIOBase) or not (hasattr(file, "read") and hasattr(file, "seek")):
