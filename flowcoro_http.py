@@ -10681,7 +10681,9 @@ def _asgi_failure(application, error):
     """The error of an application, or what is to be said instead of it."""
     text, kind = str(error), type(error).__name__
     if (isinstance(error, RuntimeError) and text.lower().startswith(_REACHES) or kind in _REACHES_BY
-            or isinstance(error, TypeError) and text.startswith("a task yielded ")):
+            or isinstance(error, TypeError) and text.startswith("a task yielded ")
+            or isinstance(error, AttributeError) and error.name == "create_future" and error.obj is None):
+        # (the last: asyncio's Event, Lock, Queue and so on take the loop that runs, None, without asking whether there is one)
         failure = RuntimeError(
             f"the ASGI application {_shown_handler(application)} reaches for another event loop, most likely asyncio's: "
             f"\"{text}\". "

@@ -1476,6 +1476,10 @@ async def waits_for_a_future(scope, receive, send):
         loop.close()
 
 
+async def waits_in_a_queue(scope, receive, send):
+    await asyncio.Queue().get()
+
+
 async def spawns_a_task(scope, receive, send):
     coro = receive()
     try:
@@ -1495,8 +1499,8 @@ async def yields_to_nobody_knows_whom(scope, receive, send):
     await Foreign()
 
 
-@pytest.mark.parametrize("application", [sleeps_in_asyncio, waits_for_a_future, spawns_a_task, raises_as_anyio_does,
-                                         yields_to_nobody_knows_whom])
+@pytest.mark.parametrize("application", [sleeps_in_asyncio, waits_for_a_future, waits_in_a_queue, spawns_a_task,
+                                         raises_as_anyio_does, yields_to_nobody_knows_whom])
 def test_an_application_that_reaches_for_asyncio_is_told_where_it_is_and_what_to_do(application, reports):
     async def http_only(scope, receive, send):
         assert scope["type"] == "http"
