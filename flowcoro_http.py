@@ -6069,6 +6069,11 @@ def _error_response(error):
     return Response(500, "Internal Server Error")
 
 
+def _kept_fields(error):
+    """The header fields of an HttpError that another content has too: all that say nothing of the content."""
+    return [pair for pair in Headers(error.headers) if pair[0].lower() != "content-type"]
+
+
 def _seconds(name, value):
     """A limit of time that was given for `name`; math.inf for None."""
     if value is not None and not (isinstance(value, (int, float)) and value > 0):
@@ -6147,10 +6152,11 @@ class HttpServer(Router):
     def error_handler(self, kind):
         """A decorator: `async def handler(request, error)` answers this status, or this class of exceptions and its subclasses.
 
-        It returns what handlers may return; a content alone keeps the status of an HttpError, or 500. The class that is nearest
-        to the exception's counts, before that a status. An HttpError that it raises is the answer. That for 500 is asked, after
-        the error has been reported, about all that no class is there for. What is no request (400, 408, 414, 431) is answered
-        without. Of an exception group that holds one error alone that error counts, unless a class of groups is given here.
+        It returns what handlers may return; a content alone keeps the status of an HttpError, and its headers, such as Allow of a
+        405; else it is a 500. The class that is nearest to the exception's counts, before that a status. An HttpError that it
+        raises is the answer. That for 500 is asked, after the error has been reported, about all that no class is there for. What
+        is no request (400, 408, 414, 431) is answered without. Of an exception group that holds one error alone that error
+        counts, unless a class of groups is given here.
         """
         if not (isinstance(kind, int) and 400 <= kind <= 599 or isinstance(kind, type) and issubclass(kind, Exception)):
             raise TypeError(f"error_handler({kind!r}): give a status from 400 to 599, or a class of exceptions")
@@ -6263,7 +6269,7 @@ class HttpServer(Router):
                     result = await handler(request, error)
                     if isinstance(result, (Response, tuple)):
                         return _as_response(result)
-                    return Response(error.status if of_http else 500, result)
+                    return Response(error.status, result, _kept_fields(error)) if of_http else Response(500, result)
                 except HttpError as another:
                     error = another
             return _error_response(error)
