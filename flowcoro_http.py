@@ -8614,7 +8614,7 @@ def _file_part(name, file):
         media_type = mimetypes.guess_type(filename)[0]
     if isinstance(file, (str, bytes, bytearray, memoryview)):
         return _FormPart(name, file, filename, media_type)
-    if not any(hasattr(file, verb) for verb in ("read", "__aiter__", "__iter__")):
+    if hasattr(file, "keys") or not any(hasattr(file, verb) for verb in ("read", "__aiter__", "__iter__")):
         raise TypeError(f"files: {name!r}: {type(file).__name__} is no file and no bytes")
     return _FormPart(name, file, filename, media_type, _size_left(file) if _is_file(file) else None)
 
@@ -8643,6 +8643,8 @@ def _content_of(content, data, files, value):
         return bytes(content), None
     if _is_file(content):
         return _Streamed([content], _size_left(content)), None
+    if hasattr(content, "keys"):                # an iterable too: of its names
+        raise TypeError(f"content={content!r:.60} is no content: json= sends it as JSON, data= as the fields of a form")
     if hasattr(content, "__aiter__") or hasattr(content, "__iter__"):
         return _Streamed([content]), None
     raise TypeError(f"content={content!r:.60}: give bytes, str, a file, or an iterable or async iterable of bytes")

@@ -255,7 +255,7 @@ def test_multipart_has_fields_and_files(tmp_path):
     ({"timeout": -1}, ValueError), ({"timeout": "1"}, TypeError), ({"headers": {"Content-Length": "5"}}, ValueError),
     ({"headers": {"X": "a\r\nB: c"}}, LocalProtocolError), ({"headers": {"X y": "a"}}, LocalProtocolError),
     ({"retries": -1}, ValueError), ({"max_bytes": -1}, ValueError), ({"files": {"a": 5}}, TypeError),
-    ({"nonsense": 1}, TypeError),
+    ({"nonsense": 1}, TypeError), ({"content": {"a": 1}}, TypeError), ({"files": {"a": {"b": "c"}}}, TypeError),
     ({"cookies": {"a": "b;c"}}, ValueError), ({"params": "a=b"}, TypeError),
 ])
 def test_arguments_that_make_no_sense(options, error):
