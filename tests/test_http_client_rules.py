@@ -195,6 +195,21 @@ def test_the_user_of_a_url_and_of_netrc(tmp_path):
     talk(lambda request: answer(), lambda client, origin: client.get(origin.url), netrc=str(tmp_path / "none"))
 
 
+def test_the_netrc_of_the_environment_is_used_and_can_be_left_out(tmp_path, monkeypatch):
+    path = tmp_path / "netrc"
+    path.write_text("machine 127.0.0.1 login net password rc\n")
+    monkeypatch.setenv("NETRC", str(path))
+
+    async def main():
+        async with serving(lambda request: answer()) as origin:
+            for options in ({}, {"trust_env": False}, {"netrc": False}):
+                async with HttpClient(**options) as client:
+                    await client.get(origin.url)
+            assert [request.headers.get("authorization") for request in origin.requests] == ["Basic bmV0OnJj", None, None]
+
+    flowcoro.run(main())
+
+
 def test_a_netrc_that_nobody_has_asked_for_is_told_and_done_without(tmp_path, monkeypatch, reports):
     path = tmp_path / "netrc"
     path.write_text("what is this")
