@@ -1188,6 +1188,10 @@ def test_error_handlers_by_status_and_by_the_nearest_class(reports):
     async def test():
         app = failing_app()
 
+        @app.get("/typed")
+        async def typed(request):
+            raise HttpError(402, "<p>pay", [("Content-Type", "text/html"), ("X-Price", "2")])
+
         @app.error_handler(418)
         async def teapot(request, error):
             return f"a teapot: {error.message}"
@@ -1211,6 +1215,8 @@ def test_error_handlers_by_status_and_by_the_nearest_class(reports):
                     ("/very", 409, b"wrong"), ("/recursion", 503, b"RecursionError"), ("/group", 409, b"wrong")]:
                 answer = await world.get(path)
                 assert (answer.status, answer.content) == (status, content), path
+            answer = await world.get("/typed")
+            assert (answer.headers["content-type"], answer.headers["x-price"]) == ("application/json", "2")
             answer = await world.get("/echo")           # a 405 has to say what is allowed, whoever writes its page
             assert (answer.status, answer.content) == (405, b'{"status":405}')
             assert answer.headers["allow"] == "OPTIONS, POST, PUT" and answer.headers["content-type"] == "application/json"
@@ -2929,7 +2935,8 @@ def test_a_handler_may_return_what_a_client_has_got(read):
         async def answer(request, kind):
             if kind == "stream":
                 return pieces(b"a" * 5000, b"b" * 5000)
-            return 203, "x" * 10_000, [("Connection", "X-Hop"), ("X-Hop", "1"), ("X-End", "2"), ("ETag", '"x"')]
+            return 203, "x" * 10_000, [("Connection", "X-Hop"), ("X-Hop", "1"), ("X-End", "2"), ("ETag", '"x"'),
+                                         ("Keep-Alive", "timeout=5")]
 
         @proxy.get("/{kind}")
         async def relay(request, kind):
@@ -2942,7 +2949,7 @@ def test_a_handler_may_return_what_a_client_has_got(read):
                 for _ in range(3):
                     found = await fetch(sock, b"/whole")
                     assert (found.status, found.content) == (203, b"x" * 10_000)
-                    assert found.headers["x-end"] == "2" and not {"x-hop", "content-encoding"} & {
+                    assert found.headers["x-end"] == "2" and not {"x-hop", "keep-alive", "content-encoding"} & {
                         name.lower() for name, _ in found.headers}
                     found = await fetch(sock, b"/whole", b"HEAD")
                     assert (found.status, found.content) == (203, b"")
