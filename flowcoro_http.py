@@ -6070,7 +6070,7 @@ def _error_response(error):
 
 
 def _kept_fields(error):
-    """The header fields of an HttpError that another content has too: all that say nothing of the content."""
+    """The header fields of an HttpError that another content has too: all but its media type."""
     return [pair for pair in Headers(error.headers) if pair[0].lower() != "content-type"]
 
 
@@ -6152,11 +6152,11 @@ class HttpServer(Router):
     def error_handler(self, kind):
         """A decorator: `async def handler(request, error)` answers this status, or this class of exceptions and its subclasses.
 
-        It returns what handlers may return; a content alone keeps the status of an HttpError, and its headers, such as Allow of a
-        405; else it is a 500. The class that is nearest to the exception's counts, before that a status. An HttpError that it
-        raises is the answer. That for 500 is asked, after the error has been reported, about all that no class is there for. What
-        is no request (400, 408, 414, 431) is answered without. Of an exception group that holds one error alone that error
-        counts, unless a class of groups is given here.
+        It returns what handlers may return; a content alone keeps the status of an HttpError, and its headers but Content-Type,
+        such as Allow of a 405; else it is a 500. The class that is nearest to the exception's counts, before that a status. An
+        HttpError that it raises is the answer. That for 500 is asked, after the error has been reported, about all that no class
+        is there for. What is no request (400, 408, 414, 431) is answered without. Of an exception group that holds one error
+        alone that error counts, unless a class of groups is given here.
         """
         if not (isinstance(kind, int) and 400 <= kind <= 599 or isinstance(kind, type) and issubclass(kind, Exception)):
             raise TypeError(f"error_handler({kind!r}): give a status from 400 to 599, or a class of exceptions")

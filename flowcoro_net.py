@@ -1356,12 +1356,12 @@ class _Bulk(_Stream):
         """Send `count` bytes (None: all that is there) of a file opened for reading in binary, from `offset`; returns how many.
 
         Less if the file ends before. head: bytes that go before it, a protocol's; they are not counted, and share a segment with
-        its first if `count` is 512 KiB or more (Linux). By sendfile(2), where the data never come into this process; with TLS, in
-        memory, or for files that are none of the system's (io.BytesIO), it is read in threads, and only then the file's position
-        is used. It may be closed meanwhile by another task where sendfile(2) does it. BrokenError, ClosedError, BusyError;
-        TypeError for what is no file, or no bytes, ValueError for offset, count, and a closed file; OSError,
-        io.UnsupportedOperation if it cannot be read, or not from there (a pipe): the head may have been sent. Cancelled: an
-        unknown part of both was sent.
+        its first if `count` is 512 KiB or more (Linux: TCP_CORK, which is off afterwards). By sendfile(2), where the data never
+        come into this process; with TLS, in memory, or for files that are none of the system's (io.BytesIO), it is read in
+        threads, and only then the file's position is used. It may be closed meanwhile by another task where sendfile(2) does it.
+        BrokenError, ClosedError, BusyError; TypeError for what is no file, or no bytes, ValueError for offset, count, and a
+        closed file; OSError, io.UnsupportedOperation if it cannot be read, or not from there (a pipe): the head may have been
+        sent. Cancelled: an unknown part of both was sent.
         """
         await flowcoro.checkpoint_if_due()
         if isinstance(file, io.TextIOBase) or not (hasattr(file, "read") and hasattr(file, "seek")):

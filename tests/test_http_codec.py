@@ -397,6 +397,14 @@ def test_a_request_line_beyond_its_limit_is_414():
     assert refusal(b"G" * 101, max_request_line=100).status == 414           # before it is complete
 
 
+def test_a_status_line_beyond_its_limit_is_refused():
+    line = b"HTTP/1.1 200 " + b"a" * 87
+    assert client(response=line + b"\r\nContent-Length: 0\r\n\r\n", max_request_line=100)[1][0].status == 200
+    for data in line + b"a\r\n", line + b"a":                               # (the second: before it is complete)
+        with pytest.raises(ProtocolError, match="the status line"):
+            client(response=data, max_request_line=100)
+
+
 def test_a_field_line_beyond_its_limit_is_431():
     assert status_of(request(b"A: " + b"b" * 97 + b"\r\n"), max_field_line=100) is None
     assert status_of(request(b"A: " + b"b" * 98 + b"\r\n"), max_field_line=100) == 431

@@ -3126,6 +3126,11 @@ def test_run_serves_until_it_is_told_to_stop():
                 process.kill()
 
 
+def test_run_passes_the_number_of_connections_on():
+    with pytest.raises(ValueError, match="max_connections=0"):
+        HttpServer().run("127.0.0.1", 0, max_connections=0)
+
+
 def test_what_is_no_lifespan_is_refused_where_it_is_added():
     async def without_yield():
         pass

@@ -552,7 +552,8 @@ def test_only_a_large_file_is_corked_and_not_once_it_is_sent_cancelled_or_lost(t
 
     async def main():
         one, far = tcp_pair()
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)          # it is to be full
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)          # both are to be full
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         with far, open(tmp_path / "file", "rb") as file:
             async with Socket(one) as near, flowcoro.TaskGroup() as group:
                 scope = flowcoro.CancelScope()
